@@ -1,0 +1,337 @@
+"""What the training loop and its reducers cost, against the same step written as plainly as PyTorch allows.
+
+python benchmarks/step.py                          all comparisons
+python benchmarks/step.py --only single            the loop alone, in one process
+python benchmarks/step.py --quick --json FILE      a minute, for a look
+
+`training.loop.train` runs as it is, on batches that lie in memory. The plain loop takes its turns inside the iterator that
+hands these batches out, so both see the same machine, block by block. It has the same network with nn.BatchNorm2d, DDP where
+there are two processes, the fused SGD, and nothing else: no metrics, no schedule, no records, no way to stop.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import common
+from distributed.backend import Backend, make_backend, pick_device
+from distributed.control import ControlChannel
+from distributed.topology import find_topology
+from pipelines.loader import ClipBatch, ClipLoader
+from pipelines.manifest import ManifestRow, write_manifest
+from training import schema
+from training.job import Job, build_job, set_numerics
+from training.loop import train
+from training.records import Records
+from tsm.networks import build_network
+
+NUM_CLASSES = 10
+WARM_UP_STEPS = 3
+DISTINCT_BATCHES = 4
+NEVER = 1_000_000  # epochs between two evaluations or checkpoints: none is measured
+TARGET = 1.02  # of the training loop in one process
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`batch`: clips of a step over all processes, of `frames` frames of `size` pixels. `blocks` pairs of `block_steps` steps."""
+
+    batch: int
+    size: int
+    frames: int
+    blocks: int
+    block_steps: int
+    threads: int
+    device: str
+
+    @property
+    def steps(self) -> int:
+        """Steps that `train` takes; at the end of the last one it would stop inside a block, so it takes one more."""
+        return WARM_UP_STEPS + self.blocks * self.block_steps + 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A set of processes, and what is measured in them: a title, and whether batch norm is synchronized over the world."""
+
+    backend: str
+    size: int
+    comparisons: tuple[tuple[str, bool], ...]
+
+    def command(self) -> list[str]:
+        if self.backend == "torch":
+            module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.size)]
+            return [sys.executable, *module, __file__]
+        horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", str(self.size)]
+        return [*(horovodrun if self.backend == "horovod" else []), sys.executable, __file__]
+
+
+LAUNCHES = (
+    Launch("single", 1, (("training loop / plain loop", False),)),
+    Launch("torch", 2, (("torch reducer / plain DDP", False), ("  + BN over both processes", True))),
+    Launch("horovod", 2, (("Horovod reducer / plain DDP", False), ("  + BN over both processes", True))),
+)
+
+
+# ----------------------------------------------------------------------------------------------- in the measured processes
+
+
+class TurnTaking(ClipLoader):
+    """Hands `train` batches from memory and times its blocks; in between, plain steps take their turns."""
+
+    def __init__(self, setting: Setting, batches: list[ClipBatch], plain_step: Callable[[ClipBatch], None]) -> None:
+        self._setting = setting
+        self._batches = batches
+        self._plain_step = plain_step
+        self.ours: list[common.Clock] = []
+        self.plain: list[common.Clock] = []
+
+    def batches(self, plan: Iterable[Any]) -> Iterator[ClipBatch]:
+        supply = itertools.cycle(self._batches)
+        steps = self._setting.block_steps
+        yield from itertools.islice(supply, WARM_UP_STEPS)
+        self._take_plain_steps(itertools.islice(supply, WARM_UP_STEPS))
+        for block in range(self._setting.blocks):
+            for ours in (True, False) if block % 2 == 0 else (False, True):
+                start = self._now()
+                if ours:
+                    yield from itertools.islice(supply, steps)  # comes back here when `train` has done all of a step
+                else:
+                    self._take_plain_steps(itertools.islice(supply, steps))
+                (self.ours if ours else self.plain).append(self._now().since(start, steps))
+        yield next(supply)
+
+    def _take_plain_steps(self, batches: Iterable[ClipBatch]) -> None:
+        for batch in batches:
+            self._plain_step(batch)
+
+    def _now(self) -> common.Clock:
+        if self._setting.device == "cuda":
+            torch.cuda.synchronize()
+        return common.Clock.now()
+
+
+@dataclass
+class MemoryJob(Job):
+    """A job as `build_job` makes it, but for where its batches come from."""
+
+    turns: TurnTaking | None = None
+
+    def loader(self, dataset: object) -> ClipLoader:
+        assert self.turns is not None
+        return self.turns
+
+
+def make_plain_step(config: schema.Config, setting: Setting, backend: Backend) -> Callable[[ClipBatch], None]:
+    """The bare loop's step. DDP gets its fastest options: no broadcast of buffers, gradients in its buckets."""
+    device = backend.device
+    network: nn.Module = build_network(config.model.backbone, NUM_CLASSES, setting.frames).to(device).train()
+    if backend.topology.size > 1:
+        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=config.optimizer.lr, momentum=0.9, weight_decay=1e-4, fused=True
+    )
+    mean_C11 = torch.tensor([123.675, 116.28, 103.53], device=device).view(3, 1, 1)
+    std_C11 = torch.tensor([58.395, 57.12, 57.375], device=device).view(3, 1, 1)
+
+    def step(batch: ClipBatch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        video_NTCHW = batch.video_NTCHW.to(device, non_blocking=True).float().sub_(mean_C11).div_(std_C11)
+        logit_NK = network(video_NTCHW)
+        loss: Tensor = nn.functional.cross_entropy(logit_NK, batch.label_N.to(device, non_blocking=True))
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def make_batches(setting: Setting, clips: int, rank: int) -> list[ClipBatch]:
+    """Random clips of one process' part of the batch."""
+    generator = torch.Generator().manual_seed(rank)
+    shape = (clips, setting.frames, 3, setting.size, setting.size)
+    return [
+        ClipBatch(
+            video_NTCHW=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+            label_N=torch.randint(0, NUM_CLASSES, (clips,), generator=generator),
+            row_N=torch.arange(clips),
+            real_N=torch.ones(clips, dtype=torch.bool),
+        )
+        for _ in range(DISTINCT_BATCHES)
+    ]
+
+
+def make_config(setting: Setting, bn_group: int, folder: Path, run_id: str) -> schema.Config:
+    """The smoke run's recipe, without evaluations or checkpoints, and a training record for every block."""
+    return schema.Config(
+        model=schema.ModelConfig(backbone="resnet18", num_frames=setting.frames),
+        data=schema.DataConfig(name="memory", root=str(folder), num_classes=NUM_CLASSES),
+        pipeline=schema.PipelineConfig(decoder="pyav", size=setting.size),
+        batch=schema.BatchConfig(global_batch=setting.batch, bn_group=bn_group),
+        optimizer=schema.OptimizerConfig(lr=0.01, base_batch=setting.batch),
+        schedule=schema.ScheduleConfig(epochs=2 * setting.steps, warmup_epochs=setting.steps),
+        logger=schema.LoggerConfig(wandb="disabled", every_steps=setting.block_steps),
+        checkpoint=schema.CheckpointConfig(every_epochs=NEVER),
+        evaluation=schema.EvaluationConfig(every_epochs=NEVER),
+        outputs=str(folder),
+        run_id=run_id,
+        max_steps=setting.steps,
+    )
+
+
+def compare(setting: Setting, backend: Backend, control: ControlChannel, config: schema.Config) -> TurnTaking:
+    """Run `train` on a job of this configuration, and the plain loop in turns with it."""
+    set_numerics(config)
+    job = build_job(config, backend, control)
+    batches = make_batches(setting, job.execution.micro_batch, backend.topology.rank)
+    turns = TurnTaking(setting, batches, make_plain_step(config, setting, backend))
+    records = Records(config, job.folder, backend.topology.rank == 0, 0, job.recipe.total_steps)
+    train(MemoryJob(**vars(job), turns=turns), records)
+    records.close(0)
+    return turns
+
+
+def work(launch: Launch, setting: Setting, folder: Path) -> None:
+    """What each process of a launch does; rank 0 leaves `{title: {"ours", "plain"}}` in the folder."""
+    torch.set_num_threads(setting.threads)
+    topology = find_topology()
+    device = pick_device(setting.device if launch.size == 1 else "cpu", topology)
+    backend = make_backend(launch.backend, topology, device, timeout_s=120.0)
+    if launch.backend == "horovod":  # plain DDP runs in the very same processes
+        store = dist.FileStore(str(folder / "store"), topology.size)
+        dist.init_process_group("gloo", store=store, rank=topology.rank, world_size=topology.size)
+    control = ControlChannel(backend)
+    measured = {}
+    for number, (title, synchronized) in enumerate(launch.comparisons):
+        bn_group = setting.batch if synchronized else setting.batch // topology.size
+        config = make_config(setting, bn_group, folder, f"{launch.backend}-{number}")
+        turns = compare(setting, backend, control, config)
+        measured[title] = {"ours": list(map(asdict, turns.ours)), "plain": list(map(asdict, turns.plain))}
+    if topology.rank == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    control.close()
+    if launch.backend == "horovod":
+        dist.destroy_process_group()
+    backend.close()
+
+
+# ------------------------------------------------------------------------------------------------- in the benchmark itself
+
+
+def measure(launch: Launch, setting: Setting) -> list[dict[str, Any]]:
+    """Start a launch's processes and turn what they measured into rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        row = ManifestRow("none.mp4", 0, 1, 0, setting.frames, "h264", setting.size, setting.size, 0)
+        for split in ("train", "val"):
+            write_manifest(folder / f"{split}.arrow", [row] * setting.batch, list(map(str, range(NUM_CLASSES))))
+        order = json.dumps([launch.backend, asdict(setting), name, os.getpid()])
+        environ = {"OMP_NUM_THREADS": str(setting.threads)}
+        common.run_child([*launch.command(), "--worker", order], folder / "log", environ)
+        measured = json.loads((folder / "measured.json").read_text())
+    return [
+        row_of(
+            title, launch, setting, *([common.Clock(**sample) for sample in samples[who]] for who in ("ours", "plain"))
+        )
+        for title, samples in measured.items()
+    ]
+
+
+def row_of(
+    title: str, launch: Launch, setting: Setting, ours: list[common.Clock], plain: list[common.Clock]
+) -> dict[str, Any]:
+    ours_wall_s, plain_wall_s = [clock.wall_s for clock in ours], [clock.wall_s for clock in plain]
+    return {
+        "benchmark": "step",
+        "comparison": title.strip(),
+        "backend": launch.backend,
+        "processes": launch.size,
+        **asdict(setting),
+        "ours_s": common.median_interval(ours_wall_s),
+        "plain_s": common.median_interval(plain_wall_s),
+        "ratio": common.ratio_interval(ours_wall_s, plain_wall_s),
+        "cpu_ratio": common.ratio_interval([clock.cpu_s for clock in ours], [clock.cpu_s for clock in plain]),
+    }
+
+
+def show(row: dict[str, Any], title: str) -> list[str]:
+    return [
+        title,
+        row["ours_s"].show(1000),
+        row["plain_s"].show(1000),
+        row["ratio"].show(digits=3),
+        row["cpu_ratio"].show(digits=3),
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common.argument_parser("The cost of the training loop, of its reducers, and of synchronized batch norm.")
+    parser.add_argument("--only", choices=[launch.backend for launch in LAUNCHES], help="one of the launches")
+    parser.add_argument("--batch", type=int, default=16, help="clips of a step, over all processes")
+    parser.add_argument("--size", type=int, default=56, help="side of a frame in pixels")
+    parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
+    parser.add_argument("--blocks", type=int, default=30, help="pairs of blocks")
+    parser.add_argument("--block-steps", type=int, default=2, help="steps of a block")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the comparison in one process")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.worker:
+        backend, setting, folder, parent = json.loads(options.worker)
+        common.end_with(parent)
+        launch = next(launch for launch in LAUNCHES if launch.backend == backend)
+        work(launch, Setting(**setting), Path(folder))
+        return
+    if options.quick:
+        options.batch, options.blocks, options.block_steps = 4, 6, 1
+    names = ("batch", "size", "frames", "blocks", "block_steps", "threads", "device")
+    setting = Setting(**{name: getattr(options, name) for name in names})
+    facts = common.machine_facts(setting.threads)
+    rows, shown = [], []
+    for launch in LAUNCHES:
+        if options.only not in (None, launch.backend):
+            continue
+        print(f"measuring {launch.backend}, {launch.size} process{'es' if launch.size > 1 else ''} ...", flush=True)
+        try:
+            measured = measure(launch, setting)
+        except (common.ChildFailed, OSError) as error:
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+            continue
+        rows += measured
+        shown += [show(row, title) for row, (title, _) in zip(measured, launch.comparisons, strict=True)]
+    print_results(shown, setting, facts)
+    if options.json:
+        common.write_rows(options.json, rows, facts)
+
+
+def print_results(shown: list[list[str]], setting: Setting, facts: dict[str, Any]) -> None:
+    print(
+        f"\nTSM ResNet-18, {setting.batch} clips a step x {setting.frames} frames x {setting.size} px; "
+        f"{setting.blocks} pairs of blocks of {setting.block_steps} steps"
+        f"\n{facts['cpu']}, {facts['cores']} cores, load {facts['load']}; torch {facts['torch']}, "
+        f"{setting.threads} thread(s) a process; {facts['date']}"
+        "\nmedian [its 95% interval]; ratios within each pair of blocks\n"
+    )
+    common.print_table(("comparison", "ours [ms/step]", "plain [ms/step]", "ratio", "ratio of CPU time"), shown)
+    print(f"\ntarget of the training loop: a ratio of {TARGET} or less")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the rest of the project may ask of a world of processes, and the world of one.
+
+Three backends fulfil the protocol: `SingleBackend` here, `TorchBackend` and `HorovodBackend` in files of their own.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .topology import Topology, TopologyError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that reduce among themselves; `handle` is the backend's own."""
+
+    ranks: tuple[int, ...]
+    handle: Any = None
+
+
+class Reducer(Protocol):
+    """Averages gradients over ranks and micro-steps.
+
+    Run every forward pass through `network`, and each micro-step's forward and backward inside `micro_step`. After `finish`,
+    `.grad` of each parameter holds the mean over ranks of what the micro-steps summed up: unscaled, uncompressed, and in the
+    parameter's memory layout.
+    """
+
+    network: nn.Module
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]: ...
+
+    def finish(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A world of processes. All collectives must be called by all ranks (of the group) in the same order."""
+
+    name: str
+    topology: Topology
+    device: torch.device
+
+    def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        """Sum a contiguous tensor over the group (None: the world), in place; `name` is unique among those in flight."""
+
+    def broadcast_(self, x: Tensor, name: str) -> None:
+        """Copy rank 0's contiguous tensor to all, in place."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's small picklable object."""
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's small picklable object, by rank."""
+
+    def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
+        """This rank's one of several disjoint groups; all ranks call it with the same list."""
+
+    def reducer(self, network: nn.Module, options: "ReducerOptions") -> Reducer: ...
+
+    def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        """Leave the world in good order; all ranks call it."""
+
+
+@dataclass(frozen=True)
+class ReducerOptions:
+    """`accumulation`: micro-steps to a step. `half_wire`: send fp16. `deterministic`: sums do not depend on arrival order."""
+
+    accumulation: int = 1
+    half_wire: bool = False
+    deterministic: bool = False
+
+
+def pick_device(wanted: str, topology: Topology) -> torch.device:
+    """This process' device: its own GPU among those it sees, or the CPU.
+
+    Slurm shows a task all GPUs of the node, or only its own: the local rank counts in the first case alone.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 0:
+        raise TopologyError(
+            "distributed.device=cuda, but torch sees no GPU. Fix: distributed.device=cpu, or ask for GPUs"
+        )
+    if 1 < visible < topology.local_size:
+        raise TopologyError(
+            f"{topology.local_size} processes on {topology.host} see {visible} GPUs. Fix: start {visible} processes on each node"
+        )
+    device = torch.device("cuda", topology.local_rank if visible > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+class SingleBackend:
+    """The world of one process: every collective is the identity."""
+
+    name = "single"
+
+    def __init__(self, topology: Topology, device: torch.device) -> None:
+        self.topology = topology
+        self.device = device
+
+    def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        pass
+
+    def broadcast_(self, x: Tensor, name: str) -> None:
+        pass
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
+        return Group((0,))
+
+    def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
+        return _LocalReducer(network)
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _LocalReducer:
+    """The mean over one rank is what backward left."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        yield
+
+    def finish(self) -> None:
+        pass
+
+
+def make_backend(name: str, topology: Topology, device: torch.device, timeout_s: float) -> Backend:
+    """Join the world. Raises TopologyError when the processes found are not those that the launcher promised."""
+    if name == "single":
+        return SingleBackend(topology, device)
+    if name == "torch":
+        from .torch_backend import TorchBackend
+
+        return TorchBackend(topology, device, timeout_s)
+    try:
+        from .horovod_backend import HorovodBackend
+    except ImportError as error:
+        raise TopologyError(
+            f"distributed.backend=horovod, but Horovod does not load here ({error}). Fix: make horovod"
+        ) from error
+    return HorovodBackend(topology, device)
+
+
+def broadcast_network(backend: Backend, network: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers, one message for each type of number."""
+    tensors = [tensor.detach() for tensor in network.state_dict(keep_vars=True).values()]
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in of_type])
+        backend.broadcast_(flat, f"network.{dtype}")
+        for tensor, part in zip(of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True):
+            tensor.copy_(part.view(tensor.shape))

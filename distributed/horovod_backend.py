@@ -1,0 +1,131 @@
+"""The world over Horovod: NCCL on GPUs, MPI or Gloo on CPUs. The only file that imports horovod."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# Both are read by hvd.init(): groups of ranks are made after it, and a group of gradients is never fused with another,
+# so that the order of a sum does not depend on which gradient was ready first (see ReducerOptions.deterministic).
+os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor, nn
+
+from .backend import Group, Reducer, ReducerOptions
+from .topology import Topology, TopologyError
+
+if not hasattr(hvd, "init"):  # what an installation without its compiled part looks like
+    raise ImportError("its extension for torch was not built")
+
+_GROUP_BYTES = 64 << 20  # gradients in one fixed group of the deterministic mode: Horovod's default fusion threshold
+
+
+class HorovodBackend:
+    """See `distributed.backend.Backend`."""
+
+    name = "horovod"
+
+    def __init__(self, topology: Topology, device: torch.device) -> None:
+        self.topology = topology
+        self.device = device
+        hvd.init()
+        if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):
+            raise TopologyError(
+                f"{topology.launcher} promised rank {topology.rank} of {topology.size}, Horovod has rank {hvd.rank()} of "
+                f"{hvd.size()}: it was built without what this launcher speaks. Fix: make horovod, with MPI installed for mpirun"
+            )
+
+    def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        process_set = hvd.global_process_set if group is None else group.handle
+        hvd.allreduce_(x, name=name, op=hvd.Sum, process_set=process_set)
+
+    def broadcast_(self, x: Tensor, name: str) -> None:
+        hvd.broadcast_(x, root_rank=0, name=name)
+
+    def broadcast_object(self, value: Any) -> Any:
+        # Without a name Horovod takes the value's type for one, which differs where only rank 0 has a value: a deadlock.
+        return hvd.broadcast_object(value, root_rank=0, name="object")
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        values: list[Any] = hvd.allgather_object(value, name="objects")
+        return values
+
+    def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
+        mine = None
+        for ranks in rank_groups:
+            whole_world = len(ranks) == self.topology.size
+            handle = hvd.global_process_set if whole_world else hvd.add_process_set(list(ranks))
+            if self.topology.rank in ranks:
+                mine = Group(tuple(ranks), handle)
+        return mine
+
+    def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
+        return _HorovodReducer(network, options)
+
+    def barrier(self) -> None:
+        hvd.barrier()
+
+    def close(self) -> None:
+        hvd.barrier()  # under MPI the others fail if one leaves while they still reduce
+        hvd.shutdown()
+
+
+class _HorovodReducer:
+    """Horovod's DistributedOptimizer inside the Reducer protocol: its hooks overlap the reduction with backward.
+
+    The optimizer that it wraps never takes a step.
+    """
+
+    def __init__(self, network: nn.Module, options: ReducerOptions) -> None:
+        self.network = network
+        named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        parameters = [parameter for _, parameter in named]
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        self._hooks = hvd.DistributedOptimizer(
+            torch.optim.SGD(parameters, lr=0.0),
+            named_parameters=named,
+            compression=_Compressor(hvd.size(), options.half_wire),
+            backward_passes_per_step=options.accumulation,
+            op=hvd.Sum,
+            groups=-(-num_bytes // _GROUP_BYTES) if options.deterministic else None,
+        )
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        yield  # the hooks count micro-steps themselves
+
+    def finish(self) -> None:
+        if hvd.size() > 1:
+            self._hooks.synchronize()
+
+
+class _Compressor:
+    """Turns a gradient into what Horovod can send, and back: contiguous, fp32 (or fp64) or fp16, scaled by 1/size.
+
+    Scaled before the sum, because a sum of 1,536 fp16 gradients would overflow; done here, because Horovod's grouped
+    reduction ignores its own pre-scaling.
+    """
+
+    def __init__(self, size: int, half_wire: bool) -> None:
+        self._scale = 1.0 / size
+        self._half_wire = half_wire
+
+    def compress(self, gradient: Tensor) -> tuple[Tensor, tuple[torch.dtype, bool]]:
+        channels_last = gradient.dim() == 4 and not gradient.is_contiguous()
+        dense = gradient.permute(0, 2, 3, 1) if channels_last else gradient
+        if not dense.is_contiguous():
+            dense, channels_last = gradient.contiguous(), False
+        context = (gradient.dtype, channels_last)
+        if self._half_wire:
+            return (dense * self._scale).half(), context
+        if gradient.dtype == torch.bfloat16:  # which Horovod cannot reduce
+            return dense.float() * self._scale, context
+        return dense.mul_(self._scale), context
+
+    def decompress(self, reduced: Tensor, context: tuple[torch.dtype, bool]) -> Tensor:
+        dtype, channels_last = context
+        gradient = reduced.to(dtype)
+        return gradient.permute(0, 3, 1, 2) if channels_last else gradient

@@ -1,0 +1,1 @@
+"""Optimizer mathematics: pure functions of the step, unaware of processes."""

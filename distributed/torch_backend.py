@@ -1,0 +1,97 @@
+"""The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from .backend import Group, Reducer, ReducerOptions
+from .topology import Topology, TopologyError
+
+
+class TorchBackend:
+    """See `distributed.backend.Backend`."""
+
+    name = "torch"
+
+    def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
+        self.topology = topology
+        self.device = device
+        if topology.launcher == "none":
+            store = dist.HashStore()
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            return
+        # Gloo beside NCCL carries the small objects, which live on the CPU.
+        transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(transport, timeout=timedelta(seconds=timeout_s))
+        if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
+            raise TopologyError(
+                f"{topology.launcher} promised rank {topology.rank} of {topology.size}, torch.distributed has rank "
+                f"{dist.get_rank()} of {dist.get_world_size()}"
+            )
+
+    def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        dist.all_reduce(x, group=None if group is None else group.handle)
+
+    def broadcast_(self, x: Tensor, name: str) -> None:
+        dist.broadcast(x, src=0)
+
+    def broadcast_object(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.topology.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
+        mine = None
+        for ranks in rank_groups:  # every rank takes part in the making of every group
+            handle = dist.new_group(list(ranks))
+            if self.topology.rank in ranks:
+                mine = Group(tuple(ranks), handle)
+        return mine
+
+    def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
+        return _DdpReducer(network, self.device, options)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+class _DdpReducer:
+    """DistributedDataParallel inside the Reducer protocol: buckets and overlap with backward are DDP's own."""
+
+    def __init__(self, network: nn.Module, device: torch.device, options: ReducerOptions) -> None:
+        # Said of 1 x 1 convolutions, whose strides are ambiguous: both layouts are the same bytes.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        self._ddp = DistributedDataParallel(
+            network,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            forward_sync_buffers=False,  # batch-norm statistics are averaged by our own rule
+            gradient_as_bucket_view=True,
+        )
+        self.network: nn.Module = self._ddp
+        if options.half_wire:
+            # divides by the world's size before the sum, so that 1,536 fp16 gradients do not overflow
+            self._ddp.register_comm_hook(None, fp16_compress_hook)
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        with nullcontext() if last else self._ddp.no_sync():
+            yield
+
+    def finish(self) -> None:
+        pass  # DDP's backward returns with the reduced gradients in place

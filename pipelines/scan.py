@@ -1,0 +1,56 @@
+"""What a video file really holds: decoded once from end to end, as containers are often wrong about their own length."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+
+
+class BadClip(ValueError):
+    """A file that cannot be trained on; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """The fields of a manifest's row that the file decides."""
+
+    length: int
+    """Bytes of the file."""
+    num_frames: int
+    """Frames that decode, whatever the container claims."""
+    codec: str
+    width: int
+    height: int
+    """As stored, before any rotation."""
+    rotation: int
+    """Degrees, 0 to 359, counter-clockwise, by which a player turns the stored picture to show it."""
+
+
+def scan_clip(path: str | Path) -> ClipFacts:
+    """Decode every frame of the first video stream; BadClip where that is not possible."""
+    path = Path(path)
+    try:
+        length = os.stat(path).st_size
+    except FileNotFoundError:
+        raise BadClip(f"{path}: no such file") from None
+    if length == 0:
+        raise BadClip(f"{path}: the file is empty")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadClip(f"{path}: no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # many files are scanned at once, one process each
+            num_frames, rotation = 0, 0
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise BadClip(f"{path}: frame {num_frames} is corrupt")
+                rotation = int(frame.rotation) % 360 if num_frames == 0 else rotation
+                num_frames += 1
+            codec, width, height = stream.codec_context.name, stream.codec_context.width, stream.codec_context.height
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise BadClip(f"{path}: does not decode ({getattr(error, 'strerror', None) or error})") from error
+    if num_frames == 0:
+        raise BadClip(f"{path}: holds no frame")
+    return ClipFacts(length, num_frames, codec, width, height, rotation)

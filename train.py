@@ -1,0 +1,29 @@
+"""Train a TSM. The configuration is Hydra's: `conf/`, steered by overrides on the command line.
+
+python train.py experiment=smoke                                            one process
+torchrun --standalone --nproc-per-node 2 train.py experiment=smoke          two, over torch.distributed
+horovodrun --gloo -np 2 python train.py experiment=smoke                    two, over Horovod
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import distributed
+from training import main, schema
+
+if Path(distributed.__file__).parent.parent != Path(__file__).parent:
+    sys.exit(f"`import distributed` found {distributed.__file__} (dask's?): start train.py from its own checkout")
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def train(composed: DictConfig) -> None:
+    sys.exit(main.run(composed))
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,1 @@
+"""The job: configuration, recipe, training step and loop, evaluation, records."""

@@ -1,0 +1,20 @@
+"""Failures that a user can mend, and the exit codes that launchers act on."""
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1  # a fault of the program or the machine
+EXIT_CONFIG = 2  # the configuration or the launch is wrong: running it again changes nothing
+EXIT_DATA = 3  # the data are wrong: likewise
+EXIT_REQUEUE = 75  # stopped in good order before the end: run the same command again
+EXIT_INTERRUPTED = 130  # Ctrl-C
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something that cannot be; the message names the key and the fix."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(ValueError):
+    """The data set is not what the configuration or its manifest says."""
+
+    exit_code = EXIT_DATA

@@ -1,0 +1,271 @@
+"""From a configuration to a job that can take steps: every check that needs no step happens here."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distributed.backend import Backend, ReducerOptions, broadcast_network
+from distributed.batch_norm import convert_batch_norm
+from distributed.checkpoint import Checkpoint, load_newest
+from distributed.control import ControlChannel
+from distributed.optim.schedule import Schedule, scaled_rate
+from pipelines.decode import choose_decoder
+from pipelines.draw import Augmentation
+from pipelines.loader import ClipLoader, ClipSource, EvaluationClips, TrainingClips
+from pipelines.manifest import Manifest, ManifestError
+from tsm.networks import TemporalNetwork, build_network
+
+from .errors import ConfigError, DataError
+from .recipe import Execution, Recipe, plan_execution
+from .run_folder import RunFolder, new_run_id
+from .schema import Config
+from .step import Normaliser, Trainer, make_optimizer, optimizer_tensors
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@dataclass
+class Job:
+    """Everything that the loop works on, on one rank."""
+
+    config: Config
+    backend: Backend
+    control: ControlChannel
+    recipe: Recipe
+    execution: Execution
+    folder: RunFolder
+    trainer: Trainer
+    training_clips: TrainingClips
+    validation_clips: EvaluationClips
+    first_step: int = 0
+    best_top1_percent: float = 0.0
+
+    def loader(self, dataset: TrainingClips | EvaluationClips) -> ClipLoader:
+        pipeline = self.config.pipeline
+        return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=self.backend.device.type == "cuda")
+
+
+def set_numerics(config: Config) -> None:
+    """Set torch's process-wide switches as the configuration says."""
+    numerics = config.numerics
+    torch.backends.cuda.matmul.allow_tf32 = numerics.tf32
+    torch.backends.cudnn.allow_tf32 = numerics.tf32
+    torch.backends.cudnn.benchmark = numerics.cudnn_benchmark and not numerics.deterministic
+    if numerics.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+
+
+def open_manifest(config: Config, split: str) -> Manifest:
+    """A split's manifest, checked against the configuration. Raises DataError that says how to mend it."""
+    path = CHECKOUT / config.data.root / getattr(config.data, split)
+    remedy = f" Fix: {config.data.prepare}" if config.data.prepare else ""
+    try:
+        manifest = Manifest.open(path)
+    except ManifestError as error:
+        raise DataError(f"{error}.{remedy}" if remedy else str(error)) from error
+    if len(manifest.classes) != config.data.num_classes:
+        raise DataError(f"{path} has {len(manifest.classes)} classes, but data.num_classes={config.data.num_classes}")
+    return manifest
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    pipeline = config.pipeline
+    return Augmentation(
+        config.model.num_frames, pipeline.size, tuple(pipeline.crop_scales), pipeline.flip, pipeline.evaluation_scale
+    )
+
+
+def recipe_of(config: Config, num_rows: int, manifest_digest: str) -> Recipe:
+    """Derive the recipe: the peak rate from linear scaling, and everything that was said in epochs in steps."""
+    batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
+    if num_rows < batch.global_batch:
+        raise ConfigError(f"batch.global_batch={batch.global_batch} is more than the {num_rows} training clips")
+
+    def steps(epochs: float) -> int:
+        return round(epochs * num_rows / batch.global_batch)
+
+    total_steps = steps(schedule.epochs)
+    if total_steps < 1:
+        raise ConfigError(
+            f"schedule.epochs={schedule.epochs} of {num_rows} clips is less than a step of {batch.global_batch}"
+        )
+    return Recipe(
+        seed=config.seed,
+        global_batch=batch.global_batch,
+        bn_group=batch.bn_group or batch.global_batch,
+        total_steps=total_steps,
+        num_rows=num_rows,
+        manifest_digest=manifest_digest,
+        schedule=Schedule(
+            decay=schedule.decay,  # type: ignore[arg-type]
+            peak=scaled_rate(optimizer.lr, optimizer.base_batch, batch.global_batch, optimizer.scaling),  # type: ignore[arg-type]
+            total_steps=total_steps,
+            warmup_steps=steps(schedule.warmup_epochs),
+            warmup_start=schedule.warmup_start,
+            milestone_steps=tuple(steps(epoch) for epoch in schedule.milestones),
+            factor=schedule.factor,
+            end=schedule.end,
+        ),
+        model=asdict(config.model),
+        optimizer=asdict(optimizer),
+        augmentation=asdict(augmentation_of(config)),
+        numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
+    )
+
+
+def check_agreement(backend: Backend, config: Config, manifest_digests: list[str]) -> None:
+    """Refuse to train when ranks were started with different configurations or data; names them and the keys."""
+    mine = _flat(asdict(config)) | {"(manifest)": manifest_digests}
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    digests = backend.all_gather_objects(digest)
+    if len(set(digests)) == 1:
+        return
+    usual = max(sorted(set(digests)), key=digests.count)
+    odd = [rank for rank, digest in enumerate(digests) if digest != usual]
+    others = backend.all_gather_objects(mine)
+    reference = others[digests.index(usual)]
+    differing = sorted({key for rank in odd for key in mine if others[rank][key] != reference[key]})
+    shown = "; ".join(
+        f"{key}: {reference[key]!r} but on rank {rank} {others[rank][key]!r}"
+        for key in differing[:5]
+        for rank in odd[:1]
+        if others[rank][key] != reference[key]
+    )
+    raise ConfigError(
+        f"ranks {odd} of {len(digests)} were started with another configuration or other data than the rest ({shown}). "
+        "Fix: start all ranks with the same command, and give every node the same data"
+    )
+
+
+def _flat(nested: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
+    """Open the data, derive recipe and execution, make or resume the network; collective over all ranks.
+
+    Raises ConfigError or DataError before any work is done when something cannot be.
+    """
+    topology = backend.topology
+    if config.run_id is None:
+        config.run_id = backend.broadcast_object(new_run_id(config, topology))
+    training, validation = open_manifest(config, "train"), open_manifest(config, "val")
+    check_agreement(backend, config, [training.digest, validation.digest])
+    recipe = recipe_of(config, len(training), training.digest)
+    execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
+
+    folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
+    hosts = backend.all_gather_objects(topology.host)
+    resumed = _resumed(config, recipe, folder) if topology.rank == 0 else None
+    state = backend.broadcast_object(resumed.state if resumed else None)
+    if topology.rank == 0:
+        folder.create(config, topology, hosts)
+
+    network = _build_network(config, backend, execution)
+    optimizer = make_optimizer(
+        network, config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.nesterov
+    )
+    if state is not None:
+        _restore(backend, network, optimizer_tensors(network, optimizer), resumed)
+    options = ReducerOptions(
+        execution.accumulation, config.distributed.wire == "float16", config.numerics.deterministic
+    )
+    trainer = Trainer(
+        recipe=recipe,
+        execution=execution,
+        rank=topology.rank,
+        network=network,
+        optimizer=optimizer,
+        reducer=backend.reducer(network, options),
+        normalise=Normaliser(backend.device, config.numerics),
+        scaler=torch.amp.GradScaler(backend.device.type, enabled=config.numerics.amp == "float16"),
+        amp=config.numerics.amp,
+        clip_norm=config.optimizer.clip_norm,
+    )
+    decoder = choose_decoder(config.pipeline.decoder)
+    augmentation = augmentation_of(config)
+    job = Job(
+        config=config,
+        backend=backend,
+        control=control,
+        recipe=recipe,
+        execution=execution,
+        folder=folder,
+        trainer=trainer,
+        training_clips=TrainingClips(ClipSource(training.path, augmentation, recipe.seed, decoder)),
+        validation_clips=EvaluationClips(ClipSource(validation.path, augmentation, recipe.seed, decoder)),
+    )
+    if state is not None:
+        job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]
+        trainer.scaler.load_state_dict(state["scaler"])
+    return job
+
+
+def _build_network(config: Config, backend: Backend, execution: Execution) -> TemporalNetwork:
+    """The network on its device, with batch norm over the recipe's groups, and rank 0's weights everywhere."""
+    model = config.model
+    try:
+        network = build_network(
+            model.backbone,
+            config.data.num_classes,
+            model.num_frames,
+            model.shift,  # type: ignore[arg-type]
+            model.direction,  # type: ignore[arg-type]
+            model.fold_div,
+            model.temporal_pool,
+            model.non_local,
+            model.dropout,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    convert_batch_norm(network, backend, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
+    network.to(backend.device, torch.float64 if config.numerics.dtype == "float64" else torch.float32)
+    broadcast_network(backend, network)
+    if config.numerics.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.train()
+
+
+def _resumed(config: Config, recipe: Recipe, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint that this run goes on from, on rank 0."""
+    checkpoint, broken = load_newest(folder.checkpoints)
+    for line in broken:
+        print(f"passed over: {line}", flush=True)
+    if checkpoint is None:
+        return None
+    before, now = checkpoint.state["recipe"], recipe.as_dict()
+    before_flat, now_flat = _flat(before), _flat(now)
+    differing = [key for key in now_flat if now_flat[key] != before_flat.get(key)]
+    if differing and not config.checkpoint.allow_recipe_change:
+        shown = "; ".join(f"{key}: {before_flat.get(key)!r} then, {now_flat[key]!r} now" for key in differing[:8])
+        raise ConfigError(
+            f"{folder.path} holds a run of another recipe ({shown}). "
+            "Fix: choose another run_id, or go on with checkpoint.allow_recipe_change=true"
+        )
+    print(f"resuming {folder.path.name} from step {checkpoint.state['step']}", flush=True)
+    return checkpoint
+
+
+def _restore(
+    backend: Backend, network: TemporalNetwork, optimizer_state: dict[str, Tensor], checkpoint: Checkpoint | None
+) -> None:
+    """Give every rank the checkpoint that rank 0 read."""
+    if checkpoint is not None:
+        network.load_state_dict(checkpoint.network)
+        for name, tensor in optimizer_state.items():
+            tensor.copy_(checkpoint.optimizer[name])
+    broadcast_network(backend, network)
+    for name, tensor in optimizer_state.items():
+        dense = tensor.contiguous()
+        backend.broadcast_(dense, f"optimizer.{name}")
+        tensor.copy_(dense)

@@ -1,0 +1,222 @@
+"""The training loop: steps until the recipe's end, with records, evaluations and checkpoints on the way."""
+
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from distributed.batch_norm import average_running_statistics
+from distributed.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from pipelines.loader import BadClipRecord, ClipBatch
+
+from .errors import EXIT_DONE, DataError
+from .evaluation import evaluate
+from .job import Job
+from .metrics import Scores
+from .records import Records
+from .signals import StopSignal
+from .step import optimizer_tensors
+
+STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
+
+
+def train(job: Job, records: Records) -> int:
+    """Train to the recipe's end, or to a stop that all ranks agree on; the exit code."""
+    config, recipe, control = job.config, job.recipe, job.control
+    epoch_ends = {recipe.epoch_end_step(epoch): epoch for epoch in range(1, int(recipe.epochs) + 2)}
+    last_step = min(recipe.total_steps, config.max_steps or recipe.total_steps)
+    plan = job.execution.stream_positions(job.backend.topology.rank, job.first_step, last_step)
+    batches = job.loader(job.training_clips).batches(plan)
+    window = _Window(job)
+    in_flight = _StepsInFlight(job.backend.device)
+    with StopSignal() as signal:
+        for step in range(job.first_step, last_step):
+            control.progress(step, "input")
+            micro_batches = window.timed_input(lambda: [next(batches) for _ in range(job.execution.accumulation)])
+            window.bad_clips(step, micro_batches)
+            control.progress(step, "step")
+            window.add(job.trainer.step(step, micro_batches))
+            in_flight.wait()
+            taken = step + 1
+            stop = control.agreed_stop(step, in_flight.limit, signal.received)
+            ended = stop is not None or taken == last_step
+            if taken % config.logger.every_steps == 0 or ended:
+                window.record(taken, records)
+            epoch = epoch_ends.get(taken)
+            if taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0):
+                control.progress(step, "evaluation")
+                _evaluate(job, records, taken)
+                window.restart()
+            if ended or (epoch is not None and epoch % config.checkpoint.every_epochs == 0):
+                control.progress(step, "checkpoint")
+                _save(job, records, taken)
+                window.restart()
+            if stop is not None:
+                records.say(
+                    f"stopped by {stop} after step {taken}, with a checkpoint: "
+                    f"the same command with run_id={config.run_id} goes on"
+                )
+                return StopSignal.EXIT_CODES[stop]
+    return EXIT_DONE
+
+
+def _evaluate(job: Job, records: Records, step: int) -> Scores:
+    """Evaluate on the validation clips with running statistics that all ranks share."""
+    started_s = time.monotonic()
+    network = job.trainer.network
+    average_running_statistics(network, job.backend)
+    scores, missing = evaluate(
+        network,
+        job.trainer.normalise,
+        job.validation_clips,
+        job.loader(job.validation_clips),
+        job.backend,
+        job.config.evaluation.batch,
+    )
+    for record in [record for part in job.backend.all_gather_objects(missing) for record in part]:
+        records.bad_clip(job.folder, split="val", step=step, **vars(record))
+    duration_s = round(time.monotonic() - started_s, 3)
+    records.write(
+        "evaluation", step, epoch=round(step / job.recipe.steps_per_epoch, 3), duration_s=duration_s, **scores.as_dict()
+    )
+    records.say(describe(scores, f"step {step:6d}  validation"))
+    if scores.missing > job.config.data.max_bad_clips:
+        raise DataError(_too_many_bad(job, f"{scores.missing} validation clips are missing", missing))
+    job.best_top1_percent = max(job.best_top1_percent, scores.top1_percent)
+    return scores
+
+
+def describe(scores: Scores, title: str) -> str:
+    """A line for people."""
+    group = "" if scores.order_group_percent is None else f"  right order-pair {scores.order_group_percent:.1f}%"
+    missing = f"  MISSING {scores.missing}" if scores.missing else ""
+    accuracy = f"top-1 {scores.top1_percent:.1f}%  top-5 {scores.top5_percent:.1f}%{group}"
+    return f"{title}  {accuracy}  loss {scores.loss:.4f}  ({scores.clips} clips){missing}"
+
+
+def _save(job: Job, records: Records, step: int) -> None:
+    """Rank 0 writes a checkpoint of what all ranks share; a disk that is full is loud and does not end the run."""
+    average_running_statistics(job.trainer.network, job.backend)
+    if job.backend.topology.rank != 0:
+        return
+    network = job.trainer.network
+    state = {
+        "step": step,
+        "best_top1_percent": job.best_top1_percent,
+        "recipe": job.recipe.as_dict(),
+        "scaler": job.trainer.scaler.state_dict(),
+    }
+    checkpoint = Checkpoint(network.state_dict(), optimizer_tensors(network, job.trainer.optimizer), state)
+    started_s = time.monotonic()
+    try:
+        save_checkpoint(job.folder.checkpoints, checkpoint, job.config.checkpoint.keep)
+    except CheckpointError as error:
+        records.say(f"NO CHECKPOINT at step {step}: {error}. Training goes on")
+        records.write("checkpoint", step, failed=str(error))
+        return
+    records.write("checkpoint", step, duration_s=round(time.monotonic() - started_s, 3))
+
+
+class _StepsInFlight:
+    """Keeps the host at most STEPS_IN_FLIGHT steps ahead of its GPU; a CPU has done a step when the call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" else None
+        self.limit = STEPS_IN_FLIGHT if device.type == "cuda" else 0
+
+    def wait(self) -> None:
+        if self._events is None:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > STEPS_IN_FLIGHT:
+            self._events.popleft().synchronize()
+
+
+class _Window:
+    """What is added up between two training records: losses on the device, times on the host."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._bad_clips: list[tuple[int, BadClipRecord]] = []
+        self._bad_clips_seen = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self._totals = torch.zeros(3, dtype=torch.float64, device=self._job.backend.device)
+        self._steps = 0
+        self._input_s = 0.0
+        self._started_s = time.monotonic()
+
+    def timed_input(self, fetch: "object") -> list[ClipBatch]:
+        started_s = time.monotonic()
+        micro_batches: list[ClipBatch] = fetch()  # type: ignore[operator]
+        self._input_s += time.monotonic() - started_s
+        return micro_batches
+
+    def add(self, totals: Tensor) -> None:
+        self._totals += totals
+        self._steps += 1
+
+    def bad_clips(self, step: int, micro_batches: list[ClipBatch]) -> None:
+        """Note replaced clips; more than the limit on this rank alone end the run at once."""
+        for batch in micro_batches:
+            self._bad_clips += [(step, record) for record in batch.bad_clips]
+        if len(self._bad_clips) > self._job.config.data.max_bad_clips:
+            raise DataError(
+                _too_many_bad(
+                    self._job,
+                    f"step {step} needs clips that cannot be decoded",
+                    [record for _, record in self._bad_clips],
+                )
+            )
+
+    def record(self, step: int, records: Records) -> None:
+        """Join the ranks' sums and write a training record; the one place in the loop where a host waits for its device."""
+        job = self._job
+        sums = torch.cat([self._totals, self._totals.new_tensor([float(len(self._bad_clips))])])
+        job.backend.all_reduce_(sums, "train.record")
+        loss, right, clips, bad = sums.tolist()
+        duration_s = time.monotonic() - self._started_s
+        records.train(
+            step,
+            epoch=round(step / job.recipe.steps_per_epoch, 3),
+            loss=loss / max(1, clips),
+            top1_percent=100 * right / max(1, clips),
+            learning_rate=job.recipe.schedule.learning_rate(step - 1),
+            step_s=duration_s / max(1, self._steps),
+            clips_per_s=clips / duration_s,
+            input_wait_percent=100 * self._input_s / duration_s,
+        )
+        if bad:
+            self._report_bad_clips(records)
+        self.restart()
+
+    def _report_bad_clips(self, records: Records) -> None:
+        job = self._job
+        everywhere = [pair for part in job.backend.all_gather_objects(self._bad_clips) for pair in part]
+        for step, record in everywhere:
+            records.bad_clip(job.folder, split="train", step=step, **vars(record))
+        self._bad_clips_seen += len(everywhere)
+        self._bad_clips.clear()
+        records.say(
+            f"{self._bad_clips_seen} undecodable training clips were replaced so far: see {job.folder.bad_clips.name}"
+        )
+        if self._bad_clips_seen > job.config.data.max_bad_clips:
+            raise DataError(
+                _too_many_bad(
+                    job,
+                    f"{self._bad_clips_seen} training clips could not be decoded",
+                    [record for _, record in everywhere],
+                )
+            )
+
+
+def _too_many_bad(job: Job, what: str, bad: list[BadClipRecord]) -> str:
+    first = f": {bad[0].reason}" if bad else ""
+    return (
+        f"{what}, data.max_bad_clips={job.config.data.max_bad_clips} allows no more{first}. "
+        f"Fix: restore the file, or make the manifest anew ({job.config.data.prepare or 'prepare.py'}), or raise data.max_bad_clips"
+    )

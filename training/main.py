@@ -1,0 +1,91 @@
+"""A run from its composed configuration to an exit code; every failure ends here, in words, on every rank."""
+
+import sys
+import traceback
+from typing import Any
+
+from distributed.backend import Backend, make_backend, pick_device
+from distributed.control import ControlChannel
+from distributed.topology import Topology, TopologyError, choose_backend, find_topology
+from pipelines.loader import start_worker_server
+
+from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, DataError
+from .job import Job, build_job, set_numerics
+from .loop import train
+from .plan import describe_plan
+from .records import Records
+from .report import write_report
+from .schema import Config, from_composed
+
+
+def run(composed: Any) -> int:
+    """Train as the configuration says; returns the exit code (see training.errors)."""
+    topology: Topology | None = None
+    control: ControlChannel | None = None
+    try:
+        topology = find_topology()
+        config = from_composed(composed)
+        backend = join_world(config, topology)
+        control = ControlChannel(backend)
+        code = _train(config, backend, control)
+        control.close()
+        backend.close()
+        return code
+    except KeyboardInterrupt:
+        message, code = "interrupted by Ctrl-C", EXIT_INTERRUPTED
+    except (ConfigError, TopologyError) as error:
+        message, code = str(error), EXIT_CONFIG
+    except (DataError, ValueError) as error:
+        message, code = _in_words(error), EXIT_DATA if isinstance(error, DataError) else EXIT_FAILURE
+    except Exception as error:
+        message, code = _in_words(error), EXIT_FAILURE
+    where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
+    print(f"error ({where}): {message}", file=sys.stderr, flush=True)
+    if control is not None:
+        control.report_failure(message, code)
+    return code
+
+
+def join_world(config: Config, topology: Topology) -> Backend:
+    """The backend that the configuration and the launcher agree on; loader workers' server starts before it."""
+    name = choose_backend(config.distributed.backend, topology, config.distributed.world_size)
+    device = pick_device(config.distributed.device, topology)
+    start_worker_server()
+    set_numerics(config)
+    return make_backend(name, topology, device, config.distributed.timeout_s)
+
+
+def _train(config: Config, backend: Backend, control: ControlChannel) -> int:
+    job = build_job(config, backend, control)
+    writes = backend.topology.rank == 0
+    if job.folder.success.exists():
+        if writes:
+            print(f"{job.folder.path} is finished ({job.folder.success.name} is there): nothing to do", flush=True)
+        return EXIT_DONE
+    records = Records(config, job.folder, writes, job.first_step, job.recipe.total_steps)
+    code = EXIT_FAILURE
+    try:
+        records.say(describe_plan(job))
+        records.write("start", job.first_step, world_size=backend.topology.size, backend=backend.name)
+        code = train(job, records)
+        records.write("end", job.recipe.total_steps, exit_code=code)
+    finally:
+        records.close(code)
+    if writes:
+        _finish(job, code)
+    return code
+
+
+def _finish(job: Job, code: int) -> None:
+    write_report(job.folder)
+    finished = code == EXIT_DONE and (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
+    if finished:
+        job.folder.success.touch()
+    print(f"{'finished' if finished else 'stopped'}: {job.folder.report}", flush=True)
+
+
+def _in_words(error: Exception) -> str:
+    """The error, with where it came from unless a user can mend it."""
+    if isinstance(error, DataError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

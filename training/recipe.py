@@ -1,0 +1,148 @@
+"""What is trained (Recipe) kept apart from where it runs (Execution), and the pure function between them.
+
+Imports without torch, so that a dry run and a preflight can use it anywhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distributed.optim.schedule import Schedule
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a run; worlds and accumulation are not in it.
+
+    `bn_group`: clips whose frames share batch-norm statistics, neighbours in the global batch. `num_rows` and
+    `manifest_digest` identify the training clips, `model`, `optimizer` and `augmentation` are their resolved settings.
+    """
+
+    seed: int
+    global_batch: int
+    bn_group: int
+    total_steps: int
+    num_rows: int
+    manifest_digest: str
+    schedule: Schedule
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    augmentation: dict[str, Any]
+    numerics: dict[str, Any]
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training clips."""
+        return self.total_steps * self.global_batch / self.num_rows
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_rows / self.global_batch
+
+    def epoch_end_step(self, epoch: int) -> int:
+        """Steps taken when the `epoch`-th pass (from 1) is complete: the first step boundary at or behind its last clip."""
+        return min(self.total_steps, -(-epoch * self.num_rows // self.global_batch))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for checkpoints and comparisons."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash that two runs share only if they train the same thing."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a world runs a recipe: it decides the speed and nothing else.
+
+    A step's global batch has the slots `[0, global_batch)`. Micro-step a of `accumulation` holds a contiguous part of them,
+    split over ranks in order, so that batch-norm groups are whole within a micro-step. `bn_ghosts` groups lie within each
+    rank's micro-batch (1: it is one group, or a part of one), `bn_ranks` neighbouring ranks share a group.
+    """
+
+    world: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    bn_ghosts: int
+    bn_ranks: int
+
+    def slots(self, rank: int, micro_step: int) -> NDArray[np.int64]:
+        """Slots of the global batch in a rank's micro-batch, shape (micro_batch,)."""
+        first = (micro_step * self.world + rank) * self.micro_batch
+        return np.arange(first, first + self.micro_batch)
+
+    def bn_rank_groups(self) -> list[list[int]]:
+        """The ranks of each group that is synchronized over ranks; empty where groups lie within ranks."""
+        if self.bn_ranks == 1:
+            return []
+        return [list(range(first, first + self.bn_ranks)) for first in range(0, self.world, self.bn_ranks)]
+
+    def stream_positions(self, rank: int, first_step: int, end_step: int) -> Iterator[NDArray[np.int64]]:
+        """Stream positions of each micro-batch that a rank takes in the steps `[first_step, end_step)`."""
+        for step in range(first_step, end_step):
+            for micro_step in range(self.accumulation):
+                yield step * self.global_batch + self.slots(rank, micro_step)
+
+
+def plan_execution(global_batch: int, bn_group: int, world: int, micro_batch_limit: int | None = None) -> Execution:
+    """Lay a global batch and its batch-norm groups out on a world, with the fewest micro-steps.
+
+    `micro_batch_limit`: clips that a process can hold at once (None: any number).
+
+    Raises ConfigError that says which worlds fit.
+    """
+    for name, value in (("batch.global_batch", global_batch), ("batch.bn_group", bn_group)):
+        if value < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {value}")
+    if global_batch % bn_group:
+        raise ConfigError(f"batch.bn_group={bn_group} does not divide batch.global_batch={global_batch}")
+    execution = _lay_out(global_batch, bn_group, world, micro_batch_limit)
+    if execution is None:
+        fitting = [
+            size for size in _divisors(global_batch) if _lay_out(global_batch, bn_group, size, micro_batch_limit)
+        ]
+        limit = (
+            ""
+            if micro_batch_limit is None
+            else f" and at most {micro_batch_limit} clips a micro-batch (batch.micro_batch)"
+        )
+        raise ConfigError(
+            f"a global batch of {global_batch} clips in batch-norm groups of {bn_group}{limit} does not divide over {world} "
+            f"processes. Fix: use {_in_words(fitting)} processes, or change batch.global_batch or batch.bn_group"
+        )
+    return execution
+
+
+def _lay_out(global_batch: int, bn_group: int, world: int, limit: int | None) -> Execution | None:
+    if global_batch % world:
+        return None
+    per_rank = global_batch // world
+    for accumulation in _divisors(per_rank):
+        micro_batch = per_rank // accumulation
+        if limit is not None and micro_batch > limit:
+            continue
+        if micro_batch % bn_group == 0:
+            return Execution(world, global_batch, micro_batch, accumulation, micro_batch // bn_group, 1)
+        if bn_group % micro_batch == 0 and world % (bn_group // micro_batch) == 0:
+            return Execution(world, global_batch, micro_batch, accumulation, 1, bn_group // micro_batch)
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _in_words(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:24]))
+    return (shown + (", ..." if len(numbers) > 24 else "")) or "no number of"

@@ -1,0 +1,100 @@
+"""What a run writes down as it goes: metrics.jsonl always, wandb beside it, and lines or a bar for whoever watches."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .run_folder import RunFolder
+from .schema import Config
+
+
+class Records:
+    """Rank 0's records; on other ranks every method does nothing.
+
+    A record is a JSON line `{"kind", "time_s", "step", ...}`; units are in the names.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, writes: bool, first_step: int, total_steps: int) -> None:
+        self._writes = writes
+        self._bar: tqdm[Any] | None = None
+        self._wandb: Any = None
+        if not writes:
+            return
+        self._file = folder.metrics.open("a", buffering=1)  # a line at a time: a kill loses none
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        if config.logger.wandb != "disabled":
+            self._wandb = _start_wandb(config, folder.path)
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches."""
+        if not self._writes:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"kind": kind, "time_s": round(time.time(), 3), "step": step, **values}) + "\n")
+        if self._wandb is not None:
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            self._wandb.log(numbers, step=step)
+
+    def train(self, step: int, **values: float) -> None:
+        """A training record, on the bar or as a line."""
+        self.write("train", step, **values)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=f"{values['loss']:.3f}", top1=f"{values['top1_percent']:.1f}%")
+        else:
+            self.say(
+                f"step {step:6d}  loss {values['loss']:.4f}  top-1 {values['top1_percent']:5.1f}%  "
+                f"lr {values['learning_rate']:.4g}  {values['clips_per_s']:.1f} clips/s  "
+                f"input wait {values['input_wait_percent']:.1f}%"
+            )
+
+    def bad_clip(self, folder: RunFolder, **values: Any) -> None:
+        if self._writes:
+            with folder.bad_clips.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def close(self, exit_code: int) -> None:
+        if not self._writes:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; a last line that a kill cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _start_wandb(config: Config, folder: Path) -> Any:
+    import wandb  # slow to import, and on rank 0 alone
+
+    return wandb.init(
+        project=config.logger.project,
+        id=folder.name,
+        name=folder.name,
+        dir=folder,
+        mode="offline" if config.logger.wandb == "offline" else "online",
+        resume="allow" if config.logger.wandb == "online" else None,
+        settings=wandb.Settings(silent=True, console="off"),
+    )

@@ -1,0 +1,92 @@
+"""A run's folder: its configuration, where it came from, its records, checkpoints and success marker."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from distributed.topology import Topology
+
+from .errors import ConfigError
+from .schema import Config
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "horovod",
+    "nvidia-dali-cuda130",
+    "torchcodec",
+    "av",
+    "mpi4py",
+    "numpy",
+    "pyarrow",
+    "wandb",
+    "hydra-core",
+)
+
+
+class RunFolder:
+    """Paths inside `outputs/<run_id>`; rank 0 writes there, other ranks only read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.bad_clips = path / "bad_clips.jsonl"
+        self.report = path / "report.html"
+        self.success = path / "SUCCESS"
+
+    def create(self, config: Config, topology: Topology, hosts: list[str]) -> None:
+        """Make the folder and write what the run was started with; a resumed run adds to its provenance."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
+            ) from error
+        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        starts = self.path / "provenance.json"
+        earlier = json.loads(starts.read_text()) if starts.exists() else []
+        starts.write_text(json.dumps([*earlier, provenance(topology, hosts)], indent=1))
+
+
+def new_run_id(config: Config, topology: Topology) -> str:
+    """What a run is called when nobody said: the launcher's job, so that a requeued job finds its folder, else the time."""
+    return topology.job_id or f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def provenance(topology: Topology, hosts: list[str]) -> dict[str, Any]:
+    """Which code, packages, launcher and hosts a start was made of."""
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_diff": _git("diff", "HEAD"),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "launcher": topology.launcher,
+        "world_size": topology.size,
+        "hosts": hosts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    checkout = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or a checkout that was copied without its history
+    return done.stdout.strip()

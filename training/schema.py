@@ -1,0 +1,277 @@
+"""The typed configuration: what every key means, its default, and the checks that need no data and no process group."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from .errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    backbone: str = "resnet50"
+    """resnet18 or resnet50."""
+    shift: str = "residual"
+    """Where the temporal shift stands: residual, block, or none (TSN)."""
+    direction: str = "both"
+    """both (offline) or past (online, uni-directional)."""
+    fold_div: int = 8
+    """1/fold_div of the channels moves in each direction."""
+    num_frames: int = 8
+    """Frames that the network sees of each clip."""
+    temporal_pool: bool = False
+    """Halve the frames in front of layer2."""
+    non_local: bool = False
+    """Add the five non-local blocks (resnet50 alone)."""
+    dropout: float = 0.5
+    """Dropout in front of the classifier; masks are a function of (seed, step, slot)."""
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    """What reports call the data set."""
+    root: str = MISSING
+    """Folder of the manifests, relative to the checkout or absolute."""
+    train: str = "train.arrow"
+    """Manifest of the training clips, in root."""
+    val: str = "val.arrow"
+    """Manifest of the validation clips, in root."""
+    prepare: str = ""
+    """The command that makes the data set: named when a manifest is missing."""
+    num_classes: int = MISSING
+    """Must be the number of classes in the manifests."""
+    max_bad_clips: int = 0
+    """Undecodable clips tolerated in a run (training replaces them, evaluation reports them missing) before it ends."""
+
+
+@dataclass
+class PipelineConfig:
+    decoder: str = "auto"
+    """auto (torchcodec where it loads, else pyav), torchcodec or pyav."""
+    workers: int = 2
+    """Decoding processes for each training process; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches that each worker decodes ahead."""
+    size: int = 224
+    """Side in pixels of the network's input."""
+    crop_scales: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.66])
+    """Sides of the random training crop, as parts of the shorter side of the frame."""
+    evaluation_scale: float = 0.875
+    """Side of the evaluation's centre crop, likewise (0.875 is 224 of 256)."""
+    flip: bool = False
+    """Mirror half of the training clips; off where left and right tell classes apart."""
+
+
+@dataclass
+class BatchConfig:
+    global_batch: int = MISSING
+    """Clips in a step over all processes: decides the result."""
+    bn_group: int | None = None
+    """Clips that share batch-norm statistics; null: the whole global batch."""
+    micro_batch: int | None = None
+    """The most clips that a process takes at once; null: its whole part. More accumulation, same result."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "sgd"
+    """sgd."""
+    lr: float = MISSING
+    """Learning rate at a global batch of base_batch."""
+    base_batch: int = MISSING
+    """The global batch that lr is meant for."""
+    scaling: str = "linear"
+    """How the peak rate follows from lr, base_batch and the global batch: linear, sqrt or none."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """Decay of convolution and classifier weights; BN parameters and biases have none."""
+    nesterov: bool = False
+    clip_norm: float | None = None
+    """Clip the global gradient's norm to this; null: do not."""
+
+
+@dataclass
+class ScheduleConfig:
+    epochs: float = MISSING
+    """Passes over the training clips."""
+    decay: str = "cosine"
+    """constant, step, cosine or poly2."""
+    warmup_epochs: float = 0.0
+    """Length of the gradual warm-up."""
+    warmup_start: float = 0.0
+    """Rate that the warm-up starts from."""
+    milestones: list[float] = field(default_factory=list)
+    """Epochs at which step decay multiplies the rate by factor."""
+    factor: float = 0.1
+    end: float = 0.0
+    """Rate at the end of cosine and poly2."""
+
+
+@dataclass
+class NumericsConfig:
+    """How numbers are computed; part of the recipe, since it can change the result."""
+
+    dtype: str = "float32"
+    """float32, or float64 for equivalence tests."""
+    amp: str = "off"
+    """off, bfloat16 or float16 (with loss scaling)."""
+    channels_last: bool = False
+    tf32: bool = True
+    """Let CUDA use TF32 in float32 matrix products and convolutions."""
+    cudnn_benchmark: bool = True
+    deterministic: bool = False
+    """Bit-equal repetition at the same world, at some cost in speed."""
+
+
+@dataclass
+class DistributedConfig:
+    backend: str = "auto"
+    """auto (horovod under horovodrun or mpirun, torch under torchrun, else single), single, torch or horovod."""
+    device: str = "auto"
+    """auto (cuda where there is one), cuda or cpu."""
+    world_size: int | None = None
+    """Refuse to start with any other number of processes; null: take what the launcher gives."""
+    wire: str = "float32"
+    """Gradients on the wire: float32 (uncompressed) or float16, scaled by 1/size before they are summed."""
+    timeout_s: float = 600.0
+    """Limit of a single collective operation, and of start-up."""
+
+
+@dataclass
+class LoggerConfig:
+    wandb: str = "offline"
+    """offline, online or disabled; rank 0 alone. metrics.jsonl is always written."""
+    project: str = "tsm"
+    every_steps: int = 10
+    """Steps between two training records."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_epochs: int = 1
+    """Epochs between two checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    allow_recipe_change: bool = False
+    """Resume although the recipe differs from the checkpoint's."""
+
+
+@dataclass
+class EvaluationConfig:
+    every_epochs: int = 1
+    """Epochs between two evaluations; the last step is always evaluated."""
+    batch: int = 16
+    """Clips in a batch of each process."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    name: str = "run"
+    """Experiment name: part of a new run's id."""
+    seed: int = 0
+    """Of weights, clip order, draws and dropout."""
+    outputs: str = "outputs"
+    """Where run folders are made."""
+    run_id: str | None = None
+    """The run folder's name; a folder that exists is resumed. null: the launcher's job id, else name and time."""
+    max_steps: int | None = None
+    """Stop after this many steps, with a checkpoint; the schedule stays that of the whole run."""
+
+
+def register() -> None:
+    """Make the schema known to Hydra, so that an unknown key is refused while the configuration is composed."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    groups = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "pipeline": PipelineConfig,
+        "optimizer": OptimizerConfig,
+        "schedule": ScheduleConfig,
+        "distributed": DistributedConfig,
+        "logger": LoggerConfig,
+    }
+    for group, node in groups.items():
+        store.store(group=group, name="schema", node=node)
+
+
+def from_composed(composed: Any) -> Config:
+    """The typed configuration of what Hydra composed. Raises ConfigError for a missing or wrong value."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(
+            f"no value for {', '.join(missing)}. Fix: choose an experiment (experiment=smoke) or set {missing[0]}=..."
+        )
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+_CHOICES = {
+    "model.shift": ("residual", "block", "none"),
+    "model.direction": ("both", "past"),
+    "optimizer.name": ("sgd",),
+    "optimizer.scaling": ("none", "linear", "sqrt"),
+    "schedule.decay": ("constant", "step", "cosine", "poly2"),
+    "numerics.dtype": ("float32", "float64"),
+    "numerics.amp": ("off", "bfloat16", "float16"),
+    "distributed.backend": ("auto", "single", "torch", "horovod"),
+    "distributed.device": ("auto", "cuda", "cpu"),
+    "distributed.wire": ("float32", "float16"),
+    "logger.wandb": ("offline", "online", "disabled"),
+}
+_POSITIVE = (
+    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size", "pipeline.evaluation_scale",
+    "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "schedule.epochs", "distributed.timeout_s",
+    "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
+)  # fmt: skip
+_NOT_NEGATIVE = ("pipeline.workers", "data.max_bad_clips", "optimizer.weight_decay", "schedule.warmup_epochs")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError, with the dotted key, for values that no run could use."""
+
+    def value(key: str) -> Any:
+        group, name = key.split(".")
+        return getattr(getattr(config, group), name)
+
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value(key)!r}")
+    for key in _POSITIVE:
+        if not value(key) > 0:
+            raise ConfigError(f"{key} must be more than 0, got {value(key)}")
+    for key in _NOT_NEGATIVE:
+        if not value(key) >= 0:
+            raise ConfigError(f"{key} must be 0 or more, got {value(key)}")
+    if not 0 <= config.model.dropout < 1:
+        raise ConfigError(f"model.dropout must be in [0, 1), got {config.model.dropout}")
+    scales = config.pipeline.crop_scales
+    if not scales or not all(0 < scale <= 1 for scale in scales):
+        raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")
+    if config.schedule.warmup_epochs > config.schedule.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is longer than schedule.epochs={config.schedule.epochs}"
+        )
+    if config.numerics.dtype == "float64" and config.numerics.amp != "off":
+        raise ConfigError(
+            f"numerics.amp={config.numerics.amp} lowers precision and numerics.dtype=float64 raises it. Fix: numerics.amp=off"
+        )
+    if config.run_id is not None and Path(config.run_id).name != config.run_id:
+        raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")

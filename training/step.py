@@ -1,0 +1,129 @@
+"""One training step: from a batch of uint8 clips to changed weights."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distributed.backend import Reducer
+from pipelines.draw import dropout_seeds
+from pipelines.loader import ClipBatch
+from tsm.networks import TemporalNetwork
+
+from .recipe import Execution, Recipe
+from .schema import NumericsConfig
+
+# ImageNet's statistics, in levels of 0 to 255 (the official TSM normalises with them).
+_MEAN_C = (123.675, 116.28, 103.53)
+_STD_C = (58.395, 57.12, 57.375)
+
+_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Normaliser:
+    """Moves uint8 clips to the device and to normalised numbers there: an eighth of float64's, a quarter of float32's traffic."""
+
+    def __init__(self, device: torch.device, numerics: NumericsConfig) -> None:
+        self._device = device
+        self._dtype = torch.float64 if numerics.dtype == "float64" else torch.float32
+        self._channels_last = numerics.channels_last
+        self._scale_C11 = (1 / torch.tensor(_STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
+        self._shift_C11 = (
+            (-torch.tensor(_MEAN_C, dtype=torch.float64).to(device) * self._scale_C11.view(3))
+            .to(self._dtype)
+            .view(3, 1, 1)
+        )
+
+    def __call__(self, video_NTCHW: Tensor) -> Tensor:
+        video_NTCHW = video_NTCHW.to(self._device, non_blocking=True)
+        if self._channels_last:
+            frames_BCHW = video_NTCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            video_NTCHW = frames_BCHW.unflatten(0, video_NTCHW.shape[:2])
+        return torch.addcmul(self._shift_C11, video_NTCHW.to(self._dtype), self._scale_C11)
+
+
+@dataclass
+class Trainer:
+    """What a step works on. `network` is the plain module; forward passes for gradients run through `reducer.network`."""
+
+    recipe: Recipe
+    execution: Execution
+    rank: int
+    network: TemporalNetwork
+    optimizer: torch.optim.Optimizer
+    reducer: Reducer
+    normalise: Normaliser
+    scaler: torch.amp.GradScaler
+    amp: str
+    clip_norm: float | None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.amp == "off":
+            return nullcontext()
+        return torch.autocast(self.normalise._device.type, _AMP_TYPES[self.amp])
+
+    def step(self, step: int, batches: list[ClipBatch]) -> Tensor:
+        """Take step `step` (from 0) on this rank's micro-batches of the global batch.
+
+        Returns `[sum of losses, right answers, clips]` of this rank, on the device, so that nothing waits for it.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = []
+        for micro_step, batch in enumerate(batches):
+            slot_N = self.execution.slots(self.rank, micro_step)
+            self.network.dropout.seed_N = torch.from_numpy(dropout_seeds(self.recipe.seed, step, slot_N))
+            totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
+        self.reducer.finish()
+        self._update(self.recipe.schedule.learning_rate(step))
+        return torch.stack(totals).sum(0)
+
+    def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; gradients add up to the mean over all micro-steps."""
+        video_NTCHW = self.normalise(batch.video_NTCHW)
+        label_N = batch.label_N.to(video_NTCHW.device, non_blocking=True)
+        with self.reducer.micro_step(last):
+            with self.autocast():
+                logit_NK = self.reducer.network(video_NTCHW)
+                loss = nn.functional.cross_entropy(logit_NK, label_N)
+            self.scaler.scale(loss / self.execution.accumulation).backward()
+        with torch.no_grad():
+            right = (logit_NK.argmax(1) == label_N).sum()
+            return torch.stack(
+                [loss.detach().double() * len(label_N), right.double(), torch.full_like(right, len(label_N)).double()]
+            )
+
+    def _update(self, learning_rate: float) -> None:
+        """Unscale, clip, step: all of them see the reduced gradient, so every rank does the same."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def make_optimizer(network: nn.Module, momentum: float, weight_decay: float, nesterov: bool) -> torch.optim.Optimizer:
+    """SGD in which BN parameters and biases, the tensors of one dimension, have no weight decay (TSM's official groups)."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
+    for (
+        parameter
+    ) in parameters:  # as after a step with no gradient, so that every rank can be sent a resumed run's state
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name; the tensors are the live ones."""
+    return {
+        f"{name}.{kind}": tensor
+        for name, parameter in network.named_parameters()
+        for kind, tensor in optimizer.state[parameter].items()
+        if isinstance(tensor, Tensor)
+    }

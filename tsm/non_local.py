@@ -1,0 +1,49 @@
+"""Non-local blocks (Wang et al., arXiv:1711.07971) where the TSM authors put them in a ResNet-50."""
+
+from torch import Tensor, nn
+
+PLACES = (("layer2", 0), ("layer2", 2), ("layer3", 0), ("layer3", 2), ("layer3", 4))
+
+
+class NonLocalBlock(nn.Module):
+    """Every position of a clip attends to every (2 x 2 sub-sampled) position of all its frames; starts as the identity.
+
+    Embedded Gaussian form: `x + BN(W(softmax(theta(x)^T phi(x)) g(x)))` with half the channels inside. In and out:
+    (N * num_frames, C, H, W).
+    """
+
+    def __init__(self, channels: int, num_frames: int) -> None:
+        super().__init__()
+        self.num_frames = num_frames
+        inner = channels // 2
+        subsample = nn.MaxPool3d((1, 2, 2))
+        self.theta = nn.Conv3d(channels, inner, 1)
+        self.phi = nn.Sequential(nn.Conv3d(channels, inner, 1), subsample)
+        self.g = nn.Sequential(nn.Conv3d(channels, inner, 1), subsample)
+        self.W = nn.Sequential(nn.Conv3d(inner, channels, 1), nn.BatchNorm3d(channels))
+        nn.init.zeros_(self.W[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.W[1].bias)  # type: ignore[arg-type]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_NCTHW = x_BCHW.unflatten(0, (-1, self.num_frames)).transpose(1, 2)
+        query_NCL, key_NCM, value_NCM = (branch(x_NCTHW).flatten(2) for branch in (self.theta, self.phi, self.g))
+        weight_NLM = (query_NCL.transpose(1, 2) @ key_NCM).softmax(-1)
+        mixed_NCL = value_NCM @ weight_NLM.transpose(1, 2)
+        out_NCTHW = x_NCTHW + self.W(mixed_NCL.unflatten(2, x_NCTHW.shape[2:]))
+        return out_NCTHW.transpose(1, 2).flatten(0, 1)
+
+
+def add_non_local_blocks(resnet: nn.Module, num_frames: int) -> None:
+    """Put a non-local block behind each of the residual blocks in `PLACES`, in place."""
+    for stage_name, index in PLACES:
+        stage: nn.Sequential = getattr(resnet, stage_name)
+        block = stage[index]
+        channels: int = block.bn3.num_features  # type: ignore[union-attr, assignment]
+        block.register_module("non_local", NonLocalBlock(channels, num_frames))
+        block.register_forward_hook(_apply_non_local)
+
+
+def _apply_non_local(block: nn.Module, args: tuple[Tensor], out_BCHW: Tensor) -> Tensor:
+    non_local: NonLocalBlock = block.non_local  # type: ignore[assignment]
+    refined: Tensor = non_local(out_BCHW)
+    return refined
