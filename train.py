@@ -6,23 +6,18 @@ horovodrun --gloo -np 2 python train.py experiment=smoke                    two,
 """
 
 import sys
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-import distributed
 from training import main, schema
-
-if Path(distributed.__file__).parent.parent != Path(__file__).parent:
-    sys.exit(f"`import distributed` found {distributed.__file__} (dask's?): start train.py from its own checkout")
 
 schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(composed: DictConfig) -> None:
-    sys.exit(main.run(composed))
+    sys.exit(main.run(composed, main.train_task))
 
 
 if __name__ == "__main__":

@@ -165,11 +165,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
 
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-    hosts = backend.all_gather_objects(topology.host)
     resumed = _resumed(config, recipe, folder) if topology.rank == 0 else None
     state = backend.broadcast_object(resumed.state if resumed else None)
-    if topology.rank == 0:
-        folder.create(config, topology, hosts)
 
     network = _build_network(config, backend, execution)
     optimizer = make_optimizer(

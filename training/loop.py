@@ -61,30 +61,32 @@ def train(job: Job, records: Records) -> int:
     return EXIT_DONE
 
 
-def _evaluate(job: Job, records: Records, step: int) -> Scores:
-    """Evaluate on the validation clips with running statistics that all ranks share."""
-    started_s = time.monotonic()
-    network = job.trainer.network
-    average_running_statistics(network, job.backend)
+def score(job: Job) -> tuple[Scores, list[BadClipRecord]]:
+    """Scores on the validation clips, with running statistics that all ranks share; and every rank's missing clips."""
+    average_running_statistics(job.trainer.network, job.backend)
     scores, missing = evaluate(
-        network,
+        job.trainer.network,
         job.trainer.normalise,
         job.validation_clips,
         job.loader(job.validation_clips),
         job.backend,
         job.config.evaluation.batch,
     )
-    for record in [record for part in job.backend.all_gather_objects(missing) for record in part]:
+    return scores, [record for part in job.backend.all_gather_objects(missing) for record in part]
+
+
+def _evaluate(job: Job, records: Records, step: int) -> None:
+    started_s = time.monotonic()
+    scores, missing = score(job)
+    for record in missing:
         records.bad_clip(job.folder, split="val", step=step, **vars(record))
     duration_s = round(time.monotonic() - started_s, 3)
-    records.write(
-        "evaluation", step, epoch=round(step / job.recipe.steps_per_epoch, 3), duration_s=duration_s, **scores.as_dict()
-    )
+    epoch = round(step / job.recipe.steps_per_epoch, 3)
+    records.write("evaluation", step, epoch=epoch, duration_s=duration_s, **scores.as_dict())
     records.say(describe(scores, f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
         raise DataError(_too_many_bad(job, f"{scores.missing} validation clips are missing", missing))
     job.best_top1_percent = max(job.best_top1_percent, scores.top1_percent)
-    return scores
 
 
 def describe(scores: Scores, title: str) -> str:

@@ -1,7 +1,9 @@
 """A run from its composed configuration to an exit code; every failure ends here, in words, on every rank."""
 
+import json
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from distributed.backend import Backend, make_backend, pick_device
@@ -11,15 +13,17 @@ from pipelines.loader import start_worker_server
 
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, DataError
 from .job import Job, build_job, set_numerics
-from .loop import train
+from .loop import describe, score, train
 from .plan import describe_plan
 from .records import Records
 from .report import write_report
 from .schema import Config, from_composed
 
+Task = Callable[[Config, Backend, ControlChannel], int]
 
-def run(composed: Any) -> int:
-    """Train as the configuration says; returns the exit code (see training.errors)."""
+
+def run(composed: Any, task: Task) -> int:
+    """Do a task as the configuration says, in the world that the launcher made; returns the exit code (training.errors)."""
     topology: Topology | None = None
     control: ControlChannel | None = None
     try:
@@ -27,7 +31,7 @@ def run(composed: Any) -> int:
         config = from_composed(composed)
         backend = join_world(config, topology)
         control = ControlChannel(backend)
-        code = _train(config, backend, control)
+        code = task(config, backend, control)
         control.close()
         backend.close()
         return code
@@ -55,13 +59,17 @@ def join_world(config: Config, topology: Topology) -> Backend:
     return make_backend(name, topology, device, config.distributed.timeout_s)
 
 
-def _train(config: Config, backend: Backend, control: ControlChannel) -> int:
+def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
+    """Train to the end, or go on where an earlier start of the same run stopped."""
     job = build_job(config, backend, control)
     writes = backend.topology.rank == 0
     if job.folder.success.exists():
         if writes:
             print(f"{job.folder.path} is finished ({job.folder.success.name} is there): nothing to do", flush=True)
         return EXIT_DONE
+    hosts = backend.all_gather_objects(backend.topology.host)
+    if writes:
+        job.folder.create(config, backend.topology, hosts)
     records = Records(config, job.folder, writes, job.first_step, job.recipe.total_steps)
     code = EXIT_FAILURE
     try:
@@ -74,6 +82,22 @@ def _train(config: Config, backend: Backend, control: ControlChannel) -> int:
     if writes:
         _finish(job, code)
     return code
+
+
+def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
+    """Evaluate the newest checkpoint of a run and say what it scores."""
+    if config.run_id is None:
+        raise ConfigError(
+            "which run? Fix: run_id=NAME of a folder in outputs, and the overrides that it was trained with"
+        )
+    job = build_job(config, backend, control)
+    if job.first_step == 0:
+        raise ConfigError(f"{job.folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
+    scores, missing = score(job)
+    if backend.topology.rank == 0:
+        print(describe(scores, f"{config.run_id} step {job.first_step}"), flush=True)
+        print(json.dumps({"step": job.first_step, **scores.as_dict()}), flush=True)
+    return EXIT_DATA if len(missing) > config.data.max_bad_clips else EXIT_DONE
 
 
 def _finish(job: Job, code: int) -> None:

@@ -1,0 +1,105 @@
+"""Whole jobs for tests: train.py under a launcher, what it printed, how it ended, and what it left running."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from worlds import CHECKOUT, World
+
+_MARK = "TSM_TEST_JOB"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    exit_code: int
+    output: str
+    duration_s: float
+    left_running: list[str]
+
+
+class RunningJob:
+    """A job in a process group of its own, as a terminal starts one; each of its processes carries a mark."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._mark = uuid.uuid4().hex
+        self._log = log
+        self._started_s = time.monotonic()
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=CHECKOUT,
+                env=environment | {_MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the terminal sends SIGINT to the whole foreground process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self, limit_s: float) -> Ended:
+        """Wait for the end. Raises AssertionError, with the output, for a job that is still there after `limit_s`."""
+        started_s = time.monotonic()
+        try:
+            exit_code = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {limit_s} s:\n{self._log.read_text()[-5000:]}") from None
+        duration_s = time.monotonic() - started_s
+        deadline_s = time.monotonic() + 5
+        while self._processes() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        left = [command for _, command in self._processes()]
+        self.kill()
+        return Ended(exit_code, self._log.read_text(), duration_s, left)
+
+    def kill(self) -> None:
+        for pid, _ in self._processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def _processes(self) -> list[tuple[int, str]]:
+        """(pid, command line) of every living process that carries the job's mark."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{_MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
+                    found.append((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")))
+            except OSError:  # ended meanwhile
+                continue
+        return found
+
+
+def start_training(world: World, log: Path, *overrides: str, rank_variable: str | None = None) -> RunningJob:
+    """Start train.py in a world; with `rank_variable` each rank gets `seed=` that variable: ranks that disagree."""
+    if rank_variable is None:
+        return RunningJob(world.command("train.py", *overrides), world.environment, log)
+    script = log.with_suffix(".py")
+    script.write_text(
+        "import os, sys\n"
+        f"os.execv(sys.executable, [sys.executable, 'train.py', *sys.argv[1:], 'seed=' + os.environ['{rank_variable}']])\n"
+    )
+    return RunningJob(world.command(str(script), *overrides), world.environment, log)
+
+
+def wait_for_record(metrics: Path, kind: str, limit_s: float = 120) -> None:
+    """Wait until a run has written a record of this kind."""
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s:
+        if metrics.exists() and any(
+            line.endswith("}") and json.loads(line)["kind"] == kind for line in metrics.read_text().splitlines()
+        ):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no {kind} record in {metrics} after {limit_s} s")

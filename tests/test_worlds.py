@@ -1,0 +1,198 @@
+"""Every distributed behaviour in real worlds of 1, 2 and 4 processes on every backend."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config
+from safetensors.torch import load_file
+from torch import Tensor
+from worlds import WORLDS, Results, World, launch
+
+from pipelines.draw import dropout_seeds
+from pipelines.loader import ClipSource, TrainingClips
+from training import schema
+from training.job import augmentation_of, recipe_of
+from tsm.networks import build_network
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[World, Any]:
+    """Results by world, filled as tests ask; the folder holds the clips that all worlds train on."""
+    folder = tmp_path_factory.mktemp("worlds")
+    command = [sys.executable, "prepare.py", "shapes", "--root", str(folder / "clips")]
+    sizes = ["--train-clips", "40", "--val-clips", "20"]
+    subprocess.run([*command, *sizes], cwd=CHECKOUT, check=True, capture_output=True)
+    return {"folder": folder}  # type: ignore[dict-item]
+
+
+@pytest.fixture(params=WORLDS, ids=lambda world: world.name)
+def world(request: pytest.FixtureRequest) -> World:
+    wanted: World = request.param
+    if wanted.missing:
+        pytest.skip(wanted.missing)
+    return wanted
+
+
+def results_of(world: World, launches: dict[Any, Any]) -> Results:
+    if world not in launches:
+        try:
+            launches[world] = launch(world, launches["folder"] / world.name)
+        except AssertionError as error:
+            launches[world] = error
+    found = launches[world]
+    if isinstance(found, AssertionError):
+        raise found
+    return found
+
+
+@pytest.fixture
+def results(world: World, launches: dict[Any, Any]) -> Results:
+    return results_of(world, launches)
+
+
+def final_weights(results: Results, run_id: str) -> dict[str, Tensor]:
+    newest = max((results.folder / run_id / "checkpoints").iterdir())
+    return load_file(newest / "network.safetensors")
+
+
+def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Largest difference of any tensor relative to that tensor's largest value."""
+    assert left.keys() == right.keys()
+    return max(
+        ((left[name] - right[name]).abs().max() / right[name].abs().max().clamp_min(1e-12)).item()
+        for name in left
+        if left[name].is_floating_point()
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_weights(launches: dict[Any, Any]) -> dict[str, Tensor]:
+    return bare_loop(launches["folder"] / "clips")
+
+
+def bare_loop(clips: Path) -> dict[str, Tensor]:
+    """The `whole_world` run in plain torch: the network as built, its own batch norm, torch's SGD, one process, one batch."""
+    schema.register()
+    config = compose_config(*EQUIVALENCE, f"data.root={clips}")
+    dataset = TrainingClips(ClipSource(clips / "train.arrow", augmentation_of(config), config.seed, "pyav"))
+    recipe = recipe_of(config, len(dataset.source.manifest), "")
+    torch.manual_seed(config.seed)
+    network = build_network("resnet18", 10, num_frames=4).double()
+    decayed = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() == 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others}], lr=0.1, momentum=0.9
+    )
+    mean_C = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
+    std_C = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
+    for step in range(20):
+        slot_N = torch.arange(8).numpy()
+        batch = dataset[step * 8 + slot_N]
+        network.dropout.seed_N = torch.from_numpy(dropout_seeds(config.seed, step, slot_N))
+        loss = torch.nn.functional.cross_entropy(network((batch.video_NTCHW - mean_C) / std_C), batch.label_N)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.schedule.learning_rate(step)
+        optimizer.step()
+    return network.state_dict()
+
+
+def test_one_process_trains_as_plain_torch_does(launches: dict[Any, Any], reference_weights: dict[str, Tensor]) -> None:
+    weights = final_weights(results_of(WORLDS[0], launches), "whole_world")
+    assert (
+        largest_difference(
+            {k: v for k, v in weights.items() if "tracked" not in k},
+            {k: v for k, v in reference_weights.items() if "tracked" not in k},
+        )
+        < 1e-9
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_after_20_steps_do_not_depend_on_the_world(
+    variant: str, results: Results, launches: dict[Any, Any]
+) -> None:
+    results.of("equivalence")
+    one_process = results_of(WORLDS[0], launches)
+    assert largest_difference(final_weights(results, variant), final_weights(one_process, variant)) < 1e-9
+
+
+def test_groupings_differ_from_each_other(launches: dict[Any, Any]) -> None:
+    """Otherwise the equality above could not tell a right grouping from a wrong one."""
+    results = results_of(WORLDS[0], launches)
+    results.of("equivalence")
+    for other in ("groups_of_4", "groups_of_2_accumulated"):
+        assert largest_difference(final_weights(results, other), final_weights(results, "whole_world")) > 1e-3
+
+
+def test_scores_do_not_depend_on_the_world(results: Results, launches: dict[Any, Any]) -> None:
+    expected = results_of(WORLDS[0], launches).of("equivalence")[0]
+    for scores in results.of("equivalence"):
+        for variant, values in scores.items():
+            assert values == pytest.approx(expected[variant], rel=1e-7), variant
+            assert values["clips"] == 20
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(results: Results) -> None:
+    assert all(results.of("resumed"))
+    assert largest_difference(final_weights(results, "resumed"), final_weights(results, "whole_world")) < 1e-9
+
+
+def test_deterministic_mode_repeats_and_resumes_bit_for_bit(results: Results) -> None:
+    assert results.of("deterministic") == [[]] * len(results.by_rank)
+
+
+def test_collectives(results: Results, world: World) -> None:
+    size = world.size
+    for rank, result in enumerate(results.of("collectives")):
+        assert result["sum"] == [size * (size + 1) / 2] * 3
+        assert result["broadcast"] == [5.0, 5.0]
+        ranks, total = result["group"]
+        assert rank in ranks and len(ranks) == max(1, size // 2)
+        assert total == sum(member + 1 for member in ranks)
+        assert result["object"] == {"from": 0}
+        assert result["objects"] == [[other, "x" * other] for other in range(size)]
+
+
+def test_half_precision_wire_does_not_overflow(results: Results) -> None:
+    assert results.of("half_wire") == pytest.approx([60000.0] * len(results.by_rank), rel=1e-3)
+
+
+def test_running_statistics_follow_all_groups_of_a_step(results: Results) -> None:
+    x_NCHW = torch.randn(16, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    groups = x_NCHW.chunk(8)
+    mean_C = torch.stack([group.mean((0, 2, 3)) for group in groups]).mean(0)
+    var_C = torch.stack([group.var((0, 2, 3)) for group in groups]).mean(0)
+    expected = [*(0.1 * mean_C).tolist(), *(0.9 + 0.1 * var_C).tolist()]
+    for values in results.of("running_statistics"):
+        assert values == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_rank_with_another_configuration_is_named(results: Results, world: World) -> None:
+    for message in results.of("disagreement"):
+        if world.size == 1:
+            assert message == ""
+        else:
+            odd = [0, 1] if world.size == 2 else [world.size - 1]
+            named = [int(rank) for rank in re.findall(r"\d+", message.split("of")[0])]
+            assert "seed" in message and "99" in message and set(named) <= set(odd), message
+
+
+def test_a_barrier_names_who_is_missing(results: Results, world: World) -> None:
+    message = results.of("missing_at_barrier")[0]
+    expected = "" if world.size == 1 else f"these ranks are missing: {list(range(1, world.size))}"
+    assert message.endswith(expected)
+
+
+def test_ranks_stop_behind_the_same_step(results: Results) -> None:
+    steps = results.of("agreed_stop")
+    assert steps[0] and steps[0][0] >= 3
+    assert all(step == steps[0] for step in steps)
