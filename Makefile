@@ -1,0 +1,104 @@
+# `make` or `make help` lists the targets. Everything lands in .venv, data/ and outputs/ of this checkout, and built Horovod
+# wheels in ~/.cache/tsm-at-scale.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3.11
+export PYTHON
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# A stamp's name holds a hash of the pins and of what the project asks for: a change of either installs again, and a second
+# call does nothing. Tool settings further down in pyproject.toml are not part of it.
+PINS := $(shell { cat constraints.txt; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
+BASE := $(VENV)/.base-$(PINS)
+DEV := $(VENV)/.dev-$(PINS)
+
+# What `make smoke` runs: make smoke BACKEND=horovod ARGS='seed=1'
+BACKEND ?= torch
+EXPERIMENT ?= smoke
+# Two processes share the cores.
+HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
+
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu lint format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(BASE)  ## .venv with the pinned dependencies: no root, no Horovod, no DALI, no system FFmpeg
+
+$(BASE): | constraints.txt pyproject.toml
+	tools/setup_venv.sh $(VENV) core
+	@rm -f $(VENV)/.base-*
+	@touch $@
+
+dev: $(DEV)  ## the same with what lint and tests need
+
+$(DEV): $(BASE)
+	tools/setup_venv.sh $(VENV) core mpi torchcodec dev
+	@rm -f $(VENV)/.dev-*
+	@touch $@
+
+smoke: smoke-$(BACKEND)  ## train a small model on generated clips with 2 processes; BACKEND=torch|horovod|single ARGS=...
+
+smoke-torch: data/shapes
+	OMP_NUM_THREADS=$(HALF_THE_CORES) $(BIN)/torchrun --standalone --nproc-per-node 2 \
+	    train.py experiment=$(EXPERIMENT) distributed=torch $(ARGS)
+
+smoke-horovod: horovod data/shapes
+	OMP_NUM_THREADS=$(HALF_THE_CORES) $(BIN)/horovodrun --gloo -np 2 \
+	    $(BIN)/python train.py experiment=$(EXPERIMENT) distributed=horovod $(ARGS)
+
+smoke-single: data/shapes
+	$(BIN)/python train.py experiment=$(EXPERIMENT) $(ARGS)
+
+# prepare.py skips what is already there and whole, so it is always asked.
+.PHONY: data/shapes
+data/shapes: $(BASE)
+	$(BIN)/python prepare.py shapes
+
+horovod: $(BASE)  ## build Horovod for the installed torch (minutes once, then cached), prove it with 2 processes
+	@$(BIN)/python -m tools.build_horovod
+
+lint: $(DEV)  ## ruff, mypy, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	tools/lint_shell.sh
+
+format: $(DEV)  ## rewrite what lint would complain about, where that is safe
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint  ## lint and the fast tests: minutes
+	$(PYTEST) -m "not slow and not gpu"
+
+# One after the other, even under make -j: each step uses the whole machine.
+test:  ## everything but the GPU tests; installs system packages first where it may; FORBID_SKIPS=1 fails on a skipped test
+	tools/install_system_packages.sh
+	$(MAKE) lint
+	$(MAKE) horovod
+	$(PYTEST) -m "not gpu"
+
+test-gpu: $(DEV)  ## the tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmarks/*.json
+	@mkdir -p outputs/benchmarks
+	@found=0; \
+	for script in $$(grep -ls __main__ benchmarks/*.py || true); do \
+	    found=1; name=$$(basename "$$script" .py); \
+	    echo "== $$name"; \
+	    $(BIN)/python "$$script" --json "outputs/benchmarks/$$name.json" $(ARGS); \
+	done; \
+	if [ $$found = 0 ]; then echo "bench: no program in benchmarks/" >&2; exit 1; fi
+
+clean:  ## remove .venv and tool caches; keeps data/, outputs/ and the Horovod wheel cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

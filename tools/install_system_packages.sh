@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Installs what tools/system_packages.txt lists and this machine lacks. Quick when nothing is missing. Off Debian or without
+# root it only says what is missing and exits 0: tests that need it then skip, and say so.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+mapfile -t wanted < <(sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' "$here/system_packages.txt")
+
+if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
+    echo "system packages: not a Debian system, so nothing is installed; the tests want the equivalents of: ${wanted[*]}"
+    exit 0
+fi
+
+missing=()
+for package in "${wanted[@]}"; do
+    status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+    [[ $status == installed ]] || missing+=("$package")
+done
+
+if ((${#missing[@]} == 0)); then
+    echo "system packages: all ${#wanted[@]} are here"
+    exit 0
+fi
+if ((EUID != 0)); then
+    echo "system packages: NOT INSTALLED (not root): ${missing[*]}"
+    echo "  fix: sudo apt-get install ${missing[*]}"
+    exit 0
+fi
+
+echo "system packages: installing ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+# Another apt may be at work (a new machine's first minutes): wait for its lock rather than fail.
+apt=(apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -qq)
+"${apt[@]}" update
+"${apt[@]}" install --yes --no-install-recommends "${missing[@]}" </dev/null
+echo "system packages: installed ${missing[*]}"

@@ -1,0 +1,55 @@
+"""Print the requirements that pyproject.toml names, one a line: the core, or those of the named extras.
+
+    python tools/requirements.py dev mpi | pip install -c constraints.txt -r /dev/stdin
+
+pip itself can install an extra only together with the project, and the project is never installed. `core` names the
+core beside extras; `--without NAME` leaves one requirement out (Horovod is built by a script of its own).
+"""
+
+import argparse
+import re
+import tomllib
+from pathlib import Path
+
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+
+
+def normalized(name: str) -> str:
+    """A package name as PyPI compares it (PEP 503): `PyYAML` is `pyyaml`, `a_b` is `a-b`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def name_of(requirement: str) -> str:
+    """The normalized package name that a requirement line starts with."""
+    match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", requirement)
+    if match is None:
+        raise ValueError(f"not a requirement: {requirement!r}")
+    return normalized(match.group(1))
+
+
+def requirements(groups: list[str], pyproject: Path = PYPROJECT) -> list[str]:
+    """The requirement lines of the groups, in order; `core` is the project's own list, any other name an extra."""
+    project = tomllib.loads(pyproject.read_text())["project"]
+    known = {"core": project["dependencies"], **project["optional-dependencies"]}
+    unknown = [group for group in groups if group not in known]
+    if unknown:
+        raise ValueError(f"pyproject.toml has no group {', '.join(unknown)}; it has {', '.join(known)}")
+    return [line for group in groups for line in known[group]]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", default=["core"])
+    parser.add_argument("--without", action="append", default=[], metavar="NAME")
+    args = parser.parse_args()
+    left_out = {normalized(name) for name in args.without}
+    try:
+        lines = requirements(args.groups)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(line for line in lines if name_of(line) not in left_out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# usage: tools/setup_venv.sh VENV GROUP...
+# Makes the virtual environment if it is not there, and installs the groups of pyproject.toml in the versions that
+# constraints.txt pins. PYTHON names the interpreter (default python3.11, else a python3 that is new enough).
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${1:?usage: tools/setup_venv.sh VENV GROUP...}
+shift
+: "${1:?usage: tools/setup_venv.sh VENV GROUP...}"
+
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3.11}" python3; do
+        if new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: no Python 3.11 or newer (tried ${PYTHON:-python3.11} and python3)" >&2
+    echo "  fix: apt-get install python3.11 python3.11-venv python3.11-dev, or make PYTHON=/path/to/python setup" >&2
+    exit 1
+}
+
+# Headers are for what compiles against Python: Horovod, and torch.compile's generated code.
+check_python() {
+    local version
+    version=$("$1" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    if ! "$1" -c 'import ensurepip, venv' 2>/dev/null; then
+        echo "setup: $1 cannot make virtual environments; fix: apt-get install $version-venv" >&2
+        exit 1
+    fi
+    if ! "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+        echo "setup: $1 has no headers (Python.h); fix: apt-get install $version-dev" >&2
+        exit 1
+    fi
+}
+
+if [[ ! -e $venv/bin/python ]]; then
+    python=$(find_python)
+    check_python "$python"
+    echo "setup: making $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+elif ! new_enough "$venv/bin/python"; then
+    echo "setup: $venv is broken or older than Python 3.11; fix: rm -rf $venv, then again" >&2
+    exit 1
+fi
+
+echo "setup: installing $* (pinned by constraints.txt)"
+"$venv/bin/python" tools/requirements.py "$@" --without horovod |
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement /dev/stdin
