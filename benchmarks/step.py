@@ -8,6 +8,7 @@ python benchmarks/step.py --quick --json FILE      a minute, for a look
 hands these batches out, so both see the same machine, block by block. It has the same network with nn.BatchNorm2d, DDP where
 there are two processes, the fused SGD, and nothing else: no metrics, no schedule, no records, no way to stop.
 """
+# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
 
 import argparse
 import itertools
@@ -198,6 +199,8 @@ def compare(setting: Setting, backend: Backend, control: ControlChannel, config:
     job = build_job(config, backend, control)
     batches = make_batches(setting, job.execution.micro_batch, backend.topology.rank)
     turns = TurnTaking(setting, batches, make_plain_step(config, setting, backend))
+    if backend.topology.rank == 0:
+        job.folder.checkpoints.mkdir(parents=True)
     records = Records(config, job.folder, backend.topology.rank == 0, 0, job.recipe.total_steps)
     train(MemoryJob(**vars(job), turns=turns), records)
     records.close(0)
@@ -291,34 +294,39 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = parse_arguments()
     if options.worker:
         backend, setting, folder, parent = json.loads(options.worker)
         common.end_with(parent)
         launch = next(launch for launch in LAUNCHES if launch.backend == backend)
         work(launch, Setting(**setting), Path(folder))
-        return
+        return 0
     if options.quick:
         options.batch, options.blocks, options.block_steps = 4, 6, 1
     names = ("batch", "size", "frames", "blocks", "block_steps", "threads", "device")
     setting = Setting(**{name: getattr(options, name) for name in names})
     facts = common.machine_facts(setting.threads)
-    rows, shown = [], []
+    rows, shown, failures = [], [], 0
     for launch in LAUNCHES:
         if options.only not in (None, launch.backend):
             continue
         print(f"measuring {launch.backend}, {launch.size} process{'es' if launch.size > 1 else ''} ...", flush=True)
         try:
             measured = measure(launch, setting)
-        except (common.ChildFailed, OSError) as error:
-            print(f"left out: {error}", file=sys.stderr, flush=True)
+        except FileNotFoundError as error:
+            print(f"left out, {error.filename} is not there. Fix: make horovod", file=sys.stderr, flush=True)
+            continue
+        except common.ChildFailed as error:
+            print(error, file=sys.stderr, flush=True)
+            failures += 1
             continue
         rows += measured
         shown += [show(row, title) for row, (title, _) in zip(measured, launch.comparisons, strict=True)]
     print_results(shown, setting, facts)
     if options.json:
         common.write_rows(options.json, rows, facts)
+    return int(failures > 0)
 
 
 def print_results(shown: list[list[str]], setting: Setting, facts: dict[str, Any]) -> None:
@@ -334,4 +342,4 @@ def print_results(shown: list[list[str]], setting: Setting, facts: dict[str, Any
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
     def __init__(self, num_features: int, eps: float, momentum: float, name: str) -> None:
         super().__init__(num_features, eps, momentum)
         self.name = name
+        self._momentum = momentum
         self.ghosts = 1
         self.group: Group | None = None
         self.backend: Backend | None = None
@@ -38,6 +39,9 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
                 x_BC, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         if self.group is None:
+            if self.ghosts == 1 and self.accumulation == 1:  # what torch's own batch norm does, in its one kernel
+                statistics = self.running_mean, self.running_var
+                return functional.batch_norm(x_BC, *statistics, self.weight, self.bias, True, self._momentum, self.eps)
             return self._over_ghosts(x_BC)
         assert self.backend is not None
         out_BC, mean_C, unbiased_var_C = _SynchronizedNorm.apply(x_BC, self.weight, self.bias, self)
@@ -63,12 +67,12 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
     @torch.no_grad()
     def _update_running_statistics(self, mean_C: Tensor, var_C: Tensor) -> None:
         """One exponential step per training step, towards the mean of its micro-steps' statistics."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
         if self._micro_step == 0:
-            self.running_mean.mul_(1 - self.momentum)
-            self.running_var.mul_(1 - self.momentum)
-        self.running_mean.add_(mean_C, alpha=self.momentum / self.accumulation)
-        self.running_var.add_(var_C, alpha=self.momentum / self.accumulation)
+            self.running_mean.mul_(1 - self._momentum)
+            self.running_var.mul_(1 - self._momentum)
+        self.running_mean.add_(mean_C, alpha=self._momentum / self.accumulation)
+        self.running_var.add_(var_C, alpha=self._momentum / self.accumulation)
         self._micro_step = (self._micro_step + 1) % self.accumulation
 
 

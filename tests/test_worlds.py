@@ -87,9 +87,11 @@ def bare_loop(clips: Path) -> dict[str, Tensor]:
     network = build_network("resnet18", 10, num_frames=4).double()
     decayed = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() == 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others}], lr=0.1, momentum=0.9
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": others},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     mean_C = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
     std_C = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
     for step in range(20):

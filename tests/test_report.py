@@ -1,0 +1,276 @@
+"""report.html shows the right numbers of any run folder, stands alone, and runs nothing that a run's records smuggle in."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.report import History, write_report
+from training.run_folder import RunFolder
+
+_VOID = {"meta", "br", "img", "link", "input", "hr"}
+_LINKS = {"href", "src", "srcset", "action", "data", "poster", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """What a reader sees of a page, and what a browser would fetch or run for it."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in _LINKS]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open, f"</{tag}> opens nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] not in ("style", "title") and data.strip():
+            self.texts.append(" ".join(data.split()))
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+    def card(self, label: str) -> str:
+        """The number above a label of the summary."""
+        found = [index for index, text in enumerate(self.texts) if text.startswith(label)]
+        return self.texts[found[0] - 1]
+
+
+class Run:
+    """Writes a run folder's records, a second a record."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        self.folder = RunFolder(path)
+        self.time_s = 1_000.0
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        with self.folder.metrics.open("a") as file:
+            file.write(json.dumps({"kind": kind, "time_s": self.time_s, "step": step, **values}) + "\n")
+        self.time_s += 1.0
+
+    def start(self, step: int = 0, **values: Any) -> None:
+        self.write("start", step, **({"world_size": 2, "backend": "torch"} | values))
+
+    def train(self, step: int, **values: Any) -> None:
+        usual = {"epoch": step / 10, "loss": 2.0, "top1_percent": 30.0, "learning_rate": 0.02, "step_s": 0.5}
+        self.write("train", step, **(usual | {"clips_per_s": 32.0, "input_wait_percent": 1.5} | values))
+
+    def evaluation(self, step: int, top1_percent: float, **values: Any) -> None:
+        usual = {"epoch": step / 10, "duration_s": 3.0, "clips": 500, "missing": 0, "loss": 1.25, "top5_percent": 91.4}
+        self.write("evaluation", step, top1_percent=top1_percent, **(usual | {"mean_class_percent": 61.2} | values))
+
+    def page(self) -> Page:
+        """The written report, checked for what must hold of each: whole, one file, nothing fetched, nothing run."""
+        write_report(self.folder)
+        source = self.folder.report.read_text()
+        page = Page(source)
+        assert source.startswith("<!DOCTYPE html>")
+        assert "script" not in page.tags
+        assert page.handlers == []
+        assert [link for link in page.links if not link.startswith("#")] == []
+        assert re.findall(r"url\((?!#)", source) == []
+        assert "http:" not in source
+        assert "https:" not in source
+        assert "@import" not in source
+        assert list(self.folder.path.glob("*.tmp")) == []
+        return page
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "smoke-20260102-030405")
+
+
+def test_full_run(run: Run) -> None:
+    run.start()
+    for step, clips_per_s in ((10, 30.0), (20, 50.0), (30, 31.0), (40, 33.0)):
+        run.train(step, clips_per_s=clips_per_s)
+        if step in (20, 30, 40):
+            run.evaluation(step, {20: 55.5, 30: 77.7, 40: 66.6}[step], order_group_percent=98.2)
+    run.write("checkpoint", 40, duration_s=0.3)
+    run.write("end", 40, exit_code=0)
+    page = run.page()
+
+    assert page.texts[0] == "smoke-20260102-030405"
+    assert "finished after 40 of 40 steps" in page.text
+    assert page.card("final validation top-1") == "66.6%"
+    assert page.card("final validation top-5") == "91.4%"
+    assert page.card("final right order-pair") == "98.2%"
+    assert page.card("best validation top-1, at step 30") == "77.7%"
+    assert page.card("clips/s") == "32.0"
+    assert page.card("total time") == "9.0 s"
+    assert page.card("world size") == "2"
+    assert page.card("backend") == "torch"
+    assert page.tags.count("svg") == 5
+    assert page.tags.count("tr") == 1 + 3
+    assert "validation right order-pair" in page.text
+
+
+def test_resumed_run_counts_each_step_once(run: Run) -> None:
+    run.start()
+    for step in (10, 20, 30):
+        run.train(step, loss=9.0, clips_per_s=1.0)
+    run.evaluation(20, 11.1)
+    run.evaluation(30, 99.9)  # behind the checkpoint of step 20: the kill undid it
+    with run.folder.metrics.open("a") as file:
+        file.write('{"kind": "train", "time_s": 10')  # cut off by the kill
+        file.write("\n")
+    run.time_s += 3_600.0  # in a queue
+    run.start(20, world_size=4, backend="horovod")
+    run.train(25, loss=1.0)
+    run.train(30, loss=1.0)
+    run.evaluation(30, 44.4)
+    run.write("end", 60, exit_code=75)
+
+    history = History.read(run.folder)
+    assert [(record["step"], record["loss"]) for record in history.train] == [
+        (10, 9.0),
+        (20, 9.0),
+        (25, 1.0),
+        (30, 1.0),
+    ]
+    assert [(record["step"], record["top1_percent"]) for record in history.evaluation] == [(20, 11.1), (30, 44.4)]
+    page = run.page()
+    assert "stopped after 30 of 60 steps, in 2 starts" in page.text
+    assert page.card("final validation top-1") == "44.4%"
+    assert page.card("best validation top-1, at step 30") == "44.4%"
+    assert page.card("total time") == "9.0 s"
+    assert page.card("world size") == "4"
+    assert page.card("backend") == "horovod"
+    assert "99.9" not in page.text
+    assert "order-pair" not in page.text
+
+
+def test_same_record_twice(run: Run) -> None:
+    run.start()
+    run.evaluation(10, 20.0)
+    run.evaluation(10, 21.0)
+    assert [record["top1_percent"] for record in History.read(run.folder).evaluation] == [21.0]
+
+
+def test_stopped_before_first_evaluation(run: Run) -> None:
+    run.start()
+    run.train(1)
+    run.write("end", 720, exit_code=130)
+    page = run.page()
+    assert "stopped after 1 of 720 steps" in page.text
+    assert "not evaluated yet" in page.text
+    assert "table" not in page.tags
+    assert page.tags.count("svg") == 5
+
+
+def test_max_steps_is_stopped_not_finished(run: Run) -> None:
+    run.start()
+    run.train(4)
+    run.write("end", 720, exit_code=0)
+    assert History.read(run.folder).status == "stopped"
+
+
+def test_killed_after_an_earlier_end(run: Run) -> None:
+    run.start()
+    run.write("end", 10, exit_code=0)
+    run.start()
+    assert History.read(run.folder).status == "no end recorded"
+
+
+@pytest.mark.parametrize("lines", [None, "", '{"kind": "sta', "[]\n3\n{}\n"])
+def test_without_records(run: Run, lines: str | None) -> None:
+    if lines is not None:
+        run.folder.metrics.write_text(lines)
+    page = run.page()
+    assert "no end recorded after 0 steps" in page.text
+    assert "stopped before its first training record" in page.text
+    assert "svg" not in page.tags
+
+
+def test_numbers_that_are_none(run: Run) -> None:
+    """A diverged loss is drawn as a gap and written out, not hidden."""
+    run.start()
+    run.train(1)
+    run.train(2, loss=float("nan"), clips_per_s=None)
+    run.evaluation(2, 10.0, loss=float("nan"))
+    page = run.page()
+    assert "nan" in page.texts
+    assert page.card("clips/s") == "32.0"
+
+
+def test_failed_checkpoint_is_told(run: Run) -> None:
+    run.start()
+    run.write("checkpoint", 5, failed="No space left on device")
+    assert "No checkpoint at step 5: No space left on device" in run.page().text
+
+
+def test_hostile_strings_are_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
+    run = Run(tmp_path / "<b>run&")
+    run.start(world_size=evil, backend=evil)
+    run.train(1)
+    run.write("checkpoint", 1, failed=evil)
+    run.evaluation(1, 50.0, clips=evil)
+    (run.folder.path / "config.yaml").write_text(f"name: {evil}\n")
+    provenance = [{"command": ["train.py", evil], "git_diff": evil, "packages": {evil: evil}, evil: evil}]
+    (run.folder.path / "provenance.json").write_text(json.dumps(provenance))
+    run.folder.bad_clips.write_text(json.dumps({"split": evil, "row": evil, "reason": evil}) + "\n")
+    page = run.page()  # no script, no handler, no link
+    assert page.texts[0] == "<b>run&"
+    assert page.text.count(evil) == 14
+
+
+def test_bad_clips_and_provenance(run: Run) -> None:
+    run.start()
+    bad = [
+        {"split": "train", "step": step, "row": row, "epoch": step, "reason": f"clip {row} is cut", "replaced_by": 99}
+        for step in (1, 2)
+        for row in range(30)
+    ]
+    run.folder.bad_clips.write_text("".join(json.dumps(record) + "\n" for record in bad))
+    (run.folder.path / "config.yaml").write_text("seed: 17\n")
+    starts = [{"launcher": "torchrun", "hosts": ["a", "b"], "git_diff": None}, {"launcher": "srun", "git_diff": "+x"}]
+    (run.folder.path / "provenance.json").write_text(json.dumps(starts))
+    page = run.page()
+    assert "Undecodable clips: 30" in page.text
+    assert "and 10 more in bad_clips.jsonl" in page.text
+    assert "clip 19 is cut" in page.text
+    assert "seed: 17" in page.text
+    assert "Start 2" in page.text
+    assert page.texts[page.texts.index("hosts") + 1] == "a b"
+    assert page.tags.count("details") == 3
+
+
+def test_broken_provenance_is_shown_as_it_is(run: Run) -> None:
+    (run.folder.path / "provenance.json").write_text('[{"launcher": "tor')
+    assert '[{"launcher": "tor' in run.page().text
+
+
+def test_report_is_the_same_twice(run: Run) -> None:
+    run.start()
+    run.train(1)
+    run.train(2)
+    run.page()
+    first = run.folder.report.read_text()
+    run.page()
+    assert run.folder.report.read_text() == first
