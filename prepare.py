@@ -29,7 +29,9 @@ def add_shapes(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--size", type=int, default=default.size, help="height and width in pixels")
     parser.add_argument("--frames", type=int, nargs="+", default=default.frames, help="lengths that a clip may have")
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw and encode")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw and encode"
+    )
     parser.add_argument("--force", action="store_true", help="replace clips that were made with other parameters")
     parser.set_defaults(run=run_shapes)
 
@@ -57,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare.py {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"prepare.py {args.command}: interrupted; run the same command again, it goes on where it stopped", file=sys.stderr)
+        print(
+            f"prepare.py {args.command}: interrupted; run the same command again, it goes on where it stopped",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18
-HINT = "make one with: python prepare.py shapes"
+HINT = "prepare.py makes one"
 
 
 class ManifestError(ValueError):
@@ -134,13 +134,9 @@ def write_manifest(
                 raise ManifestError(f"{path}: a row's {name} does not fit {_TYPES[name]}: {error}") from error
         blocks.append(pa.record_batch(columns, schema=_SCHEMA))
     table = pa.Table.from_batches(blocks, schema=_SCHEMA)
-    said = {
-        "version": VERSION,
-        "classes": list(classes),
-        "order_groups": None if order_groups is None else list(order_groups),
-        "split": split,
-    }
-    _check(str(path), table, said["classes"], said["order_groups"])
+    names, groups = list(classes), None if order_groups is None else list(order_groups)
+    _check(str(path), table, names, groups)
+    said = {"version": VERSION, "classes": names, "order_groups": groups, "split": split}
     digest = _digest(said, blocks)
     schema = _SCHEMA.with_metadata({b"tsm": json.dumps({**said, "digest": digest}).encode()})
 
@@ -164,7 +160,7 @@ def _digest(said: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
     """Of the values, not of Arrow's bytes, which another version of Arrow may lay out otherwise."""
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for block in blocks:
-        for name, column in zip(_NAMES, block.columns, strict=True):
+        for column in block.columns:
             if pa.types.is_string(column.type):
                 digest.update(json.dumps(column.to_pylist()).encode())
             else:
@@ -189,13 +185,19 @@ def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
 def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[int] | None) -> None:
     found = {field.name: field.type for field in table.schema}
     if found != _TYPES or table.schema.names != _NAMES:
-        wrong = [f"{name} is {found.get(name, 'missing')}, not {kind}" for name, kind in _TYPES.items() if found.get(name) != kind]
+        wrong = [
+            f"{name} is {found.get(name, 'missing')}, not {kind}"
+            for name, kind in _TYPES.items()
+            if found.get(name) != kind
+        ]
         wrong += [f"{name} is unknown" for name in found if name not in _TYPES]
         raise ManifestError(f"{where}: wrong columns: {'; '.join(wrong) or f'the order must be {_NAMES}'}")
     if not classes or len(set(classes)) != len(classes):
         raise ManifestError(f"{where}: {len(classes)} classes with {len(set(classes))} different names")
     if order_groups is not None and len(order_groups) != len(classes):
-        raise ManifestError(f"{where}: {len(order_groups)} order groups for {len(classes)} classes; give one number per class")
+        raise ManifestError(
+            f"{where}: {len(order_groups)} order groups for {len(classes)} classes; give one number per class"
+        )
     if table.num_rows == 0:
         raise ManifestError(f"{where}: has no rows; no clip was found for it")
     for name in _NAMES:

@@ -4,19 +4,19 @@ Ten classes in five pairs. The two classes of a pair differ in nothing but the o
 
     move_right / move_left, move_down / move_up, grow / shrink, rotate_clockwise / rotate_counterclockwise, appear / vanish
 
-Clips 2j and 2j+1 are twins: one drawing, played forward and backward. So a network that averages its answers over single frames
-(TSN) gives both twins the same answer whenever it sees the same frames of both, and is right for at most one of them: 50 % is its
-ceiling, not its habit. To make "it fails on order" different from "it fails", the *pair* is given away by every frame: each pair has
-its own kind of shape and its own family of hues. That is a help, on purpose; the task measures the sense of time and nothing else.
+Clips 2j and 2j+1 are twins: one drawing, played forward and backward. A network that averages its answers over single frames
+(TSN) answers both twins alike whenever it sees the same frames of both, and is right for one of them at most: 50 % is its
+ceiling. To tell "fails on order" from "fails", the *pair* is given away by nearly every frame: each pair has its own kind of
+shape and its own family of hues. That is a help, on purpose; the task measures the sense of time and nothing else.
 
 Two things could betray the order without motion, and are kept from it:
-- The encoder. A predicted frame depends on the frames before it, and the first frame of a GOP is the sharpest: "sharp and large"
-  would mean shrink. Here each frame is coded by itself (GOP of 1) at one fixed quantiser, so a decoded frame is a function of the
-  drawn frame alone: the decoded video of a twin is its twin's decoded video reversed, bit for bit (tests/test_shapes.py).
-- The sampler. TSM's rule cuts a clip in n equal segments of whole frames and leaves the rest at the end unseen; its centre frames
-  are symmetric only when a segment has an odd number of frames. The default lengths, 24 and 40, are 8 x 3 and 8 x 5.
+- The encoder. A predicted frame depends on the frames before it, and the first frame of a GOP is the sharpest: "sharp and
+  large" would mean shrink. Here each frame is coded by itself (GOP of 1) at one fixed quantiser, so a decoded frame is a
+  function of the drawn frame alone: a twin's decoded video is its twin's, reversed, bit for bit (tests/test_shapes.py).
+- The sampler. TSM's rule cuts a clip in n equal segments of whole frames and leaves the rest at the end unseen; its centre
+  frames are symmetric only when a segment has an odd number of frames. The default lengths, 24 and 40, are 8 x 3 and 8 x 5.
 
-Each clip is a pure function of (split, seed, index) and of the data set's size and lengths; clip `index` has the class `index % 10`.
+Each clip is a pure function of (split, seed, index) and of the data set's size and lengths; clip `index` has class `index % 10`.
 
 Shapes in names: T frames, H height, W width, C colour.
 """
@@ -45,7 +45,7 @@ from tqdm import tqdm
 from .manifest import Manifest, ManifestError, ManifestRow, write_manifest
 from .scan import BadClip, scan_clip
 
-FORMAT = 1  # raise it with every change of a drawn pixel or an encoder option: a folder of the old kind is then not taken for new
+FORMAT = 2  # raise it with every change of a drawn pixel or an encoder option: a folder of the old kind is then not taken for new
 FPS = 24
 QP = 22
 SPLITS = {"train": 0, "val": 1}  # the first word of each clip's seed: the splits share no clip
@@ -108,9 +108,9 @@ def _star(x: Array, y: Array) -> Array:
     return np.hypot(x, y) - 0.75 - 0.25 * np.cos(5.0 * np.arctan2(x, -y))
 
 
-def _hook(x: Array, y: Array) -> Array:
-    """An L: no turn but the full one maps it on itself, so that its direction of turning is never ambiguous."""
-    return np.minimum(_box(x, y, -0.35, 0.0, 0.22, 1.0), _box(x, y, 0.1, 0.78, 0.67, 0.22))
+def _hand(x: Array, y: Array) -> Array:
+    """The hand of a clock, on its pivot: no turn but the full one maps it on itself, so its direction is never ambiguous."""
+    return np.minimum(_box(x, y, 0.0, -0.3, 0.12, 0.4), np.hypot(x, y + 0.7) - 0.33)
 
 
 def _cross(x: Array, y: Array) -> Array:
@@ -134,7 +134,7 @@ def _track(
     x: tuple[float, float] | None = None,
     y: tuple[float, float] | None = None,
     radius: tuple[float, float] | None = None,
-    turn: float = 0.0,
+    angle: tuple[float, float] | None = None,
     opacity: tuple[float, float] = (1.0, 1.0),
 ) -> Track:
     """From the first value of each to the second, in step with `progress_T` (0 to 1); what is not given stays still."""
@@ -143,12 +143,12 @@ def _track(
         return ends[0] + (ends[1] - ends[0]) * progress_T
 
     still_x, still_y, still_radius = rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65), rng.uniform(0.11, 0.16)
-    start_angle = rng.uniform(0.0, 2.0 * np.pi) if turn else rng.uniform(-0.2, 0.2)
+    tilt = rng.uniform(-0.2, 0.2)
     return Track(
         x_T=line(x or (still_x, still_x)),
         y_T=line(y or (still_y, still_y)),
         radius_T=line(radius or (still_radius, still_radius)),
-        angle_T=line((start_angle, start_angle + turn)),
+        angle_T=line(angle or (tilt, tilt)),
         opacity_T=np.clip(line(opacity), 0.0, 1.0),
     )
 
@@ -173,15 +173,15 @@ def _grow(rng: np.random.Generator, progress_T: Array) -> Track:
 
 
 def _turn(rng: np.random.Generator, progress_T: Array) -> Track:
-    radius = rng.uniform(0.22, 0.30)
-    return _track(rng, progress_T, radius=(radius, radius), turn=np.deg2rad(rng.uniform(170.0, 290.0)))
+    """Over the upper half of the dial: that all of the full circle is one turn takes a small network many epochs more to learn."""
+    radius = rng.uniform(0.28, 0.34)
+    angle = np.deg2rad(rng.uniform(-120.0, -70.0)), np.deg2rad(rng.uniform(70.0, 120.0))
+    return _track(rng, progress_T, radius=(radius, radius), angle=angle)
 
 
 def _appear(rng: np.random.Generator, progress_T: Array) -> Track:
     radius = rng.uniform(0.17, 0.25)
-    return _track(
-        rng, progress_T, radius=(radius, radius), opacity=(rng.uniform(-0.15, 0.10), rng.uniform(0.90, 1.15))
-    )
+    return _track(rng, progress_T, radius=(radius, radius), opacity=(rng.uniform(-0.15, 0.10), rng.uniform(0.90, 1.15)))
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ PAIRS = (
     Pair("move_right", "move_left", _disc, 0.00, _move_x),
     Pair("move_down", "move_up", _square, 0.15, _move_y),
     Pair("grow", "shrink", _star, 0.36, _grow),
-    Pair("rotate_clockwise", "rotate_counterclockwise", _hook, 0.56, _turn),
+    Pair("rotate_clockwise", "rotate_counterclockwise", _hand, 0.56, _turn),
     Pair("appear", "vanish", _cross, 0.82, _appear),
 )
 CLASSES = [name for pair in PAIRS for name in (pair.forward, pair.backward)]
@@ -219,7 +219,7 @@ def draw_clip(split: str, seed: int, index: int, size: int = 64, frames: tuple[i
 
 
 def _draw(rng: np.random.Generator, pair: Pair, size: int, num_frames: int) -> Array:
-    """A textured background, in half of the clips a grey shape that stands still, the pair's shape above it, then noise per frame."""
+    """A textured background; in half of the clips a grey shape that stands still; the pair's shape above it; noise per frame."""
     image_HWC = _background(rng, size)
     y_HW, x_HW = (np.mgrid[:size, :size] + 0.5) / size
 
@@ -306,12 +306,12 @@ def write_shapes(root: Path, config: ShapesConfig, workers: int = 1, force: bool
             return _find_finished(root, config) or _write_missing(root, config, workers)
     except OSError as error:
         raise ShapesError(
-            f"cannot write {error.filename or root}: {error.strerror or error}; free space there, or choose another folder with --root "
-            "(the same command goes on where it stopped)"
+            f"cannot write {error.filename or root}: {error.strerror or error}; free space there and run the same command, "
+            "which goes on where it stopped, or choose another folder with --root"
         ) from error
     except BrokenProcessPool as error:
         raise ShapesError(
-            "a worker process died (out of memory, or killed); run the same command with fewer --workers: it goes on where it stopped"
+            "a worker process died (out of memory, or killed); run the same command with fewer --workers to go on from there"
         ) from error
 
 
@@ -359,7 +359,9 @@ def _claim(root: Path, config: ShapesConfig, force: bool) -> None:
             if theirs["dataset"] != "shapes":
                 raise KeyError
         except (ValueError, KeyError, TypeError):
-            raise ShapesError(f"{path} was not written by prepare.py shapes; choose another folder with --root") from None
+            raise ShapesError(
+                f"{path} was not written by prepare.py shapes; choose another folder with --root"
+            ) from None
         changed = [f"{key} is {theirs.get(key)}, asked for {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
         if not changed:
             return
@@ -369,8 +371,10 @@ def _claim(root: Path, config: ShapesConfig, force: bool) -> None:
                 "choose another folder with --root, or write it anew with --force"
             )
         _remove(root)
-    elif any(not name.endswith(".tmp") for name in os.listdir(root)):
-        raise ShapesError(f"{root} is not empty and has no dataset.json of prepare.py shapes; choose another folder with --root")
+    elif any(entry.suffix != ".tmp" for entry in root.iterdir()):
+        raise ShapesError(
+            f"{root} is not empty and has no dataset.json of prepare.py shapes; choose another folder with --root"
+        )
     _write_aside(path, (json.dumps(ours, indent=2) + "\n").encode())
 
 
@@ -436,7 +440,9 @@ def _write_chunk(root: Path, config: ShapesConfig, split: str, indices: range) -
     return list(_write_some(root, config, split, indices))
 
 
-def _write_some(root: Path, config: ShapesConfig, split: str, indices: range) -> Iterator[tuple[int, ManifestRow, bool]]:
+def _write_some(
+    root: Path, config: ShapesConfig, split: str, indices: range
+) -> Iterator[tuple[int, ManifestRow, bool]]:
     for index in indices:
         label = class_of(index)
         relative = f"{split}/{CLASSES[label]}/{index:06d}.mp4"

@@ -1,0 +1,394 @@
+"""Batches from worker processes: what is in them, what happens to broken clips, and how workers end."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.decode import decode_clip
+from pipelines.draw import Augmentation, evaluation_draw, replacement_row, training_draw
+from pipelines.loader import (
+    BadClipRecord,
+    ClipBatch,
+    ClipLoader,
+    ClipSource,
+    EvaluationClips,
+    TrainingClips,
+    start_worker_server,
+)
+from pipelines.manifest import ManifestRow, write_manifest
+from pipelines.order import StreamOrder, evaluation_rows
+from pipelines.scan import BadClip, scan_clip
+from pipelines.shapes import encode_clip
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIPS, FRAMES, WIDTH, HEIGHT, SEED = 6, 12, 48, 40, 3
+AUGMENTATION = Augmentation(num_frames=4, size=32, flip=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a manifest of six clips of noise, the third a different size; labels go 0, 1, 2, 0, 1, 2."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(CLIPS):
+        shape = (FRAMES, HEIGHT, WIDTH + 16 * (index == 2), 3)
+        path = folder / f"{index}.mp4"
+        path.write_bytes(encode_clip(rng.integers(0, 256, shape, dtype=np.uint8)))
+        rows.append(ManifestRow(path=path.name, offset=0, label=index % 3, **vars(scan_clip(path))))
+    write_manifest(folder / "train.arrow", rows, ["a", "b", "c"])
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(made, tmp_path / "clips"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> None:
+    start_worker_server()
+
+
+def source(folder: Path, augmentation: Augmentation = AUGMENTATION) -> ClipSource:
+    return ClipSource(folder / "train.arrow", augmentation, SEED, "pyav")
+
+
+def positions(*batches: int) -> list[np.ndarray]:
+    """Stream positions in batches of these sizes."""
+    ends = np.cumsum(batches)
+    return [np.arange(end - size, end) for end, size in zip(ends, batches, strict=True)]
+
+
+def check_equal(ours: list[ClipBatch], theirs: list[ClipBatch]) -> None:
+    for first, second in zip(ours, theirs, strict=True):
+        for name in ("video_NTCHW", "label_N", "row_N", "real_N"):
+            assert torch.equal(getattr(first, name), getattr(second, name)), name
+        assert first.bad_clips == second.bad_clips
+
+
+def break_clips(folder: Path, *rows: int) -> None:
+    for row in rows:
+        os.truncate(folder / f"{row}.mp4", 100)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_types(made: Path) -> None:
+    (batch,) = ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(3))
+    assert batch.video_NTCHW.shape == (3, 4, 3, 32, 32)
+    assert batch.video_NTCHW.dtype == torch.uint8
+    assert batch.label_N.dtype == batch.row_N.dtype == torch.int64
+    assert batch.real_N.tolist() == [True] * 3
+    assert batch.bad_clips == ()
+
+
+def test_rows_and_labels_are_those_of_the_order(made: Path) -> None:
+    batches = list(ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(5, 4, 5)))
+    _, row_N = StreamOrder(CLIPS, SEED).at(np.arange(14))
+    assert torch.cat([batch.row_N for batch in batches]).tolist() == row_N.tolist()
+    assert torch.cat([batch.label_N for batch in batches]).tolist() == (row_N % 3).tolist()
+
+
+def test_workers_give_the_batches_that_this_process_gives(folder: Path) -> None:
+    break_clips(folder, 4)
+    clips, plan = TrainingClips(source(folder)), positions(*[2] * 9)
+    check_equal(list(ClipLoader(clips, 2, 2).batches(plan)), list(ClipLoader(clips, 0, 2).batches(plan)))
+
+
+def test_a_clip_is_the_same_in_any_batch(made: Path) -> None:
+    clips = TrainingClips(source(made))
+    (whole,) = ClipLoader(clips, 0, 2).batches(positions(12))
+    parts = list(ClipLoader(clips, 0, 2).batches(positions(3, 1, 8)))
+    assert torch.equal(torch.cat([part.video_NTCHW for part in parts]), whole.video_NTCHW)
+
+
+def test_a_clip_is_cut_anew_in_the_next_epoch(made: Path) -> None:
+    (batch,) = ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(2 * CLIPS))
+    video_of = [{int(row): video for row, video in zip(rows, videos, strict=True)} for rows, videos in
+                zip(batch.row_N.split(CLIPS), batch.video_NTCHW.split(CLIPS), strict=True)]  # fmt: skip
+    assert all(not torch.equal(video_of[0][row], video_of[1][row]) for row in range(CLIPS))
+
+
+def test_pixels_are_those_of_the_draw(made: Path) -> None:
+    """With crops that need no resampling: frames, rectangle and flip, pixel by pixel."""
+    augmentation = Augmentation(num_frames=4, size=20, crop_scales=(0.5,), flip=True)
+    clips = TrainingClips(source(made, augmentation))
+    (batch,) = ClipLoader(clips, 0, 2).batches(positions(3 * CLIPS))
+    flips = set()
+    for position, row in enumerate(batch.row_N.tolist()):
+        width = WIDTH + 16 * (row == 2)
+        draw = training_draw(augmentation, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
+        path = made / f"{row}.mp4"
+        frames_TCHW = decode_clip("pyav", path, path.stat().st_size, draw.frame_T, 0)
+        crop_TCHW = frames_TCHW[:, :, draw.top : draw.top + 20, draw.left : draw.left + 20]
+        expected_TCHW = crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+        assert torch.equal(batch.video_NTCHW[position], expected_TCHW)
+        flips.add(draw.flip)
+    assert flips == {True, False}
+
+
+def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
+    """A uniform part stays uniform, and means stay: 40 x 40 to 10 x 10 averages."""
+    augmentation = Augmentation(num_frames=4, size=10, crop_scales=(1.0,))
+    (batch,) = ClipLoader(TrainingClips(source(made, augmentation)), 0, 2).batches(positions(1))
+    row = int(batch.row_N[0])
+    draw = training_draw(augmentation, FRAMES, WIDTH + 16 * (row == 2), HEIGHT, SEED, 0, row)
+    path = made / f"{row}.mp4"
+    frames_TCHW = decode_clip("pyav", path, path.stat().st_size, draw.frame_T, 0)
+    crop_TCHW = frames_TCHW[..., draw.left : draw.left + draw.width].float()
+    difference = batch.video_NTCHW[0].float().mean((1, 2, 3)) - crop_TCHW.mean((1, 2, 3))
+    assert difference.abs().max() < 2
+    assert batch.video_NTCHW[0].float().std() < crop_TCHW.std() / 2
+
+
+# --- Broken clips in training -----------------------------------------------------------------------------------------
+
+
+def replacement(row: int, epoch: int, broken: set[int]) -> tuple[int, list[tuple[int, int]]]:
+    """The row that stands in by the rule, and each `(broken row, its substitute)` on the way."""
+    candidate, steps = row, []
+    for attempt in range(10):
+        if candidate not in broken:
+            break
+        substitute = replacement_row(CLIPS, SEED, epoch, row, attempt)
+        steps.append((candidate, substitute))
+        candidate = substitute
+    return candidate, steps
+
+
+@pytest.mark.parametrize("broken", [{1}, {0, 2, 5}])
+def test_broken_clips_are_replaced_by_the_rule_and_recorded(folder: Path, broken: set[int]) -> None:
+    break_clips(folder, *broken)
+    (batch,) = ClipLoader(TrainingClips(source(folder)), 0, 2).batches(positions(3 * CLIPS))
+    epoch_N, row_N = StreamOrder(CLIPS, SEED).at(np.arange(3 * CLIPS))
+    expected_rows, expected_records = [], []
+    for epoch, row in zip(epoch_N.tolist(), row_N.tolist(), strict=True):
+        stand_in, steps = replacement(row, epoch, broken)
+        expected_rows.append(stand_in)
+        expected_records += [(bad, epoch, substitute) for bad, substitute in steps]
+    assert batch.row_N.tolist() == expected_rows
+    assert [(record.row, record.epoch, record.replaced_by) for record in batch.bad_clips] == expected_records
+    assert len(expected_records) >= 3 * len(broken)
+    assert all(str(folder / f"{record.row}.mp4") in record.reason for record in batch.bad_clips)
+    assert batch.label_N.tolist() == [row % 3 for row in expected_rows]
+    assert batch.real_N.all()
+
+
+def test_a_replacement_is_drawn_as_itself(folder: Path, made: Path) -> None:
+    """What stands in looks as it does in its own place of the epoch."""
+    break_clips(folder, 1)
+    (whole,) = ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(CLIPS))
+    (batch,) = ClipLoader(TrainingClips(source(folder)), 0, 2).batches(positions(CLIPS))
+    at = whole.row_N.tolist().index(1)
+    own_place = whole.row_N.tolist().index(int(batch.row_N[at]))
+    assert torch.equal(batch.video_NTCHW[at], whole.video_NTCHW[own_place])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_broken_clips_is_an_error(folder: Path, workers: int) -> None:
+    break_clips(folder, *range(CLIPS))
+    batches = ClipLoader(TrainingClips(source(folder)), workers, 2).batches(positions(2))
+    with pytest.raises(BadClip, match="9 replacements cannot be decoded"):
+        next(batches)
+
+
+def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
+    """Row 2's file, which is wider, under the name of row 0, with as many bytes as the manifest says."""
+    rows = [
+        ManifestRow(path="2.mp4", offset=0, label=0, **vars(scan_clip(folder / "2.mp4")) | {"width": WIDTH}),
+        ManifestRow(path="1.mp4", offset=0, label=1, **vars(scan_clip(folder / "1.mp4"))),
+    ]
+    write_manifest(folder / "train.arrow", rows, ["a", "b"])
+    plan = evaluation_rows(2, 2, rank=0, size=1)
+    (batch,) = ClipLoader(EvaluationClips(source(folder)), 0, 2).batches(plan)
+    assert batch.real_N.tolist() == [False, True]
+    assert "(40, 64), the manifest says (40, 48)" in batch.bad_clips[0].reason
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_has_every_clip_once_and_marks_padding(made: Path) -> None:
+    clips = EvaluationClips(source(made))
+    seen = []
+    for rank in range(2):
+        batches = list(ClipLoader(clips, 0, 2).batches(evaluation_rows(CLIPS, 2, rank, 2)))
+        assert len(batches) == 2
+        for batch in batches:
+            seen += batch.row_N[batch.real_N].tolist()
+            assert batch.label_N.tolist() == [row % 3 for row in batch.row_N.tolist()]
+            assert (batch.video_NTCHW[~batch.real_N] == 0).all()
+    assert sorted(seen) == list(range(CLIPS))
+
+
+def test_an_evaluation_takes_the_centre(made: Path) -> None:
+    augmentation = Augmentation(num_frames=4, size=20, flip=True, evaluation_scale=0.5)
+    (batch,) = ClipLoader(EvaluationClips(source(made, augmentation)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
+    draw = evaluation_draw(augmentation, FRAMES, WIDTH, HEIGHT)
+    path = made / "0.mp4"
+    frames_TCHW = decode_clip("pyav", path, path.stat().st_size, draw.frame_T, 0)
+    assert torch.equal(batch.video_NTCHW[0], frames_TCHW[:, :, 10:30, 14:34])
+
+
+def test_a_broken_clip_of_an_evaluation_is_missing_and_not_replaced(folder: Path) -> None:
+    break_clips(folder, 4)
+    plan = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
+    (batch,) = ClipLoader(EvaluationClips(source(folder)), 0, 2).batches(plan)
+    assert batch.row_N.tolist() == list(range(CLIPS))
+    assert batch.real_N.tolist() == [row != 4 for row in range(CLIPS)]
+    assert (batch.video_NTCHW[4] == 0).all()
+    (record,) = batch.bad_clips
+    assert record == BadClipRecord(4, 0, record.reason, None)
+    assert str(folder / "4.mp4") in record.reason
+
+
+def test_the_plan_itself_is_not_changed_by_a_broken_clip(folder: Path) -> None:
+    """The same plan serves the next evaluation, when the file may be back."""
+    break_clips(folder, 4)
+    plan = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
+    list(ClipLoader(EvaluationClips(source(folder)), 0, 2).batches(plan))
+    assert plan[0][1].all()
+
+
+def test_workers_evaluate_as_this_process_does(folder: Path) -> None:
+    break_clips(folder, 1)
+    clips, plan = EvaluationClips(source(folder)), evaluation_rows(CLIPS, 2, rank=1, size=2)
+    check_equal(list(ClipLoader(clips, 2, 2).batches(plan)), list(ClipLoader(clips, 0, 2).batches(plan)))
+
+
+# --- The life of workers ----------------------------------------------------------------------------------------------
+
+
+def wait_until_no_children() -> bool:
+    for _ in range(100):
+        if not multiprocessing.active_children():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_workers_end_with_their_plan(made: Path) -> None:
+    batches = ClipLoader(TrainingClips(source(made)), 2, 2).batches(positions(2, 2, 2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    list(batches)
+    assert wait_until_no_children()
+
+
+def test_workers_end_when_the_iterator_is_dropped(made: Path) -> None:
+    batches = ClipLoader(TrainingClips(source(made)), 2, 2).batches(positions(*[2] * 50))
+    next(batches)
+    del batches
+    assert wait_until_no_children()
+
+
+PARENT = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.draw import Augmentation
+from pipelines.loader import ClipLoader, ClipSource, TrainingClips, start_worker_server
+
+if __name__ == "__main__":
+    start_worker_server()
+    clips = TrainingClips(ClipSource(Path(sys.argv[1]), Augmentation(4, 32), 0, "pyav"))
+    batches = ClipLoader(clips, 2, 2).batches([np.array([position]) for position in range(1000)])
+    for _ in range(8):
+        next(batches)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        next(batches)
+        print("batch", flush=True)
+"""
+
+
+@pytest.fixture
+def training(made: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own that has taken batches from two workers, and takes another for each line it reads."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script), str(made / "train.arrow")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            for survivor in session(process.pid):
+                os.kill(survivor, signal.SIGKILL)
+
+
+def session(leader: int) -> set[int]:
+    """The living processes of a session."""
+    alive = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, in_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue  # ended meanwhile
+        if int(in_session) == leader and state not in "ZX":
+            alive.add(int(stat.parent.name))
+    return alive
+
+
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc, and workers end with their parent on Linux alone"
+)
+
+
+@LINUX
+def test_no_worker_outlives_a_parent_that_was_killed(training: subprocess.Popen[str]) -> None:
+    assert len(session(training.pid)) >= 4  # the parent, the server, two workers
+    os.kill(training.pid, signal.SIGKILL)
+    for _ in range(100):
+        if not session(training.pid):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still alive after 10 s: {session(training.pid)}")
+
+
+@LINUX
+def test_ctrl_c_is_not_the_workers_business(training: subprocess.Popen[str]) -> None:
+    """A terminal sends it to every process of the group; only the training process may act on it."""
+    others = session(training.pid) - {training.pid}
+    for process in others:
+        os.kill(process, signal.SIGINT)
+    assert training.stdin is not None
+    assert training.stdout is not None
+    for _ in range(12):  # more than were decoded ahead
+        training.stdin.write("next\n")
+        training.stdin.flush()
+        assert training.stdout.readline() == "batch\n"
+    assert others <= session(training.pid)
+    training.stdin.close()
+    assert training.wait(timeout=30) == 0
+
+
+def test_the_signal_handler_of_this_process_is_left_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    start_worker_server()
+    assert signal.getsignal(signal.SIGINT) is before

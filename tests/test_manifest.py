@@ -1,0 +1,190 @@
+"""The manifest: what is written comes back, and what is wrong with a file is said."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import manifest as manifest_module
+from pipelines.manifest import Manifest, ManifestError, ManifestRow, write_manifest
+
+CLASSES = ["come", "go"]
+
+
+def make_row(number: int = 0, **changes: Any) -> ManifestRow:
+    row = ManifestRow(f"train/come/{number}.mp4", 0, 1000 + number, number % 2, 24, "h264", 64, 48, 0)
+    return replace(row, **changes)
+
+
+def rewrite(path: Path, table: pa.Table) -> None:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def read(path: Path) -> pa.Table:
+    return pa.ipc.open_file(path.read_bytes()).read_all()
+
+
+int32, int63 = st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1)
+rows_strategy = st.lists(
+    st.builds(
+        ManifestRow,
+        path=st.text(st.characters(exclude_categories=["Cs"])),
+        offset=int63,
+        length=st.integers(1, 2**63 - 1),
+        label=st.integers(0, 1),
+        num_frames=st.integers(1, 2**31 - 1),
+        codec=st.sampled_from(["h264", "hevc", "vp9"]),
+        width=int32,
+        height=int32,
+        rotation=st.sampled_from([0, 90, 180, 270]),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=rows_strategy, block_rows=st.integers(1, 7))
+def test_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[ManifestRow], block_rows: int) -> None:
+    path = tmp_path_factory.mktemp("manifest") / "train.arrow"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_module, "BLOCK_ROWS", block_rows)
+        digest = write_manifest(path, iter(rows), CLASSES, [0, 0], split="train")
+    manifest = Manifest.open(path)
+    assert [manifest.row(index) for index in range(len(manifest))] == rows
+    assert manifest.labels().tolist() == [row.label for row in rows]
+    assert (manifest.classes, manifest.order_groups, manifest.split) == (CLASSES, [0, 0], "train")
+    assert (manifest.digest, manifest.root) == (digest, path.parent)
+    for outside in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            manifest.row(outside)
+
+
+def test_digest_is_of_the_content(tmp_path: Path) -> None:
+    rows = [make_row(number) for number in range(4)]
+    digest = write_manifest(tmp_path / "a.arrow", rows, CLASSES)
+    assert write_manifest(tmp_path / "b.arrow", rows, CLASSES) == digest
+    others = [
+        write_manifest(tmp_path / "c.arrow", [*rows[:3], replace(rows[3], length=7)], CLASSES),
+        write_manifest(tmp_path / "d.arrow", [*rows[:3], replace(rows[3], path="train/go/3.mp4")], CLASSES),
+        write_manifest(tmp_path / "e.arrow", rows[::-1], CLASSES),
+        write_manifest(tmp_path / "f.arrow", rows[:3], CLASSES),
+        write_manifest(tmp_path / "g.arrow", rows, CLASSES[::-1]),
+        write_manifest(tmp_path / "h.arrow", rows, CLASSES, [0, 0]),
+    ]
+    assert len({digest, *others}) == 7
+
+
+def test_ordinary_data_has_no_order_groups(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "a.arrow", [make_row()], CLASSES)
+    assert Manifest.open(tmp_path / "a.arrow").order_groups is None
+
+
+def test_pickles_as_its_path(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "a.arrow", [make_row(number) for number in range(1000)], CLASSES)
+    pickled = pickle.dumps(Manifest.open(tmp_path / "a.arrow"))
+    assert len(pickled) < 300
+    assert pickle.loads(pickled).row(999) == make_row(999)
+
+
+def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    digest = write_manifest(path, [make_row()], CLASSES)
+    with pytest.raises(ManifestError):
+        write_manifest(path, [], CLASSES)
+    assert Manifest.open(path).digest == digest
+    assert [file.name for file in tmp_path.iterdir()] == ["a.arrow"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "groups", "message"),
+    [
+        ([], CLASSES, None, "no rows"),
+        (
+            [make_row(0), make_row(1, label=2)],
+            CLASSES,
+            None,
+            r"row 1 \(train/come/1.mp4\): label is 2, outside of 0 to 1",
+        ),
+        ([make_row(0, label=-1)], CLASSES, None, "row 0 .*label is -1"),
+        (
+            [make_row(0), make_row(1), make_row(2, num_frames=0)],
+            CLASSES,
+            None,
+            r"row 2 .*2.mp4\): num_frames is 0, below 1",
+        ),
+        ([make_row(0, length=0)], CLASSES, None, "length is 0"),
+        ([make_row(0), make_row(1, codec=None)], CLASSES, None, "row 1 has no codec"),
+        ([make_row(0, width=2**31)], CLASSES, None, "width does not fit int32"),
+        ([make_row(0, width="wide")], CLASSES, None, "width does not fit int32"),
+        ([make_row(0)], ["come", "come"], None, "2 classes with 1 different names"),
+        ([make_row(0)], [], None, "0 classes"),
+        ([make_row(0)], CLASSES, [0], "1 order groups for 2 classes"),
+    ],
+)
+def test_wrong_content_is_not_written(
+    tmp_path: Path, rows: list[ManifestRow], classes: list[str], groups: list[int] | None, message: str
+) -> None:
+    with pytest.raises(ManifestError, match=message):
+        write_manifest(tmp_path / "a.arrow", rows, classes, groups)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_content_does_not_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    write_manifest(path, [make_row(number) for number in range(5)], CLASSES)
+    table = read(path)
+    labels = pa.array([0, 1, 0, 5, 9], pa.int32())
+    rewrite(path, table.set_column(3, pa.field("label", pa.int32(), nullable=False), labels))
+    with pytest.raises(ManifestError, match=r"a.arrow: row 3 \(train/come/3.mp4\): label is 5.*there are 2 classes"):
+        Manifest.open(path)
+    rewrite(path, table.slice(0, 0))
+    with pytest.raises(ManifestError, match="no rows"):
+        Manifest.open(path)
+
+
+def test_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"train\.arrow: no such manifest; prepare.py makes one"):
+        Manifest.open(tmp_path / "train.arrow")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        Manifest.open(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_file(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "a.arrow"
+    write_manifest(path, [make_row(number) for number in range(500)], CLASSES)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(ManifestError, match=r"a\.arrow: not an Arrow file, or cut short"):
+        Manifest.open(path)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    path.write_text("path,label\na.mp4,0\n" * 100)
+    with pytest.raises(ManifestError, match="not an Arrow file"):
+        Manifest.open(path)
+    rewrite(path, pa.table({"x": [1]}))
+    with pytest.raises(ManifestError, match="not a manifest"):
+        Manifest.open(path)
+    write_manifest(path, [make_row()], CLASSES)
+    table = read(path)
+    rewrite(path, table.drop_columns(["num_frames"]))
+    with pytest.raises(ManifestError, match="wrong columns: num_frames is missing, not int32"):
+        Manifest.open(path)
+    rewrite(path, table.set_column(3, "label", pa.array([0], pa.int64())).append_column("note", pa.array(["x"])))
+    with pytest.raises(ManifestError, match="label is int64, not int32; note is unknown"):
+        Manifest.open(path)
+    rewrite(path, table.replace_schema_metadata({b"tsm": b'{"version": 99}'}))
+    with pytest.raises(ManifestError, match="version 99"):
+        Manifest.open(path)
+    rewrite(path, table.replace_schema_metadata({b"tsm": b'{"version": 1, "classes": ["a"]}'}))
+    with pytest.raises(ManifestError, match="no order_groups, split, digest"):
+        Manifest.open(path)

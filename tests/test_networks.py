@@ -1,0 +1,325 @@
+"""The networks: sizes, places of the shifts, what sees which frame, names, initial values, and errors."""
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tsm.networks import PoolInput, ShiftInput, TemporalNetwork, build_network
+from tsm.non_local import PLACES, NonLocalBlock
+
+FRAMES, CLASSES = 4, 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A tiny convolution is ten times slower on two threads than on one when something else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def weights(backbone: str) -> dict[str, Tensor]:
+    """Initial weights in float64, with those of non-local blocks where a backbone can have them."""
+    torch.manual_seed(0)
+    network = build_network(backbone, CLASSES, non_local=backbone == "resnet50")
+    return network.double().state_dict()
+
+
+def empty(**changes: Any) -> TemporalNetwork:
+    """A ResNet-18 for four frames, in evaluation mode, that has shapes and no values: built in no time."""
+    options: dict[str, Any] = {"backbone": "resnet18", "num_classes": CLASSES, "num_frames": FRAMES} | changes
+    with torch.device("meta"):
+        return build_network(**options).eval()
+
+
+def small(**changes: Any) -> TemporalNetwork:
+    """The same with a copy of `weights`."""
+    network = empty(**changes)
+    names = network.state_dict().keys()
+    given = {
+        name: tensor.clone() for name, tensor in weights(changes.get("backbone", "resnet18")).items() if name in names
+    }
+    network.load_state_dict(given, assign=True)
+    return network
+
+
+def clips(n: int = 2, frames: int = FRAMES, side: int = 16) -> Tensor:
+    return torch.randn(n, frames, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def frame_features(network: TemporalNetwork, x_NTCHW: Tensor) -> Tensor:
+    """feature_NTC, what the backbone says of each frame."""
+    feature_BC: Tensor = network.backbone(x_NTCHW.flatten(0, 1))
+    return feature_BC.unflatten(0, (len(x_NTCHW), -1))
+
+
+def hooks_of(network: nn.Module, kind: type) -> list[tuple[str, Any]]:
+    """(module name, hook) of every forward pre-hook of a kind."""
+    return [
+        (name, hook)
+        for name, module in network.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, kind)
+    ]
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("non_local", "count"), [(False, 24_327_632), (True, 31_686_096)])
+def test_parameters_at_400_classes(non_local: bool, count: int) -> None:
+    network = empty(backbone="resnet50", num_classes=400, non_local=non_local)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+@pytest.mark.parametrize(("backbone", "count"), [("resnet18", 8), ("resnet50", 16)])
+@pytest.mark.parametrize("place", ["residual", "block"])
+def test_each_block_has_one_shift(backbone: str, count: int, place: str) -> None:
+    network = empty(backbone=backbone, shift=place)
+    names = [name for name, _ in hooks_of(network, ShiftInput)]
+    assert len(names) == len(set(names)) == count
+    assert all(name.endswith(".conv1") == (place == "residual") for name in names)
+
+
+def test_tsn_has_no_shift() -> None:
+    assert hooks_of(empty(shift="none"), ShiftInput) == []
+
+
+def test_logits_have_a_row_for_each_clip() -> None:
+    assert small()(clips(3)).shape == (3, CLASSES)
+
+
+# --- Names and weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("temporal_pool", [False, True])
+def test_parameters_keep_torchvisions_names(backbone: str, temporal_pool: bool) -> None:
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(backbone, weights=None).state_dict()
+    ours = empty(backbone=backbone, temporal_pool=temporal_pool).state_dict()
+    backbone_names = {f"backbone.{name}" for name in theirs if not name.startswith("fc.")}
+    assert set(ours) == backbone_names | {"classifier.weight", "classifier.bias"}
+
+
+def test_torchvision_weights_load() -> None:
+    with torch.device("meta"):
+        theirs = torchvision.models.resnet18(weights=None).state_dict()
+    missing = empty().backbone.load_state_dict(theirs, strict=False, assign=True)
+    assert missing.missing_keys == []
+    assert set(missing.unexpected_keys) == {"fc.weight", "fc.bias"}
+
+
+def test_the_classifier_starts_small_and_without_bias() -> None:
+    classifier = build_network("resnet50", 400).classifier
+    assert classifier.weight.std().item() == pytest.approx(0.001, rel=0.01)
+    assert abs(classifier.weight.mean().item()) < 1e-5
+    assert (classifier.bias == 0).all()
+
+
+def test_state_dict_round_trip() -> None:
+    first, second = small(), small()
+    for tensor in first.state_dict().values():
+        tensor.add_(torch.rand(tensor.shape)) if tensor.is_floating_point() else tensor.add_(1)
+    assert not torch.equal(first(clips()), second(clips()))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(clips()), second(clips()))
+
+
+def test_a_deep_copy_shifts_too_and_shares_no_weights() -> None:
+    network = small(temporal_pool=True)
+    twin = copy.deepcopy(network)
+    assert torch.equal(network(clips()), twin(clips()))
+    nn.init.normal_(twin.backbone.conv1.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(network(clips()), twin(clips()))
+
+
+# --- Frames -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_tsn_does_not_see_the_order_of_frames() -> None:
+    network = small(shift="none")
+    torch.testing.assert_close(network(clips()), network(clips().flip(1)), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["residual", "block"])
+@pytest.mark.parametrize("direction", ["both", "past"])
+def test_tsm_sees_the_order_of_frames(place: str, direction: str) -> None:
+    network = small(shift=place, direction=direction)
+    assert (network(clips()) - network(clips().flip(1))).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("place", ["residual", "block"])
+def test_past_never_sees_the_future(place: str) -> None:
+    network = small(shift=place, direction="past")
+    later = clips()
+    later[:, -1] += 1
+    before, after = frame_features(network, clips()), frame_features(network, later)
+    torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=0, atol=1e-12)
+    assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3
+
+
+def test_both_sees_the_future() -> None:
+    later = clips()
+    later[:, -1] += 1
+    network = small(direction="both")
+    difference_NTC = (frame_features(network, clips()) - frame_features(network, later)).abs()
+    assert (difference_NTC.amax((0, 2)) > 1e-4).all()
+
+
+def test_past_says_of_a_prefix_what_it_says_of_the_whole() -> None:
+    whole, prefix = small(direction="past"), small(direction="past", num_frames=2)
+    prefix.load_state_dict(whole.state_dict())
+    feature_NTC = frame_features(whole, clips())
+    torch.testing.assert_close(frame_features(prefix, clips()[:, :2]), feature_NTC[:, :2], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_mix() -> None:
+    network = small()
+    alone = torch.cat([network(clip[None]) for clip in clips(3)])
+    torch.testing.assert_close(network(clips(3)), alone, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_logits_are_the_mean_over_time() -> None:
+    network = small()
+    nn.init.normal_(network.classifier.bias)
+    feature_NTC = frame_features(network, clips())
+    per_frame = [network.classifier(feature_NTC[:, t]) for t in range(FRAMES)]
+    torch.testing.assert_close(network(clips()), sum(per_frame) / FRAMES, rtol=0, atol=1e-12)
+
+
+def zero_branch(block: nn.Module) -> None:
+    """Leave a residual block nothing but its identity path."""
+    nn.init.zeros_(block.bn2.weight)  # type: ignore[union-attr, arg-type]
+    nn.init.zeros_(block.bn2.bias)  # type: ignore[union-attr, arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("place", "alone"), [("residual", True), ("block", False)])
+def test_residual_leaves_the_identity_path_alone(place: str, alone: bool) -> None:
+    block = small(shift=place).get_submodule("backbone.layer1.0")
+    zero_branch(block)
+    x_BCHW = torch.rand(FRAMES, 64, 3, 3, dtype=torch.float64)
+    assert torch.equal(block(x_BCHW), x_BCHW) == alone
+
+
+@torch.no_grad()
+def test_residual_shifts_what_the_first_convolution_sees() -> None:
+    block = small().get_submodule("backbone.layer1.0")
+    seen: list[Tensor] = []
+    block.get_submodule("conv1").register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    x_BCHW = torch.rand(FRAMES, 64, 3, 3, dtype=torch.float64)
+    block(x_BCHW)
+    assert torch.equal(seen[0][:-1, :8], x_BCHW[1:, :8])
+    assert torch.equal(seen[0][1:, 8:16], x_BCHW[:-1, 8:16])
+    assert torch.equal(seen[0][:, 16:], x_BCHW[:, 16:])
+
+
+def test_fold_div_reaches_the_shifts() -> None:
+    assert {hook.fold_div for _, hook in hooks_of(empty(fold_div=3), ShiftInput)} == {3}
+
+
+# --- Temporal pool ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frames", "pooled"), [(8, 4), (5, 3), (2, 1), (1, 1)])
+def test_temporal_pool_halves_the_frames(frames: int, pooled: int) -> None:
+    network = small(num_frames=frames, temporal_pool=True)
+    assert frame_features(network, clips(2, frames)).shape == (2, pooled, 512)
+    in_layer1 = {hook.num_frames for name, hook in hooks_of(network, ShiftInput) if ".layer1." in name}
+    behind = {hook.num_frames for name, hook in hooks_of(network, ShiftInput) if ".layer1." not in name}
+    assert (in_layer1, behind) == ({frames}, {pooled})
+
+
+def test_temporal_pool_is_the_maximum_of_three_frames() -> None:
+    x_TCHW = torch.randn(5, 2, 1, 1)
+    (pooled,) = PoolInput(5)(nn.Identity(), (x_TCHW,))
+    expected = [x_TCHW[max(0, t - 1) : t + 2].amax(0) for t in (0, 2, 4)]
+    assert torch.equal(pooled, torch.stack(expected))
+
+
+def test_temporal_pool_stands_in_front_of_layer2() -> None:
+    names = [name for name, _ in hooks_of(empty(temporal_pool=True), PoolInput)]
+    assert names == ["backbone.layer2"]
+
+
+# --- Non-local blocks -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal_pool", [False, True])
+def test_non_local_blocks_start_as_the_identity(temporal_pool: bool) -> None:
+    plain = small(backbone="resnet50", temporal_pool=temporal_pool)
+    with_blocks = small(backbone="resnet50", temporal_pool=temporal_pool, non_local=True)
+    torch.testing.assert_close(with_blocks(clips(1, side=32)), plain(clips(1, side=32)), rtol=0, atol=1e-12)
+
+
+def test_non_local_blocks_stand_where_the_authors_put_them() -> None:
+    network = empty(backbone="resnet50", non_local=True)
+    names = [name for name, module in network.named_modules() if isinstance(module, NonLocalBlock)]
+    assert names == [f"backbone.{stage}.{index}.non_local" for stage, index in PLACES]
+    assert PLACES == (("layer2", 0), ("layer2", 2), ("layer3", 0), ("layer3", 2), ("layer3", 4))
+
+
+@torch.no_grad()
+def test_a_non_local_block_is_attention_over_all_frames() -> None:
+    torch.manual_seed(0)
+    block = NonLocalBlock(4, 2).double().eval()
+    nn.init.ones_(block.W[1].weight)  # type: ignore[arg-type]
+    x_BCHW = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+
+    def pointwise(convolution: nn.Module, x_CL: Tensor) -> Tensor:
+        weight, bias = convolution.weight, convolution.bias
+        return weight.flatten(1) @ x_CL + bias[:, None]  # type: ignore[operator, index, union-attr]
+
+    x_CL = x_BCHW.permute(1, 0, 2, 3).flatten(1)  # L = frame, row, column
+    query_CL = pointwise(block.theta, x_CL)
+    key_CM, value_CM = (
+        pointwise(branch[0], x_CL).unflatten(1, (2, 4)).amax(2)  # the 2 x 2 positions of a frame become one
+        for branch in (block.phi, block.g)
+    )
+    mixed_CL = torch.stack([value_CM @ (key_CM.T @ query).softmax(0) for query in query_CL.T], 1)
+    expected_CL = x_CL + pointwise(block.W[0], mixed_CL) / (1 + block.W[1].eps) ** 0.5  # type: ignore[operator]
+    expected_BCHW = expected_CL.unflatten(1, (2, 2, 2)).permute(1, 0, 2, 3)
+    torch.testing.assert_close(block(x_BCHW), expected_BCHW, rtol=1e-12, atol=1e-12)
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "vgg"}, "backbone.*resnet18.*'vgg'"),
+        ({"shift": "inplace"}, "shift.*'inplace'"),
+        ({"num_classes": 0}, "num_classes.*0"),
+        ({"num_frames": 0}, "num_frames.*0"),
+        ({"non_local": True}, "non_local.*resnet18"),
+        ({"fold_div": 1}, "fold_div.*1"),
+        ({"direction": "future"}, "direction.*'future'"),
+        ({"dropout": 1.0}, r"dropout.*1\.0"),
+        ({"dropout": -0.1}, r"dropout.*-0\.1"),
+    ],
+)
+def test_what_cannot_be_built_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        empty(**changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 8, 8), (1, FRAMES, 1, 8, 8), (FRAMES, 3, 8, 8)])
+def test_clips_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"\(N, {FRAMES}, 3, H, W\), got"):
+        empty()(torch.zeros(shape, device="meta"))
