@@ -33,6 +33,7 @@ class HorovodBackend:
         self.topology = topology
         self.device = device
         hvd.init()
+        self._process_sets: dict[tuple[int, ...], Any] = {tuple(range(hvd.size())): hvd.global_process_set}
         if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):
             raise TopologyError(
                 f"{topology.launcher} promised rank {topology.rank} of {topology.size}, Horovod has rank {hvd.rank()} of "
@@ -58,11 +59,11 @@ class HorovodBackend:
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
         mine = None
-        for ranks in rank_groups:
-            whole_world = len(ranks) == self.topology.size
-            handle = hvd.global_process_set if whole_world else hvd.add_process_set(list(ranks))
+        for ranks in map(tuple, rank_groups):
+            if ranks not in self._process_sets:  # Horovod refuses a second one of the same ranks
+                self._process_sets[ranks] = hvd.add_process_set(list(ranks))
             if self.topology.rank in ranks:
-                mine = Group(tuple(ranks), handle)
+                mine = Group(ranks, self._process_sets[ranks])
         return mine
 
     def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:

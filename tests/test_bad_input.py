@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-
 from jobs import Ended, start_training, wait_for_record
-from pipelines.manifest import Manifest
 from worlds import CHECKOUT, World
+
+from pipelines.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,9 @@ def break_manifest(clips: Path, copy: Path, change: str) -> None:
     else:
         labels = table.column("label").to_pylist()
         labels[7] = 10
-        table = table.set_column(table.schema.get_field_index("label"), table.schema.field("label"), [pa.array(labels, pa.int32())])
+        table = table.set_column(
+            table.schema.get_field_index("label"), table.schema.field("label"), [pa.array(labels, pa.int32())]
+        )
     with pa.ipc.new_file(str(copy / "train.arrow"), table.schema) as writer:
         writer.write_table(table)
 

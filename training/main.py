@@ -79,8 +79,8 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         records.write("end", job.recipe.total_steps, exit_code=code)
     finally:
         records.close(code)
-    if writes:
-        _finish(job, code)
+    if writes and code == EXIT_DONE:  # a stop by a signal has seconds, and the report can wait for the end
+        _finish(job)
     return code
 
 
@@ -100,11 +100,11 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     return EXIT_DATA if len(missing) > config.data.max_bad_clips else EXIT_DONE
 
 
-def _finish(job: Job, code: int) -> None:
-    write_report(job.folder)
-    finished = code == EXIT_DONE and (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
+def _finish(job: Job) -> None:
+    finished = (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
     if finished:
         job.folder.success.touch()
+    write_report(job.folder)
     print(f"{'finished' if finished else 'stopped'}: {job.folder.report}", flush=True)
 
 

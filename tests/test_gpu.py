@@ -1,0 +1,75 @@
+"""What differs on a GPU: run by `make test-gpu` where CUDA is there, skipped with a reason elsewhere."""
+
+import pytest
+import torch
+from torch import nn
+
+from distributed.backend import SingleBackend, pick_device
+from distributed.batch_norm import convert_batch_norm
+from distributed.topology import Topology
+from training.schema import NumericsConfig
+from training.step import Normaliser, make_optimizer
+from tsm.dropout import uniform_of
+from tsm.networks import build_network
+from tsm.shift import temporal_shift
+
+pytestmark = pytest.mark.gpu
+
+ALONE = Topology("none", 0, 1, 0, 1, 0, "here")
+
+
+def test_a_lone_process_takes_the_first_gpu() -> None:
+    assert pick_device("auto", ALONE) == torch.device("cuda", 0)
+
+
+def test_shift_is_the_cpu_one() -> None:
+    x_NTCHW = torch.randn(2, 8, 24, 5, 5)
+    assert temporal_shift(x_NTCHW.cuda()).cpu().equal(temporal_shift(x_NTCHW))
+
+
+def test_dropout_masks_are_the_cpu_ones() -> None:
+    seed_N = torch.tensor([1, 2**40 + 3, 2**62])
+    assert uniform_of(seed_N.cuda(), 4096).cpu().equal(uniform_of(seed_N, 4096))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_normalised_clips_are_the_cpu_ones(channels_last: bool) -> None:
+    video_NTCHW = torch.randint(256, (2, 8, 3, 16, 16), dtype=torch.uint8)
+    numerics = NumericsConfig(channels_last=channels_last)
+    on_gpu_NTCHW = Normaliser(torch.device("cuda"), numerics)(video_NTCHW.pin_memory())
+    on_cpu_NTCHW = Normaliser(torch.device("cpu"), numerics)(video_NTCHW)
+    torch.testing.assert_close(on_gpu_NTCHW.cpu(), on_cpu_NTCHW, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ghosts", [1, 2])
+def test_gradients_are_the_cpu_ones(ghosts: int) -> None:
+    """A whole TSM in float64, with one batch-norm group and with two ghosts."""
+    gradients = []
+    x_NTCHW = torch.randn(4, 4, 3, 32, 32, dtype=torch.float64)
+    label_N = torch.tensor([0, 1, 2, 3])
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        torch.manual_seed(0)
+        network = build_network("resnet18", 10, num_frames=4, dropout=0.0).double()
+        convert_batch_norm(network, SingleBackend(ALONE, device), ghosts, [], accumulation=1)
+        network.to(device)
+        nn.functional.cross_entropy(network(x_NTCHW.to(device)), label_N.to(device)).backward()
+        gradients.append([parameter.grad.cpu() for parameter in network.parameters() if parameter.grad is not None])
+    for on_cpu, on_gpu in zip(*gradients, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_mixed_precision_takes_a_step(amp: torch.dtype) -> None:
+    network = build_network("resnet18", 10, num_frames=4).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    convert_batch_norm(network, SingleBackend(ALONE, torch.device("cuda")), 2, [], accumulation=1)
+    optimizer = make_optimizer(network, momentum=0.9, weight_decay=1e-4, nesterov=False)
+    optimizer.param_groups[0]["lr"] = 0.1
+    scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
+    before = network.classifier.weight.detach().clone()
+    with torch.autocast("cuda", amp):
+        logit_NK = network(torch.randn(4, 4, 3, 32, 32, device="cuda"))
+        loss = nn.functional.cross_entropy(logit_NK, torch.arange(4, device="cuda"))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert loss.isfinite()
+    assert not network.classifier.weight.equal(before)
