@@ -41,8 +41,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     final = folder / f"step-{checkpoint.state['step']:08d}"
     aside = folder / f".{final.name}.part"
+    replaced = folder / f".{final.name}.replaced.part"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for part in folder.glob(".step-*.part"):  # of a write that was killed: it would hold its space for ever
+            shutil.rmtree(part, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(_contiguous(checkpoint.network), aside / "network.safetensors")
         save_file(_contiguous(checkpoint.optimizer), aside / "optimizer.safetensors")
@@ -51,10 +53,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (aside / _CHECKSUMS).write_text(json.dumps(digests, indent=1))
         for path in aside.iterdir():
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
         aside.rename(final)
         _sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot write {final}: {error}") from error
     for _, old in _by_step(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

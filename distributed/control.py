@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -35,19 +35,12 @@ class Failure:
         return f"rank {self.rank} on {self.host} failed: {self.message}"
 
 
-def _end_process(failure: Failure) -> None:
-    """Leave at once: the main thread may be held in a collective that nothing will ever finish."""
-    print(str(failure), file=sys.stderr, flush=True)
-    os._exit(failure.exit_code)
-
-
 class ControlChannel:
     """One for each process; rank 0 holds the store. All ranks make it together, and close it together."""
 
-    def __init__(self, backend: Backend, on_failure: Callable[[Failure], None] = _end_process) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._rank, self._size = backend.topology.rank, backend.topology.size
         self._host = backend.topology.host
-        self._on_failure = on_failure
         self._step, self._phase = 0, "start"
         self._closing = threading.Event()
         self._store: TCPStore | None = None
@@ -93,15 +86,26 @@ class ControlChannel:
                 beat = {"step": self._step, "phase": self._phase, "time_s": time.time()}
                 store.set(f"beat/{self._rank}", json.dumps(beat))
                 if store.check(["failure"]):
-                    failure = Failure(**json.loads(store.get("failure")))
-                    store.set(f"heard/{self._rank}", "")
-                    if failure.rank != self._rank:
-                        self._on_failure(failure)
+                    self._end_process(Failure(**json.loads(store.get("failure"))), store)
                     return
             except RuntimeError:  # torch raises it for a connection that ended
                 if not self._closing.is_set():
-                    self._on_failure(Failure(0, "its host", "it is gone: the control channel closed without a word", 1))
+                    self._end_process(
+                        Failure(0, "its host", "it is gone: the control channel closed without a word", 1)
+                    )
                 return
+
+    def _end_process(self, failure: Failure, store: TCPStore | None = None) -> None:
+        """Say why and leave at once: the main thread may be held in a collective that nothing will ever finish."""
+        if failure.rank == self._rank:
+            return  # this rank's main thread is on its way out by itself
+        print(f"error (rank {self._rank} of {self._size} on {self._host}): {failure}", file=sys.stderr, flush=True)
+        if store is not None:
+            with suppress(RuntimeError):  # the store may be gone with its rank
+                store.set(
+                    f"heard/{self._rank}", ""
+                )  # the failed rank waits for it: launchers kill the others when it ends
+        os._exit(failure.exit_code)
 
     def report_failure(self, message: str, exit_code: int) -> None:
         """Tell every rank why this one ends, and give them a moment to say so themselves. Never raises."""

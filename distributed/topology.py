@@ -72,10 +72,10 @@ def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
             )
     if found:
         return found[0]
-    steps = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if steps > 1:
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
         raise TopologyError(
-            f"srun started {steps} tasks, but told them nothing of each other. Fix: start torchrun or mpirun inside the allocation"
+            f"srun started {tasks} tasks, but told them nothing of each other. Fix: start torchrun or mpirun inside the allocation"
         )
     return Topology("none", 0, 1, 0, 1, 0, socket.gethostname())
 

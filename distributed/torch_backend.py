@@ -77,11 +77,15 @@ class _DdpReducer:
     def __init__(self, network: nn.Module, device: torch.device, options: ReducerOptions) -> None:
         # Said of 1 x 1 convolutions, whose strides are ambiguous: both layouts are the same bytes.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP constructor")
         self._ddp = DistributedDataParallel(
             network,
             device_ids=[device.index] if device.type == "cuda" else None,
             forward_sync_buffers=False,  # batch-norm statistics are averaged by our own rule
             gradient_as_bucket_view=True,
+            # DDP lays its buckets out anew after the first step, by arrival; a resumed run would then sum its first step in
+            # other parts than the run that it resumes. It leaves them alone when it has to look for unused parameters.
+            find_unused_parameters=options.deterministic,
         )
         self.network: nn.Module = self._ddp
         if options.half_wire:

@@ -65,8 +65,9 @@ def choose_decoder(wanted: str = "auto") -> str:
 def _decode_torchcodec(path: Path, frame_T: NDArray[np.int64], rotation: int) -> Tensor:
     from torchcodec.decoders import VideoDecoder  # loads FFmpeg: only where it was chosen
 
-    # One thread, because each worker process decodes clips of its own. torchcodec turns rotated video upright itself.
-    decoder = VideoDecoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1)
+    # One thread, because each worker process decodes clips of its own. Exact, because the approximate mode turns an index
+    # into a time by the average frame rate: other frames, where the rate varies. torchcodec turns video upright itself.
+    decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
     return decoder.get_frames_at(frame_T.tolist()).data
 
 

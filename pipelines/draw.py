@@ -59,7 +59,8 @@ def training_draw(
 
 def evaluation_draw(augmentation: Augmentation, num_frames: int, width: int, height: int) -> Draw:
     """The centre of each segment and a square centre crop of `evaluation_scale` times the shorter side (224 of 256)."""
-    side = min(round(min(width, height) * augmentation.evaluation_scale), min(width, height))
+    shorter = min(width, height)
+    side = min(max(1, round(shorter * augmentation.evaluation_scale)), shorter)
     frame_T = uniform_centre(num_frames, augmentation.num_frames)
     return Draw(frame_T, (width - side) // 2, (height - side) // 2, side, side, flip=False)
 
@@ -79,7 +80,7 @@ def _crop_sizes(base: int, target: int, scales: tuple[float, ...]) -> list[tuple
 
     A side within 3 pixels of the network's input becomes that size, so that it need not be resampled.
     """
-    sides = [int(base * scale) for scale in scales]
+    sides = [max(1, int(base * scale)) for scale in scales]
     sides = [min(target, base) if abs(side - target) < 3 else side for side in sides]
     return [(width, height) for i, height in enumerate(sides) for j, width in enumerate(sides) if abs(i - j) <= 1]
 

@@ -1,8 +1,9 @@
 """Batches of clips from worker processes, in a given order, for torch on any device."""
 
-import ctypes
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -211,7 +212,12 @@ def _as_is(batch: ClipBatch) -> ClipBatch:
 def _prepare_worker(worker: int) -> None:
     """Ctrl-C is the training process' business, and a worker must not outlive it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    kill_with_parent = (
-        1  # PR_SET_PDEATHSIG of prctl(2); the parent is the fork server, which ends with the training process
-    )
-    ctypes.CDLL(None).prctl(kill_with_parent, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the training process' end: the kernel's own death signal would follow the fork server, which workers keep up."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

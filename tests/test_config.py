@@ -118,7 +118,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("schedule.decay", "linear"),
     ("schedule.epochs", 0.0),
     ("schedule.warmup_epochs", -1.0),
-    ("schedule.warmup_epochs", 13.0),
+    ("schedule.warmup_epochs", 1e4),
     ("numerics.dtype", "float16"),
     ("numerics.amp", "float32"),
     ("distributed.backend", "mpi"),
@@ -167,13 +167,16 @@ def test_every_check_has_a_bad_value_above() -> None:
     ("key", "value"),
     [
         ("model.dropout", 0.0),
-        ("schedule.warmup_epochs", 12.0),
         ("pipeline.workers", 0),
         ("optimizer.weight_decay", 0.0),
     ],
 )
 def test_values_at_the_edge_are_taken(key: str, value: Any) -> None:
     check(with_value(key, value))
+
+
+def test_a_run_of_nothing_but_warm_up_is_taken() -> None:
+    check(with_value("schedule.warmup_epochs", smoke().schedule.epochs))
 
 
 def test_float64_with_lower_precision_is_refused() -> None:

@@ -205,6 +205,19 @@ def test_nothing_but_broken_clips_is_an_error(folder: Path, workers: int) -> Non
         next(batches)
 
 
+def test_a_clip_and_nine_replacements_are_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+
+    def fail(decoder: str, path: Path, *rest: object) -> None:
+        tried.append(path)
+        raise BadClip(f"{path}: no")
+
+    monkeypatch.setattr("pipelines.loader.decode_clip", fail)
+    with pytest.raises(BadClip):
+        next(ClipLoader(TrainingClips(source(folder)), 0, 2).batches(positions(1)))
+    assert len(tried) == 10
+
+
 def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
     """Row 2's file, which is wider, under the name of row 0, with as many bytes as the manifest says."""
     rows = [
@@ -389,6 +402,11 @@ def test_ctrl_c_is_not_the_workers_business(training: subprocess.Popen[str]) -> 
 
 
 def test_the_signal_handler_of_this_process_is_left_alone() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    start_worker_server()
-    assert signal.getsignal(signal.SIGINT) is before
+    def mine(number: int, frame: object) -> None: ...
+
+    previous = signal.signal(signal.SIGINT, mine)
+    try:
+        start_worker_server()
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -99,7 +99,7 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str) -> Recipe:
     return Recipe(
         seed=config.seed,
         global_batch=batch.global_batch,
-        bn_group=batch.bn_group or batch.global_batch,
+        bn_group=batch.global_batch if batch.bn_group is None else batch.bn_group,
         total_steps=total_steps,
         num_rows=num_rows,
         manifest_digest=manifest_digest,

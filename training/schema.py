@@ -273,5 +273,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"numerics.amp={config.numerics.amp} lowers precision and numerics.dtype=float64 raises it. Fix: numerics.amp=off"
         )
-    if config.run_id is not None and Path(config.run_id).name != config.run_id:
+    for key in ("batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size"):
+        if value(key) is not None and not value(key) > 0:
+            raise ConfigError(f"{key} must be more than 0, or null, got {value(key)}")
+    if config.max_steps is not None and config.max_steps < 1:
+        raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
+    if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
         raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")

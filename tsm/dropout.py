@@ -39,11 +39,8 @@ def uniform_of(seed_N: Tensor, count: int) -> Tensor:
     The 32-bit finalizer of MurmurHash3 over (seed, position), in int64 arithmetic, which torch has on all devices.
     """
     position_M = torch.arange(count, device=seed_N.device)
-    word_NM = _mixed(
-        _mixed(seed_N & _LOW_32)[:, None]
-        ^ _mixed((seed_N >> 32) & _LOW_32)[:, None]
-        ^ (position_M * 0x9E3779B1 & _LOW_32)
-    )
+    key_N = _mixed(_mixed(seed_N & _LOW_32) ^ ((seed_N >> 32) & _LOW_32))  # nested: the halves must not be exchangeable
+    word_NM = _mixed(key_N[:, None] ^ (position_M * 0x9E3779B1 & _LOW_32))
     return (word_NM >> 8).float() / (1 << 24)
 
 
