@@ -114,7 +114,7 @@ def _wait(handle: int) -> None:
     """Sleep until an operation is done.
 
     Horovod's own synchronize() spins, and takes a core from the threads that reduce: on 2 cores a step of two processes took
-    1.3 to 1.8 times as long as DDP's, and with this wait as long (benchmarks/step.py).
+    1.3 to 1.8 times as long as DDP's, and with this wait about as long (benchmarks/step.py).
     """
     pause_s = 20e-6
     while not hvd.poll(handle):

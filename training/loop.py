@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -152,9 +153,9 @@ class _Window:
         self._input_s = 0.0
         self._started_s = time.monotonic()
 
-    def timed_input(self, fetch: "object") -> list[ClipBatch]:
+    def timed_input(self, fetch: Callable[[], list[ClipBatch]]) -> list[ClipBatch]:
         started_s = time.monotonic()
-        micro_batches: list[ClipBatch] = fetch()  # type: ignore[operator]
+        micro_batches = fetch()
         self._input_s += time.monotonic() - started_s
         return micro_batches
 
