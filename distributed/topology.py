@@ -37,7 +37,6 @@ class _Launcher:
     local_rank: str
     local_size: str
     node: str | None
-    job_id: str | None = None
 
 
 _LAUNCHERS = (
@@ -52,7 +51,7 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         None,
     ),
-    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"),
+    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
 )
 
 
@@ -104,9 +103,10 @@ def _read(launcher: _Launcher, environ: Mapping[str, str]) -> Topology:
             f"{launcher.name} says rank {rank} of {size} and local rank {local_rank} of {local_size}, which cannot be. "
             f"Fix: start the job with {launcher.name} instead of setting these variables by hand"
         )
-    job_id = environ.get(launcher.job_id) if launcher.job_id else None
-    named = job_id if job_id not in (None, "none") else environ.get("SLURM_JOB_ID")
-    return Topology(launcher.name, rank, size, local_rank, local_size, node, socket.gethostname(), named)
+    # torchrun's own run id is no job: --standalone makes a random one.
+    return Topology(
+        launcher.name, rank, size, local_rank, local_size, node, socket.gethostname(), environ.get("SLURM_JOB_ID")
+    )
 
 
 def choose_backend(wanted: str, topology: Topology, world_size: int | None = None) -> str:

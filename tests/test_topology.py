@@ -60,14 +60,8 @@ def test_the_job_is_slurms(launcher: str) -> None:
     assert find_topology(ENVIRONMENTS[launcher] | {"SLURM_JOB_ID": "77"}).job_id == "77"
 
 
-def test_torchruns_own_run_id_comes_first() -> None:
-    with_both = TORCHRUN | {"SLURM_JOB_ID": "77", "TORCHELASTIC_RUN_ID": "mine"}
-    assert find_topology(with_both).job_id == "mine"
-
-
-def test_torchruns_word_for_no_run_id_is_none() -> None:
-    assert find_topology(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}).job_id is None
-    assert find_topology(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none", "SLURM_JOB_ID": "77"}).job_id == "77"
+def test_torchruns_own_run_id_is_no_job() -> None:
+    assert find_topology(TORCHRUN | {"TORCHELASTIC_RUN_ID": "random"}).job_id is None
 
 
 # --- What cannot be ---------------------------------------------------------------------------------------------------
