@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from jobs import Ended, start_training, wait_for_record
-from worlds import CHECKOUT, World
+from worlds import CHECKOUT, World, available
 
 from pipelines.manifest import Manifest
 
@@ -34,10 +34,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=WORLDS, ids=lambda world: world.name)
 def world(request: pytest.FixtureRequest) -> World:
-    wanted: World = request.param
-    if wanted.missing:
-        pytest.skip(wanted.missing)
-    return wanted
+    return available(request.param)
 
 
 def train(world: World, folder: Path, clips: Path, *overrides: str, rank_variable: str | None = None) -> Ended:

@@ -11,7 +11,7 @@ import torch
 from bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config
 from safetensors.torch import load_file
 from torch import Tensor
-from worlds import WORLDS, Results, World, launch
+from worlds import WORLDS, Results, World, available, launch
 
 from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipSource, TrainingClips
@@ -34,10 +34,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[World, Any]:
 
 @pytest.fixture(params=WORLDS, ids=lambda world: world.name)
 def world(request: pytest.FixtureRequest) -> World:
-    wanted: World = request.param
-    if wanted.missing:
-        pytest.skip(wanted.missing)
-    return wanted
+    return available(request.param)
 
 
 def results_of(world: World, launches: dict[Any, Any]) -> Results:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHECKOUT = Path(__file__).parent.parent
 LAUNCH_LIMIT_S = 600
 
@@ -70,6 +72,13 @@ WORLDS = [
     World("mpirun", 2),
     World("mpirun", 4),
 ]
+
+
+def available(world: World) -> World:
+    """The world, or a skipped test, with the reason, where this machine cannot launch it."""
+    if world.missing:
+        pytest.skip(world.missing)
+    return world
 
 
 @cache
