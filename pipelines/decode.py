@@ -11,25 +11,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .manifest import ManifestRow
 from .scan import BadClip
 
 # path, frame indices (T,), rotation in degrees -> uint8 (T, 3, H, W), upright
 Decoder = Callable[[Path, NDArray[np.int64], int], Tensor]
 
 
-def decode_clip(decoder: str, path: Path, length: int, frame_T: NDArray[np.int64], rotation: int) -> Tensor:
-    """The frames `frame_T` of a clip, uint8 (T, 3, H, W), upright.
+def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+    """The frames `frame_T` of the clip that a manifest's row describes, uint8 (T, 3, H, W), upright; `root`: its folder.
 
-    Raises BadClip, which says what is wrong, when the file is missing, not `length` bytes long, or cannot be decoded.
+    Raises BadClip, which says what is wrong, when the file is missing, not as long as the row says, or cannot be decoded.
     """
+    path = root / row.path
     try:
         size = os.stat(path).st_size
     except OSError as error:
         raise BadClip(f"{path}: {error.strerror}") from error
-    if size != length:
-        raise BadClip(f"{path}: {size} bytes, but {length} when the manifest was made: truncated or replaced since")
+    if size != row.length:
+        raise BadClip(f"{path}: {size} bytes, but {row.length} when the manifest was made: truncated or replaced since")
     try:
-        video_TCHW = _DECODERS[decoder](path, frame_T, rotation)
+        video_TCHW = _DECODERS[decoder](path, frame_T, row.rotation)
     except BadClip:
         raise
     except Exception as error:  # a decoder fails in as many ways as a file can be broken

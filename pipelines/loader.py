@@ -76,7 +76,7 @@ class ClipSource:
     def pixels(self, row: ManifestRow, draw: Draw) -> Tensor:
         """uint8 (T, 3, size, size); raises BadClip."""
         path = self.manifest.root / row.path
-        video_TCHW = decode_clip(self.decoder, path, row.length, draw.frame_T, row.rotation)
+        video_TCHW = decode_clip(self.decoder, self.manifest.root, row, draw.frame_T)
         upright_width, upright_height = upright_size(row)
         if video_TCHW.shape[2:] != (upright_height, upright_width):
             raise BadClip(

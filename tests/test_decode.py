@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.decode import choose_decoder, decode_clip
+from pipelines.manifest import ManifestRow
 from pipelines.scan import BadClip, scan_clip
 
 FRAMES, WIDTH, HEIGHT = 30, 64, 48
@@ -76,7 +77,12 @@ def indices(*frames: int) -> Indices:
 
 
 def decode(decoder: str, path: Path, frame_T: Indices, rotation: int = 0) -> torch.Tensor:
-    return decode_clip(decoder, path, path.stat().st_size, frame_T, rotation)
+    return decode_clip(decoder, path.parent, row_of(path, rotation), frame_T)
+
+
+def row_of(path: Path, rotation: int = 0, length: int | None = None) -> ManifestRow:
+    size = path.stat().st_size if length is None else length
+    return ManifestRow(path.name, 0, size, 0, FRAMES, "h264", WIDTH, HEIGHT, rotation)
 
 
 # --- The frames that were asked for -----------------------------------------------------------------------------------
@@ -189,7 +195,7 @@ def test_rotated_clips_come_upright(decoder: str, tmp_path: Path, clockwise: int
 
 def check_bad(decoder: str, path: Path, frame_T: Indices, says: str, length: int | None = None) -> None:
     with pytest.raises(BadClip, match=says) as caught:
-        decode_clip(decoder, path, path.stat().st_size if length is None else length, frame_T, 0)
+        decode_clip(decoder, path.parent, row_of(path, length=length), frame_T)
     assert str(path) in str(caught.value)
 
 

@@ -65,6 +65,11 @@ def source(folder: Path, augmentation: Augmentation = AUGMENTATION) -> ClipSourc
     return ClipSource(folder / "train.arrow", augmentation, SEED, "pyav")
 
 
+def frames_of(folder: Path, row: int, frame_T: np.ndarray) -> torch.Tensor:
+    """Whole frames of a row, uint8 (T, 3, H, W)."""
+    return decode_clip("pyav", folder, source(folder).manifest.row(row), frame_T)
+
+
 def positions(*batches: int) -> list[np.ndarray]:
     """Stream positions in batches of these sizes."""
     ends = np.cumsum(batches)
@@ -131,8 +136,7 @@ def test_pixels_are_those_of_the_draw(made: Path) -> None:
     for position, row in enumerate(batch.row_N.tolist()):
         width = WIDTH + 16 * (row == 2)
         draw = training_draw(augmentation, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
-        path = made / f"{row}.mp4"
-        frames_TCHW = decode_clip("pyav", path, path.stat().st_size, draw.frame_T, 0)
+        frames_TCHW = frames_of(made, row, draw.frame_T)
         crop_TCHW = frames_TCHW[:, :, draw.top : draw.top + 20, draw.left : draw.left + 20]
         expected_TCHW = crop_TCHW.flip(-1) if draw.flip else crop_TCHW
         assert torch.equal(batch.video_NTCHW[position], expected_TCHW)
@@ -146,8 +150,7 @@ def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
     (batch,) = ClipLoader(TrainingClips(source(made, augmentation)), 0, 2).batches(positions(1))
     row = int(batch.row_N[0])
     draw = training_draw(augmentation, FRAMES, WIDTH + 16 * (row == 2), HEIGHT, SEED, 0, row)
-    path = made / f"{row}.mp4"
-    frames_TCHW = decode_clip("pyav", path, path.stat().st_size, draw.frame_T, 0)
+    frames_TCHW = frames_of(made, row, draw.frame_T)
     crop_TCHW = frames_TCHW[..., draw.left : draw.left + draw.width].float()
     difference = batch.video_NTCHW[0].float().mean((1, 2, 3)) - crop_TCHW.mean((1, 2, 3))
     assert difference.abs().max() < 2
@@ -206,11 +209,11 @@ def test_nothing_but_broken_clips_is_an_error(folder: Path, workers: int) -> Non
 
 
 def test_a_clip_and_nine_replacements_are_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[Path] = []
+    tried: list[str] = []
 
-    def fail(decoder: str, path: Path, *rest: object) -> None:
-        tried.append(path)
-        raise BadClip(f"{path}: no")
+    def fail(decoder: str, root: Path, row: ManifestRow, frame_T: object) -> None:
+        tried.append(row.path)
+        raise BadClip(f"{row.path}: no")
 
     monkeypatch.setattr("pipelines.loader.decode_clip", fail)
     with pytest.raises(BadClip):
@@ -251,8 +254,7 @@ def test_an_evaluation_takes_the_centre(made: Path) -> None:
     augmentation = Augmentation(num_frames=4, size=20, flip=True, evaluation_scale=0.5)
     (batch,) = ClipLoader(EvaluationClips(source(made, augmentation)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     draw = evaluation_draw(augmentation, FRAMES, WIDTH, HEIGHT)
-    path = made / "0.mp4"
-    frames_TCHW = decode_clip("pyav", path, path.stat().st_size, draw.frame_T, 0)
+    frames_TCHW = frames_of(made, 0, draw.frame_T)
     assert torch.equal(batch.video_NTCHW[0], frames_TCHW[:, :, 10:30, 14:34])
 
 
