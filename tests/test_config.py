@@ -115,6 +115,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("optimizer.lr", float("nan")),
     ("optimizer.base_batch", 0),
     ("optimizer.weight_decay", -1e-4),
+    ("optimizer.bias_lr_multiplier", 0.0),
+    ("optimizer.classifier_lr_multiplier", 0.0),
     ("schedule.decay", "linear"),
     ("schedule.epochs", 0.0),
     ("schedule.warmup_epochs", -1.0),

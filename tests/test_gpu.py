@@ -7,8 +7,9 @@ from torch import nn
 from distributed.backend import SingleBackend, pick_device
 from distributed.batch_norm import convert_batch_norm
 from distributed.topology import Topology
-from training.schema import NumericsConfig
-from training.step import Normaliser, make_optimizer
+from training.optimizers import make_optimizer
+from training.schema import NumericsConfig, OptimizerConfig
+from training.step import Normaliser
 from tsm.dropout import uniform_of
 from tsm.networks import build_network
 from tsm.shift import temporal_shift
@@ -62,7 +63,7 @@ def test_gradients_are_the_cpu_ones(ghosts: int) -> None:
 def test_mixed_precision_takes_a_step(amp: torch.dtype) -> None:
     network = build_network("resnet18", 10, num_frames=4).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     convert_batch_norm(network, SingleBackend(ALONE, torch.device("cuda")), 2, [], accumulation=1)
-    optimizer = make_optimizer(network, momentum=0.9, weight_decay=1e-4, nesterov=False)
+    optimizer = make_optimizer(network, OptimizerConfig())
     optimizer.param_groups[0]["lr"] = 0.1
     scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
     before = network.classifier.weight.detach().clone()

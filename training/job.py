@@ -21,10 +21,11 @@ from pipelines.manifest import Manifest, ManifestError
 from tsm.networks import TemporalNetwork, build_network
 
 from .errors import ConfigError, DataError
+from .optimizers import make_optimizer, optimizer_tensors
 from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
 from .schema import Config
-from .step import Normaliser, Trainer, make_optimizer, optimizer_tensors
+from .step import Normaliser, Trainer
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -169,9 +170,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     state = backend.broadcast_object(resumed.state if resumed else None)
 
     network = _build_network(config, backend, execution)
-    optimizer = make_optimizer(
-        network, config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.nesterov
-    )
+    optimizer = make_optimizer(network, config.optimizer)
     if state is not None:
         _restore(backend, network, optimizer_tensors(network, optimizer), resumed)
     options = ReducerOptions(

@@ -15,9 +15,9 @@ from .errors import EXIT_DONE, DataError
 from .evaluation import evaluate
 from .job import Job
 from .metrics import Scores
+from .optimizers import optimizer_tensors
 from .records import Records
 from .signals import StopSignal
-from .step import optimizer_tensors
 
 STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
 

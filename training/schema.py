@@ -90,6 +90,10 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     """Decay of convolution and classifier weights; BN parameters and biases have none."""
     nesterov: bool = False
+    bias_lr_multiplier: float = 1.0
+    """The rate of convolution and classifier biases, in parts of the schedule's (official TSM: 2)."""
+    classifier_lr_multiplier: float = 1.0
+    """The rate of the classifier, likewise; its bias has both factors (official TSM: 5, and 10 for the bias)."""
     clip_norm: float | None = None
     """Clip the global gradient's norm to this; null: do not."""
 
@@ -238,7 +242,8 @@ _CHOICES = {
 }
 _POSITIVE = (
     "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size", "pipeline.evaluation_scale",
-    "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "schedule.epochs", "distributed.timeout_s",
+    "batch.global_batch", "optimizer.lr", "optimizer.base_batch",
+    "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "schedule.epochs", "distributed.timeout_s",
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
 )  # fmt: skip
 _NOT_NEGATIVE = ("pipeline.workers", "data.max_bad_clips", "optimizer.weight_decay", "schedule.warmup_epochs")

@@ -11,6 +11,7 @@ from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipBatch
 from tsm.networks import TemporalNetwork
 
+from .optimizers import set_learning_rate
 from .recipe import Execution, Recipe
 from .schema import NumericsConfig
 
@@ -95,35 +96,9 @@ class Trainer:
 
     def _update(self, learning_rate: float) -> None:
         """Unscale, clip, step: all of them see the reduced gradient, so every rank does the same."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.scaler.unscale_(self.optimizer)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-
-def make_optimizer(network: nn.Module, momentum: float, weight_decay: float, nesterov: bool) -> torch.optim.Optimizer:
-    """SGD in which BN parameters and biases, the tensors of one dimension, have no weight decay (TSM's official groups)."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
-    for (
-        parameter
-    ) in parameters:  # as after a step with no gradient, so that every rank can be sent a resumed run's state
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name; the tensors are the live ones."""
-    return {
-        f"{name}.{kind}": tensor
-        for name, parameter in network.named_parameters()
-        for kind, tensor in optimizer.state[parameter].items()
-        if isinstance(tensor, Tensor)
-    }
