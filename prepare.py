@@ -1,61 +1,35 @@
-"""Make a data set: clips, and one manifest per split that says what was seen in them.
+"""Make a data set's manifests, one per split, from clips that are each decoded once from end to end.
 
-    python prepare.py shapes                      # 1,200 small clips under data/shapes, on which only a sense of time wins
-    python prepare.py shapes --root /tmp/shapes --train-clips 4000 --seed 1
+    python prepare.py shapes                           # draws 1,200 small clips on which only a sense of time wins
+    python prepare.py kinetics --root data/kinetics400
+    python prepare.py something-v2                     # likewise something-v1, jester, ucf101, hmdb51
+    python prepare.py folder --root data/mine --val-fraction 0.1
+    python prepare.py list --root data/mine --train train.txt --val val.txt --classes classes.txt
 
-A second call leaves a finished folder alone; an interrupted one goes on where it stopped.
+A second call scans only what is new or has changed; an interrupted one goes on where it stopped. docs/data.md says what each
+data set's folder must look like.
 """
 
 import argparse
-import os
 import sys
-import time
-from pathlib import Path
 
+from pipelines.commands.datasets import add_datasets
+from pipelines.commands.shapes import add_shapes
+from pipelines.datasets.annotations import DataSetError
+from pipelines.manifest import ManifestError
 from pipelines.scan import BadClip
-from pipelines.shapes import CLASSES, ShapesConfig, ShapesError, write_shapes
-
-
-def add_shapes(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    default = ShapesConfig()
-    parser = commands.add_parser(
-        "shapes",
-        help="clips of moving shapes, in pairs of classes that differ in the order of frames only",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--root", type=Path, default=Path("data/shapes"), help="folder to write")
-    parser.add_argument("--train-clips", type=int, default=default.train_clips, help=f"a multiple of {len(CLASSES)}")
-    parser.add_argument("--val-clips", type=int, default=default.val_clips, help=f"a multiple of {len(CLASSES)}")
-    parser.add_argument("--size", type=int, default=default.size, help="height and width in pixels")
-    parser.add_argument("--frames", type=int, nargs="+", default=default.frames, help="lengths that a clip may have")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw and encode"
-    )
-    parser.add_argument("--force", action="store_true", help="replace clips that were made with other parameters")
-    parser.set_defaults(run=run_shapes)
-
-
-def run_shapes(args: argparse.Namespace) -> None:
-    start_s = time.perf_counter()
-    config = ShapesConfig(args.train_clips, args.val_clips, args.size, tuple(args.frames), args.seed)
-    written = write_shapes(args.root, config, args.workers, args.force)
-    clips = " and ".join(f"{count} {split}" for split, count in written.rows.items())
-    done = f"{written.new_clips} clips written" if written.new_clips else "already there"
-    print(
-        f"{args.root}: {clips} clips of {len(CLASSES)} classes, {written.bytes / 1e6:.1f} MB; "
-        f"{done}, {time.perf_counter() - start_s:.1f} s"
-    )
+from pipelines.shapes import ShapesError
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="DATA_SET")
     add_shapes(commands)
+    add_datasets(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ShapesError, BadClip) as error:
+    except (ShapesError, DataSetError, ManifestError, BadClip) as error:
         print(f"prepare.py {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
-"""Chosen frames of an encoded clip as pixels: torchcodec where FFmpeg's libraries are installed, PyAV everywhere else."""
+"""Chosen frames of a clip as pixels: of videos by torchcodec where FFmpeg's libraries are installed, else by PyAV; of folders
+of JPEG files by torchvision."""
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
-from .manifest import ManifestRow
+from .frames import frame_file
+from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip
 
 # path, frame indices (T,), rotation in degrees -> uint8 (T, 3, H, W), upright
@@ -21,9 +25,12 @@ Decoder = Callable[[Path, NDArray[np.int64], int], Tensor]
 def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     """The frames `frame_T` of the clip that a manifest's row describes, uint8 (T, 3, H, W), upright; `root`: its folder.
 
-    Raises BadClip, which says what is wrong, when the file is missing, not as long as the row says, or cannot be decoded.
+    `decoder` is for videos; a row says itself that its clip is a folder of JPEG files. Raises BadClip, which says what is
+    wrong, when the file is missing, not as long as the row says, or cannot be decoded.
     """
     path = root / row.path
+    if row.codec == JPEG_FRAMES:
+        return _decode_frame_files(path, row, frame_T)
     try:
         size = os.stat(path).st_size
     except OSError as error:
@@ -91,6 +98,42 @@ def _decode_pyav(path: Path, frame_T: NDArray[np.int64], rotation: int) -> Tenso
     video_THWC = np.stack([pixels_HWC[index] for index in frame_T.tolist()])
     upright_THWC = np.rot90(video_THWC, rotation // 90, axes=(1, 2))
     return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
+
+
+def _decode_frame_files(pattern: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+    """Only the files that are asked for are opened, each once; their size is checked, the bytes of the rest are not."""
+    images_CHW = {}
+    for index in sorted(set(frame_T.tolist())):
+        path = frame_file(pattern, row.offset + index)
+        if not 0 <= index < row.num_frames:
+            raise BadClip(f"{path}: frame {index} of a clip of {row.num_frames}")
+        images_CHW[index] = decode_jpeg_file(path)
+        height, width = images_CHW[index].shape[1:]
+        if (width, height) != (row.width, row.height):
+            raise BadClip(f"{path}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")
+    return torch.stack([images_CHW[index] for index in frame_T.tolist()])
+
+
+def decode_jpeg_file(path: Path) -> Tensor:
+    """uint8 (3, H, W), RGB, whatever colours the file holds (grey, CMYK); BadClip when it is missing, cut short or no JPEG.
+
+    Damage inside of a file that keeps its structure goes unseen, as in every decoder built on libjpeg.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadClip(f"{path}: {error.strerror}") from error
+    if not content:
+        raise BadClip(f"{path}: the file is empty")
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # torchvision 0.29 warns with each call that torchcodec will take over; torchcodec needs FFmpeg's libraries, this not.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            reason = str(error).rpartition(", ")[2]
+            raise BadClip(f"{path}: does not decode ({reason})") from error
 
 
 _DECODERS: dict[str, Decoder] = {"torchcodec": _decode_torchcodec, "pyav": _decode_pyav}

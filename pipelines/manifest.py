@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 VERSION = 1
 BLOCK_ROWS = 1 << 18
 HINT = "prepare.py makes one"
+JPEG_FRAMES = "jpeg-frames"
+"""The codec of a clip that is a folder with one JPEG file for each frame."""
 
 
 class ManifestError(ValueError):
@@ -29,15 +31,18 @@ class ManifestError(ValueError):
 @dataclass(frozen=True)
 class ManifestRow:
     path: str
-    """Relative to the manifest's folder."""
+    """Relative to the manifest's folder, or absolute. Of JPEG_FRAMES: the folder, and the printf pattern of the files' names
+    (`20bn-something-something-v1/1/%05d.jpg`); the folder part is no pattern, a percent sign in a file's name is doubled."""
     offset: int
-    """Where the clip begins in that file, in bytes."""
+    """Where the clip begins in that file, in bytes. Of JPEG_FRAMES: the number of the first frame's file (0 or 1)."""
     length: int
-    """Bytes of the clip; for a clip with a file of its own the file's size, so that fstat recognises another file."""
+    """Bytes of the clip; for a clip with a file of its own the file's size, so that fstat recognises another file. Of
+    JPEG_FRAMES: the bytes of all frames together."""
     label: int
     num_frames: int
     """Frames that decode."""
     codec: str
+    """FFmpeg's name of the decoder, or JPEG_FRAMES."""
     width: int
     height: int
     """As stored, before the rotation."""

@@ -11,12 +11,16 @@ class BadClip(ValueError):
     """A file that cannot be trained on; the message names it and says why."""
 
 
+class MissingClip(BadClip):
+    """A file that is not there."""
+
+
 @dataclass(frozen=True)
 class ClipFacts:
-    """The fields of a manifest's row that the file decides."""
+    """The fields of a manifest's row that the file, or the folder of frames, decides."""
 
     length: int
-    """Bytes of the file."""
+    """Bytes of the file, or of all frames."""
     num_frames: int
     """Frames that decode, whatever the container claims."""
     codec: str
@@ -33,7 +37,7 @@ def scan_clip(path: str | Path) -> ClipFacts:
     try:
         length = os.stat(path).st_size
     except FileNotFoundError:
-        raise BadClip(f"{path}: no such file") from None
+        raise MissingClip(f"{path}: no such file") from None
     if length == 0:
         raise BadClip(f"{path}: the file is empty")
     try:

@@ -40,9 +40,9 @@ from typing import Any
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from .manifest import Manifest, ManifestError, ManifestRow, write_manifest
+from .progress import progress
 from .scan import BadClip, scan_clip
 
 FORMAT = 2  # raise it with every change of a drawn pixel or an encoder option: a folder of the old kind is then not taken for new
@@ -323,7 +323,7 @@ def _write_missing(root: Path, config: ShapesConfig, workers: int) -> Written:
         for name in CLASSES:
             (root / split / name).mkdir(parents=True, exist_ok=True)
         rows: dict[int, ManifestRow] = {}
-        for index, row, is_new in _progress(_write_all(root, config, split, workers), config.clips(split), split):
+        for index, row, is_new in progress(_write_all(root, config, split, workers), config.clips(split), split):
             rows[index] = row
             new_clips += is_new
             total_bytes += row.length
@@ -461,14 +461,3 @@ def _write_aside(path: Path, content: bytes) -> None:
         os.replace(aside, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _progress(items: Iterator[Any], total: int, what: str) -> Iterator[Any]:
-    """A bar on a terminal, a line every tenth elsewhere."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, unit="clip")
-        return
-    for count, item in enumerate(items, start=1):
-        yield item
-        if count * 10 // total > (count - 1) * 10 // total:
-            print(f"{what}: {count} of {total} clips", file=sys.stderr, flush=True)

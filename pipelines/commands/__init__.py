@@ -1,0 +1,1 @@
+"""The subcommands of prepare.py: their arguments, and what they print."""

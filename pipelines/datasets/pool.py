@@ -1,0 +1,130 @@
+"""A function over many items in processes that may die: a decoder's crash on one file costs that file and nothing else."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_ATTEMPTS = 2  # a process that was killed from outside (out of memory) says nothing about its item: one more try
+
+
+@dataclass(frozen=True)
+class Died:
+    """In place of a result: the process that worked on the item ended, in each attempt."""
+
+    how: str
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+    item: int | None = None
+    """The index of the item that it has; None until it has started up."""
+
+
+def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
+    """(index, function(item)) of every item, in the order in which they finish; Died where the process did not survive.
+
+    `workers`: processes (spawned: the function is imported there); 0 works in this one, unguarded. Close the iterator, or
+    leave it by an exception, and all processes end at once. An exception of the function's own ends it with RuntimeError.
+    """
+    if workers == 0:
+        yield from ((index, function(item)) for index, item in enumerate(items))
+        return
+    waiting, failures = deque(range(len(items))), dict.fromkeys(range(len(items)), 0)
+    crew = [_start(function) for _ in range(min(workers, len(items)))]
+    try:
+        while crew:
+            for pipe in wait([worker.pipe for worker in crew]):
+                worker = next(worker for worker in crew if worker.pipe is pipe)
+                try:
+                    result = worker.pipe.recv()
+                except (EOFError, OSError):
+                    died = _died(worker)
+                    crew.remove(worker)
+                    crew.append(_start(function))
+                    assert worker.item is not None
+                    failures[worker.item] += 1
+                    if failures[worker.item] < _ATTEMPTS:
+                        waiting.appendleft(worker.item)
+                    else:
+                        yield worker.item, died
+                    continue
+                if worker.item is not None:
+                    if isinstance(result, _Raised):
+                        raise RuntimeError(f"scanning {items[worker.item]} failed: {result.text}")
+                    yield worker.item, result
+                _give_next(worker, waiting, items, crew)
+    finally:
+        for worker in crew:
+            worker.process.kill()
+        for worker in crew:
+            worker.process.join()
+
+
+@dataclass(frozen=True)
+class _Raised:
+    text: str
+
+
+def _start(function: Callable[[Any], Any]) -> _Worker:
+    context = multiprocessing.get_context("spawn")  # no thread, lock or GPU of the caller is taken along
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+    # A child inherits the mask: Ctrl-C reaches the whole terminal's group, but the parent alone decides what it means.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pipe.send(None)  # started up
+    while True:
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(item)
+        except Exception as error:
+            result = _Raised(f"{type(error).__name__}: {error}")
+        pipe.send(result)
+
+
+def _end_with_parent() -> None:
+    """Also in the middle of a long file, when the parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew: list[_Worker]) -> None:
+    """Hand out the next item, or let the process go when there is none."""
+    if not waiting:
+        worker.pipe.close()
+        worker.process.join()
+        crew.remove(worker)
+        return
+    worker.item = waiting.popleft()
+    worker.pipe.send(items[worker.item])
+
+
+def _died(worker: _Worker) -> Died:
+    worker.process.join()
+    code = worker.process.exitcode or 0
+    how = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+    if worker.item is None:
+        raise RuntimeError(f"a scanning process ended before its first file ({how}); its output above says why")
+    return Died(how)

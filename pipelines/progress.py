@@ -1,0 +1,20 @@
+"""How far a long loop is: a bar on a terminal, a line every tenth elsewhere."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """The items, while standard error says how many of `total` are done."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what, unit="clip")
+        return
+    for count, item in enumerate(items, start=1):
+        yield item
+        if count * 10 // total > (count - 1) * 10 // total:
+            print(f"{what}: {count} of {total} clips", file=sys.stderr, flush=True)
