@@ -10,7 +10,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tsm.networks import PoolInput, ShiftInput, TemporalNetwork, build_network
+from distributed.backend import SingleBackend
+from distributed.batch_norm import GroupBatchNorm, convert_batch_norm
+from distributed.topology import Topology
+from tsm.networks import BACKBONES, PoolInput, ShiftInput, TemporalNetwork, build_network, shift_places
 from tsm.non_local import PLACES, NonLocalBlock
 
 FRAMES, CLASSES = 4, 5
@@ -75,19 +78,77 @@ def hooks_of(network: nn.Module, kind: type) -> list[tuple[str, Any]]:
 # --- Sizes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("non_local", "count"), [(False, 24_327_632), (True, 31_686_096)])
-def test_parameters_at_400_classes(non_local: bool, count: int) -> None:
-    network = empty(backbone="resnet50", num_classes=400, non_local=non_local)
+@pytest.mark.parametrize(
+    ("backbone", "non_local", "count"),
+    [
+        ("resnet50", False, 24_327_632),
+        ("resnet50", True, 31_686_096),
+        ("resnet101", False, 43_319_760),
+        ("mobilenet_v2", False, 2_736_272),
+    ],
+)
+def test_parameters_at_400_classes(backbone: str, non_local: bool, count: int) -> None:
+    network = empty(backbone=backbone, num_classes=400, non_local=non_local)
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
-@pytest.mark.parametrize(("backbone", "count"), [("resnet18", 8), ("resnet50", 16)])
-@pytest.mark.parametrize("place", ["residual", "block"])
-def test_each_block_has_one_shift(backbone: str, count: int, place: str) -> None:
-    network = empty(backbone=backbone, shift=place)
-    names = [name for name, _ in hooks_of(network, ShiftInput)]
+@pytest.mark.parametrize(
+    ("backbone", "place", "count"),
+    [
+        ("resnet18", "residual", 8),
+        ("resnet18", "block", 8),
+        ("resnet34", "residual", 16),
+        ("resnet50", "residual", 16),
+        ("resnet50", "block", 16),
+        ("resnet101", "residual", 18),  # every second block of each stage: 2 + 2 + 12 + 2
+        ("resnet101", "block", 33),
+        ("mobilenet_v2", "residual", 10),
+    ],
+)
+def test_a_block_has_one_shift(backbone: str, place: str, count: int) -> None:
+    names = [name for name, _ in hooks_of(empty(backbone=backbone, shift=place), ShiftInput)]
     assert len(names) == len(set(names)) == count
-    assert all(name.endswith(".conv1") == (place == "residual") for name in names)
+    assert names == [f"backbone.{name}" for name in shift_places(backbone, place)]  # type: ignore[arg-type]
+
+
+def test_resnet101_shifts_every_second_block() -> None:
+    places = shift_places("resnet101", "residual")
+    assert [place for place in places if place.startswith(("layer1", "layer4"))] == [
+        f"layer{stage}.{block}.conv1" for stage in (1, 4) for block in (0, 2)
+    ]
+    assert [int(place.split(".")[1]) for place in places if place.startswith("layer3")] == list(range(0, 23, 2))
+
+
+def test_mobilenet_shifts_what_has_an_identity_path_and_expands() -> None:
+    network = empty(backbone="mobilenet_v2")
+    expected = [
+        f"features.{index}.conv.0.0"
+        for index, block in enumerate(network.get_submodule("backbone.features").children())
+        if getattr(block, "use_res_connect", False) and len(block.conv) == 4  # type: ignore[arg-type]
+    ]
+    assert shift_places("mobilenet_v2", "residual") == expected
+    assert [int(place.split(".")[1]) for place in expected] == [3, 5, 6, 8, 9, 10, 12, 13, 15, 16]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_every_backbone_takes_any_number_of_frames(backbone: str, frames: int) -> None:
+    torch.manual_seed(0)
+    network = build_network(backbone, CLASSES, frames).eval()
+    assert network(torch.randn(2, frames, 3, 32, 32)).shape == (2, CLASSES)
+
+
+@torch.no_grad()
+def test_one_frame_has_nothing_to_shift_but_zeros() -> None:
+    """A single frame has no neighbours: the shifted channels are zeros, in both directions and in training and online."""
+    network = small(num_frames=1)
+    block = network.get_submodule("backbone.layer1.0.conv1")
+    seen: list[Tensor] = []
+    block.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    network(clips(frames=1))
+    assert (seen[0][:, :16] == 0).all()
+    assert (seen[0][:, 16:] != 0).any()
 
 
 def test_tsn_has_no_shift() -> None:
@@ -101,13 +162,14 @@ def test_logits_have_a_row_for_each_clip() -> None:
 # --- Names and weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("temporal_pool", [False, True])
+@pytest.mark.parametrize(
+    ("backbone", "temporal_pool"), [*((name, False) for name in BACKBONES), ("resnet18", True), ("resnet50", True)]
+)
 def test_parameters_keep_torchvisions_names(backbone: str, temporal_pool: bool) -> None:
     with torch.device("meta"):
         theirs = torchvision.models.get_model(backbone, weights=None).state_dict()
     ours = empty(backbone=backbone, temporal_pool=temporal_pool).state_dict()
-    backbone_names = {f"backbone.{name}" for name in theirs if not name.startswith("fc.")}
+    backbone_names = {f"backbone.{name}" for name in theirs if not name.startswith(("fc.", "classifier."))}
     assert set(ours) == backbone_names | {"classifier.weight", "classifier.bias"}
 
 
@@ -160,14 +222,17 @@ def test_tsm_sees_the_order_of_frames(place: str, direction: str) -> None:
     assert (network(clips()) - network(clips().flip(1))).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("place", ["residual", "block"])
-def test_past_never_sees_the_future(place: str) -> None:
-    network = small(shift=place, direction="past")
+@pytest.mark.parametrize(
+    ("backbone", "place"), [("resnet18", "residual"), ("resnet18", "block"), ("mobilenet_v2", "residual")]
+)
+def test_past_never_sees_the_future(backbone: str, place: str) -> None:
+    network = small(backbone=backbone, shift=place, direction="past")
     later = clips()
     later[:, -1] += 1
     before, after = frame_features(network, clips()), frame_features(network, later)
-    torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=0, atol=1e-12)
-    assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3
+    size = before.abs().max().item()  # a MobileNetV2's first features are tiny
+    torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=0, atol=1e-12 * size)
+    assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3 * size
 
 
 def test_both_sees_the_future() -> None:
@@ -297,6 +362,74 @@ def test_a_non_local_block_is_attention_over_all_frames() -> None:
     torch.testing.assert_close(block(x_BCHW), expected_BCHW, rtol=1e-12, atol=1e-12)
 
 
+# --- Partial batch norm -----------------------------------------------------------------------------------------------
+
+
+def norms_of(network: nn.Module) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def converted(network: TemporalNetwork) -> TemporalNetwork:
+    """With batch norms over groups of clips, as training has them."""
+    topology = Topology(launcher="none", rank=0, size=1, local_rank=0, local_size=1, node=0, host="here")
+    backend = SingleBackend(topology, torch.device("cpu"))
+    convert_batch_norm(network, backend, ghosts=2, rank_groups=[], accumulation=1)
+    return network
+
+
+@torch.no_grad()
+def adapt_statistics(network: TemporalNetwork) -> None:
+    """Give norms the statistics of a batch: frozen at a random start, they would let a gradient vanish."""
+    for norm in norms_of(network):
+        norm.train()
+        norm.momentum = 1.0
+    network(torch.randn(2, FRAMES, 3, 32, 32))
+    for norm in norms_of(network):
+        norm.momentum = 0.1
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["torch's", "over groups"])
+@pytest.mark.parametrize(("backbone", "non_local"), [("resnet18", False), ("resnet50", True), ("mobilenet_v2", False)])
+def test_partial_bn_freezes_all_norms_but_the_first(backbone: str, non_local: bool, convert: bool) -> None:
+    torch.manual_seed(0)
+    network = build_network(backbone, CLASSES, FRAMES, non_local=non_local, partial_bn=True)
+    adapt_statistics(network)
+    if convert:
+        converted(network)
+    network.eval()
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    nn.functional.cross_entropy(network(torch.randn(2, FRAMES, 3, 32, 32)), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    after = network.state_dict()
+    first, *others = norms_of(network)
+    assert isinstance(first, GroupBatchNorm) == convert
+    name_of = {module: name for name, module in network.named_modules()}
+    for norm in others:
+        assert norm.weight.grad is None and norm.bias.grad is None
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            assert torch.equal(after[f"{name_of[norm]}.{kind}"], before[f"{name_of[norm]}.{kind}"])
+    assert name_of[first] in ("backbone.bn1", "backbone.features.0.1")
+    for kind in ("weight", "bias", "running_mean", "running_var"):
+        assert not torch.equal(after[f"{name_of[first]}.{kind}"], before[f"{name_of[first]}.{kind}"])
+    convolutions = [name for name, p in network.named_parameters() if p.dim() > 1 and ".non_local." not in name]
+    assert not any(torch.equal(after[name], before[name]) for name in convolutions)
+
+
+def test_without_partial_bn_every_norm_learns() -> None:
+    network = empty()
+    network.train()
+    assert all(norm.training and norm.weight.requires_grad for norm in norms_of(network))
+
+
+def test_evaluation_of_partial_bn_freezes_the_first_too() -> None:
+    network = empty(partial_bn=True)
+    assert not any(module.training for module in network.modules())
+    network.train()
+    assert network.training and network.dropout.training
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +438,10 @@ def test_a_non_local_block_is_attention_over_all_frames() -> None:
     [
         ({"backbone": "vgg"}, "backbone.*resnet18.*'vgg'"),
         ({"shift": "inplace"}, "shift.*'inplace'"),
+        ({"backbone": "mobilenet_v2", "shift": "block"}, "shift='block'.*mobilenet_v2"),
+        ({"backbone": "mobilenet_v2", "temporal_pool": True}, "temporal_pool.*mobilenet_v2"),
+        ({"backbone": "mobilenet_v2", "non_local": True}, "non_local.*mobilenet_v2"),
+        ({"backbone": "resnet101", "non_local": True}, "non_local.*resnet101"),
         ({"num_classes": 0}, "num_classes.*0"),
         ({"num_frames": 0}, "num_frames.*0"),
         ({"non_local": True}, "non_local.*resnet18"),

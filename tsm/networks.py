@@ -1,7 +1,7 @@
-"""TSM and TSN on torchvision's residual networks."""
+"""TSM and TSN on torchvision's residual networks and MobileNetV2."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torchvision
 from torch import Tensor, nn
@@ -10,8 +10,18 @@ from .dropout import ClipDropout
 from .non_local import add_non_local_blocks
 from .shift import Direction, check_fold_div, temporal_shift
 
-BACKBONES = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 ShiftPlace = Literal["residual", "block", "none"]
+
+# Residual blocks in each of the four stages.
+RESNETS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
+BACKBONES = (*RESNETS, "mobilenet_v2")
+# MobileNetV2's inverted residuals that expand their channels and have an identity path.
+_MOBILENET_SHIFTED = (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)
 
 
 def build_network(
@@ -24,54 +34,84 @@ def build_network(
     temporal_pool: bool = False,
     non_local: bool = False,
     dropout: float = 0.5,
+    partial_bn: bool = False,
 ) -> "TemporalNetwork":
     """A 2D backbone over frames, with temporal shift (`shift='none'` is TSN), from random weights.
 
     `shift='residual'` shifts in front of each block's first convolution and leaves the identity path alone; `'block'` shifts
-    in front of the whole block (TSM, section 3.2). `temporal_pool` halves the frames in front of layer2; `non_local` adds
-    five non-local blocks to a ResNet-50.
+    in front of the whole block (TSM, section 3.2); `shift_places` has the places. `temporal_pool` halves the frames in front
+    of a ResNet's layer2; `non_local` adds five non-local blocks to a ResNet-50; `partial_bn`: see TemporalNetwork.
 
     Raises ValueError that names the argument for anything that cannot be built.
+    """
+    places = shift_places(backbone, shift)
+    if num_classes < 1 or num_frames < 1:
+        raise ValueError(f"num_classes and num_frames must be 1 or more, got {num_classes} and {num_frames}")
+    if non_local and backbone != "resnet50":
+        # The authors' code also takes a ResNet-101, and drops 17 of its blocks there.
+        raise ValueError(f"non_local has published places in resnet50 alone, got backbone={backbone!r}")
+    if temporal_pool and backbone not in RESNETS:
+        raise ValueError(f"temporal_pool has a published place in ResNets alone, got backbone={backbone!r}")
+    check_fold_div(fold_div, direction)
+    body = torchvision.models.get_model(backbone, weights=None)
+    for name in places:
+        frames = _frames_in(name, num_frames, temporal_pool)
+        body.get_submodule(name).register_forward_pre_hook(ShiftInput(frames, fold_div, direction))
+    if non_local:
+        add_non_local_blocks(body, _frames_in("layer2", num_frames, temporal_pool))
+    if temporal_pool:
+        body.layer2.register_forward_pre_hook(PoolInput(num_frames))
+    return TemporalNetwork(body, num_classes, num_frames, dropout, partial_bn)
+
+
+def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
+    """The modules, by torchvision's names, whose input is shifted.
+
+    As in the authors' code (ops/temporal_shift.py, ops/models.py): `residual` takes every second block of each stage where
+    layer3 has 23 blocks or more, `block` takes all; MobileNetV2 has a `residual` place alone.
+
+    Raises ValueError for an unknown backbone or place.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     if shift not in ("residual", "block", "none"):
         raise ValueError(f"shift must be 'residual', 'block' or 'none', got {shift!r}")
-    if num_classes < 1 or num_frames < 1:
-        raise ValueError(f"num_classes and num_frames must be 1 or more, got {num_classes} and {num_frames}")
-    if non_local and backbone != "resnet50":
-        raise ValueError(f"non_local has published places in resnet50 alone, got backbone={backbone!r}")
-    check_fold_div(fold_div, direction)
-    resnet = BACKBONES[backbone](weights=None)
-    if shift != "none":
-        for name, stage in _stages(resnet):
-            frames = _frames_in(name, num_frames, temporal_pool)
-            for block in stage:
-                place = block.get_submodule("conv1") if shift == "residual" else block
-                place.register_forward_pre_hook(ShiftInput(frames, fold_div, direction))
-    if non_local:
-        add_non_local_blocks(resnet, _frames_in("layer2", num_frames, temporal_pool))
-    if temporal_pool:
-        resnet.layer2.register_forward_pre_hook(PoolInput(num_frames))
-    return TemporalNetwork(resnet, num_classes, num_frames, dropout)
+    if shift == "none":
+        return []
+    if backbone == "mobilenet_v2":
+        if shift == "block":
+            raise ValueError("shift='block' has no published place in mobilenet_v2, only 'residual' has")
+        return [f"features.{index}.conv.0.0" for index in _MOBILENET_SHIFTED]
+    stages = RESNETS[backbone]
+    every = 2 if shift == "residual" and stages[2] >= 23 else 1
+    blocks = [f"layer{stage}.{index}" for stage, count in enumerate(stages, 1) for index in range(0, count, every)]
+    return [f"{block}.conv1" for block in blocks] if shift == "residual" else blocks
 
 
 class TemporalNetwork(nn.Module):
     """Frames through a 2D backbone, a linear classifier for each frame, and the mean of the logits over time.
 
     `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names behind `backbone.`.
+
+    With `partial_bn`, for fine-tuning from few clips (TSN, arXiv:1608.00859, section 3.3), every batch norm but the first is
+    frozen in training too: it normalises by its running statistics, and neither they nor its weight and bias change.
     """
 
-    def __init__(self, resnet: nn.Module, num_classes: int, num_frames: int, dropout: float) -> None:
+    def __init__(
+        self, body: nn.Module, num_classes: int, num_frames: int, dropout: float, partial_bn: bool = False
+    ) -> None:
         super().__init__()
-        features: int = resnet.fc.in_features  # type: ignore[union-attr, assignment]
-        resnet.fc = nn.Identity()
+        head = "fc" if hasattr(body, "fc") else "classifier"
+        *_, linear = (module for module in body.get_submodule(head).modules() if isinstance(module, nn.Linear))
+        setattr(body, head, nn.Identity())
         self.num_frames = num_frames
-        self.backbone = resnet
+        self.partial_bn = partial_bn
+        self.backbone = body
         self.dropout = ClipDropout(dropout)
-        self.classifier = nn.Linear(features, num_classes)
+        self.classifier = nn.Linear(linear.in_features, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
+        self.train()
 
     def forward(self, x_NTCHW: Tensor) -> Tensor:
         if x_NTCHW.dim() != 5 or x_NTCHW.shape[1] != self.num_frames or x_NTCHW.shape[2] != 3:
@@ -80,6 +120,17 @@ class TemporalNetwork(nn.Module):
         feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
         logit_NTK = self.classifier(self.dropout(feature_NTC))
         return logit_NTK.mean(1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation; frozen batch norms, found anew since they may have been replaced, stay frozen."""
+        super().train(mode)
+        if self.partial_bn:
+            # The base class, so that batch norms over groups of clips count too.
+            norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+            for norm in norms[1:]:
+                norm.eval()
+                norm.requires_grad_(False)
+        return self
 
 
 @dataclass(frozen=True)
@@ -107,10 +158,6 @@ class PoolInput:
         return (pooled_NCTHW.transpose(1, 2).flatten(0, 1),)
 
 
-def _stages(resnet: nn.Module) -> list[tuple[str, nn.Sequential]]:
-    return [(name, getattr(resnet, name)) for name in ("layer1", "layer2", "layer3", "layer4")]
-
-
-def _frames_in(stage: str, num_frames: int, temporal_pool: bool) -> int:
-    """Frames that a stage's blocks see: half of them, rounded up, from layer2 on where the network pools over time."""
-    return (num_frames + 1) // 2 if temporal_pool and stage != "layer1" else num_frames
+def _frames_in(place: str, num_frames: int, temporal_pool: bool) -> int:
+    """Frames that a module sees: half of them, rounded up, from layer2 on where the network pools over time."""
+    return (num_frames + 1) // 2 if temporal_pool and not place.startswith("layer1.") else num_frames
