@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distributed.backend import SingleBackend
 from distributed.batch_norm import GroupBatchNorm, convert_batch_norm
 from distributed.topology import Topology
+from tsm.flops import clip_multiply_adds
 from tsm.networks import BACKBONES, PoolInput, ShiftInput, TemporalNetwork, build_network, shift_places
 from tsm.non_local import PLACES, NonLocalBlock
 
@@ -460,3 +461,49 @@ def test_what_cannot_be_built_is_named(changes: dict[str, Any], message: str) ->
 def test_clips_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"\(N, {FRAMES}, 3, H, W\), got"):
         empty()(torch.zeros(shape, device="meta"))
+
+
+# --- Cost -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "published_g", "digits"),
+    [
+        # TSM, arXiv:1811.08383v3, table 2: 33 G and 65 G a clip; arXiv:1910.00932 has the first too.
+        ({"backbone": "resnet50", "num_frames": 8}, 33, 0),
+        ({"backbone": "resnet50", "num_frames": 16}, 65, 0),
+        # MobileNetV2, arXiv:1801.04381, table 4: 300 M a frame, with 1,000 classes
+        ({"backbone": "mobilenet_v2", "num_frames": 1, "num_classes": 1000}, 0.3, 1),
+        # torchvision's documentation of each backbone, a frame with 1,000 classes
+        ({"backbone": "resnet18", "num_frames": 1, "num_classes": 1000}, 1.81, 2),
+        ({"backbone": "resnet34", "num_frames": 1, "num_classes": 1000}, 3.66, 2),
+        ({"backbone": "resnet50", "num_frames": 1, "num_classes": 1000}, 4.09, 2),
+        ({"backbone": "resnet101", "num_frames": 1, "num_classes": 1000}, 7.8, 1),
+    ],
+)
+def test_published_cost_of_a_clip(options: dict[str, Any], published_g: float, digits: int) -> None:
+    cost = clip_multiply_adds(lambda: build_network(**({"num_classes": 400} | options)), 224)
+    assert round(cost / 1e9, digits) == published_g
+
+
+@pytest.mark.parametrize(
+    ("options", "published_g"),
+    [
+        # mmaction2, configs/recognition/tsm/README.md: its counter adds batch norms, half a percent
+        ({"backbone": "resnet50", "num_frames": 8}, 32.88),
+        ({"backbone": "resnet50", "num_frames": 16}, 65.75),
+        ({"backbone": "resnet50", "num_frames": 8, "non_local": True}, 61.30),
+        ({"backbone": "resnet101", "num_frames": 8}, 62.66),
+    ],
+)
+def test_cost_of_a_clip_that_mmaction2_publishes(options: dict[str, Any], published_g: float) -> None:
+    cost = clip_multiply_adds(lambda: build_network(num_classes=400, **options), 224)
+    assert 0.99 * published_g < cost / 1e9 < published_g
+
+
+def test_the_shift_costs_nothing_and_the_temporal_pool_saves() -> None:
+    def cost(**options: Any) -> int:
+        return clip_multiply_adds(lambda: build_network("resnet50", 400, **options), 224)
+
+    assert cost() == cost(shift="none") == cost(shift="block") == cost(direction="past")
+    assert cost(temporal_pool=True) < 0.7 * cost()
