@@ -1,7 +1,11 @@
 """Evaluate the newest checkpoint of a run; give the overrides that it was trained with, on any number of processes.
 
 python evaluate.py experiment=smoke run_id=NAME
+python evaluate.py experiment=smoke run_id=NAME evaluation=ten_crop evaluation.save_logits=true
 torchrun --standalone --nproc-per-node 2 evaluate.py experiment=smoke run_id=NAME evaluation.batch=32
+python evaluate.py 'evaluation.ensemble=[outputs/A/logits/STEP.safetensors,outputs/B/logits/STEP.safetensors]'
+
+evaluation= chooses a protocol (conf/evaluation). The last command averages logits that evaluation.save_logits=true has written.
 """
 
 import sys
@@ -9,13 +13,15 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from training import main, schema
+from training import ensemble, main, schema
 
 schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def evaluate(composed: DictConfig) -> None:
+    if composed.evaluation.ensemble:
+        sys.exit(ensemble.run_ensemble(composed))
     sys.exit(main.run(composed, main.evaluate_task))
 
 

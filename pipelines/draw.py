@@ -1,6 +1,7 @@
-"""What is random about a clip, decided before it is decoded: frames, crop and flip as a pure function of (seed, epoch, row).
+"""What training draws for a clip before it is decoded: frames, crop and flip as a pure function of (seed, epoch, row).
 
-Every loader applies the same draw, so that they can be exchanged and a resumed run sees what it would have seen.
+Every loader applies the same draw, so that they can be exchanged and a resumed run sees what it would have seen. What an
+evaluation looks at is decided in pipelines/views.py.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .keyed import key_of, uniforms
-from .sampling import uniform_centre, uniform_training
+from .sampling import TRAINING_RULES
 
 # Streams that must not share random numbers get different tags in their keys.
 _DRAW, _REPLACEMENT, _DROPOUT = 1, 2, 3
@@ -17,22 +18,28 @@ _DRAW, _REPLACEMENT, _DROPOUT = 1, 2, 3
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training may do to a clip, and what evaluation does instead.
+    """What training does to a clip; part of the recipe.
 
-    `crop_scales`: sides of the random crop as parts of the shorter side; two neighbours in the list may be mixed, as in TSN's
-    multi-scale crop. `flip`: mirror half of the training clips; must be off where left and right are classes.
+    `sampling`: uniform or dense. `crop_scales`: sides of the random crop as parts of the shorter side; two neighbours in the
+    list may be mixed, as in TSN's multi-scale crop. `flip`: off, on (half of the clips are mirrored) or relabel (likewise,
+    and a mirrored clip's label is that of the class whose name has the `mirrored_words` exchanged: pipelines/mirror.py).
     """
 
     num_frames: int
     size: int
+    sampling: str = "uniform"
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
-    flip: bool = False
-    evaluation_scale: float = 0.875
+    flip: str = "off"
+    mirrored_words: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Frame indices, a crop rectangle in whole pixels of the upright frame, and whether to mirror."""
+    """A view of a clip: frame indices, a crop rectangle in whole pixels, and whether to mirror.
+
+    `scaled`: (width, height) that whole upright frames are scaled to before the crop, whose pixels then count from the scaled
+    frame; None: the crop is cut from the frames as they are.
+    """
 
     frame_T: NDArray[np.int64]
     left: int
@@ -40,6 +47,7 @@ class Draw:
     width: int
     height: int
     flip: bool
+    scaled: tuple[int, int] | None = None
 
 
 def training_draw(
@@ -48,21 +56,13 @@ def training_draw(
     """The random draw of a training clip; `width` and `height` are those of the upright frame."""
     segments = augmentation.num_frames
     number = uniforms(key_of(_DRAW, seed, epoch, row), segments + 3)
-    frame_T = uniform_training(num_frames, segments, number[:segments])
+    frame_T = TRAINING_RULES[augmentation.sampling](num_frames, segments, number[:segments])
     crops = _crop_sizes(min(width, height), augmentation.size, augmentation.crop_scales)
     crop_width, crop_height = crops[int(number[segments] * len(crops))]
-    offsets = _crop_offsets(width - crop_width, height - crop_height)
+    offsets = crop_offsets(width - crop_width, height - crop_height)
     left, top = offsets[int(number[segments + 1] * len(offsets))]
-    flip = augmentation.flip and bool(number[segments + 2] < 0.5)
+    flip = augmentation.flip != "off" and bool(number[segments + 2] < 0.5)
     return Draw(frame_T, left, top, crop_width, crop_height, flip)
-
-
-def evaluation_draw(augmentation: Augmentation, num_frames: int, width: int, height: int) -> Draw:
-    """The centre of each segment and a square centre crop of `evaluation_scale` times the shorter side (224 of 256)."""
-    shorter = min(width, height)
-    side = min(max(1, round(shorter * augmentation.evaluation_scale)), shorter)
-    frame_T = uniform_centre(num_frames, augmentation.num_frames)
-    return Draw(frame_T, (width - side) // 2, (height - side) // 2, side, side, flip=False)
 
 
 def replacement_row(num_rows: int, seed: int, epoch: int, row: int, attempt: int) -> int:
@@ -85,8 +85,9 @@ def _crop_sizes(base: int, target: int, scales: tuple[float, ...]) -> list[tuple
     return [(width, height) for i, height in enumerate(sides) for j, width in enumerate(sides) if abs(i - j) <= 1]
 
 
-def _crop_offsets(free_x: int, free_y: int) -> list[tuple[int, int]]:
-    """The 13 fixed (left, top) places of TSN's multi-scale crop, in quarters of the free space."""
+def crop_offsets(free_x: int, free_y: int) -> list[tuple[int, int]]:
+    """The 13 fixed (left, top) places of TSN's multi-scale crop, in quarters of the free space; the first five are the
+    corners and the centre."""
     x, y = free_x // 4, free_y // 4
     corners_and_centre = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2)]
     edges_and_quarters = [(0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]

@@ -19,10 +19,12 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from .decode import decode_clip
-from .draw import Augmentation, Draw, evaluation_draw, replacement_row, training_draw
+from .draw import Augmentation, Draw, replacement_row, training_draw
 from .manifest import Manifest, ManifestRow
+from .mirror import mirrored_labels
 from .order import StreamOrder
 from .scan import BadClip
+from .views import Protocol, evaluation_views
 
 _REPLACEMENT_ATTEMPTS = 10
 
@@ -43,6 +45,7 @@ class ClipBatch:
 
     `video_NTCHW` uint8, `label_N` int64, `row_N` int64 (manifest rows, after any replacement), `real_N` bool: False for
     padding and for missing clips of an evaluation, which must not be counted. `bad_clips`: what could not be decoded.
+    In an evaluation with several views of each clip the video is (N * views, T, C, H, W), a clip's views side by side.
     """
 
     video_NTCHW: Tensor
@@ -62,33 +65,51 @@ class ClipBatch:
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Decodes and augments clips of one manifest; travels to worker processes, each of which maps the manifest itself."""
+    """Decodes clips of one manifest; travels to worker processes, each of which maps the manifest itself."""
 
     manifest_path: Path
-    augmentation: Augmentation
-    seed: int
     decoder: str
 
     @cached_property
     def manifest(self) -> Manifest:
         return Manifest.open(self.manifest_path)
 
-    def pixels(self, row: ManifestRow, draw: Draw) -> Tensor:
-        """uint8 (T, 3, size, size); raises BadClip."""
-        path = self.manifest.root / row.path
-        video_TCHW = decode_clip(self.decoder, self.manifest.root, row, draw.frame_T)
+    def pixels(self, row: ManifestRow, draw: Draw, size: int) -> Tensor:
+        """The clip as training draws it, uint8 (T, 3, size, size). Raises BadClip."""
+        crop_TCHW = _crop(self._frames(row, draw.frame_T), draw)
+        return _resized(crop_TCHW, size, size)
+
+    def view_pixels(self, row: ManifestRow, views: list[Draw]) -> Tensor:
+        """All views of a clip, which are scaled alike, uint8 (V, T, 3, H, W); each frame is decoded once. Raises BadClip."""
+        assert views[0].scaled is not None
+        width, height = views[0].scaled
+        needed_F, where_X = np.unique(np.concatenate([view.frame_T for view in views]), return_inverse=True)
+        frames_FCHW = _resized(self._frames(row, needed_F), width, height)
+        where_VT = where_X.reshape(len(views), -1)
+        return torch.stack([_crop(frames_FCHW, view)[where_VT[number]] for number, view in enumerate(views)])
+
+    def _frames(self, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+        """Whole upright frames, uint8 (T, 3, H, W)."""
+        video_TCHW = decode_clip(self.decoder, self.manifest.root, row, frame_T)
         upright_width, upright_height = upright_size(row)
         if video_TCHW.shape[2:] != (upright_height, upright_width):
             raise BadClip(
-                f"{path}: frames are {tuple(video_TCHW.shape[2:])}, the manifest says {(upright_height, upright_width)}"
+                f"{self.manifest.root / row.path}: frames are {tuple(video_TCHW.shape[2:])}, "
+                f"the manifest says {(upright_height, upright_width)}"
             )
-        crop_TCHW = video_TCHW[:, :, draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
-        if draw.flip:
-            crop_TCHW = crop_TCHW.flip(-1)
-        size = self.augmentation.size
-        if (draw.height, draw.width) == (size, size):
-            return crop_TCHW
-        return interpolate(crop_TCHW, (size, size), mode="bilinear", antialias=True)
+        return video_TCHW
+
+
+def _crop(video_TCHW: Tensor, draw: Draw) -> Tensor:
+    crop_TCHW = video_TCHW[:, :, draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
+    return crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+
+
+def _resized(video_TCHW: Tensor, width: int, height: int) -> Tensor:
+    """Pillow's bilinear filter, with which the official code scales: it averages over all pixels that one pixel covers."""
+    if video_TCHW.shape[2:] == (height, width):
+        return video_TCHW
+    return interpolate(video_TCHW, (height, width), mode="bilinear", antialias=True)
 
 
 def upright_size(row: ManifestRow) -> tuple[int, int]:
@@ -98,13 +119,24 @@ def upright_size(row: ManifestRow) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class TrainingClips(Dataset[ClipBatch]):
-    """Maps stream positions (N,) to a ClipBatch; a clip that cannot be decoded is replaced by rule, and reported."""
+    """Maps stream positions (N,) to a ClipBatch; a clip that cannot be decoded is replaced by rule, and reported.
+
+    Raises ValueError when clips are to be relabelled and a class has no mirror image (pipelines/mirror.py).
+    """
 
     source: ClipSource
+    augmentation: Augmentation
+    seed: int
     _order: StreamOrder = field(init=False)
+    _mirrored_labels: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_order", StreamOrder(len(self.source.manifest), self.source.seed))
+        manifest = self.source.manifest
+        labels = list(range(len(manifest.classes)))
+        if self.augmentation.flip == "relabel":
+            labels = mirrored_labels(manifest.classes, self.augmentation.mirrored_words)
+        object.__setattr__(self, "_order", StreamOrder(len(manifest), self.seed))
+        object.__setattr__(self, "_mirrored_labels", labels)
 
     def __getitem__(self, position_N: NDArray[np.int64]) -> ClipBatch:
         bad_clips: list[BadClipRecord] = []
@@ -117,15 +149,15 @@ class TrainingClips(Dataset[ClipBatch]):
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
-            draw = training_draw(
-                source.augmentation, entry.num_frames, *upright_size(entry), source.seed, epoch, candidate
-            )
+            draw = training_draw(self.augmentation, entry.num_frames, *upright_size(entry), self.seed, epoch, candidate)
             try:
-                return source.pixels(entry, draw), entry.label, candidate
+                video_TCHW = source.pixels(entry, draw, self.augmentation.size)
             except BadClip as error:
-                substitute = replacement_row(len(source.manifest), source.seed, epoch, row, attempt)
+                substitute = replacement_row(len(source.manifest), self.seed, epoch, row, attempt)
                 bad_clips.append(BadClipRecord(candidate, epoch, str(error), substitute))
                 candidate = substitute
+                continue
+            return video_TCHW, self._mirrored_labels[entry.label] if draw.flip else entry.label, candidate
         raise BadClip(
             f"row {row} and {_REPLACEMENT_ATTEMPTS - 1} replacements cannot be decoded; the last: {bad_clips[-1].reason}"
         )
@@ -133,29 +165,34 @@ class TrainingClips(Dataset[ClipBatch]):
 
 @dataclass(frozen=True)
 class EvaluationClips(Dataset[ClipBatch]):
-    """Maps `(row_N, real_N)` to a ClipBatch; a clip that cannot be decoded becomes zeros that are not real."""
+    """Maps `(row_N, real_N)` to a ClipBatch with all views of each clip; a clip that cannot be decoded becomes zeros that are
+    not real."""
 
     source: ClipSource
+    protocol: Protocol
 
     def __getitem__(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> ClipBatch:
         row_N, real_N = rows
         real_N = real_N.copy()
         bad_clips: list[BadClipRecord] = []
-        augmentation = self.source.augmentation
-        blank_TCHW = torch.zeros(augmentation.num_frames, 3, augmentation.size, augmentation.size, dtype=torch.uint8)
+        protocol = self.protocol
+        blank_VTCHW = torch.zeros(
+            protocol.views, protocol.num_frames, 3, protocol.side, protocol.side, dtype=torch.uint8
+        )
         clips = []
         for slot, row in enumerate(row_N.tolist()):
             entry = self.source.manifest.row(row)
-            video_TCHW = blank_TCHW
+            video_VTCHW = blank_VTCHW
             if real_N[slot]:
-                draw = evaluation_draw(augmentation, entry.num_frames, *upright_size(entry))
+                views = evaluation_views(protocol, entry.num_frames, *upright_size(entry))
                 try:
-                    video_TCHW = self.source.pixels(entry, draw)
+                    video_VTCHW = self.source.view_pixels(entry, views)
                 except BadClip as error:
                     bad_clips.append(BadClipRecord(row, 0, str(error)))
                     real_N[slot] = False
-            clips.append((video_TCHW, entry.label, row))
-        return _collate(clips, real_N, bad_clips)
+            clips.append((video_VTCHW, entry.label, row))
+        batch = _collate(clips, real_N, bad_clips)
+        return replace(batch, video_NTCHW=batch.video_NTCHW.flatten(0, 1))
 
 
 def _collate(

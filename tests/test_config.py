@@ -107,7 +107,12 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("pipeline.crop_scales", []),
     ("pipeline.crop_scales", [1.0, 0.0]),
     ("pipeline.crop_scales", [1.1]),
-    ("pipeline.evaluation_scale", 0.0),
+    ("pipeline.sampling", "random"),
+    ("pipeline.flip", "sometimes"),
+    ("data.mirrored_words", [["left"]]),
+    ("data.mirrored_words", [["left", "Left"]]),
+    ("data.mirrored_words", [["left", ""]]),
+    ("data.mirrored_words", [["left", "right"], ["Right", "wrong"]]),
     ("batch.global_batch", 0),
     ("optimizer.name", "adam"),
     ("optimizer.scaling", "cubic"),
@@ -133,6 +138,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("checkpoint.keep", 0),
     ("evaluation.every_epochs", 0),
     ("evaluation.batch", 0),
+    ("evaluation.clips", "thrice"),
+    ("evaluation.crops", 4),
 ]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from pipelines.decode import decode_clip
-from pipelines.draw import Augmentation, evaluation_draw, replacement_row, training_draw
+from pipelines.draw import Augmentation, replacement_row, training_draw
 from pipelines.loader import (
     BadClipRecord,
     ClipBatch,
@@ -29,10 +30,12 @@ from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.order import StreamOrder, evaluation_rows
 from pipelines.scan import BadClip, scan_clip
 from pipelines.shapes import encode_clip
+from pipelines.views import Protocol, evaluation_views
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS, FRAMES, WIDTH, HEIGHT, SEED = 6, 12, 48, 40, 3
-AUGMENTATION = Augmentation(num_frames=4, size=32, flip=True)
+AUGMENTATION = Augmentation(num_frames=4, size=32, flip="on")
+PROTOCOL = Protocol(num_frames=4, size=32)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,16 @@ def _server() -> None:
     start_worker_server()
 
 
-def source(folder: Path, augmentation: Augmentation = AUGMENTATION) -> ClipSource:
-    return ClipSource(folder / "train.arrow", augmentation, SEED, "pyav")
+def source(folder: Path) -> ClipSource:
+    return ClipSource(folder / "train.arrow", "pyav")
+
+
+def training_clips(folder: Path, augmentation: Augmentation = AUGMENTATION) -> TrainingClips:
+    return TrainingClips(source(folder), augmentation, SEED)
+
+
+def evaluation_clips(folder: Path, protocol: Protocol = PROTOCOL) -> EvaluationClips:
+    return EvaluationClips(source(folder), protocol)
 
 
 def frames_of(folder: Path, row: int, frame_T: np.ndarray) -> torch.Tensor:
@@ -92,7 +103,7 @@ def break_clips(folder: Path, *rows: int) -> None:
 
 
 def test_shapes_and_types(made: Path) -> None:
-    (batch,) = ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(3))
+    (batch,) = ClipLoader(training_clips(made), 0, 2).batches(positions(3))
     assert batch.video_NTCHW.shape == (3, 4, 3, 32, 32)
     assert batch.video_NTCHW.dtype == torch.uint8
     assert batch.label_N.dtype == batch.row_N.dtype == torch.int64
@@ -101,7 +112,7 @@ def test_shapes_and_types(made: Path) -> None:
 
 
 def test_rows_and_labels_are_those_of_the_order(made: Path) -> None:
-    batches = list(ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(5, 4, 5)))
+    batches = list(ClipLoader(training_clips(made), 0, 2).batches(positions(5, 4, 5)))
     _, row_N = StreamOrder(CLIPS, SEED).at(np.arange(14))
     assert torch.cat([batch.row_N for batch in batches]).tolist() == row_N.tolist()
     assert torch.cat([batch.label_N for batch in batches]).tolist() == (row_N % 3).tolist()
@@ -109,19 +120,19 @@ def test_rows_and_labels_are_those_of_the_order(made: Path) -> None:
 
 def test_workers_give_the_batches_that_this_process_gives(folder: Path) -> None:
     break_clips(folder, 4)
-    clips, plan = TrainingClips(source(folder)), positions(*[2] * 9)
+    clips, plan = training_clips(folder), positions(*[2] * 9)
     check_equal(list(ClipLoader(clips, 2, 2).batches(plan)), list(ClipLoader(clips, 0, 2).batches(plan)))
 
 
 def test_a_clip_is_the_same_in_any_batch(made: Path) -> None:
-    clips = TrainingClips(source(made))
+    clips = training_clips(made)
     (whole,) = ClipLoader(clips, 0, 2).batches(positions(12))
     parts = list(ClipLoader(clips, 0, 2).batches(positions(3, 1, 8)))
     assert torch.equal(torch.cat([part.video_NTCHW for part in parts]), whole.video_NTCHW)
 
 
 def test_a_clip_is_cut_anew_in_the_next_epoch(made: Path) -> None:
-    (batch,) = ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(2 * CLIPS))
+    (batch,) = ClipLoader(training_clips(made), 0, 2).batches(positions(2 * CLIPS))
     video_of = [{int(row): video for row, video in zip(rows, videos, strict=True)} for rows, videos in
                 zip(batch.row_N.split(CLIPS), batch.video_NTCHW.split(CLIPS), strict=True)]  # fmt: skip
     assert all(not torch.equal(video_of[0][row], video_of[1][row]) for row in range(CLIPS))
@@ -129,8 +140,8 @@ def test_a_clip_is_cut_anew_in_the_next_epoch(made: Path) -> None:
 
 def test_pixels_are_those_of_the_draw(made: Path) -> None:
     """With crops that need no resampling: frames, rectangle and flip, pixel by pixel."""
-    augmentation = Augmentation(num_frames=4, size=20, crop_scales=(0.5,), flip=True)
-    clips = TrainingClips(source(made, augmentation))
+    augmentation = Augmentation(num_frames=4, size=20, crop_scales=(0.5,), flip="on")
+    clips = training_clips(made, augmentation)
     (batch,) = ClipLoader(clips, 0, 2).batches(positions(3 * CLIPS))
     flips = set()
     for position, row in enumerate(batch.row_N.tolist()):
@@ -147,7 +158,7 @@ def test_pixels_are_those_of_the_draw(made: Path) -> None:
 def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
     """A uniform part stays uniform, and means stay: 40 x 40 to 10 x 10 averages."""
     augmentation = Augmentation(num_frames=4, size=10, crop_scales=(1.0,))
-    (batch,) = ClipLoader(TrainingClips(source(made, augmentation)), 0, 2).batches(positions(1))
+    (batch,) = ClipLoader(training_clips(made, augmentation), 0, 2).batches(positions(1))
     row = int(batch.row_N[0])
     draw = training_draw(augmentation, FRAMES, WIDTH + 16 * (row == 2), HEIGHT, SEED, 0, row)
     frames_TCHW = frames_of(made, row, draw.frame_T)
@@ -155,6 +166,31 @@ def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
     difference = batch.video_NTCHW[0].float().mean((1, 2, 3)) - crop_TCHW.mean((1, 2, 3))
     assert difference.abs().max() < 2
     assert batch.video_NTCHW[0].float().std() < crop_TCHW.std() / 2
+
+
+def test_mirrored_clips_get_the_mirrored_label(made: Path, tmp_path: Path) -> None:
+    """Labels 0 and 1 change places where the draw mirrors, and nowhere else; pixels are those of flip=on."""
+    rows = [source(made).manifest.row(row) for row in range(CLIPS)]
+    for row in rows:
+        (tmp_path / row.path).symlink_to(made / row.path)
+    write_manifest(tmp_path / "train.arrow", rows, ["swipe left", "swipe right", "stop"])
+    relabel = replace(AUGMENTATION, flip="relabel", mirrored_words=(("left", "right"),))
+    (plain,) = ClipLoader(training_clips(made), 0, 2).batches(positions(3 * CLIPS))
+    (batch,) = ClipLoader(training_clips(tmp_path, relabel), 2, 2).batches(positions(3 * CLIPS))
+    assert torch.equal(batch.video_NTCHW, plain.video_NTCHW)
+    seen = set()
+    for position, (row, label) in enumerate(zip(batch.row_N.tolist(), batch.label_N.tolist(), strict=True)):
+        width = WIDTH + 16 * (row == 2)
+        draw = training_draw(AUGMENTATION, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
+        assert label == ([1, 0, 2][row % 3] if draw.flip else row % 3)
+        seen.add((row % 3, draw.flip))
+    assert len(seen) == 6
+
+
+def test_a_class_without_a_mirror_image_is_refused(made: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "train.arrow", [source(made).manifest.row(0)], ["swipe left", "stop"])
+    with pytest.raises(ValueError, match="class 'swipe left'"):
+        training_clips(tmp_path, replace(AUGMENTATION, flip="relabel", mirrored_words=(("left", "right"),)))
 
 
 # --- Broken clips in training -----------------------------------------------------------------------------------------
@@ -175,7 +211,7 @@ def replacement(row: int, epoch: int, broken: set[int]) -> tuple[int, list[tuple
 @pytest.mark.parametrize("broken", [{1}, {0, 2, 5}])
 def test_broken_clips_are_replaced_by_the_rule_and_recorded(folder: Path, broken: set[int]) -> None:
     break_clips(folder, *broken)
-    (batch,) = ClipLoader(TrainingClips(source(folder)), 0, 2).batches(positions(3 * CLIPS))
+    (batch,) = ClipLoader(training_clips(folder), 0, 2).batches(positions(3 * CLIPS))
     epoch_N, row_N = StreamOrder(CLIPS, SEED).at(np.arange(3 * CLIPS))
     expected_rows, expected_records = [], []
     for epoch, row in zip(epoch_N.tolist(), row_N.tolist(), strict=True):
@@ -193,8 +229,8 @@ def test_broken_clips_are_replaced_by_the_rule_and_recorded(folder: Path, broken
 def test_a_replacement_is_drawn_as_itself(folder: Path, made: Path) -> None:
     """What stands in looks as it does in its own place of the epoch."""
     break_clips(folder, 1)
-    (whole,) = ClipLoader(TrainingClips(source(made)), 0, 2).batches(positions(CLIPS))
-    (batch,) = ClipLoader(TrainingClips(source(folder)), 0, 2).batches(positions(CLIPS))
+    (whole,) = ClipLoader(training_clips(made), 0, 2).batches(positions(CLIPS))
+    (batch,) = ClipLoader(training_clips(folder), 0, 2).batches(positions(CLIPS))
     at = whole.row_N.tolist().index(1)
     own_place = whole.row_N.tolist().index(int(batch.row_N[at]))
     assert torch.equal(batch.video_NTCHW[at], whole.video_NTCHW[own_place])
@@ -203,7 +239,7 @@ def test_a_replacement_is_drawn_as_itself(folder: Path, made: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_but_broken_clips_is_an_error(folder: Path, workers: int) -> None:
     break_clips(folder, *range(CLIPS))
-    batches = ClipLoader(TrainingClips(source(folder)), workers, 2).batches(positions(2))
+    batches = ClipLoader(training_clips(folder), workers, 2).batches(positions(2))
     with pytest.raises(BadClip, match="9 replacements cannot be decoded"):
         next(batches)
 
@@ -217,7 +253,7 @@ def test_a_clip_and_nine_replacements_are_tried(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr("pipelines.loader.decode_clip", fail)
     with pytest.raises(BadClip):
-        next(ClipLoader(TrainingClips(source(folder)), 0, 2).batches(positions(1)))
+        next(ClipLoader(training_clips(folder), 0, 2).batches(positions(1)))
     assert len(tried) == 10
 
 
@@ -229,7 +265,7 @@ def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
     ]
     write_manifest(folder / "train.arrow", rows, ["a", "b"])
     plan = evaluation_rows(2, 2, rank=0, size=1)
-    (batch,) = ClipLoader(EvaluationClips(source(folder)), 0, 2).batches(plan)
+    (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(plan)
     assert batch.real_N.tolist() == [False, True]
     assert "(40, 64), the manifest says (40, 48)" in batch.bad_clips[0].reason
 
@@ -238,7 +274,7 @@ def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
 
 
 def test_an_evaluation_has_every_clip_once_and_marks_padding(made: Path) -> None:
-    clips = EvaluationClips(source(made))
+    clips = evaluation_clips(made)
     seen = []
     for rank in range(2):
         batches = list(ClipLoader(clips, 0, 2).batches(evaluation_rows(CLIPS, 2, rank, 2)))
@@ -251,17 +287,59 @@ def test_an_evaluation_has_every_clip_once_and_marks_padding(made: Path) -> None
 
 
 def test_an_evaluation_takes_the_centre(made: Path) -> None:
-    augmentation = Augmentation(num_frames=4, size=20, flip=True, evaluation_scale=0.5)
-    (batch,) = ClipLoader(EvaluationClips(source(made, augmentation)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
-    draw = evaluation_draw(augmentation, FRAMES, WIDTH, HEIGHT)
-    frames_TCHW = frames_of(made, 0, draw.frame_T)
-    assert torch.equal(batch.video_NTCHW[0], frames_TCHW[:, :, 10:30, 14:34])
+    """At a size of 35 frames of a shorter side of 40 pixels need no scaling."""
+    (batch,) = ClipLoader(evaluation_clips(made, Protocol(4, 35)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
+    frames_TCHW = frames_of(made, 0, np.array([1, 4, 7, 10]))
+    assert torch.equal(batch.video_NTCHW[0], frames_TCHW[:, :, 2:37, 6:41])
+
+
+def test_all_views_of_a_clip_lie_side_by_side(made: Path) -> None:
+    """Ten dense clips of frames 0, 4, 8, 0 (12 frames are fewer than a window), each with 10 crops."""
+    protocol = Protocol(4, 35, clips="dense", crops=10)
+    (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(CLIPS, CLIPS, 0, 1))
+    assert batch.video_NTCHW.shape == (CLIPS * 100, 4, 3, 35, 35)
+    assert batch.label_N.tolist() == [0, 1, 2, 0, 1, 2]
+    for row in (0, 2):
+        video_VTCHW = batch.video_NTCHW[100 * row : 100 * row + 100]
+        frames_TCHW = frames_of(made, row, np.array([0, 4, 8, 0]))
+        right = 13 if row == 0 else 29
+        steps_x, steps_y = (right // 4) * 4, 4
+        crops = [(0, 0), (steps_x, 0), (0, steps_y), (steps_x, steps_y), (steps_x // 2, steps_y // 2)]
+        for number, (left, top) in enumerate(crops):
+            crop_TCHW = frames_TCHW[:, :, top : top + 35, left : left + 35]
+            for window in range(10):
+                assert torch.equal(video_VTCHW[10 * window + 2 * number], crop_TCHW)
+                assert torch.equal(video_VTCHW[10 * window + 2 * number + 1], crop_TCHW.flip(-1))
+
+
+def test_a_frame_that_many_views_see_is_decoded_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[list[int]] = []
+
+    def noted(decoder: str, root: Path, row: ManifestRow, frame_T: np.ndarray) -> torch.Tensor:
+        decoded.append(frame_T.tolist())
+        return decode_clip(decoder, root, row, frame_T)
+
+    monkeypatch.setattr("pipelines.loader.decode_clip", noted)
+    protocol = Protocol(4, 32, clips="twice", crops=3)
+    (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
+    assert decoded == [[0, 1, 3, 4, 6, 7, 9, 10]]
+    assert batch.video_NTCHW.shape == (6, 4, 3, 32, 32)
+
+
+def test_views_are_those_of_the_protocol(made: Path) -> None:
+    """Scaled to a shorter side of 36, whichever view."""
+    protocol = Protocol(4, 32, clips="twice", crops=3, full_resolution=True)
+    (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
+    for number, view in enumerate(evaluation_views(protocol, FRAMES, WIDTH, HEIGHT)):
+        frames_TCHW = frames_of(made, 0, view.frame_T)
+        scaled_TCHW = torch.nn.functional.interpolate(frames_TCHW, (36, 43), mode="bilinear", antialias=True)
+        assert torch.equal(batch.video_NTCHW[number], scaled_TCHW[..., view.left : view.left + 36])
 
 
 def test_a_broken_clip_of_an_evaluation_is_missing_and_not_replaced(folder: Path) -> None:
     break_clips(folder, 4)
     plan = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
-    (batch,) = ClipLoader(EvaluationClips(source(folder)), 0, 2).batches(plan)
+    (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(plan)
     assert batch.row_N.tolist() == list(range(CLIPS))
     assert batch.real_N.tolist() == [row != 4 for row in range(CLIPS)]
     assert (batch.video_NTCHW[4] == 0).all()
@@ -274,13 +352,13 @@ def test_the_plan_itself_is_not_changed_by_a_broken_clip(folder: Path) -> None:
     """The same plan serves the next evaluation, when the file may be back."""
     break_clips(folder, 4)
     plan = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
-    list(ClipLoader(EvaluationClips(source(folder)), 0, 2).batches(plan))
+    list(ClipLoader(evaluation_clips(folder), 0, 2).batches(plan))
     assert plan[0][1].all()
 
 
 def test_workers_evaluate_as_this_process_does(folder: Path) -> None:
     break_clips(folder, 1)
-    clips, plan = EvaluationClips(source(folder)), evaluation_rows(CLIPS, 2, rank=1, size=2)
+    clips, plan = evaluation_clips(folder), evaluation_rows(CLIPS, 2, rank=1, size=2)
     check_equal(list(ClipLoader(clips, 2, 2).batches(plan)), list(ClipLoader(clips, 0, 2).batches(plan)))
 
 
@@ -296,7 +374,7 @@ def wait_until_no_children() -> bool:
 
 
 def test_workers_end_with_their_plan(made: Path) -> None:
-    batches = ClipLoader(TrainingClips(source(made)), 2, 2).batches(positions(2, 2, 2))
+    batches = ClipLoader(training_clips(made), 2, 2).batches(positions(2, 2, 2))
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     list(batches)
@@ -304,7 +382,7 @@ def test_workers_end_with_their_plan(made: Path) -> None:
 
 
 def test_workers_end_when_the_iterator_is_dropped(made: Path) -> None:
-    batches = ClipLoader(TrainingClips(source(made)), 2, 2).batches(positions(*[2] * 50))
+    batches = ClipLoader(training_clips(made), 2, 2).batches(positions(*[2] * 50))
     next(batches)
     del batches
     assert wait_until_no_children()
@@ -321,7 +399,7 @@ from pipelines.loader import ClipLoader, ClipSource, TrainingClips, start_worker
 
 if __name__ == "__main__":
     start_worker_server()
-    clips = TrainingClips(ClipSource(Path(sys.argv[1]), Augmentation(4, 32), 0, "pyav"))
+    clips = TrainingClips(ClipSource(Path(sys.argv[1]), "pyav"), Augmentation(4, 32), 0)
     batches = ClipLoader(clips, 2, 2).batches([np.array([position]) for position in range(1000)])
     for _ in range(8):
         next(batches)

@@ -7,70 +7,155 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.draw import Augmentation, Draw, dropout_seeds, evaluation_draw, replacement_row, training_draw
-from pipelines.sampling import uniform_centre, uniform_training
+from pipelines.draw import Augmentation, Draw, dropout_seeds, replacement_row, training_draw
+from pipelines.sampling import EVALUATION_RULES, TRAINING_RULES, dense_training, uniform_training
 
-AUGMENTATION = Augmentation(num_frames=8, size=224, flip=True)
+AUGMENTATION = Augmentation(num_frames=8, size=224, flip="on")
 SIDES = st.integers(2, 700)
+LENGTHS = st.integers(1, 2000)
 
 # --- Frames -----------------------------------------------------------------------------------------------------------
 
 
-def official_training(num_frames: int, segments: int, randint_T: list[int]) -> list[int]:
+def official_uniform_training(num_frames: int, segments: int, randint_T: list[int]) -> list[int]:
     """`d = N // S`; d > 0: `s * d + randint(d)` for each segment s; else zeros (N > S cannot be with d = 0)."""
     d = num_frames // segments
     return [s * d + randint for s, randint in enumerate(randint_T)] if d > 0 else [0] * segments
 
 
-def official_centre(num_frames: int, segments: int) -> list[int]:
-    """`int(t / 2 + t * s)` with `t = N / S` where N > S; else zeros."""
-    if num_frames > segments:
-        t = num_frames / segments
-        return [int(t / 2 + t * s) for s in range(segments)]
-    return [0] * segments
+def official_dense(num_frames: int, segments: int, start: int) -> list[int]:
+    return [(s * (64 // segments) + start) % num_frames for s in range(segments)]
 
 
-@given(num_frames=st.integers(1, 2000), segments=st.integers(1, 64), seed=st.integers(0, 1000))
+def official_evaluation(rule: str, num_frames: int, segments: int) -> list[list[int]]:
+    """In Python's own numbers; numpy's linspace for the starts of dense clips, as there."""
+    t = num_frames / float(segments)
+    middle = [int(t / 2.0 + t * s) for s in range(segments)]
+    if rule == "uniform_validation":
+        return [middle if num_frames > segments else [0] * segments]
+    if rule == "uniform":
+        return [middle]
+    if rule == "twice":
+        return [middle, [int(t * s) for s in range(segments)]]
+    positions = max(1, 1 + num_frames - 64)
+    if rule == "dense":
+        return [official_dense(num_frames, segments, start) for start in np.linspace(0, positions - 1, 10, dtype=int)]
+    return [official_dense(num_frames, segments, (positions - 1) // 2)]  # ours: there it is drawn
+
+
+@given(num_frames=LENGTHS, segments=st.integers(1, 64), seed=st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
-def test_training_frames_are_the_official_ones(num_frames: int, segments: int, seed: int) -> None:
+def test_uniform_training_frames_are_the_official_ones(num_frames: int, segments: int, seed: int) -> None:
     draw_T = np.random.default_rng(seed).random(segments)
     randint_T = [int(draw * (num_frames // segments)) for draw in draw_T]
-    assert uniform_training(num_frames, segments, draw_T).tolist() == official_training(num_frames, segments, randint_T)
+    expected = official_uniform_training(num_frames, segments, randint_T)
+    assert uniform_training(num_frames, segments, draw_T).tolist() == expected
 
 
-@given(num_frames=st.integers(1, 2000), segments=st.integers(1, 64))
+@given(num_frames=LENGTHS, segments=st.integers(1, 64), draw=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=100, deadline=None)
-def test_evaluation_frames_are_the_official_ones(num_frames: int, segments: int) -> None:
-    assert uniform_centre(num_frames, segments).tolist() == official_centre(num_frames, segments)
+def test_dense_training_frames_are_official_ones(num_frames: int, segments: int, draw: float) -> None:
+    """For one of the starts that `randint(0, P - 1)`, which leaves its end out, can give."""
+    positions = max(1, 1 + num_frames - 64)
+    frame_T = dense_training(num_frames, segments, np.full(segments, draw)).tolist()
+    start = 0 if positions == 1 else int(draw * (positions - 1))
+    assert 0 <= start < max(1, positions - 1)
+    assert frame_T == official_dense(num_frames, segments, start)
 
 
-@pytest.mark.parametrize(
-    ("num_frames", "segments", "frames"),
-    [
-        (300, 8, [18, 56, 93, 131, 168, 206, 243, 281]),
-        (24, 8, [1, 4, 7, 10, 13, 16, 19, 22]),
-        (9, 8, [0, 1, 2, 3, 5, 6, 7, 8]),
-        (8, 8, [0] * 8),
-        (3, 8, [0] * 8),
-        (1, 1, [0]),
-        (2, 1, [1]),
-    ],
-)
-def test_evaluation_reference_values(num_frames: int, segments: int, frames: list[int]) -> None:
-    assert uniform_centre(num_frames, segments).tolist() == frames
+def test_dense_training_draws_every_start_but_the_last() -> None:
+    draws = np.linspace(0, 0.9999, 300)
+    assert {int(dense_training(70, 8, np.array([draw] * 8))[0]) for draw in draws} == set(range(6))
+    assert {int(dense_training(65, 8, np.array([draw] * 8))[0]) for draw in draws} == {0}
+
+
+@given(rule=st.sampled_from(sorted(EVALUATION_RULES)), num_frames=LENGTHS, segments=st.integers(1, 64))
+@settings(max_examples=300, deadline=None)
+def test_evaluation_frames_are_the_official_ones(rule: str, num_frames: int, segments: int) -> None:
+    assert EVALUATION_RULES[rule](num_frames, segments).tolist() == official_evaluation(rule, num_frames, segments)
+
+
+# Worked out by hand from the official rules: clips shorter than, as long as and longer than 8 segments or a dense window.
+EVALUATION_TABLE = [
+    ("uniform_validation", 300, 8, [[18, 56, 93, 131, 168, 206, 243, 281]]),
+    ("uniform_validation", 65, 8, [[4, 12, 20, 28, 36, 44, 52, 60]]),
+    ("uniform_validation", 9, 8, [[0, 1, 2, 3, 5, 6, 7, 8]]),
+    ("uniform_validation", 8, 8, [[0] * 8]),
+    ("uniform_validation", 3, 8, [[0] * 8]),
+    ("uniform_validation", 1, 8, [[0] * 8]),
+    ("uniform_validation", 2, 1, [[1]]),
+    ("uniform", 300, 8, [[18, 56, 93, 131, 168, 206, 243, 281]]),
+    ("uniform", 9, 8, [[0, 1, 2, 3, 5, 6, 7, 8]]),
+    ("uniform", 8, 8, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ("uniform", 3, 8, [[0, 0, 0, 1, 1, 2, 2, 2]]),
+    ("uniform", 1, 8, [[0] * 8]),
+    ("twice", 300, 8, [[18, 56, 93, 131, 168, 206, 243, 281], [0, 37, 75, 112, 150, 187, 225, 262]]),
+    ("twice", 64, 8, [[4, 12, 20, 28, 36, 44, 52, 60], [0, 8, 16, 24, 32, 40, 48, 56]]),
+    ("twice", 3, 8, [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2]]),
+    ("dense", 64, 8, [[0, 8, 16, 24, 32, 40, 48, 56]] * 10),
+    ("dense", 65, 8, [[0, 8, 16, 24, 32, 40, 48, 56]] * 9 + [[1, 9, 17, 25, 33, 41, 49, 57]]),
+    ("dense", 20, 8, [[0, 8, 16, 4, 12, 0, 8, 16]] * 10),
+    ("dense", 1, 8, [[0] * 8] * 10),
+    ("dense", 300, 2, [[start, start + 32] for start in (0, 26, 52, 78, 104, 131, 157, 183, 209, 236)]),
+    ("dense", 300, 16, [list(range(start, start + 64, 4)) for start in (0, 26, 52, 78, 104, 131, 157, 183, 209, 236)]),
+    ("dense_validation", 300, 8, [[118, 126, 134, 142, 150, 158, 166, 174]]),
+    ("dense_validation", 64, 4, [[0, 16, 32, 48]]),
+    ("dense_validation", 5, 8, [[0, 3, 1, 4, 2, 0, 3, 1]]),
+]
+
+
+@pytest.mark.parametrize(("rule", "num_frames", "segments", "frame_VT"), EVALUATION_TABLE)
+def test_evaluation_reference_values(rule: str, num_frames: int, segments: int, frame_VT: list[list[int]]) -> None:
+    assert EVALUATION_RULES[rule](num_frames, segments).tolist() == frame_VT
+
+
+# (rule, length, frames taken, the numbers drawn, frames)
+TRAINING_TABLE = [
+    ("uniform", 300, 4, [0.0, 0.5, 0.99, 0.1], [0, 112, 224, 232]),
+    ("uniform", 65, 4, [0.0, 0.5, 0.99, 0.1], [0, 24, 47, 49]),
+    ("uniform", 9, 8, [0.9] * 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ("uniform", 8, 8, [0.9] * 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ("uniform", 7, 8, [0.9] * 8, [0] * 8),
+    ("uniform", 1, 4, [0.9] * 4, [0] * 4),
+    ("dense", 300, 4, [0.5, 0.0, 0.9, 0.9], [118, 134, 150, 166]),
+    ("dense", 300, 4, [0.9999, 0.0, 0.9, 0.9], [235, 251, 267, 283]),
+    ("dense", 65, 4, [0.9999] * 4, [0, 16, 32, 48]),
+    ("dense", 64, 4, [0.9999] * 4, [0, 16, 32, 48]),
+    ("dense", 40, 4, [0.9999] * 4, [0, 16, 32, 8]),
+    ("dense", 1, 4, [0.9999] * 4, [0] * 4),
+]
+
+
+@pytest.mark.parametrize(("rule", "num_frames", "segments", "draws", "frame_T"), TRAINING_TABLE)
+def test_training_reference_values(
+    rule: str, num_frames: int, segments: int, draws: list[float], frame_T: list[int]
+) -> None:
+    assert TRAINING_RULES[rule](num_frames, segments, np.array(draws)).tolist() == frame_T
+
+
+@given(rule=st.sampled_from(sorted(EVALUATION_RULES)), num_frames=LENGTHS, segments=st.integers(1, 64))
+@settings(max_examples=200, deadline=None)
+def test_evaluation_frames_lie_in_the_clip(rule: str, num_frames: int, segments: int) -> None:
+    frame_VT = EVALUATION_RULES[rule](num_frames, segments)
+    assert frame_VT.dtype == np.int64
+    assert frame_VT.shape == ({"twice": 2, "dense": 10}.get(rule, 1), segments)
+    assert 0 <= frame_VT.min() <= frame_VT.max() < num_frames
+    if "dense" not in rule or num_frames >= 64:
+        assert (np.diff(frame_VT, axis=1) >= 0).all()
 
 
 @given(
+    rule=st.sampled_from(sorted(TRAINING_RULES)),
     num_frames=st.integers(1, 500),
     draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=32),
 )
-@settings(max_examples=100, deadline=None)
-def test_training_frames_lie_in_the_clip_and_in_order(num_frames: int, draws: list[float]) -> None:
-    frame_T = uniform_training(num_frames, len(draws), np.array(draws))
+@settings(max_examples=150, deadline=None)
+def test_training_frames_lie_in_the_clip(rule: str, num_frames: int, draws: list[float]) -> None:
+    frame_T = TRAINING_RULES[rule](num_frames, len(draws), np.array(draws))
     assert frame_T.dtype == np.int64
-    assert frame_T[0] >= 0
-    assert frame_T[-1] < num_frames
-    assert (np.diff(frame_T) >= 0).all()
+    assert 0 <= frame_T.min() <= frame_T.max() < num_frames
+    if rule == "uniform" or num_frames >= 64:
+        assert (np.diff(frame_T) >= 0).all()
 
 
 def test_training_draws_reach_every_frame_of_a_segment() -> None:
@@ -97,28 +182,10 @@ def test_training_crops_lie_in_the_frame(width: int, height: int, size: int, epo
     assert 0 <= draw.frame_T.min() <= draw.frame_T.max() < 30
 
 
-@given(width=SIDES, height=SIDES, scale=st.floats(0.3, 1.5))
-@settings(max_examples=100, deadline=None)
-def test_evaluation_crops_are_square_and_central(width: int, height: int, scale: float) -> None:
-    draw = evaluation_draw(replace(AUGMENTATION, evaluation_scale=scale), 30, width, height)
-    check_inside(draw, width, height)
-    assert draw.width == draw.height
-    assert draw.width == pytest.approx(min(scale, 1) * min(width, height), abs=0.5)
-    assert abs(2 * draw.left + draw.width - width) <= 1
-    assert abs(2 * draw.top + draw.height - height) <= 1
-
-
 @pytest.mark.parametrize("side", [1, 2])
 def test_crops_of_the_smallest_frames_hold_a_pixel(side: int) -> None:
     for row in range(40):
         check_inside(training_draw(AUGMENTATION, 30, side, 40, 0, 0, row), side, 40)
-    check_inside(evaluation_draw(replace(AUGMENTATION, evaluation_scale=0.3), 30, side, 40), side, 40)
-
-
-def test_evaluation_is_224_of_256_and_never_flipped() -> None:
-    draw = evaluation_draw(AUGMENTATION, 24, 340, 256)
-    assert (draw.left, draw.top, draw.width, draw.height, draw.flip) == (58, 16, 224, 224, False)
-    assert draw.frame_T.tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
 
 
 def many(count: int, augmentation: Augmentation = AUGMENTATION, width: int = 340, height: int = 256) -> list[Draw]:
@@ -167,8 +234,19 @@ def test_flip_is_off_unless_asked_for() -> None:
 
 
 def test_flip_off_changes_nothing_else() -> None:
-    for with_flip, without in zip(many(50), many(50, replace(AUGMENTATION, flip=False)), strict=True):
+    for with_flip, without in zip(many(50), many(50, replace(AUGMENTATION, flip="off")), strict=True):
         assert values_of(replace(with_flip, flip=False)) == values_of(without)
+
+
+def test_dense_sampling_changes_nothing_but_the_frames() -> None:
+    for uniform, dense in zip(many(50), many(50, replace(AUGMENTATION, sampling="dense")), strict=True):
+        assert values_of(uniform)[1:] == values_of(dense)[1:]
+        assert np.diff(dense.frame_T).tolist() == [8] * 7
+
+
+def test_relabelling_mirrors_the_same_clips() -> None:
+    relabel = replace(AUGMENTATION, flip="relabel", mirrored_words=(("left", "right"),))
+    assert [draw.flip for draw in many(50)] == [draw.flip for draw in many(50, relabel)]
 
 
 def test_frames_crop_and_flip_are_drawn_apart() -> None:

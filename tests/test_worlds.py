@@ -78,7 +78,7 @@ def bare_loop(clips: Path) -> dict[str, Tensor]:
     """The `whole_world` run in plain torch: the network as built, its own batch norm, torch's SGD, one process, one batch."""
     schema.register()
     config = compose_config(*EQUIVALENCE, f"data.root={clips}")
-    dataset = TrainingClips(ClipSource(clips / "train.arrow", augmentation_of(config), config.seed, "pyav"))
+    dataset = TrainingClips(ClipSource(clips / "train.arrow", "pyav"), augmentation_of(config), config.seed)
     recipe = recipe_of(config, len(dataset.source.manifest), "")
     torch.manual_seed(config.seed)
     network = build_network("resnet18", 10, num_frames=4).double()

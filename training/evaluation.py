@@ -1,4 +1,4 @@
-"""The exact evaluation of a network over a manifest, on any number of ranks."""
+"""The logits of every clip of a manifest, on any number of ranks."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from distributed.backend import Backend
 from pipelines.loader import BadClipRecord, ClipLoader, EvaluationClips
 from pipelines.order import evaluation_rows
 
-from .metrics import Counter, Scores
+from .metrics import ClipLogits
 
 
 @torch.inference_mode()
@@ -21,22 +21,39 @@ def evaluate(
     backend: Backend,
     batch: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> tuple[Scores, list[BadClipRecord]]:
-    """Scores over every clip of the manifest, each counted once, and this rank's undecodable clips.
+) -> tuple[ClipLogits, list[BadClipRecord]]:
+    """Logits of every clip of the manifest, each from one rank, and this rank's undecodable clips.
 
-    No rank waits for another before the counts are joined at the end. `progress` hears the number of batches done.
+    A clip's logits are the mean over its views, as in the official test code. The network takes at most `batch` views at once,
+    whatever their number. `progress` hears the number of batches done.
+
+    Each rank fills its rows of a zeroed (N, K) matrix; one sum over ranks then gathers them exactly, in the clips' order on
+    every world, with no pickling: 32 MB for the 20,000 clips and 400 classes of Kinetics, of the size of a step's gradients.
+    No rank waits for another before that.
     """
     manifest = clips.source.manifest
-    plan = evaluation_rows(len(manifest), batch, backend.topology.rank, backend.topology.size)
-    counter = Counter(len(manifest.classes), backend.device)
+    views = clips.protocol.views
+    plan = evaluation_rows(len(manifest), max(1, batch // views), backend.topology.rank, backend.topology.size)
+    double = next(network.parameters()).dtype == torch.float64
+    shape = (len(manifest), len(manifest.classes))
+    logit_NK = torch.zeros(shape, dtype=torch.float64 if double else torch.float32, device=backend.device)
+    times_seen_N = torch.zeros(len(manifest), dtype=torch.int32, device=backend.device)
     missing: list[BadClipRecord] = []
     was_training = network.training
     network.eval()
     for done, clip_batch in enumerate(loader.batches(plan), start=1):
-        logit_NK = network(normalise(clip_batch.video_NTCHW))
-        label_N, real_N = (x_N.to(backend.device, non_blocking=True) for x_N in (clip_batch.label_N, clip_batch.real_N))
-        counter.add(logit_NK, label_N, real_N, len(clip_batch.bad_clips))
+        parts = [
+            network(normalise(part_NTCHW)).to(logit_NK.dtype) for part_NTCHW in clip_batch.video_NTCHW.split(batch)
+        ]
+        mean_NK = torch.cat(parts).unflatten(0, (-1, views)).mean(1)
+        row_M = clip_batch.row_N[clip_batch.real_N].to(backend.device)
+        logit_NK[row_M] = mean_NK[clip_batch.real_N.to(backend.device)]
+        times_seen_N[row_M] += 1
         missing.extend(clip_batch.bad_clips)
         progress(done)
     network.train(was_training)
-    return counter.scores(backend, manifest.order_groups), missing
+    backend.all_reduce_(logit_NK, "evaluation.logits")
+    backend.all_reduce_(times_seen_N, "evaluation.seen")
+    assert times_seen_N.max() <= 1, "a clip was evaluated twice"
+    label_N = torch.from_numpy(manifest.labels().astype("int64")).to(backend.device)
+    return ClipLogits(logit_NK, label_N, times_seen_N > 0), missing

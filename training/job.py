@@ -18,6 +18,7 @@ from pipelines.decode import choose_decoder
 from pipelines.draw import Augmentation
 from pipelines.loader import ClipLoader, ClipSource, EvaluationClips, TrainingClips
 from pipelines.manifest import Manifest, ManifestError
+from pipelines.views import Protocol
 from tsm.networks import TemporalNetwork, build_network
 
 from .errors import ConfigError, DataError
@@ -77,10 +78,37 @@ def open_manifest(config: Config, split: str) -> Manifest:
 
 
 def augmentation_of(config: Config) -> Augmentation:
+    """What training does to clips: a part of the recipe."""
     pipeline = config.pipeline
+    pairs = config.data.mirrored_words if pipeline.flip == "relabel" else []
     return Augmentation(
-        config.model.num_frames, pipeline.size, tuple(pipeline.crop_scales), pipeline.flip, pipeline.evaluation_scale
+        num_frames=config.model.num_frames,
+        size=pipeline.size,
+        sampling=pipeline.sampling,
+        crop_scales=tuple(pipeline.crop_scales),
+        flip=pipeline.flip,
+        mirrored_words=tuple((one.lower(), other.lower()) for one, other in pairs),
     )
+
+
+def protocol_of(config: Config) -> Protocol:
+    """How clips are evaluated: no part of the recipe, so that a run can be evaluated in any way."""
+    evaluation, clips = config.evaluation, config.evaluation.clips
+    return Protocol(
+        num_frames=config.model.num_frames,
+        size=config.pipeline.size,
+        clips=f"{config.pipeline.sampling}_validation" if clips == "validation" else clips,
+        crops=evaluation.crops,
+        full_resolution=evaluation.full_resolution,
+        portrait_bug=evaluation.portrait_bug,
+    )
+
+
+def _training_clips(config: Config, source: ClipSource) -> TrainingClips:
+    try:
+        return TrainingClips(source, augmentation_of(config), config.seed)
+    except ValueError as error:
+        raise ConfigError(f"pipeline.flip={config.pipeline.flip}: {error}") from error
 
 
 def recipe_of(config: Config, num_rows: int, manifest_digest: str) -> Recipe:
@@ -189,7 +217,6 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         clip_norm=config.optimizer.clip_norm,
     )
     decoder = choose_decoder(config.pipeline.decoder)
-    augmentation = augmentation_of(config)
     job = Job(
         config=config,
         backend=backend,
@@ -198,8 +225,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         execution=execution,
         folder=folder,
         trainer=trainer,
-        training_clips=TrainingClips(ClipSource(training.path, augmentation, recipe.seed, decoder)),
-        validation_clips=EvaluationClips(ClipSource(validation.path, augmentation, recipe.seed, decoder)),
+        training_clips=_training_clips(config, ClipSource(training.path, decoder)),
+        validation_clips=EvaluationClips(ClipSource(validation.path, decoder), protocol_of(config)),
     )
     if state is not None:
         job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from pipelines.loader import BadClipRecord, ClipBatch
 from .errors import EXIT_DONE, DataError
 from .evaluation import evaluate
 from .job import Job
-from .metrics import Scores
+from .metrics import ClipLogits, Scores, scores_of
 from .optimizers import optimizer_tensors
 from .records import Records
 from .signals import StopSignal
@@ -62,10 +63,19 @@ def train(job: Job, records: Records) -> int:
     return EXIT_DONE
 
 
-def score(job: Job) -> tuple[Scores, list[BadClipRecord]]:
-    """Scores on the validation clips, with running statistics that all ranks share; and every rank's missing clips."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The same on every rank; `missing`: every rank's clips that could not be decoded."""
+
+    scores: Scores
+    clip_logits: ClipLogits
+    missing: list[BadClipRecord]
+
+
+def score(job: Job) -> Evaluation:
+    """Evaluate on the validation clips, with running statistics that all ranks share; rank 0 computes the scores."""
     average_running_statistics(job.trainer.network, job.backend)
-    scores, missing = evaluate(
+    clip_logits, missing = evaluate(
         job.trainer.network,
         job.trainer.normalise,
         job.validation_clips,
@@ -73,12 +83,16 @@ def score(job: Job) -> tuple[Scores, list[BadClipRecord]]:
         job.backend,
         job.config.evaluation.batch,
     )
-    return scores, [record for part in job.backend.all_gather_objects(missing) for record in part]
+    order_groups = job.validation_clips.source.manifest.order_groups
+    scores = scores_of(clip_logits, order_groups) if job.backend.topology.rank == 0 else None
+    everywhere = [record for part in job.backend.all_gather_objects(missing) for record in part]
+    return Evaluation(job.backend.broadcast_object(scores), clip_logits, everywhere)
 
 
 def _evaluate(job: Job, records: Records, step: int) -> None:
     started_s = time.monotonic()
-    scores, missing = score(job)
+    evaluation = score(job)
+    scores, missing = evaluation.scores, evaluation.missing
     for record in missing:
         records.bad_clip(job.folder, split="val", step=step, **vars(record))
     duration_s = round(time.monotonic() - started_s, 3)

@@ -4,6 +4,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from distributed.backend import Backend, make_backend, pick_device
@@ -13,10 +14,11 @@ from pipelines.loader import start_worker_server
 
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, DataError
 from .job import Job, build_job, set_numerics
-from .loop import describe, score, train
+from .loop import Evaluation, describe, score, train
 from .plan import describe_plan
 from .records import Records
 from .report import write_report
+from .saved_logits import Origin, save_logits
 from .schema import Config, from_composed
 
 Task = Callable[[Config, Backend, ControlChannel], int]
@@ -61,6 +63,10 @@ def join_world(config: Config, topology: Topology) -> Backend:
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Train to the end, or go on where an earlier start of the same run stopped."""
+    if config.evaluation.save_logits or config.evaluation.ensemble:
+        raise ConfigError(
+            "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, evaluate the run then"
+        )
     job = build_job(config, backend, control)
     writes = backend.topology.rank == 0
     if job.folder.success.exists():
@@ -93,11 +99,30 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     job = build_job(config, backend, control)
     if job.first_step == 0:
         raise ConfigError(f"{job.folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
-    scores, missing = score(job)
+    evaluation = score(job)
+    scores, protocol = evaluation.scores, job.validation_clips.protocol.name
     if backend.topology.rank == 0:
-        print(describe(scores, f"{config.run_id} step {job.first_step}"), flush=True)
-        print(json.dumps({"step": job.first_step, **scores.as_dict()}), flush=True)
-    return EXIT_DATA if len(missing) > config.data.max_bad_clips else EXIT_DONE
+        print(describe(scores, f"{config.run_id} step {job.first_step}  {protocol}"), flush=True)
+        print(json.dumps({"step": job.first_step, "protocol": protocol, **scores.as_dict()}), flush=True)
+        for record in evaluation.missing:
+            print(f"missing: {record.reason}", flush=True)
+        if config.evaluation.save_logits:
+            print(f"saved: {_save_logits(job, evaluation)}", flush=True)
+    return EXIT_DATA if scores.missing > config.data.max_bad_clips else EXIT_DONE
+
+
+def _save_logits(job: Job, evaluation: Evaluation) -> Path:
+    manifest = job.validation_clips.source.manifest
+    origin = Origin(
+        manifest_digest=manifest.digest,
+        classes=manifest.classes,
+        order_groups=manifest.order_groups,
+        run_id=job.folder.path.name,
+        step=job.first_step,
+        recipe=job.recipe.fingerprint,
+        protocol=job.validation_clips.protocol.name,
+    )
+    return save_logits(job.folder.path / "logits", evaluation.clip_logits, origin, evaluation.scores)
 
 
 def _finish(job: Job) -> None:

@@ -1,4 +1,7 @@
-"""Exact counts of an evaluation, gathered over ranks."""
+"""Every score of an evaluation, as one function of each clip's logits, so that it cannot depend on the world that made them.
+
+Shapes: N clips of the manifest, M of them that were seen, K classes.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,13 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed.backend import Backend
+_CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class ClipLogits:
+    """Logits of a manifest's clips by row, averaged over each clip's views: `logit_NK`, `label_N` int64, and `seen_N` bool:
+    False for a clip that could not be decoded, whose logits mean nothing."""
+
+    logit_NK: Tensor
+    label_N: Tensor
+    seen_N: Tensor
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """`(logit_MK, label_M)` of the clips that count, on the CPU."""
+        return self.logit_NK[self.seen_N].cpu(), self.label_N[self.seen_N].cpu()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Results over `clips` counted clips; `missing` could not be decoded. `order_group_percent`: answers in the right group
-    of classes that differ only in the order of their frames (None where the data set has no such groups)."""
+    """Results over `clips` counted clips; `missing` could not be decoded.
+
+    `mean_class_percent`: mean of the accuracies of the classes that have clips. `calibration_error_percent`: the expected
+    calibration error of the most likely class in 15 bins (Guo et al., arXiv:1706.04599). `order_group_percent`: answers in the
+    right group of classes that differ only in the order of their frames (None where the data set has no such groups).
+    """
 
     clips: int
     missing: int
@@ -20,60 +41,48 @@ class Scores:
     top1_percent: float
     top5_percent: float
     mean_class_percent: float
+    calibration_error_percent: float
     order_group_percent: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-class Counter:
-    """Adds up an evaluation on the device; `scores` joins all ranks by one all-reduce of whole numbers and one of the loss."""
+def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores:
+    """All scores, computed on the CPU; `order_groups`: the group of each class."""
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_stat_scores
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self._confusion_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [label, answer]
-        self._top5 = torch.zeros((), dtype=torch.int64, device=device)
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._missing = 0
-
-    def add(self, logit_NK: Tensor, label_N: Tensor, real_N: Tensor, missing: int) -> None:
-        """Count the clips of a batch that are real."""
-        self._missing += missing
-        classes = logit_NK.shape[1]
-        answer_N = logit_NK.argmax(1)
-        cell_N = label_N * classes + answer_N
-        self._confusion_KK.view(-1).index_add_(0, cell_N, real_N.to(torch.int64))
-        top_NM = logit_NK.topk(min(5, classes), 1).indices
-        self._top5 += ((top_NM == label_N[:, None]).any(1) & real_N).sum()
-        loss_N = torch.nn.functional.cross_entropy(logit_NK.double(), label_N, reduction="none")
-        self._loss += torch.where(real_N, loss_N, 0.0).sum()
-
-    def scores(self, backend: Backend, order_groups: list[int] | None) -> Scores:
-        """Scores over all ranks; the same on each."""
-        device = self._confusion_KK.device
-        whole = torch.cat([self._confusion_KK.view(-1), self._top5[None], torch.tensor([self._missing], device=device)])
-        backend.all_reduce_(whole, "evaluation.counts")
-        loss = self._loss[None].clone()
-        backend.all_reduce_(loss, "evaluation.loss")
-        confusion_KK = whole[:-2].view_as(self._confusion_KK).cpu()
-        top5, missing = whole[-2:].tolist()
-        clips = int(confusion_KK.sum())
-        per_class_K = confusion_KK.sum(1)
-        right_K = confusion_KK.diagonal()
-        seen = per_class_K > 0
-        in_group = None
-        if order_groups is not None:
-            group_K = torch.tensor(order_groups)
-            in_group = int(confusion_KK[group_K[:, None] == group_K[None, :]].sum())
-        return Scores(
-            clips=clips,
-            missing=missing,
-            loss=loss.item() / max(1, clips),
-            top1_percent=_percent(int(right_K.sum()), clips),
-            top5_percent=_percent(top5, clips),
-            mean_class_percent=100 * (right_K[seen] / per_class_K[seen]).mean().item() if clips else 0.0,
-            order_group_percent=None if in_group is None else _percent(in_group, clips),
-        )
+    logit_MK, label_M = clip_logits.seen()
+    clips, classes = logit_MK.shape
+    missing = len(clip_logits.seen_N) - clips
+    if clips == 0:
+        return Scores(0, missing, 0.0, 0.0, 0.0, 0.0, 0.0, None if order_groups is None else 0.0)
+    confusion_KK = confusion_matrix(clip_logits)
+    clips_K, right_K = confusion_KK.sum(1), confusion_KK.diagonal()
+    with_clips = clips_K > 0
+    top5 = multiclass_stat_scores(logit_MK, label_M, classes, average="micro", top_k=min(5, classes))[0]
+    logp_MK = logit_MK.double().log_softmax(1)
+    calibration_error = multiclass_calibration_error(logp_MK.exp(), label_M, classes, n_bins=_CALIBRATION_BINS)
+    in_group = None
+    if order_groups is not None:
+        group_K = torch.tensor(order_groups)
+        in_group = 100 * int(confusion_KK[group_K[:, None] == group_K[None, :]].sum()) / clips
+    return Scores(
+        clips=clips,
+        missing=missing,
+        loss=torch.nn.functional.nll_loss(logp_MK, label_M).item(),
+        top1_percent=100 * int(right_K.sum()) / clips,
+        top5_percent=100 * int(top5) / clips,
+        mean_class_percent=100 * (right_K[with_clips] / clips_K[with_clips]).double().mean().item(),
+        calibration_error_percent=100 * calibration_error.item(),
+        order_group_percent=in_group,
+    )
 
 
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / whole if whole else 0.0
+def confusion_matrix(clip_logits: ClipLogits) -> Tensor:
+    """int64 (K, K): how many clips of a class (row) were answered with a class (column)."""
+    # Rank 0 alone scores, so the others need not spend the seconds that this import takes.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    logit_MK, label_M = clip_logits.seen()
+    return multiclass_confusion_matrix(logit_MK, label_M, logit_MK.shape[1])

@@ -44,6 +44,8 @@ class DataConfig:
     """The command that makes the data set: named when a manifest is missing."""
     num_classes: int = MISSING
     """Must be the number of classes in the manifests."""
+    mirrored_words: list[list[str]] = field(default_factory=list)
+    """Pairs of words that a mirror exchanges in class names ([[left, right]]), for pipeline.flip=relabel."""
     max_bad_clips: int = 0
     """Undecodable clips tolerated in a run (training replaces them, evaluation reports them missing) before it ends."""
 
@@ -58,12 +60,12 @@ class PipelineConfig:
     """Batches that each worker decodes ahead."""
     size: int = 224
     """Side in pixels of the network's input."""
+    sampling: str = "uniform"
+    """Frames of a training clip: uniform (one from each equal part) or dense (at a fixed distance, from 64 neighbours)."""
     crop_scales: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.66])
     """Sides of the random training crop, as parts of the shorter side of the frame."""
-    evaluation_scale: float = 0.875
-    """Side of the evaluation's centre crop, likewise (0.875 is 224 of 256)."""
-    flip: bool = False
-    """Mirror half of the training clips; off where left and right tell classes apart."""
+    flip: str = "off"
+    """off, on (mirror half of the training clips) or relabel (and exchange labels by data.mirrored_words). In YAML: "off"."""
 
 
 @dataclass
@@ -169,7 +171,21 @@ class EvaluationConfig:
     every_epochs: int = 1
     """Epochs between two evaluations; the last step is always evaluated."""
     batch: int = 16
-    """Clips in a batch of each process."""
+    """Views (clips, where each has one view) that the network of each process takes at once."""
+    clips: str = "validation"
+    """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10)."""
+    crops: int = 1
+    """Spatial views: 1 (centre), 3 (left, right, centre), 5 (corners, centre) or 10 (these, mirrored too)."""
+    full_resolution: bool = False
+    """Crops as high as the scaled frame, which the network takes as they are: 256 where pipeline.size is 224."""
+    portrait_bug: bool = False
+    """Place 3 crops side by side in portrait clips too, as the official code does; false: one above the other."""
+    save_logits: bool = False
+    """evaluate.py writes each clip's logits to the run folder, for ensembles."""
+    ensemble: list[str] = field(default_factory=list)
+    """evaluate.py averages these files of saved logits, and evaluates no run."""
+    ensemble_weights: list[float] = field(default_factory=list)
+    """A weight for each file of the ensemble; empty: equal ones."""
 
 
 @dataclass
@@ -209,6 +225,7 @@ def register() -> None:
         "schedule": ScheduleConfig,
         "distributed": DistributedConfig,
         "logger": LoggerConfig,
+        "evaluation": EvaluationConfig,
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
@@ -230,6 +247,10 @@ def from_composed(composed: Any) -> Config:
 _CHOICES = {
     "model.shift": ("residual", "block", "none"),
     "model.direction": ("both", "past"),
+    "pipeline.sampling": ("uniform", "dense"),
+    "pipeline.flip": ("off", "on", "relabel"),
+    "evaluation.clips": ("validation", "uniform", "twice", "dense"),
+    "evaluation.crops": (1, 3, 5, 10),
     "optimizer.name": ("sgd",),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
@@ -241,7 +262,7 @@ _CHOICES = {
     "logger.wandb": ("offline", "online", "disabled"),
 }
 _POSITIVE = (
-    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size", "pipeline.evaluation_scale",
+    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size",
     "batch.global_batch", "optimizer.lr", "optimizer.base_batch",
     "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "schedule.epochs", "distributed.timeout_s",
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
@@ -258,7 +279,7 @@ def check(config: Config) -> None:
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value(key)!r}")
+            raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}, got {value(key)!r}")
     for key in _POSITIVE:
         if not value(key) > 0:
             raise ConfigError(f"{key} must be more than 0, got {value(key)}")
@@ -270,6 +291,8 @@ def check(config: Config) -> None:
     scales = config.pipeline.crop_scales
     if not scales or not all(0 < scale <= 1 for scale in scales):
         raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")
+    _check_sampling(config)
+    _check_mirror(config)
     if config.schedule.warmup_epochs > config.schedule.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is longer than schedule.epochs={config.schedule.epochs}"
@@ -285,3 +308,30 @@ def check(config: Config) -> None:
         raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
     if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
         raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")
+
+
+def _check_sampling(config: Config) -> None:
+    """Dense sampling spreads the frames over 64 neighbours."""
+    for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
+        if rule == "dense" and config.model.num_frames > 64:
+            raise ConfigError(
+                f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={config.model.num_frames}"
+            )
+
+
+def _check_mirror(config: Config) -> None:
+    """Mirrored clips need the right labels."""
+    pairs, flip = config.data.mirrored_words, config.pipeline.flip
+    words = [word.lower() for pair in pairs for word in pair]
+    if any(len(pair) != 2 for pair in pairs) or "" in words or len(set(words)) != len(words):
+        raise ConfigError(f"data.mirrored_words must be pairs of words, each word in one pair, got {pairs}")
+    if flip == "relabel" and not pairs:
+        raise ConfigError(
+            "pipeline.flip=relabel needs the words that a mirror exchanges in class names. "
+            "Fix: data.mirrored_words=[[left,right]], or pipeline.flip=on where no class depends on left and right"
+        )
+    if flip == "on" and pairs:
+        raise ConfigError(
+            f"pipeline.flip=on would give mirrored clips wrong labels: data.mirrored_words={pairs} tell classes apart. "
+            "Fix: pipeline.flip=relabel or off"
+        )
