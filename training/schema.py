@@ -1,5 +1,6 @@
 """The typed configuration: what every key means, its default, and the checks that need no data and no process group."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from .errors import ConfigError
 @dataclass
 class ModelConfig:
     backbone: str = "resnet50"
-    """resnet18 or resnet50."""
+    """resnet18, resnet34, resnet50, resnet101 or mobilenet_v2."""
     shift: str = "residual"
-    """Where the temporal shift stands: residual, block, or none (TSN)."""
+    """Where the temporal shift stands: residual, block (ResNets alone), or none (TSN)."""
     direction: str = "both"
     """both (offline) or past (online, uni-directional)."""
     fold_div: int = 8
@@ -23,11 +24,17 @@ class ModelConfig:
     num_frames: int = 8
     """Frames that the network sees of each clip."""
     temporal_pool: bool = False
-    """Halve the frames in front of layer2."""
+    """Halve the frames in front of layer2 (ResNets alone)."""
     non_local: bool = False
     """Add the five non-local blocks (resnet50 alone)."""
     dropout: float = 0.5
     """Dropout in front of the classifier; masks are a function of (seed, step, slot)."""
+    partial_bn: bool = False
+    """Freeze every batch norm but the first, statistics and parameters: for fine-tuning from few clips."""
+    init: str = "random"
+    """First weights: random, imagenet (torchvision's, in torch hub's cache), or a file or checkpoint folder (training/initial.py)."""
+    init_sha256: str | None = None
+    """Refuse to start from another file; of a checkpoint folder, that of its network.safetensors. null: take what is there."""
 
 
 @dataclass
@@ -245,6 +252,7 @@ def from_composed(composed: Any) -> Config:
 
 
 _CHOICES = {
+    "model.backbone": ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
     "model.shift": ("residual", "block", "none"),
     "model.direction": ("both", "past"),
     "pipeline.sampling": ("uniform", "dense"),
@@ -288,6 +296,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must be 0 or more, got {value(key)}")
     if not 0 <= config.model.dropout < 1:
         raise ConfigError(f"model.dropout must be in [0, 1), got {config.model.dropout}")
+    _check_initial_weights(config.model)
     scales = config.pipeline.crop_scales
     if not scales or not all(0 < scale <= 1 for scale in scales):
         raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")
@@ -308,6 +317,17 @@ def check(config: Config) -> None:
         raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
     if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
         raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")
+
+
+def _check_initial_weights(model: ModelConfig) -> None:
+    if not model.init:
+        raise ConfigError("model.init is empty. Fix: random, imagenet, or a file")
+    if model.init_sha256 is None:
+        return
+    if re.fullmatch("[0-9a-f]{64}", model.init_sha256) is None:
+        raise ConfigError(f"model.init_sha256 must be 64 digits of 0-9a-f (sha256sum FILE), got {model.init_sha256!r}")
+    if model.init == "random":
+        raise ConfigError("model.init_sha256 is set, but model.init=random reads no file. Fix: model.init=FILE")
 
 
 def _check_sampling(config: Config) -> None:
