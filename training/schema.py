@@ -32,7 +32,7 @@ class ModelConfig:
     partial_bn: bool = False
     """Freeze every batch norm but the first, statistics and parameters: for fine-tuning from few clips."""
     init: str = "random"
-    """First weights: random, imagenet (torchvision's, in torch hub's cache), or a file or checkpoint folder (training/initial.py)."""
+    """First weights: random, imagenet (torchvision's, from torch hub's cache), or a file or checkpoint folder."""
     init_sha256: str | None = None
     """Refuse to start from another file; of a checkpoint folder, that of its network.safetensors. null: take what is there."""
 
