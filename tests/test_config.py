@@ -94,6 +94,9 @@ def test_a_composed_configuration_survives_its_file(tmp_path: Path) -> None:
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 BAD_VALUES: list[tuple[str, Any]] = [
+    ("model.backbone", "vgg"),
+    ("model.init", ""),
+    ("model.init_sha256", "abc"),
     ("model.shift", "inplace"),
     ("model.direction", "future"),
     ("model.num_frames", 0),

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pipelines.views import Protocol
 from tsm.networks import TemporalNetwork, build_network
 
 from .errors import ConfigError, DataError
+from .initial import InitialWeights, find_initial_weights, load_initial_weights
 from .optimizers import make_optimizer, optimizer_tensors
 from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
@@ -44,6 +46,8 @@ class Job:
     trainer: Trainer
     training_clips: TrainingClips
     validation_clips: EvaluationClips
+    first_weights: str = ""
+    """What the network started from, in words, on rank 0 of a new run."""
     first_step: int = 0
     best_top1_percent: float = 0.0
 
@@ -111,8 +115,11 @@ def _training_clips(config: Config, source: ClipSource) -> TrainingClips:
         raise ConfigError(f"pipeline.flip={config.pipeline.flip}: {error}") from error
 
 
-def recipe_of(config: Config, num_rows: int, manifest_digest: str) -> Recipe:
-    """Derive the recipe: the peak rate from linear scaling, and everything that was said in epochs in steps."""
+def recipe_of(config: Config, num_rows: int, manifest_digest: str, first_weights: str | None = None) -> Recipe:
+    """Derive the recipe: the peak rate from linear scaling, and everything that was said in epochs in steps.
+
+    `first_weights` identifies what `model.init` names (training.initial): a file may move, its content decides the result.
+    """
     batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
     if num_rows < batch.global_batch:
         raise ConfigError(f"batch.global_batch={batch.global_batch} is more than the {num_rows} training clips")
@@ -142,11 +149,17 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str) -> Recipe:
             factor=schedule.factor,
             end=schedule.end,
         ),
-        model=asdict(config.model),
+        model=_model_recipe(config, first_weights or config.model.init),
         optimizer=asdict(optimizer),
         augmentation=asdict(augmentation_of(config)),
         numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
     )
+
+
+def _model_recipe(config: Config, first_weights: str) -> dict[str, Any]:
+    model = asdict(config.model) | {"init": first_weights}
+    del model["init_sha256"]
+    return model
 
 
 def check_agreement(backend: Backend, config: Config, manifest_digests: list[str]) -> None:
@@ -188,16 +201,18 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     topology = backend.topology
     if config.run_id is None:
         config.run_id = backend.broadcast_object(new_run_id(config, topology))
+    folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
+    resumed, first = _find_start(config, folder) if topology.rank == 0 else (None, None)
     training, validation = open_manifest(config, "train"), open_manifest(config, "val")
     check_agreement(backend, config, [training.digest, validation.digest])
-    recipe = recipe_of(config, len(training), training.digest)
+    identity = backend.broadcast_object(first.identity if first else None)
+    recipe = recipe_of(config, len(training), training.digest, identity)
     execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
-
-    folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-    resumed = _resumed(config, recipe, folder) if topology.rank == 0 else None
+    if resumed is not None:
+        _check_recipe(config, recipe, folder, resumed)
     state = backend.broadcast_object(resumed.state if resumed else None)
 
-    network = _build_network(config, backend, execution)
+    network, first_weights = _build_network(config, backend, execution, None if resumed else first)
     optimizer = make_optimizer(network, config.optimizer)
     if state is not None:
         _restore(backend, network, optimizer_tensors(network, optimizer), resumed)
@@ -227,6 +242,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         trainer=trainer,
         training_clips=_training_clips(config, ClipSource(training.path, decoder)),
         validation_clips=EvaluationClips(ClipSource(validation.path, decoder), protocol_of(config)),
+        first_weights=first_weights,
     )
     if state is not None:
         job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]
@@ -234,11 +250,11 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     return job
 
 
-def _build_network(config: Config, backend: Backend, execution: Execution) -> TemporalNetwork:
-    """The network on its device, with batch norm over the recipe's groups, and rank 0's weights everywhere."""
+def network_of(config: Config) -> TemporalNetwork:
+    """The network that the configuration describes, from random weights. Raises ConfigError for one that cannot be."""
     model = config.model
     try:
-        network = build_network(
+        return build_network(
             model.backbone,
             config.data.num_classes,
             model.num_frames,
@@ -248,24 +264,40 @@ def _build_network(config: Config, backend: Backend, execution: Execution) -> Te
             model.temporal_pool,
             model.non_local,
             model.dropout,
+            model.partial_bn,
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def _build_network(
+    config: Config, backend: Backend, execution: Execution, first: InitialWeights | None
+) -> tuple[TemporalNetwork, str]:
+    """The network on its device, with batch norm over the recipe's groups, and rank 0's weights everywhere.
+
+    `first`: the weights that rank 0 starts a new run from; the words say what was done with them.
+    """
+    network = network_of(config)
     convert_batch_norm(network, backend, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
     network.to(backend.device, torch.float64 if config.numerics.dtype == "float64" else torch.float32)
+    first_weights = "" if first is None else load_initial_weights(network, config.model, first)
     broadcast_network(backend, network)
     if config.numerics.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.train()
+    return network.train(), first_weights
 
 
-def _resumed(config: Config, recipe: Recipe, folder: RunFolder) -> Checkpoint | None:
-    """The checkpoint that this run goes on from, on rank 0."""
+def _find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
+    """On rank 0: the checkpoint that this run goes on from, if any, and what its first weights are or were."""
     checkpoint, broken = load_newest(folder.checkpoints)
     for line in broken:
         print(f"passed over: {line}", flush=True)
-    if checkpoint is None:
-        return None
+    before = None if checkpoint is None else checkpoint.state["recipe"]["model"].get("init", "random")
+    return checkpoint, find_initial_weights(config.model, CHECKOUT, before)
+
+
+def _check_recipe(config: Config, recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """On rank 0: refuse to go on from a checkpoint of another recipe, unless the configuration allows it."""
     before, now = checkpoint.state["recipe"], recipe.as_dict()
     before_flat, now_flat = _flat(before), _flat(now)
     differing = [key for key in now_flat if now_flat[key] != before_flat.get(key)]
@@ -276,7 +308,6 @@ def _resumed(config: Config, recipe: Recipe, folder: RunFolder) -> Checkpoint | 
             "Fix: choose another run_id, or go on with checkpoint.allow_recipe_change=true"
         )
     print(f"resuming {folder.path.name} from step {checkpoint.state['step']}", flush=True)
-    return checkpoint
 
 
 def _restore(

@@ -1,7 +1,12 @@
 """The derived numbers of a run, in words: printed once at start-up."""
 
-from .job import Job
+import torch
+
+from tsm.flops import clip_multiply_adds
+
+from .job import Job, network_of
 from .recipe import Execution, Recipe
+from .schema import Config
 
 
 def describe_plan(job: Job) -> str:
@@ -11,6 +16,8 @@ def describe_plan(job: Job) -> str:
     lines = [
         f"run        {job.folder.path.name}  recipe {job.recipe.fingerprint}  seed {job.recipe.seed}",
         *describe_recipe(job.recipe),
+        *describe_network(job.config),
+        *([f"weights    {job.first_weights}"] if job.first_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}, "
         f"decoder {source.decoder} in {job.config.pipeline.workers} workers a process",
         *describe_execution(job.execution),
@@ -30,6 +37,22 @@ def describe_recipe(recipe: Recipe) -> list[str]:
     ]
 
 
+def describe_network(config: Config) -> list[str]:
+    """Size and cost, from shapes alone."""
+    with torch.device("meta"):
+        network = network_of(config)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    numbers, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+    frozen = f" ({trained / 1e6:.2f} M trained: model.partial_bn)" if trained < numbers else ""
+    model, size = config.model, config.pipeline.size
+    kind = "TSN" if model.shift == "none" else f"TSM ({model.shift}, {model.direction})"
+    cost = clip_multiply_adds(lambda: network_of(config), size)
+    return [
+        f"network    {kind} {model.backbone}, {numbers / 1e6:.2f} M parameters{frozen}, {cost / 1e9:.3g} GFLOPs a clip of "
+        f"{model.num_frames} x {size} x {size} (multiply-adds)"
+    ]
+
+
 def describe_execution(execution: Execution) -> list[str]:
     if execution.bn_ranks > 1:
         groups = f"each batch-norm group over {execution.bn_ranks} processes"
@@ -43,6 +66,6 @@ def describe_execution(execution: Execution) -> list[str]:
 
 def gradient_bytes(job: Job) -> int:
     """Bytes that each process contributes to a step's all-reduce."""
-    numbers = sum(parameter.numel() for parameter in job.trainer.network.parameters())
+    numbers = sum(parameter.numel() for parameter in job.trainer.network.parameters() if parameter.requires_grad)
     width = {"float16": 2, "float32": 8 if job.config.numerics.dtype == "float64" else 4}[job.config.distributed.wire]
     return numbers * width

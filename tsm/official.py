@@ -27,8 +27,7 @@ def from_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Raises WeightsError that names a tensor which none of these has. Whether the tensors are a whole network says `check_keys`.
     """
-    wrapped = state_dict.get("state_dict", state_dict)
-    tensors: Mapping[str, Any] = wrapped if isinstance(wrapped, Mapping) else state_dict
+    tensors = tensors_in(state_dict)
     bare = {name: re.sub(r"^(module\.)?(base_model\.|backbone\.)?", "", name) for name in tensors}
     rules = _HEAD + _rules_for(bare.values())
     translated: dict[str, Tensor] = {}
@@ -42,6 +41,24 @@ def from_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             raise WeightsError(f"{name!r} is {ours!r} once more")
         translated[ours] = tensor
     return translated
+
+
+def tensors_in(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors by name in what a file holds: in its `state_dict`, or at the top."""
+    wrapped = saved.get("state_dict")
+    return wrapped if isinstance(wrapped, Mapping) else saved
+
+
+def trained_with(names: Iterable[str]) -> dict[str, Any]:
+    """What names say of the network: `shift` and `temporal_pool` as for `build_network`; empty where they say nothing."""
+    names = list(names)
+    if not any(".net." in name for name in names):
+        return {}  # a TSN, or the network of someone who does not wrap modules
+    pooled = any(re.search(r"layer2\.net\.\d", name) for name in names)
+    in_block = any(re.search(r"layer\d\.\d+\.net\.", name) for name in names)
+    in_branch = any(re.search(r"conv\d?\.(conv\.|0\.)?net\.", name) for name in names)
+    place = "block" if in_block else "residual" if in_branch else "none"
+    return {"shift": place, "temporal_pool": pooled}
 
 
 def to_official(
