@@ -1,0 +1,159 @@
+"""LARS: SGD whose rate is scaled for each tensor (You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888).
+
+Shapes: P tensors of a group, R rows of CHUNK numbers that hold them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # numbers in a row: small against a layer, large against what a GPU works on at a time
+
+
+def trust_ratio(
+    weight_norm_P: Tensor, gradient_norm_P: Tensor, weight_decay: float, trust_coefficient: float, eps: float
+) -> Tensor:
+    """The factor on each tensor's rate: `eta |w| / (|g| + wd |w| + eps)`, and 1 where either norm is 0.
+
+    arXiv:1708.03888, equation 6 and algorithm 1. A tensor of zeros has no scale to go by, and one without gradient no need.
+    """
+    ratio_P = trust_coefficient * weight_norm_P / (gradient_norm_P + weight_decay * weight_norm_P + eps)
+    return torch.where((weight_norm_P > 0) & (gradient_norm_P > 0), ratio_P, 1.0)
+
+
+class Lars(torch.optim.Optimizer):
+    """`v <- m v + lr * trust * (g + wd w)`, `w <- w - v`: the velocity contains the rate, as in MLPerf's reference.
+
+    Groups have `lr`, `momentum`, `weight_decay`, and `adapt`: False for tensors that take the plain rate (batch norm and
+    biases, by custom without weight decay). State: `momentum_buffer` for each parameter.
+
+    On CPUs each tensor is updated by torch's fused SGD kernel. On GPUs the tensors of a group lie in one buffer, so that the
+    number of kernels does not grow with the number of tensors and no norm travels to the host; `flat=True` does the same
+    anywhere. The optimizer then owns the parameters' memory: make it behind everything that moves them.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        adapt: bool = True,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+        flat: bool | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": adapt})
+        for group in self.param_groups:
+            if not (0 <= group["momentum"] < 1 and group["weight_decay"] >= 0):
+                raise ValueError(
+                    f"momentum must be in [0, 1) and weight_decay 0 or more, got {group['momentum']}, {group['weight_decay']}"
+                )
+        if not (trust_coefficient > 0 and eps >= 0):
+            raise ValueError(f"trust_coefficient must be more than 0 and eps 0 or more, got {trust_coefficient}, {eps}")
+        self._trust_coefficient = trust_coefficient
+        self._eps = eps
+        on_cpu = all(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"])
+        self._flat_groups = None
+        if flat if flat is not None else not on_cpu:
+            self._flat_groups = [_FlatGroup(group["params"]) for group in self.param_groups]
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                flat_group = self._flat_groups[number] if self._flat_groups else None
+                velocity = flat_group.velocities[place] if flat_group else torch.zeros_like(parameter)
+                self.state[parameter]["momentum_buffer"] = velocity
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters, each of which must have a gradient."""
+        if closure is not None:
+            raise ValueError("Lars takes no closure: compute the loss before the step")
+        if self._flat_groups is None:
+            for group in self.param_groups:
+                self._step_each(group)
+        else:
+            for group, flat_group in zip(self.param_groups, self._flat_groups, strict=True):
+                self._step_flat(group, flat_group)
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """The factor that a step with the present gradients applies to each adapted parameter: 0-dimensional, on its device."""
+        ratios: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            if group["adapt"]:
+                ratios |= zip(group["params"], self._ratio_of_each(group).unbind(), strict=True)
+        return ratios
+
+    def _ratio(self, group: dict[str, Any], weight_norm_P: Tensor, gradient_norm_P: Tensor) -> Tensor:
+        return trust_ratio(weight_norm_P, gradient_norm_P, group["weight_decay"], self._trust_coefficient, self._eps)
+
+    def _ratio_of_each(self, group: dict[str, Any]) -> Tensor:
+        weights = [parameter.detach() for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in group["params"]]
+        return self._ratio(
+            group, torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
+        )
+
+    def _step_each(self, group: dict[str, Any]) -> None:
+        rates = [group["lr"]] * len(group["params"])
+        if group["adapt"]:
+            rates = [group["lr"] * ratio for ratio in self._ratio_of_each(group).tolist()]
+        for parameter, rate in zip(group["params"], rates, strict=True):
+            # The kernel's rule is v <- momentum v + (1 - dampening) (g + weight_decay w), w <- w - lr v. It takes dampening as
+            # a double, so that small rates keep their digits.
+            torch._fused_sgd_(
+                [parameter],
+                [parameter.grad],
+                [self.state[parameter]["momentum_buffer"]],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=1.0,
+                dampening=1.0 - rate,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
+
+    def _step_flat(self, group: dict[str, Any], flat: "_FlatGroup") -> None:
+        torch._foreach_copy_(flat.gradients, [parameter.grad for parameter in group["params"]])
+        if group["adapt"]:
+            ratio_P = self._ratio(group, flat.norms(flat.weight_RC), flat.norms(flat.gradient_RC))
+            rate_R1 = (group["lr"] * ratio_P)[flat.owner_R, None]
+        flat.gradient_RC.add_(flat.weight_RC, alpha=group["weight_decay"])
+        flat.velocity_RC.mul_(group["momentum"])
+        if group["adapt"]:
+            flat.velocity_RC.addcmul_(flat.gradient_RC, rate_R1)
+        else:
+            flat.velocity_RC.add_(flat.gradient_RC, alpha=group["lr"])
+        flat.weight_RC.sub_(flat.velocity_RC)
+
+
+class _FlatGroup:
+    """The tensors of a group as rows of one buffer, each from a row of its own on; what is left of its last row stays 0."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        rows = [-(-parameter.numel() // CHUNK) for parameter in parameters]
+        device = parameters[0].device
+        self.rows_P = torch.tensor(rows, device=device)
+        self.owner_R = torch.repeat_interleave(torch.arange(len(rows), device=device), self.rows_P)
+        buffer_KRC = torch.zeros(3, sum(rows), CHUNK, dtype=parameters[0].dtype, device=device)
+        self.weight_RC, self.gradient_RC, self.velocity_RC = buffer_KRC
+        weights, self.gradients, self.velocities = (_views(flat_RC, parameters, rows) for flat_RC in buffer_KRC)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            weight.copy_(parameter.detach())
+            parameter.data = weight
+
+    def norms(self, flat_RC: Tensor) -> Tensor:
+        """The 2-norm of each tensor; the same bits every time, as no addition depends on who comes first."""
+        square_R = torch.linalg.vector_norm(flat_RC, dim=1).square()
+        return torch.segment_reduce(square_R, "sum", lengths=self.rows_P).sqrt()
+
+
+def _views(flat_RC: Tensor, like: list[Tensor], rows: list[int]) -> list[Tensor]:
+    """Parts of a buffer with the shapes and memory layouts of tensors, each at the beginning of its rows."""
+    starts = [sum(rows[:place]) * CHUNK for place in range(len(rows))]
+    return [
+        flat_RC.as_strided(tensor.shape, tensor.stride(), flat_RC.storage_offset() + start)
+        for tensor, start in zip(like, starts, strict=True)
+    ]
