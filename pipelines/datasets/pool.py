@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -56,11 +57,12 @@ def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: i
                     else:
                         yield worker.item, died
                     continue
-                if worker.item is not None:
-                    if isinstance(result, _Raised):
-                        raise RuntimeError(f"scanning {items[worker.item]} failed: {result.text}")
-                    yield worker.item, result
-                _give_next(worker, waiting, items, crew)
+                item = worker.item
+                if isinstance(result, _Raised) and item is not None:
+                    raise RuntimeError(f"scanning {items[item]} failed: {result.text}")
+                _give_next(worker, waiting, items, crew)  # before the caller looks at the result
+                if item is not None:
+                    yield item, result
     finally:
         for worker in crew:
             worker.process.kill()
@@ -118,7 +120,8 @@ def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew:
         crew.remove(worker)
         return
     worker.item = waiting.popleft()
-    worker.pipe.send(items[worker.item])
+    with suppress(OSError):  # it died just now: receiving from it will say so
+        worker.pipe.send(items[worker.item])
 
 
 def _died(worker: _Worker) -> Died:

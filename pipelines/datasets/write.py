@@ -186,14 +186,14 @@ def _write_bad_files(path: Path, reports: dict[str, SplitReport]) -> None:
 
 def _refuse_bad(root: Path, split: str, report: SplitReport, max_bad: float, max_missing: float) -> None:
     for unusable, limit, option, what in (
-        (report.missing, max_missing, "--max-missing", "not there"),
+        (report.missing, max_missing, "--max-missing", "are not there"),
         (report.bad, max_bad, "--max-bad", "cannot be decoded"),
     ):
         part = len(unusable) / report.listed
         if part > limit or part == 1:
             more = f"Mend them, or allow more with {option} {math.ceil(part * 1000) / 1000}"
             raise DataSetError(
-                f"{split}: {len(unusable)} of {report.listed} clips are {what}, more than {limit:.2%} of them, so no "
+                f"{split}: {len(unusable)} of {report.listed} clips {what}, more than {limit:.2%} of them, so no "
                 f"manifest is written. The first: {unusable[0][1]}. All: {root / BAD_FILES_NAME}. "
                 f"{'Check --videos and --annotations' if part == 1 else more}"
             )

@@ -1,0 +1,65 @@
+"""Small clips for tests: frames that can be told apart, in files of any codec."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.shapes import encode_clip
+
+Video = NDArray[np.uint8]
+
+
+def plain_video(frames: int = 4, height: int = 32, width: int = 48, level: int = 90) -> Video:
+    """video_THWC: grey, a little brighter in each frame, so that a file of it is small."""
+    level_T111 = (level + 10 * np.arange(frames))[:, None, None, None]
+    return np.ascontiguousarray(np.broadcast_to(level_T111, (frames, height, width, 3)).astype(np.uint8))
+
+
+def smooth_video(frames: int = 16, height: int = 48, width: int = 64, seed: int = 0) -> Video:
+    """video_THWC of slowly changing colours that any codec keeps well, each frame its own."""
+    rng = np.random.default_rng(seed)
+    y_H1, x_1W = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
+    phase_T11C = np.linspace(0, 3, frames)[:, None, None, None] + rng.uniform(0, 6, 3)
+    wave_THWC = np.sin(phase_T11C + 3 * x_1W[..., None] + 2 * y_H1[..., None])
+    return np.rint(128 + 90 * wave_THWC).astype(np.uint8)
+
+
+def write_video(
+    path: Path,
+    video_THWC: Video,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A file of the kind that its ending says; PyAV's own encoders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=Fraction(24))
+        stream.height, stream.width = video_THWC.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.thread_count = 1
+        stream.options = options or {}
+        for image_HWC in video_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_mp4(path: Path, video_THWC: Video | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_clip(plain_video() if video_THWC is None else video_THWC))
+    return path
+
+
+def write_frames(folder: Path, video_THWC: Video, name: str = "%05d.jpg", first: int = 1, quality: int = 95) -> Path:
+    """One JPEG for each frame."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image_HWC in enumerate(video_THWC, start=first):
+        Image.fromarray(image_HWC).save(folder / (name % number), quality=quality, subsampling=0)
+    return folder
