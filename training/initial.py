@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import re
 import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,9 @@ def _read(init: str, path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
 def _unpickled(init: str, path: Path) -> Mapping[str, Any]:
     """What torch.save wrote, as long as that is tensors and plain values."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file written with another one
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")
         named = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0])
