@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .errors import ConfigError
 from .metrics import ClipLogits, Scores, confusion_matrix
@@ -34,7 +34,7 @@ def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: S
     path = folder / f"{name}.safetensors"
     tensors = {key: tensor.cpu().contiguous() for key, tensor in vars(clip_logits).items()}
     aside = path.with_name(path.name + ".tmp")
-    save_file(tensors, aside, metadata={"tsm_logits": json.dumps(vars(origin))})
+    aside.write_bytes(save(tensors, metadata={"tsm_logits": json.dumps(vars(origin))}))
     os.replace(aside, path)
     missing_rows = (~tensors["seen_N"]).nonzero().flatten().tolist()
     about = {key: value for key, value in vars(origin).items() if key not in ("classes", "order_groups")}

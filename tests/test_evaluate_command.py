@@ -1,0 +1,91 @@
+"""evaluate.py as people call it: a run that was trained, evaluated in several ways, and ensembles of what that saved."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import CHECKOUT
+
+from pipelines.manifest import Manifest
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = (
+    "experiment=smoke logger=disabled pipeline.decoder=pyav pipeline.workers=0 pipeline.size=32 model.num_frames=4 "
+    "batch.global_batch=8 schedule.epochs=1 schedule.warmup_epochs=0 distributed=single run_id=run"
+).split()
+
+
+def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, program, *arguments], cwd=CHECKOUT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips and a run of five steps."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    done = call("prepare.py", "shapes", "--root", str(folder / "clips"), "--train-clips", "40", "--val-clips", "20")
+    assert done.returncode == 0, done.stderr
+    done = call("train.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def evaluate(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
+    """`(exit code, the record, all output)`."""
+    done = call("evaluate.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", *overrides)
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, records[0] if records else {}, done.stdout + done.stderr
+
+
+def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
+    """Without a protocol of its own the command repeats the last validation, on the way there and back through a checkpoint."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    (trained,) = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
+    code, record, output = evaluate(folder)
+    assert code == 0, output
+    assert record["protocol"] == "4x32-uniform_validation-1crop"
+    for name in set(record) - {"protocol"}:
+        assert record[name] == pytest.approx(trained[name], rel=1e-5), name
+
+
+def test_another_protocol_saved_and_averaged(folder: Path) -> None:
+    files = []
+    for protocol in ("ten_crop", "two_clips_full"):
+        code, record, output = evaluate(folder, f"evaluation={protocol}", "evaluation.save_logits=true")
+        assert code == 0, output
+        assert (record["step"], record["clips"], record["missing"]) == (5, 20, 0)
+        files.append(folder / "run" / "logits" / f"step-00000005-{record['protocol']}.safetensors")
+        alone = call("evaluate.py", f"evaluation.ensemble=[{files[-1]}]")
+        again = json.loads(alone.stdout.splitlines()[-1])
+        assert {name: again[name] for name in again.keys() & record.keys()} == {
+            name: record[name] for name in again.keys() & record.keys()
+        }
+    done = call("evaluate.py", f"evaluation.ensemble=[{files[0]},{files[1]}]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ensemble of 2")
+
+
+def test_a_missing_clip_is_named_and_ends_with_the_code_of_bad_data(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "clips", copy / "clips")
+    shutil.copytree(folder / "run", copy / "run")
+    victim = copy / "clips" / Manifest.open(copy / "clips" / "val.arrow").row(7).path
+    victim.write_bytes(victim.read_bytes()[:300])
+    code, record, output = evaluate(copy)
+    assert code == 3, output
+    assert (record["clips"], record["missing"]) == (19, 1)
+    assert f"missing: {victim}" in output
+    assert evaluate(copy, "data.max_bad_clips=1")[0] == 0
+
+
+def test_training_refuses_what_only_an_evaluation_does(folder: Path) -> None:
+    done = call(
+        "train.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", "evaluation.save_logits=true"
+    )
+    assert done.returncode == 2
+    assert "evaluation.save_logits" in done.stderr and "evaluate.py" in done.stderr

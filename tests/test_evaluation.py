@@ -1,0 +1,203 @@
+"""Evaluation of a small network over real clips: every clip's logits by hand, on one rank and on several."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distributed.backend import Group, SingleBackend
+from distributed.topology import Topology
+from pipelines.decode import decode_clip
+from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
+from pipelines.manifest import ManifestRow, write_manifest
+from pipelines.scan import scan_clip
+from pipelines.shapes import encode_clip
+from pipelines.views import Protocol
+from training.evaluation import evaluate
+from training.metrics import ClipLogits, scores_of
+from training.schema import NumericsConfig
+from training.step import Normaliser
+
+CLIPS, FRAMES, SIZE = 5, 12, 35  # at a size of 35 frames with a shorter side of 40 need no scaling
+CPU = torch.device("cpu")
+CENTRE = Protocol(4, SIZE, "uniform")
+
+
+class OneOf(SingleBackend):
+    """Rank `rank` of a world that does not reduce: the test adds the ranks' parts itself."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(Topology("none", rank, size, rank, size, 0, "host"), CPU)
+        self.reduced: list[str] = []
+
+    def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        self.reduced.append(name)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five clips of noise and colour, two of them portrait, of three classes."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(CLIPS):
+        height, width = (40, 56) if index % 2 == 0 else (56, 40)
+        video_THWC = rng.integers(0, 128, (FRAMES, height, width, 3)) + rng.integers(0, 128, (FRAMES, 1, 1, 3))
+        path = folder / f"{index}.mp4"
+        path.write_bytes(encode_clip(video_THWC.astype(np.uint8)))
+        rows.append(ManifestRow(path=path.name, offset=0, label=index % 3, **vars(scan_clip(path))))
+    write_manifest(folder / "val.arrow", rows, ["a", "b", "c"])
+    return folder
+
+
+class Small(nn.Module):
+    """To whom the order of frames, left and right, and the mode of batch norm matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(1))
+        self.classifier = nn.LazyLinear(3)
+
+    def forward(self, video_NTCHW: Tensor) -> Tensor:
+        feature_BF = self.features(video_NTCHW.flatten(0, 1))
+        logit_NK: Tensor = self.classifier(feature_BF.unflatten(0, video_NTCHW.shape[:2]).flatten(1))
+        return logit_NK
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    network = Small().double()
+    with torch.no_grad():
+        network(2 + 3 * torch.randn(4, 4, 3, SIZE, SIZE, dtype=torch.float64))
+    return network
+
+
+@pytest.fixture(scope="module")
+def normalise() -> Normaliser:
+    return Normaliser(CPU, NumericsConfig(dtype="float64"))
+
+
+class Noting(nn.Module):
+    """Notes how many views the network takes at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.taken: list[int] = []
+
+    def forward(self, video_NTCHW: Tensor) -> Tensor:
+        self.taken.append(len(video_NTCHW))
+        return self.network(video_NTCHW)
+
+
+def run(
+    folder: Path,
+    network: nn.Module,
+    normalise: Normaliser,
+    protocol: Protocol,
+    batch: int,
+    rank: int = 0,
+    size: int = 1,
+) -> tuple[ClipLogits, list[int]]:
+    """The logits that a rank finds, and the rows of the clips that it could not decode."""
+    clips = EvaluationClips(ClipSource(folder / "val.arrow", "pyav"), protocol)
+    backend = OneOf(rank, size)
+    found, missing = evaluate(network, normalise, clips, ClipLoader(clips, 0, 2), backend, batch)
+    assert backend.reduced == ["evaluation.logits", "evaluation.seen"]
+    return found, [record.row for record in missing]
+
+
+def by_hand(folder: Path, network: nn.Module, row: int, views: list[tuple[list[int], int, int, bool]]) -> Tensor:
+    """The mean of the logits of views of a clip, one at a time: `(frames, left, top, mirrored)`; (K,)."""
+    entry = ClipSource(folder / "val.arrow", "pyav").manifest.row(row)
+    mean_C = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
+    std_C = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
+    network.eval()
+    logits = []
+    for frames, left, top, mirrored in views:
+        video_TCHW = decode_clip("pyav", folder, entry, np.array(frames))[..., top : top + SIZE, left : left + SIZE]
+        video_TCHW = video_TCHW.flip(-1) if mirrored else video_TCHW
+        with torch.no_grad():
+            logits.append(network(((video_TCHW.double() - mean_C) / std_C)[None])[0])
+    return torch.stack(logits).mean(0)
+
+
+MIDDLE, FIRST = [1, 4, 7, 10], [0, 3, 6, 9]
+
+
+def test_logits_are_those_of_one_clip_at_a_time(made: Path, network: nn.Module, normalise: Normaliser) -> None:
+    found, missing = run(made, network, normalise, CENTRE, batch=2)
+    assert missing == []
+    assert found.seen_N.all()
+    assert found.label_N.tolist() == [0, 1, 2, 0, 1]
+    for row in range(CLIPS):
+        centre = (MIDDLE, 10, 2, False) if row % 2 == 0 else (MIDDLE, 2, 10, False)
+        torch.testing.assert_close(found.logit_NK[row], by_hand(made, network, row, [centre]))
+    expected = found.logit_NK.argmax(1) == found.label_N
+    assert scores_of(found, None).top1_percent == pytest.approx(100 * expected.double().mean().item())
+
+
+def test_views_are_averaged(made: Path, network: nn.Module, normalise: Normaliser) -> None:
+    """Two clips of three crops: left, right and centre, from top to bottom in a portrait clip."""
+    found, _ = run(made, network, normalise, Protocol(4, SIZE, "twice", 3), batch=4)
+    for row in (0, 1):
+        places = [(0, 2), (20, 2), (10, 2)] if row == 0 else [(2, 0), (2, 20), (2, 10)]
+        views = [(frames, left, top, False) for frames in (MIDDLE, FIRST) for left, top in places]
+        torch.testing.assert_close(found.logit_NK[row], by_hand(made, network, row, views))
+
+
+def test_mirrored_crops_are_averaged(made: Path, network: nn.Module, normalise: Normaliser) -> None:
+    found, _ = run(made, network, normalise, Protocol(4, SIZE, "uniform", 10), batch=16)
+    places = [(0, 0), (20, 0), (0, 4), (20, 4), (10, 2)]
+    views = [(MIDDLE, left, top, mirrored) for left, top in places for mirrored in (False, True)]
+    torch.testing.assert_close(found.logit_NK[2], by_hand(made, network, 2, views))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 16])
+def test_the_network_takes_no_more_views_than_a_batch(
+    batch: int, made: Path, network: nn.Module, normalise: Normaliser
+) -> None:
+    noting = Noting(network)
+    found, _ = run(made, noting, normalise, Protocol(4, SIZE, "twice", 3), batch)
+    whole, _ = run(made, network, normalise, Protocol(4, SIZE, "twice", 3), batch=30)
+    assert max(noting.taken) <= batch
+    assert sum(noting.taken) >= 6 * CLIPS
+    torch.testing.assert_close(found.logit_NK, whole.logit_NK)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(2, 2), (3, 4), (4, 1), (7, 1)])
+def test_ranks_add_up_to_one_process_and_padding_is_never_counted(
+    size: int, batch: int, made: Path, network: nn.Module, normalise: Normaliser
+) -> None:
+    """Five clips divide over none of these worlds: some ranks have padding, of seven ranks two have nothing else."""
+    alone, _ = run(made, network, normalise, CENTRE, batch=2)
+    parts = [run(made, network, normalise, CENTRE, batch, rank, size)[0] for rank in range(size)]
+    assert torch.stack([part.seen_N for part in parts]).int().sum(0).tolist() == [1] * CLIPS
+    assert all(not part.logit_NK[~part.seen_N].any() for part in parts)
+    torch.testing.assert_close(torch.stack([part.logit_NK for part in parts]).sum(0), alone.logit_NK)
+
+
+def test_a_broken_clip_is_missing_and_changes_no_other(
+    made: Path, network: nn.Module, normalise: Normaliser, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "clips"))
+    os.truncate(folder / "3.mp4", 100)
+    whole, _ = run(made, network, normalise, CENTRE, batch=2)
+    found, missing = run(folder, network, normalise, CENTRE, batch=2)
+    assert missing == [3]
+    assert found.seen_N.tolist() == [True, True, True, False, True]
+    torch.testing.assert_close(found.logit_NK[found.seen_N], whole.logit_NK[found.seen_N])
+    scores = scores_of(found, None)
+    assert (scores.clips, scores.missing) == (4, 1)
+
+
+def test_the_network_goes_on_as_it_was(made: Path, network: nn.Module, normalise: Normaliser) -> None:
+    for training in (True, False):
+        network.train(training)
+        run(made, network, normalise, CENTRE, batch=5)
+        assert network.training == training
