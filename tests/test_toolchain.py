@@ -28,7 +28,7 @@ NOT_WHAT_THEY_SEEM = {"apex", "nvidia-dali"}
 # imported under another name than they are installed.
 CODE = ("", "benchmarks", "distributed", "launch", "pipelines", "slurm", "tests", "tools", "training", "tsm")
 OPERATORS_OWN = {"apex", "nvidia"}
-DISTRIBUTION = {"hydra": "hydra-core", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "hydra": "hydra-core", "yaml": "pyyaml"}
 
 
 def pins() -> dict[str, str]:
