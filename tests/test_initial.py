@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from jobs import start_training
 from official_reference import Official, OnlineMobileNet, randomise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from worlds import World, available
 
 from distributed.checkpoint import Checkpoint, save_checkpoint
 from training.errors import ConfigError
@@ -472,3 +474,60 @@ def test_a_resumed_run_takes_no_other_file_for_its_own(tmp_path: Path, cache: Pa
     assert find_initial_weights(model_of("random"), CHECKOUT, before).identity == "random"
     with pytest.raises(ConfigError, match=r"gone\.pth does not exist"):
         find_initial_weights(model_of(tmp_path / "gone.pth"), CHECKOUT, "random")
+
+
+# --- Whole jobs -------------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "experiment=smoke logger=disabled logger.every_steps=1 pipeline.size=32 model.num_frames=4 pipeline.decoder=pyav "
+    "pipeline.workers=0 batch.global_batch=8 schedule.warmup_epochs=0 checkpoint.every_epochs=100 run_id=first"
+).split()
+WORLDS = [World("torchrun", 2), World("horovodrun", 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+def test_missing_weights_end_all_ranks_before_data_is_touched(tmp_path: Path, world: World) -> None:
+    overrides = [*SMALL, f"outputs={tmp_path}", "data.root=no/such/folder", f"model.init={tmp_path}/none.pth"]
+    ended = start_training(available(world), tmp_path / "log.txt", *overrides).wait(120)
+    assert ended.exit_code != 0
+    assert ended.left_running == []
+    for rank in (0, 1):
+        assert re.search(rf"error \(rank {rank} of 2.*none\.pth does not exist", ended.output), ended.output
+    assert "no/such/folder" not in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+def test_fine_tuning_with_frozen_batch_norms(tmp_path: Path, world: World) -> None:
+    """From a published file with other classes, over two processes, and on from a checkpoint when the file is gone."""
+    world = available(world)
+    few = ["--train-clips", "40", "--val-clips", "20"]
+    prepare = [sys.executable, "prepare.py", "shapes", "--root", str(tmp_path / "clips"), *few]
+    subprocess.run(prepare, cwd=CHECKOUT, check=True, capture_output=True)
+    tensors = official()
+    file = saved(tmp_path / "tsm.pth", {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}})
+    overrides = [
+        *SMALL,
+        f"outputs={tmp_path}",
+        f"data.root={tmp_path}/clips",
+        f"model.init={file}",
+        "model.partial_bn=true",
+    ]
+    first = start_training(world, tmp_path / "log.txt", *overrides, "max_steps=2").wait(120)
+    assert first.exit_code == 0, first.output
+    assert "classifier left new (10 classes, the file has 5)" in first.output
+    file.unlink()
+    second = start_training(world, tmp_path / "log.txt", *overrides, "max_steps=3").wait(120)
+    assert second.exit_code == 0, second.output
+    assert "resuming first from step 2" in second.output
+    after = load_file(tmp_path / "first" / "checkpoints" / "step-00000003" / "network.safetensors")
+    before = from_official(tensors)
+    frozen = [name for name in before if re.search(r"bn\d\.|downsample\.1\.", name) and ".layer" in name]
+    assert len(frozen) == 19 * 5
+    for name in frozen:
+        assert torch.equal(after[name], before[name]), name
+    moved = [name for name in before if name not in frozen and name.startswith("backbone.")]
+    assert {"backbone.bn1.weight", "backbone.bn1.running_mean"} <= set(moved)
+    for name in moved:
+        assert torch.equal(after[name], before[name]) == name.endswith("num_batches_tracked"), name

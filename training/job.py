@@ -203,9 +203,9 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         config.run_id = backend.broadcast_object(new_run_id(config, topology))
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
     resumed, first = _find_start(config, folder) if topology.rank == 0 else (None, None)
+    identity = backend.broadcast_object(first.identity if first else None)
     training, validation = open_manifest(config, "train"), open_manifest(config, "val")
     check_agreement(backend, config, [training.digest, validation.digest])
-    identity = backend.broadcast_object(first.identity if first else None)
     recipe = recipe_of(config, len(training), training.digest, identity)
     execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
     if resumed is not None:
