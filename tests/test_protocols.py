@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from test_config import config_of, smoke
 
+from pipelines.mirror import mirrored_labels
 from pipelines.sampling import EVALUATION_RULES
+from pipelines.shapes import CLASSES
 from pipelines.views import Protocol
 from training.errors import ConfigError
 from training.job import augmentation_of, protocol_of, recipe_of
@@ -48,7 +50,7 @@ def test_the_protocol_is_no_part_of_the_recipe(name: str) -> None:
     "override",
     [
         "pipeline.sampling=dense",
-        "pipeline.flip=on",
+        "pipeline.flip=relabel",
         "pipeline.size=64",
         "pipeline.crop_scales=[1.0]",
         "model.num_frames=4",
@@ -65,6 +67,11 @@ def test_words_count_where_labels_are_exchanged() -> None:
     assert (relabel.flip, relabel.mirrored_words) == ("relabel", (("left", "right"),))
 
 
+def test_shapes_can_be_mirrored() -> None:
+    """The mirror turns right into left and clockwise into counter-clockwise, and shows every other class as itself."""
+    assert mirrored_labels(CLASSES, smoke().data.mirrored_words) == [1, 0, 2, 3, 4, 5, 7, 6, 8, 9]
+
+
 def changed(**values: Any) -> Config:
     config = smoke()
     for key, value in values.items():
@@ -76,7 +83,7 @@ def changed(**values: Any) -> Config:
 
 def test_relabelling_needs_words() -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.flip=relabel needs .*data\.mirrored_words=\[\[left,right\]\]"):
-        check(changed(pipeline__flip="relabel"))
+        check(changed(pipeline__flip="relabel", data__mirrored_words=[]))
     check(changed(pipeline__flip="relabel", data__mirrored_words=[["left", "right"]]))
 
 
@@ -84,7 +91,7 @@ def test_a_flip_that_gives_wrong_labels_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.flip=on would give .*data\.mirrored_words.*Fix: pipeline\.flip="):
         check(changed(pipeline__flip="on", data__mirrored_words=[["left", "right"]]))
     check(changed(pipeline__flip="off", data__mirrored_words=[["left", "right"]]))
-    check(changed(pipeline__flip="on"))
+    check(changed(pipeline__flip="on", data__mirrored_words=[]))
 
 
 @pytest.mark.parametrize("key", ["pipeline__sampling", "evaluation__clips"])

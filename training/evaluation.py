@@ -46,8 +46,9 @@ def evaluate(
             network(normalise(part_NTCHW)).to(logit_NK.dtype) for part_NTCHW in clip_batch.video_NTCHW.split(batch)
         ]
         mean_NK = torch.cat(parts).unflatten(0, (-1, views)).mean(1)
-        row_M = clip_batch.row_N[clip_batch.real_N].to(backend.device)
-        logit_NK[row_M] = mean_NK[clip_batch.real_N.to(backend.device)]
+        real_M = clip_batch.real_N.nonzero().flatten()  # on the CPU, where it costs no wait for the device
+        row_M = clip_batch.row_N[real_M].to(backend.device)
+        logit_NK[row_M] = mean_NK[real_M.to(backend.device)]
         times_seen_N[row_M] += 1
         missing.extend(clip_batch.bad_clips)
         progress(done)
