@@ -4,6 +4,7 @@ of JPEG files by torchvision."""
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from .frames import frame_file
 from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip
 
-# path, frame indices (T,), rotation in degrees -> uint8 (T, 3, H, W), upright
-Decoder = Callable[[Path, NDArray[np.int64], int], Tensor]
+# path, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
+Decoder = Callable[[Path, ManifestRow, NDArray[np.int64]], Tensor]
 
 
 def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
@@ -38,7 +39,7 @@ def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.
     if size != row.length:
         raise BadClip(f"{path}: {size} bytes, but {row.length} when the manifest was made: truncated or replaced since")
     try:
-        video_TCHW = _DECODERS[decoder](path, frame_T, row.rotation)
+        video_TCHW = _DECODERS[decoder](path, row, frame_T)
     except BadClip:
         raise
     except Exception as error:  # a decoder fails in as many ways as a file can be broken
@@ -71,16 +72,23 @@ def choose_decoder(wanted: str = "auto") -> str:
     return "torchcodec"
 
 
-def _decode_torchcodec(path: Path, frame_T: NDArray[np.int64], rotation: int) -> Tensor:
+def _decode_torchcodec(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+    """torchcodec finds frame i by the time of the i-th packet; PyAV, which made the manifest, counts. PyAV decodes where the
+    two could differ: containers without a time for each frame (AVI, MPEG), and files with packets that show no frame (the
+    hidden reference frames of VP8, damage)."""
     from torchcodec.decoders import VideoDecoder  # loads FFmpeg: only where it was chosen
 
-    # One thread, because each worker process decodes clips of its own. Exact, because the approximate mode turns an index
-    # into a time by the average frame rate: other frames, where the rate varies. torchcodec turns video upright itself.
-    decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
-    return decoder.get_frames_at(frame_T.tolist()).data
+    if path.suffix.lower() in _TIMED_CONTAINERS:
+        with suppress(RuntimeError, ValueError, IndexError):
+            # One thread, because each worker process decodes clips of its own. Exact, because the approximate mode turns an
+            # index into a time by the average frame rate: other frames, where the rate varies. It turns video upright itself.
+            decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
+            if len(decoder) == row.num_frames:
+                return decoder.get_frames_at(frame_T.tolist()).data
+    return _decode_pyav(path, row, frame_T)
 
 
-def _decode_pyav(path: Path, frame_T: NDArray[np.int64], rotation: int) -> Tensor:
+def _decode_pyav(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     wanted = set(frame_T.tolist())
     last = max(wanted)
     pixels_HWC = {}
@@ -96,7 +104,7 @@ def _decode_pyav(path: Path, frame_T: NDArray[np.int64], rotation: int) -> Tenso
     if missing:
         raise BadClip(f"{path}: frame {min(missing)} is not there: truncated, or the manifest is of another file")
     video_THWC = np.stack([pixels_HWC[index] for index in frame_T.tolist()])
-    upright_THWC = np.rot90(video_THWC, rotation // 90, axes=(1, 2))
+    upright_THWC = np.rot90(video_THWC, row.rotation // 90, axes=(1, 2))
     return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
 
 
@@ -136,4 +144,5 @@ def decode_jpeg_file(path: Path) -> Tensor:
             raise BadClip(f"{path}: does not decode ({reason})") from error
 
 
+_TIMED_CONTAINERS = frozenset((".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm"))
 _DECODERS: dict[str, Decoder] = {"torchcodec": _decode_torchcodec, "pyav": _decode_pyav}

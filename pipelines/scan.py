@@ -32,7 +32,11 @@ class ClipFacts:
 
 
 def scan_clip(path: str | Path) -> ClipFacts:
-    """Decode every frame of the first video stream; BadClip where that is not possible."""
+    """Decode every frame of the first video stream; BadClip where that is not possible.
+
+    A stream that is damaged in its head may decode to frames in another order than they are shown in, and then no two
+    decoders mean the same by "frame 7": bad as well. AVI holds no times at which frames are shown, so it can't be asked.
+    """
     path = Path(path)
     try:
         length = os.stat(path).st_size
@@ -46,10 +50,14 @@ def scan_clip(path: str | Path) -> ClipFacts:
                 raise BadClip(f"{path}: no video stream")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # many files are scanned at once, one process each
-            num_frames, rotation = 0, 0
+            num_frames, rotation, last_pts = 0, 0, None
+            has_times = container.format.name != "avi"
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise BadClip(f"{path}: frame {num_frames} is corrupt")
+                if has_times and last_pts is not None and frame.pts is not None and frame.pts <= last_pts:
+                    raise BadClip(f"{path}: frame {num_frames} is to be shown before frame {num_frames - 1}: damaged")
+                last_pts = frame.pts
                 rotation = int(frame.rotation) % 360 if num_frames == 0 else rotation
                 num_frames += 1
             codec, width, height = stream.codec_context.name, stream.codec_context.width, stream.codec_context.height

@@ -23,7 +23,7 @@ def smooth_video(frames: int = 16, height: int = 48, width: int = 64, seed: int 
     """video_THWC of slowly changing colours that any codec keeps well, each frame its own."""
     rng = np.random.default_rng(seed)
     y_H1, x_1W = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
-    phase_T11C = np.linspace(0, 3, frames)[:, None, None, None] + rng.uniform(0, 6, 3)
+    phase_T11C = 0.15 * np.arange(frames)[:, None, None, None] + rng.uniform(0, 6, 3)
     wave_THWC = np.sin(phase_T11C + 3 * x_1W[..., None] + 2 * y_H1[..., None])
     return np.rint(128 + 90 * wave_THWC).astype(np.uint8)
 

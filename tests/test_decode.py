@@ -1,7 +1,11 @@
 """Decoding chosen frames, told by their grey levels, and what is said of files that are not what they should be."""
 
 import re
+import shutil
 import struct
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,9 +13,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import smooth_video, write_frames, write_video
 from numpy.typing import NDArray
+from PIL import Image
 
-from pipelines.decode import choose_decoder, decode_clip
+from pipelines import decode as decode_module
+from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_file
+from pipelines.frames import scan_frames
 from pipelines.manifest import ManifestRow
 from pipelines.scan import BadClip, scan_clip
 
@@ -76,13 +84,12 @@ def indices(*frames: int) -> Indices:
     return np.array(frames, dtype=np.int64)
 
 
-def decode(decoder: str, path: Path, frame_T: Indices, rotation: int = 0) -> torch.Tensor:
-    return decode_clip(decoder, path.parent, row_of(path, rotation), frame_T)
+def decode(decoder: str, path: Path, frame_T: Indices) -> torch.Tensor:
+    return decode_clip(decoder, path.parent, row_of(path), frame_T)
 
 
-def row_of(path: Path, rotation: int = 0, length: int | None = None) -> ManifestRow:
-    size = path.stat().st_size if length is None else length
-    return ManifestRow(path.name, 0, size, 0, FRAMES, "h264", WIDTH, HEIGHT, rotation)
+def row_of(path: Path) -> ManifestRow:
+    return ManifestRow(path.name, 0, label=0, **asdict(scan_clip(path)))
 
 
 # --- The frames that were asked for -----------------------------------------------------------------------------------
@@ -185,17 +192,208 @@ def test_rotated_clips_come_upright(decoder: str, tmp_path: Path, clockwise: int
     path = turned(encode(tmp_path / "c.mp4", corner()), clockwise)
     facts = scan_clip(path)
     assert (facts.width, facts.height) == (WIDTH, HEIGHT)
-    video_TCHW = decode(decoder, path, indices(0, 1), facts.rotation)
+    video_TCHW = decode(decoder, path, indices(0, 1))
     assert video_TCHW.shape[2:] == ((WIDTH, HEIGHT) if clockwise % 180 else (HEIGHT, WIDTH))
     check_corner(video_TCHW, top, left)
+
+
+# --- Every kind of file -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A container, an encoder and what the scan should call it."""
+
+    suffix: str
+    encoder: str
+    codec: str
+    pix_fmt: str = "yuv420p"
+    height: int = 48
+    width: int = 64
+    options: dict[str, str] = field(default_factory=dict)
+
+
+ALT_REF = {
+    "deadline": "good",
+    "cpu-used": "4",
+    "auto-alt-ref": "1",
+    "lag-in-frames": "16",
+    "arnr-maxframes": "5",
+    "b": "60k",
+}
+KINDS = {
+    "h264": Kind(".mp4", "libx264", "h264"),
+    "h264 of 10 bits": Kind(".mp4", "libx264", "h264", "yuv420p10le"),
+    "h264 4:4:4, odd": Kind(".mkv", "libx264", "h264", "yuv444p", 47, 63),
+    "h264 grey": Kind(".mp4", "libx264", "h264", "gray", options={"crf": "6"}),
+    "hevc": Kind(".mp4", "libx265", "hevc", options={"x265-params": "log-level=none:pools=1"}),
+    "hevc of 10 bits": Kind(
+        ".mp4", "libx265", "hevc", "yuv420p10le", options={"x265-params": "log-level=none:pools=1"}
+    ),
+    "vp9, odd": Kind(
+        ".webm", "libvpx-vp9", "vp9", height=47, width=63, options={"cpu-used": "8", "crf": "10", "b": "0"}
+    ),
+    "vp9 with hidden frames": Kind(".webm", "libvpx-vp9", "vp9", options=ALT_REF | {"b": "200k"}),
+    "vp8": Kind(".webm", "libvpx", "vp8", options=ALT_REF | {"b": "200k"}),
+    "av1": Kind(".mp4", "libsvtav1", "libdav1d", height=64, options={"preset": "12", "crf": "20"}),
+    "mjpeg": Kind(".avi", "mjpeg", "mjpeg", "yuvj420p", 47, 63, options={"qmin": "2", "qmax": "2"}),
+    "mpeg4 with B-frames": Kind(".avi", "mpeg4", "mpeg4", options={"bf": "2", "qmin": "2", "qmax": "3"}),
+    "mpeg2": Kind(".mpg", "mpeg2video", "mpeg2video", options={"qmin": "2", "qmax": "3"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Scan and both decoders count alike, and give the frames that were written."""
+    kind = KINDS[name]
+    if kind.encoder not in av.codecs_available:
+        pytest.skip(f"PyAV was built without the encoder {kind.encoder}")
+    video_THWC = smooth_video(40, kind.height, kind.width)
+    path = write_video(tmp_path / f"clip{kind.suffix}", video_THWC, kind.encoder, kind.pix_fmt, kind.options)
+    row = row_of(path)
+    assert (row.num_frames, row.codec, row.width, row.height) == (40, kind.codec, kind.width, kind.height)
+    if kind.pix_fmt == "gray":
+        # the encoder is given levels of 0 to 255 and calls them 16 to 235, so both decoders stretch them
+        video_THWC = (video_THWC @ np.array([[0.299], [0.587], [0.114]]) - 16) * 255 / 219 * np.ones(3)
+    step = np.abs(np.diff(video_THWC.astype(float), axis=0)).mean((1, 2, 3)).min()  # between neighbouring frames
+    frames = (1, 7, 12, 20, 27, 33, 39)
+    expected_TCHW = torch.from_numpy(video_THWC[list(frames)]).permute(0, 3, 1, 2).float()
+    decoded = {decoder: decode(usable(decoder), path, indices(*frames)).float() for decoder in ("pyav", "torchcodec")}
+    for video_TCHW in decoded.values():
+        assert video_TCHW.shape == expected_TCHW.shape
+        assert (video_TCHW - expected_TCHW).abs().mean((1, 2, 3)).max() < 0.8 * step
+    assert (decoded["pyav"] - decoded["torchcodec"]).abs().mean() < 1.5
+    for frame in frames:  # one at a time, torchcodec seeks another way
+        one_TCHW = decode("torchcodec", path, indices(frame)).float()
+        assert (one_TCHW[0] - expected_TCHW[frames.index(frame)]).abs().mean() < 0.8 * step
+
+
+@pytest.mark.parametrize(("name", "by"), [("h264", "torchcodec"), ("vp9, odd", "torchcodec"), ("mjpeg", "pyav")])
+def test_torchcodec_decodes_what_it_can_index(
+    name: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable("torchcodec")
+    kind = KINDS[name]
+    video_THWC = smooth_video(8, kind.height, kind.width)
+    path = write_video(tmp_path / f"clip{kind.suffix}", video_THWC, kind.encoder, kind.pix_fmt, kind.options)
+    assert torchcodec_or_pyav(path, monkeypatch) == by
+
+
+def torchcodec_or_pyav(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of them decodes a file when torchcodec is asked."""
+    used, real = ["torchcodec"], decode_module._decode_pyav
+
+    def spy(path: Path, row: ManifestRow, frame_T: Indices) -> torch.Tensor:
+        used.append("pyav")
+        return real(path, row, frame_T)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_decode_pyav", spy)
+        decode("torchcodec", path, indices(0, 7))
+    return used[-1]
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg program: install it (apt-get install ffmpeg)")
+def test_packets_that_show_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VP8's hidden reference frames, which its two-pass encoder makes: torchcodec alone takes each for a frame."""
+    usable("torchcodec")
+    video_THWC = smooth_video(96)
+    video_THWC[48:] = video_THWC[48:, ::-1]
+    path = write_video(tmp_path / "clip.mp4", video_THWC, options={"crf": "6"})
+    for number in ("1", "2"):
+        output = ["-f", "null", "-"] if number == "1" else [str(tmp_path / "clip.webm")]
+        two_pass = ["-pass", number, "-passlogfile", str(tmp_path / "log")]
+        encoder = [
+            "-c:v",
+            "libvpx",
+            *(part for key, value in ALT_REF.items() for part in (f"-{key}", value)),
+            "-b:v",
+            "200k",
+        ]
+        subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", str(path), *encoder, *two_pass, *output], check=True)
+    path = tmp_path / "clip.webm"
+    with av.open(str(path)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) > 96
+    assert row_of(path).num_frames == 96
+    assert torchcodec_or_pyav(path, monkeypatch) == "pyav"
+    video_TCHW = decode("torchcodec", path, indices(20, 60, 95))
+    assert torch.equal(video_TCHW, decode("pyav", path, indices(20, 60, 95)))
+    error_FT = (
+        (video_TCHW[None].float() - torch.from_numpy(video_THWC).permute(0, 3, 1, 2)[:, None]).abs().mean((2, 3, 4))
+    )
+    for wanted, error_F in zip((20, 60, 95), error_FT.T, strict=True):
+        assert error_F[wanted] <= 1.05 * error_F[error_F.argmin()]
+
+
+# --- Folders of JPEG frames -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frames_row(tmp_path: Path) -> ManifestRow:
+    """Frames 0 to 9, numbered from 1, in a folder whose name looks like a pattern."""
+    series, facts = scan_frames(write_frames(tmp_path / "50%d", smooth_video(10)))
+    return ManifestRow(f"50%d/{series.pattern}", series.first, label=0, **asdict(facts))
+
+
+def test_jpeg_frames_come_as_asked_for(tmp_path: Path, frames_row: ManifestRow) -> None:
+    expected_TCHW = torch.from_numpy(smooth_video(10)).permute(0, 3, 1, 2).float()
+    for frames in ((0, 9, 4), (2, 2, 2), tuple(range(10))):
+        for decoder in ("pyav", "torchcodec"):  # neither is asked
+            video_TCHW = decode_clip(decoder, tmp_path, frames_row, indices(*frames))
+            assert video_TCHW.dtype == torch.uint8
+            assert (video_TCHW.float() - expected_TCHW[list(frames)]).abs().mean((1, 2, 3)).max() < 2
+
+
+def test_only_the_frames_asked_for_are_opened(tmp_path: Path, frames_row: ManifestRow) -> None:
+    (tmp_path / "50%d" / "00005.jpg").write_bytes(b"")
+    assert len(decode_clip("pyav", tmp_path, frames_row, indices(0, 3, 5))) == 3
+    with pytest.raises(BadClip, match="00005.jpg: the file is empty"):
+        decode_clip("pyav", tmp_path, frames_row, indices(0, 4))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_jpeg_of_any_colours_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    image_HWC = smooth_video(1)[0]
+    Image.fromarray(image_HWC).convert(mode).save(tmp_path / "1.jpg", quality=95)
+    image_CHW = decode_jpeg_file(tmp_path / "1.jpg")
+    expected_HWC = np.asarray(Image.fromarray(image_HWC).convert(mode).convert("RGB")).astype(float)
+    assert image_CHW.shape == (3, 48, 64) and image_CHW.dtype == torch.uint8
+    assert np.abs(image_CHW.permute(1, 2, 0).numpy() - expected_HWC).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.unlink(), "00004.jpg: No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "00004.jpg: does not decode .Image is incomplete"),
+        (lambda path: shutil.copyfile(__file__, path), "00004.jpg: does not decode .Not a JPEG file"),
+        (lambda path: Image.new("RGB", (32, 32)).save(path), "00004.jpg: 32x32, but 64x48 when the manifest was made"),
+    ],
+)
+def test_broken_jpeg_frames(
+    tmp_path: Path, frames_row: ManifestRow, spoil: Callable[[Path], object], says: str
+) -> None:
+    spoil(tmp_path / "50%d" / "00004.jpg")
+    with pytest.raises(BadClip, match=says):
+        decode_clip("pyav", tmp_path, frames_row, indices(0, 3))
+
+
+@pytest.mark.parametrize("frame", [-1, 10])
+def test_jpeg_frames_outside_of_the_clip(tmp_path: Path, frames_row: ManifestRow, frame: int) -> None:
+    (tmp_path / "50%d" / "00011.jpg").touch()
+    with pytest.raises(BadClip, match=f"frame {frame} of a clip of 10"):
+        decode_clip("pyav", tmp_path, frames_row, indices(frame))
 
 
 # --- Broken files -----------------------------------------------------------------------------------------------------
 
 
 def check_bad(decoder: str, path: Path, frame_T: Indices, says: str, length: int | None = None) -> None:
+    """`length`: what the manifest says; without it, what the file has."""
+    size = path.stat().st_size if length is None else length
+    row = ManifestRow(path.name, 0, size, 0, FRAMES, "h264", WIDTH, HEIGHT, 0)
     with pytest.raises(BadClip, match=says) as caught:
-        decode_clip(decoder, path.parent, row_of(path, length=length), frame_T)
+        decode_clip(decoder, path.parent, row, frame_T)
     assert str(path) in str(caught.value)
 
 
@@ -238,7 +436,8 @@ def test_a_file_without_its_last_frames(decoder: str, noisy: Path, tmp_path: Pat
     """The index is at the front, and promises frames that are not there."""
     path = tmp_path / "cut.mp4"
     path.write_bytes(noisy.read_bytes()[: noisy.stat().st_size * 6 // 10])
-    assert decode(decoder, path, indices(0, 9)).shape[0] == 2
+    whole = replace(row_of(noisy), path=path.name, length=path.stat().st_size)
+    assert decode_clip(decoder, path.parent, whole, indices(0, 9)).shape[0] == 2
     check_bad(decoder, path, indices(0, 29), "cut.mp4: ")
 
 
