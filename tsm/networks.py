@@ -94,7 +94,8 @@ class TemporalNetwork(nn.Module):
     `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names behind `backbone.`.
 
     With `partial_bn`, for fine-tuning from few clips (TSN, arXiv:1608.00859, section 3.3), every batch norm but the first is
-    frozen in training too: it normalises by its running statistics, and neither they nor its weight and bias change.
+    frozen in training too: it normalises by its running statistics, and neither they nor its weight and bias change. (The
+    authors' code does this to two-dimensional ones, and lets the statistics of non-local blocks move.)
     """
 
     def __init__(
