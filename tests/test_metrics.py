@@ -1,5 +1,7 @@
 """Scores against naive counting, clip by clip."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -75,7 +77,7 @@ def test_reference_values() -> None:
     clip_logits = ClipLogits(logit_NK, label_N, torch.ones(4, dtype=torch.bool))
     scores = scores_of(clip_logits, [0, 0, 1])
     assert (scores.clips, scores.missing, scores.top1_percent, scores.top5_percent) == (4, 0, 50.0, 100.0)
-    assert scores.mean_class_percent == pytest.approx(100 * (2 / 3 + 0) / 2)
+    assert scores.mean_class_percent == pytest.approx(100 * (2 / 3 + 0) / 2, rel=1e-12)
     assert scores.order_group_percent == 75.0
     assert scores.loss == pytest.approx((100 + 100) / 4)
     assert scores.calibration_error_percent == pytest.approx(50)  # always sure, and right half of the time
@@ -119,3 +121,25 @@ def test_half_precision_logits_are_summed_in_double() -> None:
     scores = scores_of(ClipLogits(logit_NK, label_N, torch.ones(1001, dtype=torch.bool)), None)
     small = torch.tensor(1 + torch.tensor(-7.0, dtype=torch.float64).exp().item(), dtype=torch.float64).log().item()
     assert scores.loss == pytest.approx((1000 * small + 10_000) / 1001, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its address space as Linux does")
+def test_as_many_clips_and_classes_as_kinetics_fit_in_deterministic_mode() -> None:
+    """In 4 GiB beside what the libraries take, and within seconds."""
+    code = """
+import resource
+import torch
+from training.metrics import ClipLogits, scores_of
+import torchmetrics.functional.classification
+torch.use_deterministic_algorithms(True)
+torch.set_num_threads(1)
+taken = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (taken + (4 << 30),) * 2)
+label_N = torch.arange(20_000) % 400
+logit_NK = torch.nn.functional.one_hot(label_N.roll(1), 400).float()
+scores = scores_of(ClipLogits(logit_NK, label_N, label_N >= 0), None)
+assert (scores.clips, scores.top1_percent) == (20_000, 0.0), scores
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

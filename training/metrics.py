@@ -50,6 +50,7 @@ class Scores:
 
 def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores:
     """All scores, computed on the CPU; `order_groups`: the group of each class."""
+    # Rank 0 alone scores, so the others need not spend the seconds that this import takes.
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_stat_scores
 
     logit_MK, label_M = clip_logits.seen()
@@ -73,16 +74,17 @@ def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores
         loss=torch.nn.functional.nll_loss(logp_MK, label_M).item(),
         top1_percent=100 * int(right_K.sum()) / clips,
         top5_percent=100 * int(top5) / clips,
-        mean_class_percent=100 * (right_K[with_clips] / clips_K[with_clips]).double().mean().item(),
+        mean_class_percent=100 * (right_K[with_clips].double() / clips_K[with_clips]).mean().item(),
         calibration_error_percent=100 * calibration_error.item(),
         order_group_percent=in_group,
     )
 
 
 def confusion_matrix(clip_logits: ClipLogits) -> Tensor:
-    """int64 (K, K): how many clips of a class (row) were answered with a class (column)."""
-    # Rank 0 alone scores, so the others need not spend the seconds that this import takes.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
+    """int64 (K, K): how many clips of a class (row) were answered with a class (column).
 
+    Not torchmetrics', which in torch's deterministic mode compares each clip with each cell: 26 GB for Kinetics.
+    """
     logit_MK, label_M = clip_logits.seen()
-    return multiclass_confusion_matrix(logit_MK, label_M, logit_MK.shape[1])
+    classes = logit_MK.shape[1]
+    return torch.bincount(label_M * classes + logit_MK.argmax(1), minlength=classes * classes).view(classes, classes)
