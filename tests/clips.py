@@ -1,5 +1,6 @@
 """Small clips for tests: frames that can be told apart, in files of any codec."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,16 @@ def write_frames(folder: Path, video_THWC: Video, name: str = "%05d.jpg", first:
     for number, image_HWC in enumerate(video_THWC, start=first):
         Image.fromarray(image_HWC).save(folder / (name % number), quality=quality, subsampling=0)
     return folder
+
+
+def turned(path: Path, degrees: int) -> Path:
+    """Write into the track header that players turn the picture by `degrees` clockwise (ISO 14496-12, 8.3.2)."""
+    cosine, sine = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    content = bytearray(path.read_bytes())
+    matrix_at = content.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    content[matrix_at : matrix_at + 36] = struct.pack(
+        ">9i", cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30
+    )
+    path.write_bytes(content)
+    return path

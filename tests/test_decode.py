@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import smooth_video, write_frames, write_video
+from clips import smooth_video, turned, write_frames, write_video
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -170,19 +169,6 @@ def check_corner(video_TCHW: torch.Tensor, top: bool, left: bool) -> None:
             red, green, blue = part[:, :, inner, inner].float().mean((0, 2, 3)).tolist()
             assert max(green, blue) < 20
             assert red > 230 if (is_top, is_left) == (top, left) else red < 20
-
-
-def turned(path: Path, degrees: int) -> Path:
-    """Write into the track header that players turn the picture by `degrees` clockwise (ISO 14496-12, 8.3.2)."""
-    cosine, sine = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    content = bytearray(path.read_bytes())
-    matrix_at = content.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    content[matrix_at : matrix_at + 36] = struct.pack(
-        ">9i", cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30
-    )
-    path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize(
