@@ -21,12 +21,16 @@ from pipelines.scan import BadClip
 from pipelines.shapes import ShapesError
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="DATA_SET")
     add_shapes(commands)
     add_datasets(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         args.run(args)
     except (ShapesError, DataSetError, ManifestError, BadClip) as error:

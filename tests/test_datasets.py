@@ -145,8 +145,9 @@ def test_kinetics_test_list_with_labels(kinetics: Path) -> None:
     assert rows(kinetics, "test") == [("videos/test/test0000001_000001_000011.mp4", 2)]
 
 
-def test_kinetics_of_two_videos_takes_the_one_in_the_folder_of_its_split(kinetics: Path, a_clip: Path) -> None:
-    copies(a_clip, [kinetics / "videos" / "replacement" / "-3B32lodo2M_000059_000069.mp4"])
+@pytest.mark.parametrize("folder", ["replacement", "k400_val/yoga", "train/abseiling", "."])
+def test_kinetics_of_two_videos_takes_the_one_in_its_folder(kinetics: Path, a_clip: Path, folder: str) -> None:
+    copies(a_clip, [kinetics / "videos" / folder / "-3B32lodo2M_000059_000069.mp4"])
     assert run("kinetics", "--root", kinetics) == 0
     assert rows(kinetics, "train")[0] == ("videos/train/yoga/-3B32lodo2M_000059_000069.mp4", 2)
 
