@@ -1,6 +1,7 @@
-"""Evaluate the newest checkpoint of a run; give the overrides that it was trained with, on any number of processes.
+"""Evaluate a run's newest checkpoint (give the overrides of its training) or weights in a file, on any number of processes.
 
 python evaluate.py experiment=smoke run_id=NAME
+python evaluate.py experiment=kinetics_single_node model.init=FILE evaluation=ten_crop
 python evaluate.py experiment=smoke run_id=NAME evaluation=ten_crop evaluation.save_logits=true
 torchrun --standalone --nproc-per-node 2 evaluate.py experiment=smoke run_id=NAME evaluation.batch=32
 python evaluate.py 'evaluation.ensemble=[outputs/A/logits/STEP.safetensors,outputs/B/logits/STEP.safetensors]'
@@ -13,7 +14,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from training import ensemble, main, schema
+from training import assess, ensemble, main, schema
 
 schema.register()
 
@@ -22,7 +23,7 @@ schema.register()
 def evaluate(composed: DictConfig) -> None:
     if composed.evaluation.ensemble:
         sys.exit(ensemble.run_ensemble(composed))
-    sys.exit(main.run(composed, main.evaluate_task))
+    sys.exit(main.run(composed, assess.evaluate_task))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from distributed.topology import TopologyError, find_topology
 
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError
-from .loop import describe
 from .metrics import ClipLogits, scores_of
 from .saved_logits import load_logits
 from .schema import EvaluationConfig
@@ -48,7 +47,7 @@ def run_ensemble(composed: Any) -> int:
         print(f"error (ensemble): {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     scores = scores_of(clip_logits, order_groups)
-    print(describe(scores, f"ensemble of {len(paths)}, over the clips that all of them have seen"), flush=True)
+    print(scores.describe(f"ensemble of {len(paths)}, over the clips that all of them have seen"), flush=True)
     said = {"ensemble": [str(path) for path in paths], "weights": weights, **scores.as_dict()}
     print(json.dumps(said), flush=True)
     return EXIT_DATA if scores.missing > composed.data.max_bad_clips else EXIT_DONE

@@ -1,6 +1,7 @@
 """The logits of every clip of a manifest, on any number of ranks."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,31 @@ from distributed.backend import Backend
 from pipelines.loader import BadClipRecord, ClipLoader, EvaluationClips
 from pipelines.order import evaluation_rows
 
-from .metrics import ClipLogits
+from .metrics import ClipLogits, Scores, scores_of
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The same on every rank; `missing`: every rank's clips that could not be decoded."""
+
+    scores: Scores
+    clip_logits: ClipLogits
+    missing: list[BadClipRecord]
+
+
+def assess(
+    network: nn.Module,
+    normalise: Callable[[Tensor], Tensor],
+    clips: EvaluationClips,
+    loader: ClipLoader,
+    backend: Backend,
+    batch: int,
+) -> Evaluation:
+    """`evaluate`, and what it comes to; rank 0 computes the scores."""
+    clip_logits, missing = evaluate(network, normalise, clips, loader, backend, batch)
+    scores = scores_of(clip_logits, clips.source.manifest.order_groups) if backend.topology.rank == 0 else None
+    everywhere = [record for part in backend.all_gather_objects(missing) for record in part]
+    return Evaluation(backend.broadcast_object(scores), clip_logits, everywhere)
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from distributed.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from pipelines.loader import BadClipRecord, ClipBatch
 
 from .errors import EXIT_DONE, DataError
-from .evaluation import evaluate
+from .evaluation import Evaluation, assess
 from .job import Job
-from .metrics import ClipLogits, Scores, scores_of
 from .optimizers import optimizer_tensors
 from .records import Records
 from .signals import StopSignal
@@ -63,19 +61,10 @@ def train(job: Job, records: Records) -> int:
     return EXIT_DONE
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The same on every rank; `missing`: every rank's clips that could not be decoded."""
-
-    scores: Scores
-    clip_logits: ClipLogits
-    missing: list[BadClipRecord]
-
-
 def score(job: Job) -> Evaluation:
-    """Evaluate on the validation clips, with running statistics that all ranks share; rank 0 computes the scores."""
+    """Evaluate on the validation clips, with running statistics that all ranks share."""
     average_running_statistics(job.trainer.network, job.backend)
-    clip_logits, missing = evaluate(
+    return assess(
         job.trainer.network,
         job.trainer.normalise,
         job.validation_clips,
@@ -83,10 +72,6 @@ def score(job: Job) -> Evaluation:
         job.backend,
         job.config.evaluation.batch,
     )
-    order_groups = job.validation_clips.source.manifest.order_groups
-    scores = scores_of(clip_logits, order_groups) if job.backend.topology.rank == 0 else None
-    everywhere = [record for part in job.backend.all_gather_objects(missing) for record in part]
-    return Evaluation(job.backend.broadcast_object(scores), clip_logits, everywhere)
 
 
 def _evaluate(job: Job, records: Records, step: int) -> None:
@@ -98,18 +83,10 @@ def _evaluate(job: Job, records: Records, step: int) -> None:
     duration_s = round(time.monotonic() - started_s, 3)
     epoch = round(step / job.recipe.steps_per_epoch, 3)
     records.write("evaluation", step, epoch=epoch, duration_s=duration_s, **scores.as_dict())
-    records.say(describe(scores, f"step {step:6d}  validation"))
+    records.say(scores.describe(f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
         raise DataError(_too_many_bad(job, f"{scores.missing} validation clips are missing", missing))
     job.best_top1_percent = max(job.best_top1_percent, scores.top1_percent)
-
-
-def describe(scores: Scores, title: str) -> str:
-    """A line for people."""
-    group = "" if scores.order_group_percent is None else f"  right order-pair {scores.order_group_percent:.1f}%"
-    missing = f"  MISSING {scores.missing}" if scores.missing else ""
-    accuracy = f"top-1 {scores.top1_percent:.1f}%  top-5 {scores.top5_percent:.1f}%{group}"
-    return f"{title}  {accuracy}  loss {scores.loss:.4f}  ({scores.clips} clips){missing}"
 
 
 def _save(job: Job, records: Records, step: int) -> None:

@@ -1,10 +1,8 @@
 """A run from its composed configuration to an exit code; every failure ends here, in words, on every rank."""
 
-import json
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from distributed.backend import Backend, make_backend, pick_device
@@ -14,11 +12,10 @@ from pipelines.loader import start_worker_server
 
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, DataError
 from .job import Job, build_job, set_numerics
-from .loop import Evaluation, describe, score, train
+from .loop import train
 from .plan import describe_plan
 from .records import Records
 from .report import write_report
-from .saved_logits import Origin, save_logits
 from .schema import Config, from_composed
 
 Task = Callable[[Config, Backend, ControlChannel], int]
@@ -88,41 +85,6 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     if writes and code == EXIT_DONE:  # a stop by a signal has seconds, and the report can wait for the end
         _finish(job)
     return code
-
-
-def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
-    """Evaluate the newest checkpoint of a run and say what it scores."""
-    if config.run_id is None:
-        raise ConfigError(
-            "which run? Fix: run_id=NAME of a folder in outputs, and the overrides that it was trained with"
-        )
-    job = build_job(config, backend, control)
-    if job.first_step == 0:
-        raise ConfigError(f"{job.folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
-    evaluation = score(job)
-    scores, protocol = evaluation.scores, job.validation_clips.protocol.name
-    if backend.topology.rank == 0:
-        print(describe(scores, f"{config.run_id} step {job.first_step}  {protocol}"), flush=True)
-        print(json.dumps({"step": job.first_step, "protocol": protocol, **scores.as_dict()}), flush=True)
-        for record in evaluation.missing:
-            print(f"missing: {record.reason}", flush=True)
-        if config.evaluation.save_logits:
-            print(f"saved: {_save_logits(job, evaluation)}", flush=True)
-    return EXIT_DATA if scores.missing > config.data.max_bad_clips else EXIT_DONE
-
-
-def _save_logits(job: Job, evaluation: Evaluation) -> Path:
-    manifest = job.validation_clips.source.manifest
-    origin = Origin(
-        manifest_digest=manifest.digest,
-        classes=manifest.classes,
-        order_groups=manifest.order_groups,
-        run_id=job.folder.path.name,
-        step=job.first_step,
-        recipe=job.recipe.fingerprint,
-        protocol=job.validation_clips.protocol.name,
-    )
-    return save_logits(job.folder.path / "logits", evaluation.clip_logits, origin, evaluation.scores)
 
 
 def _finish(job: Job) -> None:

@@ -47,6 +47,13 @@ class Scores:
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def describe(self, title: str) -> str:
+        """A line for people."""
+        group = "" if self.order_group_percent is None else f"  right order-pair {self.order_group_percent:.1f}%"
+        missing = f"  MISSING {self.missing}" if self.missing else ""
+        accuracy = f"top-1 {self.top1_percent:.1f}%  top-5 {self.top5_percent:.1f}%{group}"
+        return f"{title}  {accuracy}  loss {self.loss:.4f}  ({self.clips} clips){missing}"
+
 
 def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores:
     """All scores, computed on the CPU; `order_groups`: the group of each class."""

@@ -1,0 +1,129 @@
+"""Evaluating weights as they are, a run's newest or those in a file: no training clips, no recipe, any number of processes."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distributed.backend import Backend, broadcast_network
+from distributed.checkpoint import load_newest
+from distributed.control import ControlChannel
+from pipelines.decode import choose_decoder
+from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
+from pipelines.manifest import Manifest
+from tsm.networks import TemporalNetwork
+from tsm.official import WeightsError, check_keys
+
+from .errors import EXIT_DATA, EXIT_DONE, ConfigError
+from .evaluation import Evaluation, assess
+from .initial import RANDOM, find_initial_weights, load_initial_weights
+from .job import CHECKOUT, check_agreement, network_of, open_manifest, protocol_of
+from .run_folder import RunFolder
+from .saved_logits import Origin, save_logits
+from .schema import Config
+from .step import Normaliser
+
+# What changes a network's function without changing its tensors, and so must be said as it was in training. The number of
+# frames may differ: a TSN is often evaluated with more than it was trained with.
+_SAME_AS_TRAINED = ("shift", "direction", "fold_div", "temporal_pool")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the evaluated weights come from; `recipe`: the fingerprint of what trained them, or the hash of their file."""
+
+    name: str
+    step: int
+    recipe: str
+
+
+def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
+    """Evaluate a run's newest checkpoint, or the file that `model.init` names, and say what it scores; the exit code."""
+    validation = open_manifest(config, "val")
+    check_agreement(backend, config, [validation.digest])
+    network = network_of(config)
+    weights = backend.broadcast_object(_load(config, network) if backend.topology.rank == 0 else None)
+    network.to(backend.device, torch.float64 if config.numerics.dtype == "float64" else torch.float32)
+    broadcast_network(backend, network)
+    if config.numerics.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    clips = EvaluationClips(ClipSource(validation.path, choose_decoder(config.pipeline.decoder)), protocol_of(config))
+    on_gpu = backend.device.type == "cuda"
+    loader = ClipLoader(clips, config.pipeline.workers, config.pipeline.prefetch, pin_memory=on_gpu)
+    normalise = Normaliser(backend.device, config.numerics)
+    evaluation = assess(network, normalise, clips, loader, backend, config.evaluation.batch)
+    if backend.topology.rank == 0:
+        _report(config, validation, weights, clips.protocol.name, evaluation)
+    return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
+
+
+def _load(config: Config, network: TemporalNetwork) -> Weights:
+    """On rank 0: put the weights that the configuration names into the network."""
+    if config.run_id is not None:
+        return _load_run(config, network)
+    if config.model.init == RANDOM:
+        raise ConfigError(
+            "what is to be evaluated? Fix: run_id=NAME of a folder in outputs with the overrides that it was trained with, or "
+            "model.init=FILE"
+        )
+    initial = find_initial_weights(config.model, CHECKOUT, None)
+    untrained = network.classifier.weight.detach().clone()
+    said = load_initial_weights(network, config.model, initial)
+    if torch.equal(untrained, network.classifier.weight):
+        raise ConfigError(
+            f"these weights cannot be evaluated on {config.data.num_classes} classes: {said}. "
+            "Fix: train with them, or choose the data set that they were trained on"
+        )
+    print(f"weights: {said}", flush=True)
+    path = Path(config.model.init)
+    name = path.resolve().parent.parent.name if path.name.startswith("step-") else path.name.split(".")[0]
+    return Weights(name, 0, initial.identity)
+
+
+def _load_run(config: Config, network: TemporalNetwork) -> Weights:
+    assert config.run_id is not None
+    folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
+    checkpoint, broken = load_newest(folder.checkpoints)
+    for line in broken:
+        print(f"passed over: {line}", flush=True)
+    if checkpoint is None:
+        raise ConfigError(f"{folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
+    recipe = checkpoint.state["recipe"]
+    for key in _SAME_AS_TRAINED:
+        then, now = recipe["model"][key], getattr(config.model, key)
+        if then != now:
+            raise ConfigError(
+                f"{config.run_id} was trained with model.{key}={then}, not {now}. Fix: model.{key}={then}"
+            )
+    try:
+        check_keys(checkpoint.network, network.state_dict())
+    except WeightsError as error:
+        raise ConfigError(
+            f"the checkpoint of {config.run_id} is of another network: {error}. Fix: give the overrides that it was trained with"
+        ) from error
+    network.load_state_dict(checkpoint.network)
+    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    return Weights(config.run_id, checkpoint.state["step"], fingerprint)
+
+
+def _report(config: Config, manifest: Manifest, weights: Weights, protocol: str, evaluation: Evaluation) -> None:
+    print(evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}"), flush=True)
+    said = {"weights": weights.name, "step": weights.step, "protocol": protocol, **evaluation.scores.as_dict()}
+    print(json.dumps(said), flush=True)
+    for record in evaluation.missing:
+        print(f"missing: {record.reason}", flush=True)
+    if config.evaluation.save_logits:
+        origin = Origin(
+            manifest_digest=manifest.digest,
+            classes=manifest.classes,
+            order_groups=manifest.order_groups,
+            run_id=weights.name,
+            step=weights.step,
+            recipe=weights.recipe,
+            protocol=protocol,
+        )
+        folder = CHECKOUT / config.outputs / weights.name / "logits"
+        print(f"saved: {save_logits(folder, evaluation.clip_logits, origin, evaluation.scores)}", flush=True)
