@@ -1,5 +1,6 @@
 """Tiny data sets in the published forms: rows, labels, classes, splits and order; and what is said of wrong annotations."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -8,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import plain_video, write_frames, write_mp4, write_video
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import prepare
+from pipelines.datasets.lists import read_lists
 from pipelines.manifest import JPEG_FRAMES, Manifest
 
 Rows = list[tuple[str, int]]
@@ -488,6 +492,35 @@ def test_a_test_list_may_repeat_the_validation_clips(listed: Path) -> None:
     text(listed / "train.txt", "abseil/a.mp4 0")
     assert run(*list_arguments(listed), "--test", listed / "val.txt") == 0
     assert rows(listed, "test") == rows(listed, "val")
+
+
+names = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1)
+paths = st.lists(names, min_size=1, max_size=3).map(" ".join).filter(lambda path: path.strip(".") != "")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    paths=st.lists(paths, min_size=1, max_size=8, unique=True),
+    delimiter=st.sampled_from([",", ";", "\t", " "]),
+    frames=st.booleans(),
+    data=st.data(),
+)
+def test_any_path_can_be_listed(
+    tmp_path_factory: pytest.TempPathFactory, paths: list[str], delimiter: str, frames: bool, data: st.DataObject
+) -> None:
+    """What a CSV writer writes is read back, whatever the paths hold, and the delimiter is found, where nothing is ambiguous."""
+    labels = data.draw(st.lists(st.integers(0, 2), min_size=len(paths), max_size=len(paths)))
+    folder = tmp_path_factory.mktemp("list")
+    with open(folder / "train.txt", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\r\n", quoting=csv.QUOTE_ALL)
+        writer.writerows([path, *([7] if frames else []), label] for path, label in zip(paths, labels, strict=True))
+    names_file = text(folder / "classes.txt", "a", "b", "c")
+    delimiter_name = {",": "comma", ";": "semicolon", "\t": "tab", " ": "space"}[delimiter]
+    for given_name in (delimiter_name, None):
+        clips = read_lists({"train": folder / "train.txt"}, names_file, Path("videos"), given_name).splits["train"]
+        assert [clip.path for clip in clips] == [Path("videos") / path for path in paths]
+        assert [clip.label for clip in clips] == labels
+        assert {clip.listed_frames for clip in clips} == {7 if frames else None}
 
 
 LIST_ERRORS = {

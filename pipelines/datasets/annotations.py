@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """(where, text) of each line that is not blank."""
-    lines = read_text(path).splitlines()
+    lines = read_text(path).split("\n")  # splitlines would also cut at characters that a file's name may hold
     return [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 

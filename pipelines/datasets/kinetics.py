@@ -1,6 +1,7 @@
 """Kinetics-400, 600 and 700 (Kay et al., arXiv:1705.06950): DeepMind's CSV files, and videos as the usual downloaders name them."""
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def _find_list(annotations: Path, split: str, words: tuple[str, ...]) -> Path | 
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    reader = csv.DictReader(read_text(path).splitlines(), strict=True, skipinitialspace=True, restkey="more")
+    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True, skipinitialspace=True, restkey="more")
     missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
     if missing:
         raise DataSetError(
