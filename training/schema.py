@@ -321,7 +321,10 @@ def check(config: Config) -> None:
 
 def _check_initial_weights(model: ModelConfig) -> None:
     if not model.init:
-        raise ConfigError("model.init is empty. Fix: random, imagenet, or a file")
+        raise ConfigError(
+            "model.init is empty: this recipe goes on from other weights. Fix: model.init=FILE, such as the checkpoint folder of a "
+            "run on Kinetics or the authors' .pth; or model.init=random"
+        )
     if model.init_sha256 is None:
         return
     if re.fullmatch("[0-9a-f]{64}", model.init_sha256) is None:
