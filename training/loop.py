@@ -82,7 +82,8 @@ def _evaluate(job: Job, records: Records, step: int) -> None:
         records.bad_clip(job.folder, split="val", step=step, **vars(record))
     duration_s = round(time.monotonic() - started_s, 3)
     epoch = round(step / job.recipe.steps_per_epoch, 3)
-    records.write("evaluation", step, epoch=epoch, duration_s=duration_s, **scores.as_dict())
+    protocol = job.validation_clips.protocol.name
+    records.write("evaluation", step, epoch=epoch, duration_s=duration_s, protocol=protocol, **scores.as_dict())
     records.say(scores.describe(f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
         raise DataError(_too_many_bad(job, f"{scores.missing} validation clips are missing", missing))
