@@ -31,11 +31,15 @@ class ClipFacts:
     """Degrees, 0 to 359, counter-clockwise, by which a player turns the stored picture to show it."""
 
 
+_TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names; decode.py has their endings
+
+
 def scan_clip(path: str | Path) -> ClipFacts:
     """Decode every frame of the first video stream; BadClip where that is not possible.
 
     A stream that is damaged in its head may decode to frames in another order than they are shown in, and then no two
-    decoders mean the same by "frame 7": bad as well. AVI holds no times at which frames are shown, so it can't be asked.
+    decoders mean the same by "frame 7": bad as well. Only MP4 and Matroska are asked for that, as others need not hold the time
+    at which each frame is shown.
     """
     path = Path(path)
     try:
@@ -51,7 +55,7 @@ def scan_clip(path: str | Path) -> ClipFacts:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # many files are scanned at once, one process each
             num_frames, rotation, last_pts = 0, 0, None
-            has_times = container.format.name != "avi"
+            has_times = container.format.name in _TIMED_FORMATS
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise BadClip(f"{path}: frame {num_frames} is corrupt")

@@ -225,6 +225,12 @@ KINDS = {
     "mjpeg": Kind(".avi", "mjpeg", "mjpeg", "yuvj420p", 47, 63, options={"qmin": "2", "qmax": "2"}),
     "mpeg4 with B-frames": Kind(".avi", "mpeg4", "mpeg4", options={"bf": "2", "qmin": "2", "qmax": "3"}),
     "mpeg2": Kind(".mpg", "mpeg2video", "mpeg2video", options={"qmin": "2", "qmax": "3"}),
+    "mpeg2 with B-frames": Kind(".mpg", "mpeg2video", "mpeg2video", options={"bf": "2", "qmin": "2", "qmax": "3"}),
+    "h264 in a transport stream": Kind(
+        ".ts", "libx264", "h264", options={"x264-params": "bframes=2:b-adapt=0:keyint=15"}
+    ),
+    "h264 in flv": Kind(".flv", "libx264", "h264", options={"x264-params": "bframes=2:b-adapt=0:keyint=15"}),
+    "wmv": Kind(".wmv", "wmv2", "wmv2", options={"qmin": "2", "qmax": "3"}),
 }
 
 
