@@ -48,9 +48,50 @@ def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
     (trained,) = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
     code, record, output = evaluate(folder)
     assert code == 0, output
-    assert record["protocol"] == "4x32-uniform_validation-1crop"
-    for name in set(record) - {"protocol"}:
+    assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
+    for name in set(record) - {"protocol", "source"}:
         assert record[name] == pytest.approx(trained[name], rel=1e-5), name
+
+
+def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: Path) -> None:
+    """Three processes, which the batch of training does not divide by, and a data set without its training split."""
+    alone = evaluate(folder)[1]
+    clips = tmp_path / "clips"
+    shutil.copytree(folder / "clips", clips)
+    (clips / "train.arrow").unlink()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    overrides = [*OPTIONS, "distributed=torch", f"data.root={clips}", f"outputs={folder}"]
+    done = call(*torchrun, "evaluate.py", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {name: record[name] for name in ("clips", "missing", "top1_percent")} == {
+        name: alone[name] for name in ("clips", "missing", "top1_percent")
+    }
+    assert record["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:
+    run = evaluate(folder)[1]
+    code, record, output = evaluate(
+        folder, "run_id=null", f"model.init={folder / 'run' / 'checkpoints' / 'step-00000005' / 'network.safetensors'}"
+    )
+    assert code == 0, output
+    assert (record["source"], record["loss"]) == ("network", run["loss"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["run_id=null"], "what is to be evaluated? Fix: run_id=NAME"),
+        (["run_id=other"], "holds no whole checkpoint. Fix: run_id=NAME"),
+        (["model.shift=none"], "run was trained with model.shift=residual, not none. Fix: model.shift=residual"),
+        (["model.backbone=resnet34"], "the checkpoint of run is of another network"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(folder: Path, overrides: list[str], says: str) -> None:
+    code, _, output = evaluate(folder, *overrides)
+    assert code == 2, output
+    assert says in output
 
 
 def test_another_protocol_saved_and_averaged(folder: Path) -> None:

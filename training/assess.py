@@ -111,7 +111,7 @@ def _load_run(config: Config, network: TemporalNetwork) -> Weights:
 
 def _report(config: Config, manifest: Manifest, weights: Weights, protocol: str, evaluation: Evaluation) -> None:
     print(evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}"), flush=True)
-    said = {"weights": weights.name, "step": weights.step, "protocol": protocol, **evaluation.scores.as_dict()}
+    said = {"source": weights.name, "step": weights.step, "protocol": protocol, **evaluation.scores.as_dict()}
     print(json.dumps(said), flush=True)
     for record in evaluation.missing:
         print(f"missing: {record.reason}", flush=True)
