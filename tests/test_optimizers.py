@@ -1,6 +1,7 @@
 """The official parameter groups, and the optimizer step that follows from them."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from torch import nn
 from distributed.backend import SingleBackend
 from distributed.batch_norm import convert_batch_norm
 from distributed.topology import Topology
-from training.optimizers import make_optimizer, optimizer_tensors, parameter_groups, set_learning_rate
+from training.errors import ConfigError
+from training.optimizers import (
+    describe_optimizer,
+    make_optimizer,
+    optimizer_tensors,
+    parameter_groups,
+    set_learning_rate,
+    set_step_counts,
+    step_counts,
+)
 from training.schema import OptimizerConfig
 from tsm.networks import TemporalNetwork, build_network
 
@@ -89,3 +99,77 @@ def test_the_state_is_there_before_the_first_step_and_by_name() -> None:
     state = optimizer_tensors(network, make_optimizer(network, OFFICIAL))
     assert state.keys() == {f"{name}.momentum_buffer" for name, _ in network.named_parameters()}
     assert not any(tensor.any() for tensor in state.values())
+
+
+def take_steps(network: TemporalNetwork, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "lamb"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
+    config = OptimizerConfig(name=name, momentum=0.9, weight_decay=1e-3)
+    straight = small_network()
+    take_steps(straight, make_optimizer(straight, config), range(6))
+
+    first = small_network()
+    optimizer = make_optimizer(first, config)
+    take_steps(first, optimizer, range(3))
+    second = small_network()
+    restored = make_optimizer(second, config)
+    second.load_state_dict(first.state_dict())
+    saved = {key: tensor.clone() for key, tensor in optimizer_tensors(first, optimizer).items()}
+    for key, tensor in optimizer_tensors(second, restored).items():
+        tensor.copy_(saved[key])
+    set_step_counts(restored, step_counts(optimizer))
+    take_steps(second, restored, range(3, 6))
+    for ours, theirs in zip(second.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_lars_adapts_weights_alone_with_the_official_factors() -> None:
+    network = small_network()
+    optimizer = make_optimizer(network, OptimizerConfig(**{**vars(OFFICIAL), "name": "lars"}))
+    adapted = {group["name"]: (group["adapt"], group["lr_multiplier"]) for group in optimizer.param_groups}
+    assert adapted == {
+        "backbone.weight": (True, 1.0),
+        "batch_norm": (False, 1.0),
+        "classifier.weight": (True, 5.0),
+        "classifier.bias": (False, 10.0),
+    }
+
+
+def test_lamb_is_the_published_rule_where_it_adapts() -> None:
+    """arXiv:1904.00962, algorithm 2: r = m/(sqrt(v)+eps) + wd w; w <- w - lr |w|/|r| r, with bias correction."""
+    network = small_network()
+    config = OptimizerConfig(name="lamb", momentum=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01)
+    optimizer = make_optimizer(network, config)
+    weight = network.get_parameter("backbone.layer1.0.conv1.weight")
+    expected = weight.detach().double().clone()
+    m, v = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step in range(1, 4):
+        take_steps(network, optimizer, range(step, step + 1))
+        assert weight.grad is not None
+        g = weight.grad.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        r = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-6) + 0.01 * expected
+        expected = expected - 0.01 * expected.norm() / r.norm() * r
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("sgd", "torch's SGD (fused)"), ("lars", "fused SGD kernel"), ("lamb", "timm's Lamb (not fused)")],
+)
+def test_the_log_says_what_runs(name: str, says: str) -> None:
+    assert says in describe_optimizer(make_optimizer(small_network(), OptimizerConfig(name=name)))
+
+
+def test_lamb_without_timm_says_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(ConfigError, match=r"optimizer\.name=lamb needs the package timm.*Fix: pip install"):
+        make_optimizer(small_network(), OptimizerConfig(name="lamb"))

@@ -24,7 +24,7 @@ from tsm.networks import TemporalNetwork, build_network
 
 from .errors import ConfigError, DataError
 from .initial import InitialWeights, find_initial_weights, load_initial_weights
-from .optimizers import make_optimizer, optimizer_tensors
+from .optimizers import make_optimizer, optimizer_tensors, set_step_counts
 from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
 from .schema import Config
@@ -230,6 +230,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         scaler=torch.amp.GradScaler(backend.device.type, enabled=config.numerics.amp == "float16"),
         amp=config.numerics.amp,
         clip_norm=config.optimizer.clip_norm,
+        label_smoothing=config.optimizer.label_smoothing,
     )
     decoder = choose_decoder(config.pipeline.decoder)
     job = Job(
@@ -247,6 +248,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     if state is not None:
         job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]
         trainer.scaler.load_state_dict(state["scaler"])
+        set_step_counts(optimizer, state["step_counts"])
     return job
 
 

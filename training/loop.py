@@ -14,7 +14,7 @@ from pipelines.loader import BadClipRecord, ClipBatch
 from .errors import EXIT_DONE, DataError
 from .evaluation import Evaluation, assess
 from .job import Job
-from .optimizers import optimizer_tensors
+from .optimizers import optimizer_tensors, step_counts
 from .records import Records
 from .signals import StopSignal
 
@@ -101,6 +101,7 @@ def _save(job: Job, records: Records, step: int) -> None:
         "best_top1_percent": job.best_top1_percent,
         "recipe": job.recipe.as_dict(),
         "scaler": job.trainer.scaler.state_dict(),
+        "step_counts": step_counts(job.trainer.optimizer),
     }
     checkpoint = Checkpoint(network.state_dict(), optimizer_tensors(network, job.trainer.optimizer), state)
     started_s = time.monotonic()

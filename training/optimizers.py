@@ -1,10 +1,14 @@
 """Optimizers, and what each parameter's learning rate and weight decay are in them."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distributed.optim.lars import Lars
+
+from .errors import ConfigError
 from .schema import OptimizerConfig
 
 
@@ -41,15 +45,69 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of the configuration; its learning rates are set before every step (`set_learning_rate`)."""
-    optimizer = torch.optim.SGD(
-        parameter_groups(network, config), lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True
-    )
+    """The optimizer of the configuration; its learning rates are set before every step (`set_learning_rate`).
+
+    Its state is that after a step with no gradient, so that every rank can be sent a resumed run's.
+
+    Raises ConfigError when it needs a package that is not there.
+    """
+    groups = parameter_groups(network, config)
+    if config.name == "lars":
+        for group in groups:
+            group["adapt"] = group["name"].endswith(".weight")
+        return Lars(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient, eps=config.eps)
+    if config.name == "lamb":
+        return _make_lamb(groups, config)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # As after a step with no gradient, so that every rank can be sent a resumed run's state.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _make_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """LAMB (You et al., arXiv:1904.00962): apex' fused one on GPUs where NVIDIA's apex is installed, else timm's.
+
+    Neither adapts a tensor without weight decay. Clipping by the gradient's norm is the step's business, not theirs.
+    """
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    options: dict[str, Any] = {"lr": 0.0, "betas": (config.momentum, config.beta2), "eps": config.eps}
+    fused = _apex_fused_lamb() if on_gpu else None
+    if fused is not None:
+        optimizer = fused(groups, **options, max_grad_norm=math.inf)
+    else:
+        try:
+            from timm.optim import Lamb
+        except ImportError as error:
+            raise ConfigError(
+                "optimizer.name=lamb needs the package timm. Fix: pip install -c constraints.txt timm"
+            ) from error
+        optimizer = Lamb(groups, **options, max_grad_norm=None)
+    for group in optimizer.param_groups:
+        group["step"] = 0 if fused is not None else torch.zeros(())
+        for parameter in group["params"]:
+            state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            optimizer.state[parameter].update(state)
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _apex_fused_lamb() -> Any:
+    """NVIDIA's; the package of that name on PyPI is another one."""
+    try:
+        from apex.optimizers import FusedLAMB
+    except ImportError:
+        return None
+    return FusedLAMB
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Which implementation runs, for the log."""
+    kind = type(optimizer)
+    if isinstance(optimizer, Lars):
+        how = "one buffer a group" if optimizer.flat else "torch's fused SGD kernel for each tensor"
+    else:
+        how = "fused" if optimizer.defaults.get("fused") or "Fused" in kind.__name__ else "not fused"
+    return f"{kind.__module__.split('.')[0]}'s {kind.__name__} ({how})"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -66,3 +124,17 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
         for kind, tensor in optimizer.state[parameter].items()
         if isinstance(tensor, Tensor)
     }
+
+
+def step_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Steps taken by each group, where the optimizer counts them (LAMB, for its bias correction)."""
+    return {group["name"]: int(group["step"]) for group in optimizer.param_groups if "step" in group}
+
+
+def set_step_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
+    """Go on from what `step_counts` said."""
+    for group in optimizer.param_groups:
+        if isinstance(group.get("step"), Tensor):
+            group["step"].fill_(counts[group["name"]])
+        elif "step" in group:
+            group["step"] = counts[group["name"]]

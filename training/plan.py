@@ -5,6 +5,7 @@ import torch
 from tsm.flops import clip_multiply_adds
 
 from .job import Job, network_of
+from .optimizers import describe_optimizer
 from .recipe import Execution, Recipe
 from .schema import Config
 
@@ -17,6 +18,7 @@ def describe_plan(job: Job) -> str:
         f"run        {job.folder.path.name}  recipe {job.recipe.fingerprint}  seed {job.recipe.seed}",
         *describe_recipe(job.recipe),
         *describe_network(job.config),
+        f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
         *([f"weights    {job.first_weights}"] if job.first_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}, "
         f"decoder {source.decoder} in {job.config.pipeline.workers} workers a process",

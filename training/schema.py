@@ -88,7 +88,7 @@ class BatchConfig:
 @dataclass
 class OptimizerConfig:
     name: str = "sgd"
-    """sgd."""
+    """sgd, lars (You et al., arXiv:1708.03888) or lamb (arXiv:1904.00962)."""
     lr: float = MISSING
     """Learning rate at a global batch of base_batch."""
     base_batch: int = MISSING
@@ -96,6 +96,13 @@ class OptimizerConfig:
     scaling: str = "linear"
     """How the peak rate follows from lr, base_batch and the global batch: linear, sqrt or none."""
     momentum: float = 0.9
+    """LAMB's first beta."""
+    beta2: float = 0.999
+    """Of LAMB."""
+    trust_coefficient: float = 0.001
+    """LARS' eta: a layer's step in parts of its weights' norm, at a rate of 1."""
+    eps: float = 1e-8
+    """Of LARS' trust ratio, and of LAMB's denominator (LAMB's authors: 1e-6)."""
     weight_decay: float = 1e-4
     """Decay of convolution and classifier weights; BN parameters and biases have none."""
     nesterov: bool = False
@@ -105,6 +112,8 @@ class OptimizerConfig:
     """The rate of the classifier, likewise; its bias has both factors (official TSM: 5, and 10 for the bias)."""
     clip_norm: float | None = None
     """Clip the global gradient's norm to this; null: do not."""
+    label_smoothing: float = 0.0
+    """Part of the target that is spread over all classes (Szegedy et al., arXiv:1512.00567)."""
 
 
 @dataclass
@@ -259,7 +268,7 @@ _CHOICES = {
     "pipeline.flip": ("off", "on", "relabel"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense"),
     "evaluation.crops": (1, 3, 5, 10),
-    "optimizer.name": ("sgd",),
+    "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
     "numerics.dtype": ("float32", "float64"),
@@ -272,10 +281,13 @@ _CHOICES = {
 _POSITIVE = (
     "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size",
     "batch.global_batch", "optimizer.lr", "optimizer.base_batch",
-    "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "schedule.epochs", "distributed.timeout_s",
+    "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "optimizer.trust_coefficient",
+    "schedule.epochs", "distributed.timeout_s",
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
 )  # fmt: skip
-_NOT_NEGATIVE = ("pipeline.workers", "data.max_bad_clips", "optimizer.weight_decay", "schedule.warmup_epochs")
+_NOT_NEGATIVE = (
+    "pipeline.workers", "data.max_bad_clips", "optimizer.weight_decay", "optimizer.eps", "schedule.warmup_epochs",
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -297,6 +309,14 @@ def check(config: Config) -> None:
     if not 0 <= config.model.dropout < 1:
         raise ConfigError(f"model.dropout must be in [0, 1), got {config.model.dropout}")
     _check_initial_weights(config.model)
+    for key in ("optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing"):
+        if not 0 <= value(key) < 1:
+            raise ConfigError(f"{key} must be in [0, 1), got {value(key)}")
+    if config.optimizer.nesterov and (config.optimizer.name != "sgd" or not config.optimizer.momentum):
+        raise ConfigError(
+            f"optimizer.nesterov=true needs optimizer.name=sgd and momentum, "
+            f"got {config.optimizer.name}, {config.optimizer.momentum}"
+        )
     scales = config.pipeline.crop_scales
     if not scales or not all(0 < scale <= 1 for scale in scales):
         raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")

@@ -58,6 +58,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     amp: str
     clip_norm: float | None
+    label_smoothing: float
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.amp == "off":
@@ -86,7 +87,7 @@ class Trainer:
         with self.reducer.micro_step(last):
             with self.autocast():
                 logit_NK = self.reducer.network(video_NTCHW)
-                loss = nn.functional.cross_entropy(logit_NK, label_N)
+                loss = nn.functional.cross_entropy(logit_NK, label_N, label_smoothing=self.label_smoothing)
             self.scaler.scale(loss / self.execution.accumulation).backward()
         with torch.no_grad():
             right = (logit_NK.argmax(1) == label_N).sum()

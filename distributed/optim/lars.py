@@ -65,6 +65,11 @@ class Lars(torch.optim.Optimizer):
                 velocity = flat_group.velocities[place] if flat_group else torch.zeros_like(parameter)
                 self.state[parameter]["momentum_buffer"] = velocity
 
+    @property
+    def flat(self) -> bool:
+        """Whether the tensors of each group lie in one buffer."""
+        return self._flat_groups is not None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters, each of which must have a gradient."""
