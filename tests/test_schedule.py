@@ -1,6 +1,7 @@
 """Learning-rate schedules against their closed forms."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -110,3 +111,54 @@ def test_a_warm_up_that_does_not_fit_is_refused(warmup: int) -> None:
 def test_an_unknown_decay_is_refused() -> None:
     with pytest.raises(ValueError, match=r"decay must be one of .*'linear'"):
         Schedule("linear", 1.0, 10)  # type: ignore[arg-type]
+
+
+# --- What others have published ---------------------------------------------------------------------------------------
+
+
+def test_the_schedule_of_imagenet_in_an_hour() -> None:
+    """Goyal et al., arXiv:1706.02677, sections 2.2 and 5.1: 0.1 at 256 images, batch 8,192, 5 epochs from 0.1 up, 90 in all."""
+    steps = [round(epoch * 1_281_167 / 8_192) for epoch in (5, 30, 60, 80, 90)]
+    assert steps == [782, 4_692, 9_384, 12_511, 14_075]
+    warmup, *milestones, total = steps
+    peak = scaled_rate(0.1, 256, 8_192, "linear")
+    assert peak == pytest.approx(3.2)
+    schedule = Schedule("step", peak, total, warmup, warmup_start=0.1, milestone_steps=tuple(milestones))
+    assert schedule.learning_rate(0) == pytest.approx(0.1 + 3.1 / 783)
+    assert schedule.learning_rate(390) == pytest.approx(0.1 + 3.1 * 391 / 783)
+    at = {step: schedule.learning_rate(step) for step in (782, 4_691, 4_692, 9_383, 9_384, 12_510, 12_511, 14_074)}
+    assert list(at.values()) == pytest.approx([3.2, 3.2, 0.32, 0.32, 0.032, 0.032, 0.0032, 0.0032])
+
+
+def mlperf_rate(step: int, peak: float, end: float, warmup: int, total: int) -> float:
+    """The rule of MLPerf's LARS reference (ResNet, polynomial decay with warm-up), steps counted from 0 as there."""
+    if step <= warmup:
+        return peak * step / warmup
+    left = 1 - max(step - warmup, 1) / (total - warmup + 1)
+    return (peak - end) * left**2 + end
+
+
+@pytest.mark.parametrize(("batch", "peak", "epochs"), [(12_288, 10.0, 5), (16_384, 25.0, 5), (32_768, 31.2, 25)])
+def test_poly2_is_that_of_mlperf_within_a_step(batch: int, peak: float, epochs: int) -> None:
+    warmup, total = (round(part * 1_281_167 / batch) for part in (epochs, 72))
+    schedule = Schedule("poly2", peak, total, warmup, end=1e-4)
+    for step in range(1, total):
+        theirs = [mlperf_rate(near, peak, 1e-4, warmup, total) for near in (step - 1, step, step + 1)]
+        assert min(theirs) - 1e-12 <= schedule.learning_rate(step) <= max(theirs) + 1e-12, step
+
+
+def test_poly2_values_written_down() -> None:
+    """25 after 100 of 1,100 steps, an end of 1e-4: half of the way leaves a quarter, nine tenths leave a hundredth."""
+    schedule = Schedule("poly2", 25.0, 1_100, 100, end=1e-4)
+    rate = [schedule.learning_rate(step) for step in (100, 600, 1_000, 1_100)]
+    assert rate == pytest.approx([25.0, 6.250075, 0.250099, 1e-4], abs=1e-9)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_rate_leaps_up(decay: Decay) -> None:
+    """Why velocities that contain the rate need no correction: behind 10 steps of warm-up none grows by a tenth."""
+    schedule = Schedule(decay, 10.0, 1_951, 98, milestone_steps=(780, 1_561), end=1e-4 if decay != "constant" else 0.0)
+    growth = [after / before for before, after in pairwise(rates(schedule))]
+    assert growth[0] == pytest.approx(2.0)
+    assert max(growth[10:]) < 1.1
+    assert max(growth[98:]) <= 1.0

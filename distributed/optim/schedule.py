@@ -1,4 +1,11 @@
-"""Learning-rate schedules as pure functions of the step."""
+"""Learning-rate schedules as pure functions of the step.
+
+Momentum correction (Goyal et al., arXiv:1706.02677, section 3) is due where a velocity that contains the rate meets a rate that
+rises in leaps: the old part of the velocity is then of another scale than the new one. torch's SGD keeps the rate outside of
+its velocity. LARS of ours has it inside and corrects nothing, as in MLPerf's reference, whose settings are tuned to that: no
+rate here ever leaps up (a warm-up adds the same amount at every step, a run without one starts at rest), and where a milestone
+lowers it, each gradient still counts with the rate of its own step, only spread over the 1 / (1 - momentum) steps that follow.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +19,8 @@ Decay = Literal["constant", "step", "cosine", "poly2"]
 class Schedule:
     """A warm-up from `warmup_start` to `peak` over `warmup_steps`, then a decay to `end` at `total_steps`.
 
-    `milestone_steps` are for `step` decay: the rate is multiplied by `factor` at each of them.
+    `milestone_steps` are for `step` decay: the rate is multiplied by `factor` at each of them. `poly2` is the polynomial of
+    degree 2 of MLPerf's LARS reference, whose own steps of warm-up and decay are counted by one step differently.
     """
 
     decay: Decay
@@ -48,7 +56,10 @@ class Schedule:
 
 
 def scaled_rate(rate: float, base_batch: int, batch: int, scaling: Scaling) -> float:
-    """The peak rate for a global batch, from the one that suits `base_batch` (linear: Goyal et al., section 2.1)."""
+    """The peak rate for a global batch, from the one that suits `base_batch`.
+
+    linear: Goyal et al., arXiv:1706.02677, section 2.1; sqrt: Krizhevsky, arXiv:1404.5997.
+    """
     if scaling == "none":
         return rate
     ratio = batch / base_batch
