@@ -51,6 +51,8 @@ class DataConfig:
     """The command that makes the data set: named when a manifest is missing."""
     num_classes: int = MISSING
     """Must be the number of classes in the manifests."""
+    train_clips: int | None = None
+    """Training clips as published: plan.py counts with them while there is no manifest; nothing else reads this."""
     mirrored_words: list[list[str]] = field(default_factory=list)
     """Pairs of words that a mirror exchanges in class names ([[left, right]]), for pipeline.flip=relabel."""
     max_bad_clips: int = 0
@@ -205,6 +207,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What plan.py alone reads."""
+
+    world_size: int | None = None
+    """Processes to lay the recipe out on where distributed.world_size says none; null: 1."""
+    step_s: float | None = None
+    """Seconds of a step, for clips and bytes a second and the length of the run; null: these are not said."""
+    json: str | None = None
+    """Write the plan to this file too."""
+    plot: str | None = None
+    """Draw the learning rate into this file; its ending says how (.png, .svg, .pdf)."""
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -217,6 +233,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     name: str = "run"
     """Experiment name: part of a new run's id."""
     seed: int = 0
@@ -330,7 +347,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"numerics.amp={config.numerics.amp} lowers precision and numerics.dtype=float64 raises it. Fix: numerics.amp=off"
         )
-    for key in ("batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size"):
+    nullable = (
+        "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
+        "data.train_clips", "plan.world_size", "plan.step_s",
+    )  # fmt: skip
+    for key in nullable:
         if value(key) is not None and not value(key) > 0:
             raise ConfigError(f"{key} must be more than 0, or null, got {value(key)}")
     if config.max_steps is not None and config.max_steps < 1:
