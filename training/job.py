@@ -108,7 +108,7 @@ def protocol_of(config: Config) -> Protocol:
     )
 
 
-def _training_clips(config: Config, source: ClipSource) -> TrainingClips:
+def training_clips_of(config: Config, source: ClipSource) -> TrainingClips:
     try:
         return TrainingClips(source, augmentation_of(config), config.seed)
     except ValueError as error:
@@ -202,14 +202,14 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     if config.run_id is None:
         config.run_id = backend.broadcast_object(new_run_id(config, topology))
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-    resumed, first = _find_start(config, folder) if topology.rank == 0 else (None, None)
+    resumed, first = find_start(config, folder) if topology.rank == 0 else (None, None)
     identity = backend.broadcast_object(first.identity if first else None)
     training, validation = open_manifest(config, "train"), open_manifest(config, "val")
     check_agreement(backend, config, [training.digest, validation.digest])
     recipe = recipe_of(config, len(training), training.digest, identity)
     execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
     if resumed is not None:
-        _check_recipe(config, recipe, folder, resumed)
+        check_recipe(config, recipe, folder, resumed)
     state = backend.broadcast_object(resumed.state if resumed else None)
 
     network, first_weights = _build_network(config, backend, execution, None if resumed else first)
@@ -241,7 +241,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         execution=execution,
         folder=folder,
         trainer=trainer,
-        training_clips=_training_clips(config, ClipSource(training.path, decoder)),
+        training_clips=training_clips_of(config, ClipSource(training.path, decoder)),
         validation_clips=EvaluationClips(ClipSource(validation.path, decoder), protocol_of(config)),
         first_weights=first_weights,
     )
@@ -289,7 +289,7 @@ def _build_network(
     return network.train(), first_weights
 
 
-def _find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
+def find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
     """On rank 0: the checkpoint that this run goes on from, if any, and what its first weights are or were."""
     checkpoint, broken = load_newest(folder.checkpoints)
     for line in broken:
@@ -298,7 +298,7 @@ def _find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, I
     return checkpoint, find_initial_weights(config.model, CHECKOUT, before)
 
 
-def _check_recipe(config: Config, recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
+def check_recipe(config: Config, recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
     """On rank 0: refuse to go on from a checkpoint of another recipe, unless the configuration allows it."""
     before, now = checkpoint.state["recipe"], recipe.as_dict()
     before_flat, now_flat = _flat(before), _flat(now)

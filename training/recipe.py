@@ -109,19 +109,22 @@ def plan_execution(global_batch: int, bn_group: int, world: int, micro_batch_lim
         raise ConfigError(f"batch.bn_group={bn_group} does not divide batch.global_batch={global_batch}")
     execution = _lay_out(global_batch, bn_group, world, micro_batch_limit)
     if execution is None:
-        fitting = [
-            size for size in _divisors(global_batch) if _lay_out(global_batch, bn_group, size, micro_batch_limit)
-        ]
         limit = (
             ""
             if micro_batch_limit is None
             else f" and at most {micro_batch_limit} clips a micro-batch (batch.micro_batch)"
         )
+        fitting = in_words(fitting_worlds(global_batch, bn_group, micro_batch_limit))
         raise ConfigError(
             f"a global batch of {global_batch} clips in batch-norm groups of {bn_group}{limit} does not divide over {world} "
-            f"processes. Fix: use {_in_words(fitting)} processes, or change batch.global_batch or batch.bn_group"
+            f"processes. Fix: use {fitting} processes, or change batch.global_batch or batch.bn_group"
         )
     return execution
+
+
+def fitting_worlds(global_batch: int, bn_group: int, micro_batch_limit: int | None = None) -> list[int]:
+    """All numbers of processes on which `plan_execution` can lay the batch out."""
+    return [size for size in _divisors(global_batch) if _lay_out(global_batch, bn_group, size, micro_batch_limit)]
 
 
 def _lay_out(global_batch: int, bn_group: int, world: int, limit: int | None) -> Execution | None:
@@ -143,6 +146,6 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _in_words(numbers: list[int]) -> str:
+def in_words(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:24]))
     return (shown + (", ..." if len(numbers) > 24 else "")) or "no number of"
