@@ -1,6 +1,8 @@
 """Small clips for tests: frames that can be told apart, in files of any codec."""
 
+import multiprocessing
 import struct
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,13 @@ def write_video(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
         container.mux(stream.encode(None))
     return path
+
+
+def write_video_apart(*arguments: Any) -> None:
+    """`write_video` in a process of its own: SVT-AV1 makes the whole thread that opens it a real-time one when it is root's, at
+    the highest priority, and all processes started from there would starve the machine."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(write_video, *arguments).result()
 
 
 def write_mp4(path: Path, video_THWC: Video | None = None) -> Path:

@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,6 +9,19 @@ pytest_plugins = ["skip_report"]
 
 # Nothing under test may reach the network.
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_priority() -> Iterator[None]:
+    """No test may leave the process with another scheduling policy: a real-time one starves every other process (some video
+    encoders ask for it)."""
+    yield
+    policy = os.sched_getscheduler(0)
+    if policy != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        pytest.fail(
+            f"the test left the process with the scheduling policy {policy}, which all that it starts would inherit"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
