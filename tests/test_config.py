@@ -219,3 +219,8 @@ def test_every_field_has_a_default_or_is_asked_for() -> None:
         "data.name", "data.root", "data.num_classes", "batch.global_batch", "optimizer.lr", "optimizer.base_batch",
         "schedule.epochs",
     }  # fmt: skip
+
+
+def test_zero_gammas_are_for_random_weights() -> None:
+    with pytest.raises(ConfigError, match=r"model\.zero_init_gamma=true.*model\.init=imagenet.*Fix"):
+        config_of("experiment=smoke", "model.zero_init_gamma=true", "model.init=imagenet")

@@ -507,3 +507,17 @@ def test_the_shift_costs_nothing_and_the_temporal_pool_saves() -> None:
 
     assert cost() == cost(shift="none") == cost(shift="block") == cost(direction="past")
     assert cost(temporal_pool=True) < 0.7 * cost()
+
+
+@pytest.mark.parametrize(("backbone", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_with_zero_gammas_every_block_starts_as_the_identity(backbone: str, last: str) -> None:
+    network = build_network(backbone, 2, 2, zero_init_gamma=True)
+    gammas = {name: norm.weight for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    zero = {name for name, gamma in gammas.items() if not gamma.any()}
+    assert zero == {name for name in gammas if name.endswith(last) and ".layer" in name}
+    assert all(gammas[name].eq(1).all() for name in gammas.keys() - zero)
+
+
+def test_zero_gammas_need_residual_blocks() -> None:
+    with pytest.raises(ValueError, match="zero_init_gamma is for ResNets alone.*mobilenet_v2"):
+        build_network("mobilenet_v2", 2, zero_init_gamma=True)

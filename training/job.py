@@ -267,6 +267,7 @@ def network_of(config: Config) -> TemporalNetwork:
             model.non_local,
             model.dropout,
             model.partial_bn,
+            model.zero_init_gamma,
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error

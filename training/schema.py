@@ -31,6 +31,8 @@ class ModelConfig:
     """Dropout in front of the classifier; masks are a function of (seed, step, slot)."""
     partial_bn: bool = False
     """Freeze every batch norm but the first, statistics and parameters: for fine-tuning from few clips."""
+    zero_init_gamma: bool = False
+    """Start the last batch norm of each residual block at 0 (ResNets from random weights alone)."""
     init: str = "random"
     """First weights: random, imagenet (torchvision's, from torch hub's cache), or a file or checkpoint folder."""
     init_sha256: str | None = None
@@ -365,6 +367,10 @@ def _check_initial_weights(model: ModelConfig) -> None:
         raise ConfigError(
             "model.init is empty: this recipe goes on from other weights. Fix: model.init=FILE, such as the checkpoint folder of a "
             "run on Kinetics or the authors' .pth; or model.init=random"
+        )
+    if model.zero_init_gamma and model.init != "random":
+        raise ConfigError(
+            f"model.zero_init_gamma=true is for random weights, and model.init={model.init}. Fix: model.zero_init_gamma=false"
         )
     if model.init_sha256 is None:
         return

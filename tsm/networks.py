@@ -35,12 +35,15 @@ def build_network(
     non_local: bool = False,
     dropout: float = 0.5,
     partial_bn: bool = False,
+    zero_init_gamma: bool = False,
 ) -> "TemporalNetwork":
     """A 2D backbone over frames, with temporal shift (`shift='none'` is TSN), from random weights.
 
     `shift='residual'` shifts in front of each block's first convolution and leaves the identity path alone; `'block'` shifts
     in front of the whole block (TSM, section 3.2); `shift_places` has the places. `temporal_pool` halves the frames in front
     of a ResNet's layer2; `non_local` adds five non-local blocks to a ResNet-50; `partial_bn`: see TemporalNetwork.
+    `zero_init_gamma` starts the last batch norm of each of a ResNet's blocks at 0, so that the block starts as the identity
+    (Goyal et al., arXiv:1706.02677, section 5.1).
 
     Raises ValueError that names the argument for anything that cannot be built.
     """
@@ -53,7 +56,10 @@ def build_network(
     if temporal_pool and backbone not in RESNETS:
         raise ValueError(f"temporal_pool has a published place in ResNets alone, got backbone={backbone!r}")
     check_fold_div(fold_div, direction)
-    body = torchvision.models.get_model(backbone, weights=None)
+    if zero_init_gamma and backbone not in RESNETS:
+        raise ValueError(f"zero_init_gamma is for ResNets alone, got backbone={backbone!r}")
+    options = {"zero_init_residual": True} if zero_init_gamma else {}
+    body = torchvision.models.get_model(backbone, weights=None, **options)
     for name in places:
         frames = _frames_in(name, num_frames, temporal_pool)
         body.get_submodule(name).register_forward_pre_hook(ShiftInput(frames, fold_div, direction))
