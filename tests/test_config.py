@@ -122,6 +122,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("optimizer.scaling", "cubic"),
     ("optimizer.lr", 0.0),
     ("optimizer.lr", float("nan")),
+    ("numerics.max_bad_steps_in_a_row", 0),
     ("optimizer.base_batch", 0),
     ("optimizer.weight_decay", -1e-4),
     ("optimizer.bias_lr_multiplier", 0.0),

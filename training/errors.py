@@ -4,6 +4,7 @@ EXIT_DONE = 0
 EXIT_FAILURE = 1  # a fault of the program or the machine
 EXIT_CONFIG = 2  # the configuration or the launch is wrong: running it again changes nothing
 EXIT_DATA = 3  # the data are wrong: likewise
+EXIT_DIVERGED = 4  # the numbers are no longer finite: likewise
 EXIT_REQUEUE = 75  # stopped in good order before the end: run the same command again
 EXIT_INTERRUPTED = 130  # Ctrl-C
 
@@ -12,6 +13,12 @@ class ConfigError(ValueError):
     """The configuration asks for something that cannot be; the message names the key and the fix."""
 
     exit_code = EXIT_CONFIG
+
+
+class DivergedError(ArithmeticError):
+    """The gradient was not finite too often: going on would train nothing."""
+
+    exit_code = EXIT_DIVERGED
 
 
 class DataError(ValueError):

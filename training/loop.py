@@ -11,6 +11,7 @@ from distributed.batch_norm import average_running_statistics
 from distributed.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from pipelines.loader import BadClipRecord, ClipBatch
 
+from .bad_steps import BadStep, BadSteps
 from .errors import EXIT_DONE, DataError
 from .evaluation import Evaluation, assess
 from .job import Job
@@ -36,7 +37,7 @@ def train(job: Job, records: Records) -> int:
             micro_batches = window.timed_input(lambda: [next(batches) for _ in range(job.execution.accumulation)])
             window.bad_clips(step, micro_batches)
             control.progress(step, "step")
-            window.add(job.trainer.step(step, micro_batches))
+            window.add(step, micro_batches, job.trainer.step(step, micro_batches))
             in_flight.wait()
             taken = step + 1
             stop = control.agreed_stop(step, in_flight.limit, signal.received)
@@ -46,10 +47,12 @@ def train(job: Job, records: Records) -> int:
             epoch = epoch_ends.get(taken)
             if taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0):
                 control.progress(step, "evaluation")
+                window.settle(records)
                 _evaluate(job, records, taken)
                 window.restart()
             if ended or (epoch is not None and epoch % config.checkpoint.every_epochs == 0):
                 control.progress(step, "checkpoint")
+                window.settle(records)
                 _save(job, records, taken)
                 window.restart()
             if stop is not None:
@@ -132,16 +135,18 @@ class _StepsInFlight:
 
 
 class _Window:
-    """What is added up between two training records: losses on the device, times on the host."""
+    """What is noted between two training records: how each step went, on the device, and times on the host."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._bad_clips: list[tuple[int, BadClipRecord]] = []
         self._bad_clips_seen = 0
+        self._bad_steps = BadSteps(job)
+        self._unsettled: list[tuple[int, list[Tensor], Tensor]] = []
         self.restart()
 
     def restart(self) -> None:
-        self._totals = torch.zeros(3, dtype=torch.float64, device=self._job.backend.device)
+        self._totals = torch.zeros(3, dtype=torch.float64)
         self._steps = 0
         self._input_s = 0.0
         self._started_s = time.monotonic()
@@ -152,9 +157,29 @@ class _Window:
         self._input_s += time.monotonic() - started_s
         return micro_batches
 
-    def add(self, totals: Tensor) -> None:
-        self._totals += totals
+    def add(self, step: int, micro_batches: list[ClipBatch], totals: Tensor) -> None:
+        """Note a step that was taken; `totals` as Trainer.step returns them."""
+        self._unsettled.append((step, [batch.row_N for batch in micro_batches], totals))
         self._steps += 1
+
+    def settle(self, records: Records) -> None:
+        """Learn how the steps went since the last time; the one place in the loop where a host waits for its device.
+
+        Raises DivergedError when too many of them were bad.
+        """
+        if not self._unsettled:
+            return
+        totals_S4 = torch.stack([totals for _, _, totals in self._unsettled]).cpu()
+        bad_S = totals_S4[:, 3] > 0
+        self._totals += totals_S4[~bad_S, :3].sum(0)
+        steps = [
+            (BadStep(step, torch.cat(row_N).tolist(), loss), bad)
+            for (step, row_N, _), loss, bad in zip(
+                self._unsettled, totals_S4[:, 0].tolist(), bad_S.tolist(), strict=True
+            )
+        ]
+        self._unsettled.clear()
+        self._bad_steps.report(steps, records)
 
     def bad_clips(self, step: int, micro_batches: list[ClipBatch]) -> None:
         """Note replaced clips; more than the limit on this rank alone end the run at once."""
@@ -170,22 +195,25 @@ class _Window:
             )
 
     def record(self, step: int, records: Records) -> None:
-        """Join the ranks' sums and write a training record; the one place in the loop where a host waits for its device."""
+        """Join the ranks' sums and write a training record of the steps that were not bad, if any."""
+        self.settle(records)
         job = self._job
         sums = torch.cat([self._totals, self._totals.new_tensor([float(len(self._bad_clips))])])
+        sums = sums.to(job.backend.device)
         job.backend.all_reduce_(sums, "train.record")
         loss, right, clips, bad = sums.tolist()
         duration_s = time.monotonic() - self._started_s
-        records.train(
-            step,
-            epoch=round(step / job.recipe.steps_per_epoch, 3),
-            loss=loss / max(1, clips),
-            top1_percent=100 * right / max(1, clips),
-            learning_rate=job.recipe.schedule.learning_rate(step - 1),
-            step_s=duration_s / max(1, self._steps),
-            clips_per_s=clips / duration_s,
-            input_wait_percent=100 * self._input_s / duration_s,
-        )
+        if clips:
+            records.train(
+                step,
+                epoch=round(step / job.recipe.steps_per_epoch, 3),
+                loss=loss / clips,
+                top1_percent=100 * right / clips,
+                learning_rate=job.recipe.schedule.learning_rate(step - 1),
+                step_s=duration_s / max(1, self._steps),
+                clips_per_s=clips / duration_s,
+                input_wait_percent=100 * self._input_s / duration_s,
+            )
         if bad:
             self._report_bad_clips(records)
         self.restart()

@@ -10,7 +10,17 @@ from distributed.control import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
 from pipelines.loader import start_worker_server
 
-from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, DataError
+from .errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DataError,
+    DivergedError,
+)
 from .job import Job, build_job, set_numerics
 from .loop import train
 from .plan import describe_plan
@@ -38,6 +48,8 @@ def run(composed: Any, task: Task) -> int:
         message, code = "interrupted by Ctrl-C", EXIT_INTERRUPTED
     except (ConfigError, TopologyError) as error:
         message, code = str(error), EXIT_CONFIG
+    except DivergedError as error:
+        message, code = str(error), EXIT_DIVERGED
     except (DataError, ValueError) as error:
         message, code = _in_words(error), EXIT_DATA if isinstance(error, DataError) else EXIT_FAILURE
     except Exception as error:

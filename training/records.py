@@ -61,8 +61,14 @@ class Records:
             )
 
     def bad_clip(self, folder: RunFolder, **values: Any) -> None:
+        self._append(folder.bad_clips, values)
+
+    def bad_step(self, folder: RunFolder, **values: Any) -> None:
+        self._append(folder.bad_steps, values)
+
+    def _append(self, path: Path, values: dict[str, Any]) -> None:
         if self._writes:
-            with folder.bad_clips.open("a") as file:
+            with path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
     def close(self, exit_code: int) -> None:

@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.bad_clips = path / "bad_clips.jsonl"
+        self.bad_steps = path / "bad_steps.jsonl"
         self.report = path / "report.html"
         self.success = path / "SUCCESS"
 

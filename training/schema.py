@@ -151,6 +151,9 @@ class NumericsConfig:
     cudnn_benchmark: bool = True
     deterministic: bool = False
     """Bit-equal repetition at the same world, at some cost in speed."""
+    max_bad_steps_in_a_row: int = 20
+    """Steps with a gradient that is not finite are rolled back; so many in a row end the run. amp=float16 needs 16 in a row
+    before its loss scale is down from 65536 to 1."""
 
 
 @dataclass
@@ -299,7 +302,7 @@ _CHOICES = {
 }
 _POSITIVE = (
     "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size",
-    "batch.global_batch", "optimizer.lr", "optimizer.base_batch",
+    "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "numerics.max_bad_steps_in_a_row",
     "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "optimizer.trust_coefficient",
     "schedule.epochs", "distributed.timeout_s",
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",

@@ -1,7 +1,7 @@
 """One training step: from a batch of uint8 clips to changed weights."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipBatch
 from tsm.networks import TemporalNetwork
 
+from .guard import StepGuard, clip_, gradient_norms
 from .optimizers import set_learning_rate
 from .recipe import Execution, Recipe
 from .schema import NumericsConfig
@@ -59,6 +60,10 @@ class Trainer:
     amp: str
     clip_norm: float | None
     label_smoothing: float
+    guard: StepGuard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = StepGuard(self.network, self.optimizer)
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.amp == "off":
@@ -68,17 +73,19 @@ class Trainer:
     def step(self, step: int, batches: list[ClipBatch]) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
 
-        Returns `[sum of losses, right answers, clips]` of this rank, on the device, so that nothing waits for it.
+        A step whose gradient is not finite changes nothing (training.guard). Returns `[sum of losses, right answers, clips, bad]`,
+        the first three of this rank, `bad` 1 or 0 on all; on the device, so that nothing waits for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.begin()
         totals = []
         for micro_step, batch in enumerate(batches):
             slot_N = self.execution.slots(self.rank, micro_step)
             self.network.dropout.seed_N = torch.from_numpy(dropout_seeds(self.recipe.seed, step, slot_N))
             totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
         self.reducer.finish()
-        self._update(self.recipe.schedule.learning_rate(step))
-        return torch.stack(totals).sum(0)
+        bad = self._update(self.recipe.schedule.learning_rate(step))
+        return torch.cat([torch.stack(totals).sum(0), bad.double()[None]])
 
     def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up to the mean over all micro-steps."""
@@ -88,6 +95,8 @@ class Trainer:
             with self.autocast():
                 logit_NK = self.reducer.network(video_NTCHW)
                 loss = nn.functional.cross_entropy(logit_NK, label_N, label_smoothing=self.label_smoothing)
+            if last:
+                loss = self.guard.checked(loss)
             self.scaler.scale(loss / self.execution.accumulation).backward()
         with torch.no_grad():
             right = (logit_NK.argmax(1) == label_N).sum()
@@ -95,11 +104,14 @@ class Trainer:
                 [loss.detach().double() * len(label_N), right.double(), torch.full_like(right, len(label_N)).double()]
             )
 
-    def _update(self, learning_rate: float) -> None:
-        """Unscale, clip, step: all of them see the reduced gradient, so every rank does the same."""
+    def _update(self, learning_rate: float) -> Tensor:
+        """Unscale, check, clip, step: all of them see the reduced gradient, so every rank does the same. Was the step bad?"""
         set_learning_rate(self.optimizer, learning_rate)
         self.scaler.unscale_(self.optimizer)
+        gradients, norm_P = gradient_norms(self.optimizer)
+        norm = torch.linalg.vector_norm(norm_P)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            clip_(gradients, norm, self.clip_norm)
+        bad = self.guard.update(norm)
+        self.scaler.update()  # halves the scale where it found the gradient not finite
+        return bad

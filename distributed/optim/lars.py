@@ -32,7 +32,11 @@ class Lars(torch.optim.Optimizer):
     On CPUs each tensor is updated by torch's fused SGD kernel. On GPUs the tensors of a group lie in one buffer, so that the
     number of kernels does not grow with the number of tensors and no norm travels to the host; `flat=True` does the same
     anywhere. The optimizer then owns the parameters' memory: make it behind everything that moves them.
+
+    Like torch's fused optimizers it does nothing at all where its attribute `found_inf`, a float32 number on the device, is 1.
     """
+
+    _step_supports_amp_scaling = True  # how torch's optimizers say so
 
     def __init__(
         self,
@@ -75,12 +79,15 @@ class Lars(torch.optim.Optimizer):
         """Update all parameters, each of which must have a gradient."""
         if closure is not None:
             raise ValueError("Lars takes no closure: compute the loss before the step")
+        if getattr(self, "grad_scale", None) is not None:
+            raise ValueError("Lars takes unscaled gradients: call the scaler's unscale_ before the step")
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         if self._flat_groups is None:
             for group in self.param_groups:
-                self._step_each(group)
+                self._step_each(group, found_inf)
         else:
             for group, flat_group in zip(self.param_groups, self._flat_groups, strict=True):
-                self._step_flat(group, flat_group)
+                self._step_flat(group, flat_group, found_inf)
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """The factor that a step with the present gradients applies to each adapted parameter: 0-dimensional, on its device."""
@@ -100,7 +107,7 @@ class Lars(torch.optim.Optimizer):
             group, torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
         )
 
-    def _step_each(self, group: dict[str, Any]) -> None:
+    def _step_each(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
         rates = [group["lr"]] * len(group["params"])
         if group["adapt"]:
             rates = [group["lr"] * ratio for ratio in self._ratio_of_each(group).tolist()]
@@ -118,20 +125,28 @@ class Lars(torch.optim.Optimizer):
                 nesterov=False,
                 maximize=False,
                 is_first_step=False,
+                found_inf=found_inf,
             )
 
-    def _step_flat(self, group: dict[str, Any], flat: "_FlatGroup") -> None:
+    def _step_flat(self, group: dict[str, Any], flat: "_FlatGroup", found_inf: Tensor | None) -> None:
+        bad = flat.weight_RC.new_zeros(()) if found_inf is None else found_inf.to(flat.weight_RC)
         torch._foreach_copy_(flat.gradients, [parameter.grad for parameter in group["params"]])
         if group["adapt"]:
             ratio_P = self._ratio(group, flat.norms(flat.weight_RC), flat.norms(flat.gradient_RC))
             rate_R1 = (group["lr"] * ratio_P)[flat.owner_R, None]
         flat.gradient_RC.add_(flat.weight_RC, alpha=group["weight_decay"])
-        flat.velocity_RC.mul_(group["momentum"])
+        if (
+            found_inf is not None
+        ):  # a bad step is v <- 1 v + 0, w <- w - 0 v; filled in, as 0 times what is no number is none
+            flat.gradient_RC.masked_fill_(bad.bool(), 0.0)
+            if group["adapt"]:
+                rate_R1 = rate_R1.masked_fill(bad.bool(), 0.0)
+        flat.velocity_RC.mul_((1 - bad) * group["momentum"] + bad)
         if group["adapt"]:
             flat.velocity_RC.addcmul_(flat.gradient_RC, rate_R1)
         else:
             flat.velocity_RC.add_(flat.gradient_RC, alpha=group["lr"])
-        flat.weight_RC.sub_(flat.velocity_RC)
+        flat.weight_RC.addcmul_(flat.velocity_RC, 1 - bad, value=-1)
 
 
 class _FlatGroup:

@@ -1,0 +1,237 @@
+"""A training step in one process: its order, and that a gradient that is not finite changes nothing."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed.backend import ReducerOptions, SingleBackend
+from distributed.batch_norm import convert_batch_norm
+from distributed.optim.lars import Lars
+from distributed.optim.schedule import Schedule
+from distributed.topology import Topology
+from pipelines.draw import dropout_seeds
+from pipelines.loader import ClipBatch
+from training.guard import clip_, gradient_norms
+from training.optimizers import make_optimizer, parameter_groups
+from training.recipe import Recipe, plan_execution
+from training.schema import NumericsConfig, OptimizerConfig
+from training.step import Normaliser, Trainer
+from tsm.networks import TemporalNetwork, build_network
+
+CLIPS, CLASSES, FRAMES = 4, 5, 2
+OPTIMIZERS = ["sgd", "nesterov", "lars", "lars flat", "lamb"]
+
+
+def optimizer_of(network: nn.Module, name: str) -> torch.optim.Optimizer:
+    config = OptimizerConfig(name=name.split()[0], weight_decay=1e-2, lr=1.0)
+    if name == "nesterov":
+        config = replace(config, name="sgd", nesterov=True)
+    if name == "lamb":
+        pytest.importorskip("timm", reason="LAMB is timm's: make dev installs it")
+    if name == "lars flat":
+        groups = parameter_groups(network, config)
+        for group in groups:
+            group["adapt"] = group["name"].endswith(".weight")
+        return Lars(groups, flat=True)
+    return make_optimizer(network, config)
+
+
+def trainer_of(name: str = "sgd", micro_batch: int = CLIPS, **changes: Any) -> Trainer:
+    backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
+    schedule = Schedule(
+        "constant", peak=0.1, total_steps=9, warmup_steps=0, warmup_start=0.0, milestone_steps=(), factor=1.0, end=0.0
+    )
+    recipe = Recipe(
+        seed=0, global_batch=CLIPS, bn_group=micro_batch, total_steps=9, num_rows=99, manifest_digest="", schedule=schedule,
+        model={}, optimizer={}, augmentation={}, numerics={},
+    )  # fmt: skip
+    execution = plan_execution(CLIPS, micro_batch, 1, micro_batch)
+    torch.manual_seed(0)
+    network = build_network("resnet18", CLASSES, num_frames=FRAMES)
+    convert_batch_norm(network, backend, execution.bn_ghosts, [], execution.accumulation)
+    settings: dict[str, Any] = {
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "amp": "off",
+        "clip_norm": None,
+        "label_smoothing": 0.0,
+    }
+    return Trainer(
+        recipe=recipe,
+        execution=execution,
+        rank=0,
+        network=network,
+        optimizer=optimizer_of(network, name),
+        reducer=backend.reducer(network, ReducerOptions(execution.accumulation)),
+        normalise=Normaliser(backend.device, NumericsConfig()),
+        **settings | changes,
+    )
+
+
+def batches_of(trainer: Trainer, step: int, damage: float | None = None, micro_step: int = 0) -> list[ClipBatch]:
+    """Random clips; `damage` goes into one number of the micro-step's video, so that its gradient or statistics overflow."""
+    generator = torch.Generator().manual_seed(step)
+    batches = []
+    for number in range(trainer.execution.accumulation):
+        clips = trainer.execution.micro_batch
+        video_NTCHW = torch.randint(256, (clips, FRAMES, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        if damage is not None and number == micro_step:
+            video_NTCHW = video_NTCHW.float()
+            video_NTCHW[0, 0, 0, 5, 5] = damage
+        label_N = torch.randint(CLASSES, (clips,), generator=generator)
+        batches.append(ClipBatch(video_NTCHW, label_N, torch.arange(clips), torch.ones(clips, dtype=torch.bool)))
+    return batches
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of all that a step changes."""
+    state = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    for name, parameter in trainer.network.named_parameters():
+        for kind, tensor in trainer.optimizer.state[parameter].items():
+            state[f"{name}.{kind}"] = tensor.clone()
+    for group in trainer.optimizer.param_groups:
+        if "step" in group:
+            state[f"{group['name']}.step"] = group["step"].clone()
+    return state
+
+
+def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
+    assert left.keys() == right.keys()
+    return [name for name in left if not left[name].equal(right[name])]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("damage", [math.inf, math.nan, 1e25])
+def test_a_bad_step_changes_nothing_and_the_next_goes_on(name: str, damage: float) -> None:
+    """1e25: squares overflow, so running variances become infinite, while loss and gradients are finite numbers."""
+    trainer, other = trainer_of(name), trainer_of(name)
+    for one in (trainer, other):
+        assert one.step(0, batches_of(one, 0))[3] == 0
+    before = state_of(trainer)
+    assert trainer.step(1, batches_of(trainer, 1, damage))[3] == 1
+    assert differing(state_of(trainer), before) == []
+    for one in (trainer, other):
+        assert one.step(2, batches_of(one, 2))[3] == 0
+    after = state_of(trainer)
+    assert differing(after, state_of(other)) == []  # as if the bad step had never been
+    assert set(differing(after, before)) >= {"classifier.weight", "backbone.bn1.running_mean", "backbone.bn1.weight"}
+
+
+def test_overflowing_statistics_alone_would_not_show_in_the_gradient() -> None:
+    """What the loss' factor is for: without it the reduced gradient of this batch says nothing."""
+    trainer = trainer_of()
+    (batch,) = batches_of(trainer, 0, damage=1e25)
+    trainer.network.dropout.seed_N = torch.arange(CLIPS)
+    nn.functional.cross_entropy(trainer.network(trainer.normalise(batch.video_NTCHW)), batch.label_N).backward()
+    assert not trainer.network.get_buffer("backbone.bn1.running_var").isfinite().all()
+    assert gradient_norms(trainer.optimizer)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("micro_step", [0, 1])
+def test_any_micro_step_can_spoil_a_step(micro_step: int) -> None:
+    trainer = trainer_of(micro_batch=2)
+    before = state_of(trainer)
+    assert trainer.step(0, batches_of(trainer, 0, math.inf, micro_step))[3] == 1
+    assert differing(state_of(trainer), before) == []
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_a_good_step_is_torchs_own_bit_for_bit(clip_norm: float | None) -> None:
+    trainer, plain = trainer_of(clip_norm=clip_norm), trainer_of()
+    for step in range(3):
+        assert trainer.step(step, batches_of(trainer, step))[3] == 0
+        (batch,) = batches_of(plain, step)
+        plain.network.dropout.seed_N = torch.from_numpy(dropout_seeds(0, step, plain.execution.slots(0, 0)))
+        plain.optimizer.zero_grad()
+        nn.functional.cross_entropy(plain.network(plain.normalise(batch.video_NTCHW)), batch.label_N).backward()
+        if clip_norm is not None:
+            assert nn.utils.clip_grad_norm_(plain.network.parameters(), clip_norm) > clip_norm
+        for group in plain.optimizer.param_groups:
+            group["lr"] = 0.1
+        plain.optimizer.step()
+    assert differing(state_of(trainer), state_of(plain)) == []
+
+
+def test_the_loss_scale_is_off_before_the_clipping() -> None:
+    """Else a limit on the norm would be one on 1024 times the norm."""
+    trainer = trainer_of(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0), clip_norm=0.5)
+    assert trainer.step(0, batches_of(trainer, 0))[3] == 0
+    assert torch.linalg.vector_norm(gradient_norms(trainer.optimizer)[1]).item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_scale_that_is_too_large_is_halved_and_nothing_else_changes() -> None:
+    trainer = trainer_of(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**126))
+    trainer.network.classifier.weight.data *= 2.0**12  # gradients large enough to overflow at that scale
+    before = state_of(trainer)
+    steps = 0
+    while trainer.step(steps, batches_of(trainer, steps))[3] == 1:
+        steps += 1
+        assert differing(state_of(trainer), before) == []
+        assert trainer.scaler.get_scale() == 2.0 ** (126 - steps)
+    assert 1 < steps < 20
+    assert "classifier.weight" in differing(state_of(trainer), before)
+
+
+@pytest.mark.slow  # float16 on a CPU is
+def test_half_precision_takes_a_step_and_rolls_one_back() -> None:
+    trainer = trainer_of(amp="float16", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    before = state_of(trainer)
+    assert trainer.step(0, batches_of(trainer, 0, math.inf))[3] == 1
+    assert differing(state_of(trainer), before) == []
+    assert trainer.step(1, batches_of(trainer, 1))[3] == 0
+    assert "classifier.weight" in differing(state_of(trainer), before)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for its device: reading a number of a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "local_scalar_dense" not in str(func), "a number was read from the device"
+        assert "nonzero" not in str(func), "a shape was read from the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "lars flat"])
+def test_no_step_waits_for_the_device(name: str, scaled: bool) -> None:
+    trainer = trainer_of(name, scaler=torch.amp.GradScaler("cpu", enabled=scaled), clip_norm=1.0)
+    batches = [batches_of(trainer, 0), batches_of(trainer, 1, math.inf)]
+    with _NoWaiting():
+        results = [trainer.step(step, batch) for step, batch in enumerate(batches)]
+        with pytest.raises(AssertionError, match="number"):
+            results[0][3].item()
+
+
+def test_a_norm_that_cannot_be_held_is_bad_too() -> None:
+    """Squares of finite gradients can overflow; nothing can be clipped to such a norm."""
+    trainer = trainer_of()
+    trainer.step(0, batches_of(trainer, 0))
+    before = state_of(trainer)
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.full_like(parameter, 1e25)
+    trainer.guard.begin()
+    trainer.guard.checked(torch.zeros(()))
+    assert trainer.guard.update(torch.linalg.vector_norm(gradient_norms(trainer.optimizer)[1])) == 1
+    assert differing(state_of(trainer), before) == []
+
+
+def test_clipping_leaves_a_short_gradient_alone_and_shortens_a_long_one() -> None:
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
+    norm = torch.tensor(5.0)
+    clip_(gradients, norm, limit=6.0)
+    assert torch.cat(gradients).tolist() == [3.0, 0.0, 4.0]
+    clip_(gradients, norm, limit=1.0)
+    assert torch.cat(gradients).tolist() == pytest.approx([0.6, 0.0, 0.8], rel=1e-6)
+
+
+def test_lars_wants_gradients_without_their_scale() -> None:
+    network: TemporalNetwork = build_network("resnet18", CLASSES, num_frames=FRAMES)
+    optimizer = Lars(network.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(sum(parameter.sum() for parameter in network.parameters())).backward()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="unscale_"):
+        scaler.step(optimizer)
