@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .backend import Group, Reducer, ReducerOptions
 from .topology import Topology, TopologyError
+from .wire import half_part
 
 if not hasattr(hvd, "init"):  # what an installation without its compiled part looks like
     raise ImportError("its extension for torch was not built")
@@ -125,12 +126,11 @@ def _wait(handle: int) -> None:
 class _Compressor:
     """Turns a gradient into what Horovod can send, and back: contiguous, fp32 (or fp64) or fp16, scaled by 1/size.
 
-    Scaled before the sum, because a sum of 1,536 fp16 gradients would overflow; done here, because Horovod's grouped
-    reduction ignores its own pre-scaling.
+    Scaled before the sum (see `half_part`), and here, because Horovod's grouped reduction ignores its own pre-scaling.
     """
 
     def __init__(self, size: int, half_wire: bool) -> None:
-        self._scale = 1.0 / size
+        self._size = size
         self._half_wire = half_wire
 
     def compress(self, gradient: Tensor) -> tuple[Tensor, tuple[torch.dtype, bool]]:
@@ -140,10 +140,10 @@ class _Compressor:
             dense, channels_last = gradient.contiguous(), False
         context = (gradient.dtype, channels_last)
         if self._half_wire:
-            return (dense * self._scale).half(), context
+            return half_part(dense, self._size), context
         if gradient.dtype == torch.bfloat16:  # which Horovod cannot reduce
-            return dense.float() * self._scale, context
-        return dense.mul_(self._scale), context
+            return dense.float() * (1.0 / self._size), context
+        return dense.mul_(1.0 / self._size), context
 
     def decompress(self, reduced: Tensor, context: tuple[torch.dtype, bool]) -> Tensor:
         dtype, channels_last = context

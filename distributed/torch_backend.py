@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from .backend import Group, Reducer, ReducerOptions
 from .topology import Topology, TopologyError
+from .wire import half_part
 
 
 class TorchBackend:
@@ -89,8 +89,7 @@ class _DdpReducer:
         )
         self.network: nn.Module = self._ddp
         if options.half_wire:
-            # divides by the world's size before the sum, so that 1,536 fp16 gradients do not overflow
-            self._ddp.register_comm_hook(None, fp16_compress_hook)
+            self._ddp.register_comm_hook(dist.get_world_size(), _reduce_in_half)
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -99,3 +98,10 @@ class _DdpReducer:
 
     def finish(self) -> None:
         pass  # DDP's backward returns with the reduced gradients in place
+
+
+def _reduce_in_half(size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for a bucket: its mean over the world, by way of fp16."""
+    gradient = bucket.buffer()
+    sent = dist.all_reduce(half_part(gradient, size), async_op=True)
+    return sent.get_future().then(lambda done: gradient.copy_(done.value()[0]))
