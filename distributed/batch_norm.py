@@ -2,151 +2,136 @@
 
 The statistics of a group never depend on how the groups are laid out. Running statistics follow the mean over all groups
 of a step; each rank keeps the part of its own groups, and `average_running_statistics` joins them: the update is linear, so
-averaging now and then gives what averaging at every step would have given.
+averaging now and then gives what averaging at every step would have given. `recompute_running_statistics` replaces them by those
+of the present weights.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .backend import Backend, Group
+from .synchronized_norm import synchronized_norm
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """How the groups of every layer lie: `ghosts` equal parts of each micro-batch, or `group`, the ranks that share one."""
+
+    backend: Backend
+    ghosts: int
+    group: Group | None
+    accumulation: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copy of a network stays in the same world
 
 
 class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm over groups of clips; takes any shape (B, C, ...) with B in the order of clips.
+    """A batch norm over groups of clips, made from torch's own, whose tensors it takes over.
 
-    `ghosts` equal parts of the local batch are groups of their own, or, with `group`, the local batches of its ranks are one.
+    Takes any shape (B, C, ...) with B in the order of clips. In evaluation mode, so where it is frozen too, it normalises by its
+    running statistics and sends nothing. Unlike torch's it does not count batches: nothing here needs their number.
     """
 
-    def __init__(self, num_features: int, eps: float, momentum: float, name: str) -> None:
-        super().__init__(num_features, eps, momentum)
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, name: str, layout: GroupLayout) -> None:
+        if norm.momentum is None or norm.running_mean is None:
+            raise ValueError(
+                f"batch norm {name}: momentum=None and track_running_stats=False have no running averages over groups. "
+                "Fix: build it with a momentum and track_running_stats=True; plain averages come from batch.precise_bn_steps"
+            )
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.training = norm.training
         self.name = name
-        self._momentum = momentum
-        self.ghosts = 1
-        self.group: Group | None = None
-        self.backend: Backend | None = None
-        self.accumulation = 1
+        self.layout = layout
+        self.population: PopulationMoments | None = None
+        """Where it is set, a forward pass in training mode adds to it and leaves the running statistics alone."""
         self._micro_step = 0
 
     def _check_input_dim(self, x_BC: Tensor) -> None:
         pass
 
     def forward(self, x_BC: Tensor) -> Tensor:
+        statistics, affine, layout = (self.running_mean, self.running_var), (self.weight, self.bias), self.layout
         if not self.training:
-            return functional.batch_norm(
-                x_BC, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        if self.group is None:
-            if self.ghosts == 1 and self.accumulation == 1:  # what torch's own batch norm does, in its one kernel
-                statistics = self.running_mean, self.running_var
-                return functional.batch_norm(x_BC, *statistics, self.weight, self.bias, True, self._momentum, self.eps)
-            return self._over_ghosts(x_BC)
-        assert self.backend is not None
-        out_BC, mean_C, unbiased_var_C = _SynchronizedNorm.apply(x_BC, self.weight, self.bias, self)
-        self._update_running_statistics(mean_C, unbiased_var_C)
-        return out_BC
+            return functional.batch_norm(x_BC, *statistics, *affine, False, 0.0, self.eps)
+        if layout.group is not None:
+            out_BC, mean_C, var_C, count = synchronized_norm(x_BC, *affine, self.eps, self._sum_over_group)
+            self._follow(mean_C[None], var_C[None], count)
+            return out_BC
+        if layout.ghosts == layout.accumulation == 1 and self.population is None:
+            assert self.momentum is not None
+            return functional.batch_norm(x_BC, *statistics, *affine, True, self.momentum, self.eps)
+        return self._over_ghosts(x_BC)
+
+    def _sum_over_group(self, x: Tensor, kind: str) -> None:
+        self.layout.backend.all_reduce_(x, f"{self.name}.{kind}", self.layout.group)
 
     def _over_ghosts(self, x_BC: Tensor) -> Tensor:
-        if len(x_BC) % self.ghosts:
-            raise ValueError(f"{self.name}: {len(x_BC)} frames do not divide into {self.ghosts} batch-norm groups")
-        outs, means, variances = [], [], []
-        for part_BC in x_BC.split(len(x_BC) // self.ghosts):
-            # With momentum 1 torch's own kernel leaves the group's mean and unbiased variance in these.
-            mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)  # type: ignore[arg-type]
-            outs.append(functional.batch_norm(part_BC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps))
-            means.append(mean_C)
-            variances.append(var_C)
-        if self.ghosts == 1:
-            self._update_running_statistics(means[0], variances[0])
-            return outs[0]
-        self._update_running_statistics(torch.stack(means).mean(0), torch.stack(variances).mean(0))
-        return torch.cat(outs)
+        ghosts = self.layout.ghosts
+        if len(x_BC) % ghosts:
+            raise ValueError(f"{self.name}: {len(x_BC)} frames do not divide into {ghosts} batch-norm groups")
+        # With momentum 1 torch's own kernel leaves the group's mean and unbiased variance in these.
+        assert self.running_mean is not None
+        mean_GC, var_GC = self.running_mean.new_zeros(2, ghosts, self.num_features)
+        parts = x_BC.chunk(ghosts)
+        outs = [
+            functional.batch_norm(part_BC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps)
+            for part_BC, mean_C, var_C in zip(parts, mean_GC, var_GC, strict=True)
+        ]
+        self._follow(mean_GC, var_GC, parts[0].numel() // self.num_features)
+        return torch.cat(outs) if ghosts > 1 else outs[0]
 
     @torch.no_grad()
-    def _update_running_statistics(self, mean_C: Tensor, var_C: Tensor) -> None:
-        """One exponential step per training step, towards the mean of its micro-steps' statistics."""
-        assert self.running_mean is not None and self.running_var is not None
-        if self._micro_step == 0:
-            self.running_mean.mul_(1 - self._momentum)
-            self.running_var.mul_(1 - self._momentum)
-        self.running_mean.add_(mean_C, alpha=self._momentum / self.accumulation)
-        self.running_var.add_(var_C, alpha=self._momentum / self.accumulation)
-        self._micro_step = (self._micro_step + 1) % self.accumulation
+    def _follow(self, mean_GC: Tensor, var_GC: Tensor, count: int | Tensor) -> None:
+        """Take note of the means and unbiased variances of this rank's groups of `count` values a channel.
 
-
-class _SynchronizedNorm(torch.autograd.Function):
-    """Normalises a rank's part of a group by the statistics of the whole group: one all-reduce each way.
-
-    Returns `(out_BC, mean_C, unbiased_var_C)`. Statistics travel in float32 at least.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_BC: Tensor, weight_C: Tensor, bias_C: Tensor, norm: GroupBatchNorm
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert norm.backend is not None and norm.group is not None and norm.running_mean is not None
-        dims = [dim for dim in range(x_BC.dim()) if dim != 1]
-        # Deviations from a point that all ranks of the group share lose no digits when they are summed up.
-        shared_C = norm.running_mean.detach()
-        var_C, mean_C = torch.var_mean(x_BC.to(shared_C.dtype), dims, correction=0)
-        count = x_BC.numel() // x_BC.shape[1]
-        deviation_C = mean_C - shared_C
-        sums = torch.cat([deviation_C * count, (var_C + deviation_C.square()) * count, deviation_C.new_tensor([count])])
-        norm.backend.all_reduce_(sums, f"{norm.name}.statistics", norm.group)
-        total = sums[-1]
-        deviation_C, square_C = (sums[:-1] / total).chunk(2)
-        mean_C = shared_C + deviation_C
-        var_C = square_C - deviation_C.square()
-        out_BC = functional.batch_norm(x_BC, mean_C, var_C, weight_C, bias_C, False, 0.0, norm.eps)
-        ctx.save_for_backward(x_BC, weight_C, mean_C, var_C, total)
-        ctx.norm = norm
-        unbiased_var_C = var_C * (total / (total - 1))
-        ctx.mark_non_differentiable(mean_C, unbiased_var_C)
-        return out_BC, mean_C, unbiased_var_C
-
-    @staticmethod
-    def backward(ctx: Any, grad_BC: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        x_BC, weight_C, mean_C, var_C, total = ctx.saved_tensors
-        norm: GroupBatchNorm = ctx.norm
-        assert norm.backend is not None
-        # As for fixed statistics: the local sums over xhat * grad and grad, and grad * weight / std.
-        grad_x_BC, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
-            grad_BC, x_BC, weight_C, mean_C, var_C, None, None, False, norm.eps, [True, True, True]
-        )
-        sums = torch.cat([grad_weight_C, grad_bias_C])
-        norm.backend.all_reduce_(sums, f"{norm.name}.gradients", norm.group)
-        mean_xhat_grad_C, mean_grad_C = (sums / total).chunk(2)
-        # What the statistics themselves add: -weight / std * (mean(grad) + xhat * mean(xhat * grad)), linear in x.
-        inverse_std_C = (var_C + norm.eps).rsqrt()
-        slope_C = weight_C * inverse_std_C.square() * mean_xhat_grad_C
-        constant_C = weight_C * inverse_std_C * mean_grad_C - slope_C * mean_C
-        shape = [-1 if dim == 1 else 1 for dim in range(x_BC.dim())]
-        slope_C, constant_C = slope_C.to(x_BC.dtype).view(shape), constant_C.to(x_BC.dtype).view(shape)
-        grad_x_BC = grad_x_BC.sub_(constant_C).addcmul_(x_BC, slope_C, value=-1)
-        return grad_x_BC, grad_weight_C, grad_bias_C, None
+        One exponential step per training step, towards the mean of its micro-steps' statistics.
+        """
+        if self.population is not None:
+            self.population.add(mean_GC, var_GC, count)
+            return
+        assert self.momentum is not None
+        accumulation = self.layout.accumulation
+        for running_C, new_GC in ((self.running_mean, mean_GC), (self.running_var, var_GC)):
+            assert running_C is not None
+            new_C = new_GC[0] if len(new_GC) == 1 else new_GC.mean(0)
+            if accumulation == 1:
+                running_C.lerp_(new_C, self.momentum)
+                continue
+            if self._micro_step == 0:
+                running_C.mul_(1 - self.momentum)
+            running_C.add_(new_C, alpha=self.momentum / accumulation)
+        self._micro_step = (self._micro_step + 1) % accumulation
 
 
 def convert_batch_norm(
     network: nn.Module, backend: Backend, ghosts: int, rank_groups: list[list[int]], accumulation: int
 ) -> None:
-    """Replace every batch norm of a network, in place, by one over groups; names and values of tensors stay.
+    """Replace every batch norm below a network, in place, by one over groups.
 
-    `rank_groups`: ranks that share a group; empty where groups lie within ranks, `ghosts` in each micro-batch.
+    The tensors stay the same objects under the same names, so an optimizer or a shared module keeps its hold on them; modes and
+    what is frozen stay too. `rank_groups`: ranks that share a group, all ranks call with the same list; empty where groups lie
+    within ranks, `ghosts` in each micro-batch. Raises ValueError for a batch norm without running averages.
     """
-    group = backend.group(rank_groups) if rank_groups else None
+    if isinstance(network, nn.modules.batchnorm._BatchNorm):
+        raise ValueError("convert_batch_norm replaces the norms inside a network. Fix: hand it nn.Sequential(norm)")
+    layout = GroupLayout(backend, ghosts, backend.group(rank_groups) if rank_groups else None, accumulation)
+    made: dict[nn.Module, GroupBatchNorm] = {}  # a norm that stands in two places stays one
     for parent_name, parent in list(network.named_modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in parent._modules.items():
             if not isinstance(child, nn.modules.batchnorm._BatchNorm):
                 continue
-            name = f"{parent_name}.{child_name}".lstrip(".")
-            assert child.momentum is not None
-            norm = GroupBatchNorm(child.num_features, child.eps, child.momentum, name)
-            norm.load_state_dict(child.state_dict())
-            norm.to(child.weight)
-            norm.ghosts, norm.group, norm.backend, norm.accumulation = ghosts, group, backend, accumulation
-            setattr(parent, child_name, norm)
+            if child not in made:
+                made[child] = GroupBatchNorm(child, f"{parent_name}.{child_name}".lstrip("."), layout)
+            setattr(parent, child_name, made[child])
 
 
 @torch.no_grad()
@@ -168,3 +153,63 @@ def average_running_statistics(network: nn.Module, backend: Backend) -> None:
     flat /= backend.topology.size
     for buffer, part in zip(buffers, flat.split([len(buffer) for buffer in buffers]), strict=True):
         buffer.copy_(part)
+
+
+class PopulationMoments:
+    """Sums over groups of their means and of their second moments about 0, in float64."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.sums_2C = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.groups = 0
+
+    def add(self, mean_GC: Tensor, unbiased_var_GC: Tensor, count: int | Tensor) -> None:
+        mean_GC = mean_GC.double()
+        self.sums_2C[0] += mean_GC.sum(0)
+        self.sums_2C[1] += (unbiased_var_GC.double() * ((count - 1) / count) + mean_GC.square()).sum(0)
+        self.groups += len(mean_GC)
+
+
+@torch.no_grad()
+def recompute_running_statistics(network: nn.Module, backend: Backend, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics to those of the present weights: plain averages over the groups of some training batches.
+
+    "Precise BN" (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3): each layer normalises by its
+    group, as in training, and over all groups `mean = E[mean_g]`, `var = E[mean_g^2 + var_g] - mean^2`. An exponential average
+    instead mixes statistics of older weights, and of few groups. Dropout is off. Frozen layers keep their statistics.
+
+    `batches`: this rank's inputs, as many on every rank. Every rank ends with the same statistics, which do not depend on how
+    the groups lay on ranks. Raises ValueError when there are no batches.
+    """
+    modes = {module: module.training for module in network.modules()}
+    norms = [module for module in modes if isinstance(module, GroupBatchNorm) and module.training]
+    if not norms:
+        return
+    network.eval()
+    for norm in norms:
+        norm.train()
+        norm.population = PopulationMoments(norm.num_features, backend.device)
+    try:
+        for x in batches:
+            network(x)
+        _share_population(norms, backend)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for norm in norms:
+            norm.population = None
+
+
+def _share_population(norms: list[GroupBatchNorm], backend: Backend) -> None:
+    """Write the moments over all ranks into the running statistics: one message. (Ranks of a group all bring its part.)"""
+    populations = [norm.population for norm in norms if norm.population is not None]
+    if populations[0].groups == 0:
+        raise ValueError("running statistics cannot be recomputed from no batches")
+    moments = torch.cat([population.sums_2C / population.groups for population in populations], dim=1)
+    backend.all_reduce_(moments, "population_statistics")
+    moments /= backend.topology.size
+    for norm, (mean_C, second_C) in zip(
+        norms, moments.split([norm.num_features for norm in norms], dim=1), strict=True
+    ):
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean_C)
+        norm.running_var.copy_((second_C - mean_C.square()).clamp_(min=0))
