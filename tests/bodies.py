@@ -95,7 +95,7 @@ def equivalence(context: Context) -> dict[str, Any]:
     scores = {}
     for name, overrides in VARIANTS.items():
         job = trained(context, name, *overrides)
-        scores[name] = score(job).scores.as_dict()
+        scores[name] = score(job, job.recipe.total_steps).scores.as_dict()
     return scores
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distributed.batch_norm import average_running_statistics
+from distributed.batch_norm import average_running_statistics, recompute_running_statistics
 from distributed.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from pipelines.loader import BadClipRecord, ClipBatch
 
@@ -64,9 +64,12 @@ def train(job: Job, records: Records) -> int:
     return EXIT_DONE
 
 
-def score(job: Job) -> Evaluation:
-    """Evaluate on the validation clips, with running statistics that all ranks share."""
-    average_running_statistics(job.trainer.network, job.backend)
+def score(job: Job, step: int) -> Evaluation:
+    """Evaluate after `step` steps on the validation clips, with running statistics that all ranks share."""
+    if job.config.batch.precise_bn_steps:
+        _recompute_statistics(job, step)
+    else:
+        average_running_statistics(job.trainer.network, job.backend)
     return assess(
         job.trainer.network,
         job.trainer.normalise,
@@ -77,9 +80,21 @@ def score(job: Job) -> Evaluation:
     )
 
 
+def _recompute_statistics(job: Job, step: int) -> None:
+    """Precise batch norm over the clips of the steps that would come next: on any world the same, at the end of the run too.
+
+    They stay: the checkpoint then scores what its evaluation did, and training uses running statistics only to keep them up.
+    Clips that cannot be decoded are replaced by rule, and reported when training comes to them.
+    """
+    plan = job.execution.stream_positions(job.backend.topology.rank, step, step + job.config.batch.precise_bn_steps)
+    batches = job.loader(job.training_clips).batches(plan)
+    inputs = (job.trainer.normalise(batch.video_NTCHW) for batch in batches)
+    recompute_running_statistics(job.trainer.network, job.backend, inputs)
+
+
 def _evaluate(job: Job, records: Records, step: int) -> None:
     started_s = time.monotonic()
-    evaluation = score(job)
+    evaluation = score(job, step)
     scores, missing = evaluation.scores, evaluation.missing
     for record in missing:
         records.bad_clip(job.folder, split="val", step=step, **vars(record))

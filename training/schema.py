@@ -87,6 +87,8 @@ class BatchConfig:
     """Clips that share batch-norm statistics; null: the whole global batch."""
     micro_batch: int | None = None
     """The most clips that a process takes at once; null: its whole part. More accumulation, same result."""
+    precise_bn_steps: int = 0
+    """Steps of training clips over which an evaluation averages batch-norm statistics anew; 0: keep the running averages."""
 
 
 @dataclass
@@ -308,7 +310,7 @@ _POSITIVE = (
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "pipeline.workers", "data.max_bad_clips", "optimizer.weight_decay", "optimizer.eps", "schedule.warmup_epochs",
+    "pipeline.workers", "data.max_bad_clips", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps", "schedule.warmup_epochs",
 )  # fmt: skip
 
 
