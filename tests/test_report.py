@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distributed.optim.schedule import Schedule
 from training.report import History, write_report
 from training.run_folder import RunFolder
 
@@ -128,6 +130,17 @@ def test_full_run(run: Run) -> None:
     assert page.tags.count("svg") == 5
     assert page.tags.count("tr") == 1 + 3
     assert "validation right order-pair" in page.text
+
+
+def test_the_schedule_is_drawn_beside_the_rates_that_were_taken(run: Run) -> None:
+    """Of the newest start: an older one may have been told another."""
+    for milestones in ([333], [16, 777]):
+        schedule = Schedule("step", 1.92, 1_000, 98, milestone_steps=tuple(milestones))
+        run.start(schedule=asdict(schedule), steps_per_epoch=10.0)
+    run.train(10)
+    texts = run.page().texts
+    assert {"epoch", "planned", "taken", "98", "777", "16"} <= set(texts)
+    assert "333" not in texts
 
 
 def test_resumed_run_counts_each_step_once(run: Run) -> None:

@@ -3,6 +3,7 @@
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from distributed.backend import Backend, make_backend, pick_device
@@ -89,7 +90,11 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     code = EXIT_FAILURE
     try:
         records.say(describe_plan(job))
-        records.write("start", job.first_step, world_size=backend.topology.size, backend=backend.name)
+        told = {
+            "schedule": asdict(job.recipe.schedule),
+            "steps_per_epoch": job.recipe.steps_per_epoch,
+        }  # for the report
+        records.write("start", job.first_step, world_size=backend.topology.size, backend=backend.name, **told)
         code = train(job, records)
         records.write("end", job.recipe.total_steps, exit_code=code)
     finally:

@@ -2,29 +2,30 @@
 
 import html
 import json
-import logging
 import math
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from distributed.optim.schedule import Schedule
+
+from .charts import BLUE, GREEN, GREY, ORANGE, add_legend, draw_schedule, svg_chart
 from .errors import EXIT_DONE
 from .records import read_metrics
 from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 
 # What a resumed run takes again when a kill threw it back to its last checkpoint.
 _REPEATED_KINDS = ("train", "evaluation", "checkpoint")
 _BAD_CLIPS_SHOWN = 20
-
-_BLUE, _ORANGE, _GREEN, _GREY = "#2563ab", "#d9622b", "#3a8f5c", "#5f6773"
 
 
 def write_report(folder: RunFolder) -> None:
@@ -203,18 +204,18 @@ class Curve:
 def _curves(history: History) -> str:
     train, evaluation = history.train, history.evaluation
     charts = [
-        ("Loss", [Curve("train", train, "loss", _BLUE), Curve("validation", evaluation, "loss", _ORANGE, marker="o")]),
+        ("Loss", [Curve("train", train, "loss", BLUE), Curve("validation", evaluation, "loss", ORANGE, marker="o")]),
         (
             "Accuracy [%]",
             [
-                Curve("train top-1", train, "top1_percent", _BLUE),
-                Curve("validation top-1", evaluation, "top1_percent", _ORANGE, marker="o"),
-                Curve("validation right order-pair", evaluation, "order_group_percent", _ORANGE, "--", "o"),
+                Curve("train top-1", train, "top1_percent", BLUE),
+                Curve("validation top-1", evaluation, "top1_percent", ORANGE, marker="o"),
+                Curve("validation right order-pair", evaluation, "order_group_percent", ORANGE, "--", "o"),
             ],
         ),
-        ("Learning rate", [Curve("learning rate", train, "learning_rate", _GREY)]),
-        ("Clips a second", [Curve("clips/s", train, "clips_per_s", _GREEN)]),
-        ("Waiting for input [% of time]", [Curve("input wait", train, "input_wait_percent", _GREEN)]),
+        ("Learning rate", [Curve("taken", train, "learning_rate", BLUE)]),
+        ("Clips a second", [Curve("clips/s", train, "clips_per_s", GREEN)]),
+        ("Waiting for input [% of time]", [Curve("input wait", train, "input_wait_percent", GREEN)]),
     ]
     drawable = [
         (title, drawn) for title, curves in charts if (drawn := [curve for curve in curves if _drawable(curve)])
@@ -222,8 +223,9 @@ def _curves(history: History) -> str:
     if not drawable:
         return ""
     resumed = [record["step"] for record in history.starts[1:] if record["step"] > 0]
+    newest = history.starts[-1] if history.starts else {}
     figures = [
-        f"<figure>{_chart(title, curves, resumed, width_in=5.2 if place < 2 else 3.8)}</figure>"  # two wide ones on top
+        f"<figure>{_chart(title, curves, resumed, 5.2 if place < 2 else 3.8, newest)}</figure>"  # two wide ones on top
         for place, (title, curves) in enumerate(drawable)
     ]
     note = '<p class="hint">Dotted vertical lines: the run was resumed there.</p>' if resumed else ""
@@ -234,18 +236,11 @@ def _drawable(curve: Curve) -> bool:
     return any(map(math.isfinite, _values(curve.records, curve.key)[1]))
 
 
-def _chart(title: str, curves: list[Curve], resumed: list[int], width_in: float) -> str:
-    """An SVG element of the curves over steps."""
-    # Imported here: rank 0 alone needs it, once. Its first import on a machine says that it looks through the fonts.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def _chart(title: str, curves: list[Curve], resumed: list[int], width_in: float, start: Record) -> str:
+    """An SVG element of the curves over steps; `start`: the newest start's record, which has the schedule."""
 
-    # Text stays text, and ids that differ between charts keep one from using another's clip paths.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(width_in, 2.9 if width_in > 5 else 2.5), layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: "Axes") -> None:
+        planned = title == "Learning rate" and _drawn_schedule(axes, start)
         for curve in curves:
             steps, values = _values(curve.records, curve.key)
             marker = curve.marker or ("." if len(steps) == 1 else "")
@@ -253,31 +248,25 @@ def _chart(title: str, curves: list[Curve], resumed: list[int], width_in: float)
                 steps, values, curve.style, color=curve.colour, marker=marker, markersize=4, lw=1.6, label=curve.label
             )
         for step in resumed:
-            axes.axvline(step, color=_GREY, lw=0.8, ls=":")
+            axes.axvline(step, color=GREY, lw=0.8, ls=":")
         if title.startswith(("Accuracy", "Waiting")):
             axes.set_ylim(-2, 102)
         elif title.startswith("Clips"):
             axes.set_ylim(bottom=0)
-        axes.set_title(title, loc="left", fontsize=10, color="#1c2430", fontweight="bold")
-        axes.set_xlabel("step", fontsize=9, color=_GREY)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.tick_params(labelsize=8, colors=_GREY, length=3)
-        axes.grid(color="#e3e7ec", lw=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#b9c0ca")
-        if len(curves) > 1:
-            axes.legend(fontsize=8, frameon=False, labelcolor="#1c2430")
-        return _svg_of(figure.savefig)
+        if len(curves) > 1 or planned:
+            add_legend(axes)
+
+    return svg_chart(title, draw, width_in, 2.9 if width_in > 5 else 2.5)
 
 
-def _svg_of(save: Callable[..., None]) -> str:
-    """The SVG element alone, without the header and the metadata that name places on the web."""
-    file = StringIO()
-    save(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)  # implied inside HTML
-    return re.sub(r' id="[\w.]+_\d+"', "", svg)  # names of groups, the same in every chart, that nothing refers to
+def _drawn_schedule(axes: "Axes", start: Record) -> bool:
+    """Draw the schedule that a start's record tells of, where it does (older runs' do not)."""
+    told = start.get("schedule")
+    if not isinstance(told, dict):
+        return False
+    schedule = Schedule(**told | {"milestone_steps": tuple(told["milestone_steps"])})
+    draw_schedule(axes, schedule, start["steps_per_epoch"])
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------- tables and details
