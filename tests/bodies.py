@@ -1,24 +1,27 @@
 """What each process of a test world does; tests/test_worlds.py checks what comes back. Results are plain JSON."""
 
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from torch import nn
+from torch import Tensor, nn
 
 from distributed.backend import Backend, ReducerOptions
 from distributed.batch_norm import average_running_statistics, convert_batch_norm
 from distributed.control import ControlChannel
 from distributed.topology import find_topology
+from pipelines.loader import ClipBatch
 from training import schema
-from training.errors import ConfigError
+from training.errors import ConfigError, DivergedError
 from training.job import Job, build_job, check_agreement
 from training.loop import score, train
 from training.main import join_world
+from training.optimizers import optimizer_tensors
 from training.records import Records
 from training.schema import Config
 
@@ -76,11 +79,27 @@ def config_for(context: Context, run_id: str, *overrides: str) -> Config:
     return compose_config(*EQUIVALENCE, data, f"outputs={context.folder}", f"run_id={run_id}", *overrides)
 
 
-def trained(context: Context, run_id: str, *overrides: str) -> Job:
-    """Train a run to its end (or max_steps) as train.py does; its checkpoint stays in the folder."""
+def job_of(context: Context, run_id: str, *overrides: str) -> Job:
     config = config_for(context, run_id, *overrides)
     torch.manual_seed(config.seed)
-    job = build_job(config, context.backend, context.control)
+    return build_job(config, context.backend, context.control)
+
+
+def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, ...] = ()) -> Job:
+    """Train a run to its end (or max_steps) as train.py does; its checkpoint stays in the folder.
+
+    In the steps `spoiled` the last rank's clips are not finite.
+    """
+    job = job_of(context, run_id, *overrides)
+    config, take_step = job.config, job.trainer.step
+
+    def step(number: int, batches: list[ClipBatch]) -> Tensor:
+        last = context.backend.topology.rank == context.backend.topology.size - 1
+        return take_step(
+            number, [damaged(batch, math.inf) for batch in batches] if number in spoiled and last else batches
+        )
+
+    job.trainer.step = step  # type: ignore[method-assign, assignment]
     if context.backend.topology.rank == 0:
         job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     context.backend.barrier()
@@ -142,17 +161,6 @@ def collectives(context: Context) -> dict[str, Any]:
     }
 
 
-def half_wire(context: Context) -> float:
-    """The largest gradient that fp16 can hold on every rank must come through the average unharmed."""
-    parameter = nn.Linear(4, 1, bias=False)
-    reducer = context.backend.reducer(parameter, ReducerOptions(half_wire=True))
-    with reducer.micro_step(last=True):
-        (reducer.network(torch.ones(1, 4)) * 60000.0).sum().backward()
-    reducer.finish()
-    assert parameter.weight.grad is not None and parameter.weight.grad.dtype == torch.float32
-    return parameter.weight.grad.max().item()
-
-
 def running_statistics(context: Context) -> list[float]:
     """Ghost groups with accumulation: running statistics after averaging are those of all groups of the step."""
     size, rank = context.backend.topology.size, context.backend.topology.rank
@@ -164,6 +172,144 @@ def running_statistics(context: Context) -> list[float]:
     average_running_statistics(norm, context.backend)
     child: Any = norm[0]
     return [*child.running_mean.tolist(), *child.running_var.tolist()]
+
+
+def damaged(batch: ClipBatch, value: float) -> ClipBatch:
+    """The same clips, with a value in one place that no uint8 video could have."""
+    video_NTCHW = batch.video_NTCHW.double()
+    video_NTCHW[0, 0, 0, 7, 7] = value
+    return replace(batch, video_NTCHW=video_NTCHW)
+
+
+def state_of(job: Job) -> dict[str, Tensor]:
+    """Copies of weights, running statistics and optimizer state."""
+    network = job.trainer.network
+    live = network.state_dict() | optimizer_tensors(network, job.trainer.optimizer)
+    return {name: tensor.clone() for name, tensor in live.items()}
+
+
+def bad_steps(context: Context) -> dict[str, Any]:
+    """Three steps, the second of them spoiled on the last rank alone; and a run that only takes the first and third.
+
+    Groups of 2 clips, so that batch norm is local in every world: the other ranks' running statistics stay numbers. With 1e200
+    variances overflow and the last rank's loss and gradients do not.
+    """
+    backend = context.backend
+    last = backend.topology.rank == backend.topology.size - 1
+    options = ["batch.bn_group=2", "optimizer.clip_norm=1"]
+    results: dict[str, Any] = {"flags": [], "changed": [], "differences": []}
+    ends = []
+    for value in (None, math.inf, 1e200):
+        job = job_of(context, "none", *options)
+        batches = job.loader(job.training_clips).batches(job.execution.stream_positions(backend.topology.rank, 0, 3))
+        flags = []
+        for step in range(3):
+            batch = next(batches)
+            before = state_of(job)
+            if step == 1 and value is None:
+                continue
+            spoiled = step == 1 and last and value is not None
+            flags.append(job.trainer.step(step, [damaged(batch, value) if spoiled and value else batch])[3].item())
+            if step == 1:
+                results["changed"] += [name for name, tensor in state_of(job).items() if not tensor.equal(before[name])]
+        results["flags"].append(flags)
+        ends.append(state_of(job))
+    for end in ends[1:]:
+        results["differences"].append(max((end[name] - ends[0][name]).abs().max().item() for name in end))
+    return results
+
+
+def bad_steps_in_a_run(context: Context) -> list[str]:
+    """A run that recovers from three bad steps, and one that ends at the third in a row: what each rank hears."""
+    options = [
+        "batch.bn_group=2",
+        "numerics.max_bad_steps_in_a_row=3",
+        "logger.every_steps=2",
+        "checkpoint.every_epochs=1",
+    ]
+    ended = []
+    for run_id, spoiled in (("recovering", (0, 1, 3)), ("diverging", (2, 3, 4))):
+        try:
+            trained(context, run_id, *options, "max_steps=5", spoiled=spoiled)
+            ended.append("done")
+        except DivergedError as error:
+            ended.append(str(error))
+    return ended
+
+
+def scaled_and_clipped(context: Context) -> float:
+    """Two steps with a loss scale and a limit on the norm that is always reached, from two micro-steps; the weights are kept."""
+    job = job_of(context, "none", "batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=0.1")
+    trainer = job.trainer
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batches = job.loader(job.training_clips).batches(
+        job.execution.stream_positions(context.backend.topology.rank, 0, 2)
+    )
+    for step in range(2):
+        assert trainer.step(step, [next(batches) for _ in range(job.execution.accumulation)])[3] == 0
+    return float(sum(parameter.detach().abs().sum() for parameter in trainer.network.parameters()))
+
+
+def half_wire(context: Context) -> dict[str, float]:
+    """Gradients whose mean fp16 can hold and whose sum, or largest part, it cannot."""
+    backend = context.backend
+    rank, size = backend.topology.rank, backend.topology.size
+
+    def mean(gradient: float, deterministic: bool = False) -> float:
+        layer = nn.Linear(4, 1, bias=False)
+        reducer = backend.reducer(layer, ReducerOptions(half_wire=True, deterministic=deterministic))
+        with reducer.micro_step(last=True):
+            (reducer.network(torch.ones(1, 4)) * gradient).sum().backward()
+        reducer.finish()
+        assert layer.weight.grad is not None
+        return layer.weight.grad.max().item()
+
+    bare = torch.full((4,), 60000.0, dtype=torch.float16)
+    backend.all_reduce_(bare, "test.half")
+    return {
+        "alike": mean(60000.0),
+        "in fixed groups": mean(60000.0, deterministic=True),
+        "one of them large": mean(60000.0 * size if rank == 0 else 0.0),
+        "too large": mean(70000.0 * size if rank == 0 else 0.0),
+        "sum of fp16": bare.max().item(),
+    }
+
+
+def reduced_gradients(context: Context) -> dict[str, list[float]]:
+    """Means over ranks of gradients that Horovod cannot take as they are: bf16, channels_last, of several micro-steps."""
+    backend = context.backend
+    value = float(backend.topology.rank + 1)
+    means = {}
+    for name, layer in (
+        ("bfloat16", nn.Conv2d(2, 2, 2, bias=False, dtype=torch.bfloat16)),
+        ("channels_last", nn.Conv2d(2, 2, 2, bias=False).to(memory_format=torch.channels_last)),  # type: ignore[call-overload]
+    ):
+        reducer = backend.reducer(layer, ReducerOptions(accumulation=2))
+        optimizer = _Plain(list(layer.parameters()), 1.0)
+        nn.init.zeros_(layer.weight)
+        for _ in range(2):  # the second time there are gradients to take away
+            optimizer.zero_grad(set_to_none=True)
+            for last in (False, True):
+                with reducer.micro_step(last):
+                    x_BCHW = torch.arange(8.0).view(1, 2, 2, 2).to(layer.weight) * value * (1 + last)
+                    (reducer.network(x_BCHW).sum() / 2).backward()
+            reducer.finish()
+            optimizer.step()
+        means[name] = (-layer.weight / 2).flatten().tolist()
+    return means
+
+
+class _Plain(torch.optim.Optimizer):
+    """Gradient descent whose rate has no default, so that it cannot be made again from its parameters alone."""
+
+    def __init__(self, params: list[nn.Parameter], rate: float) -> None:
+        super().__init__(params, {"rate": rate})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad * group["rate"])
 
 
 def disagreement(context: Context) -> str:
@@ -215,7 +361,6 @@ def no_leftovers(context: Context) -> bool:
 
 BODIES: list[Callable[[Context], Any]] = [
     collectives,
-    half_wire,
     running_statistics,
     disagreement,
     missing_at_barrier,
@@ -223,5 +368,10 @@ BODIES: list[Callable[[Context], Any]] = [
     resumed,
     deterministic,
     agreed_stop,
+    bad_steps,
+    bad_steps_in_a_run,
+    scaled_and_clipped,
+    half_wire,
+    reduced_gradients,
     no_leftovers,
 ]

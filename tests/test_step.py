@@ -232,6 +232,6 @@ def test_lars_wants_gradients_without_their_scale() -> None:
     network: TemporalNetwork = build_network("resnet18", CLASSES, num_frames=FRAMES)
     optimizer = Lars(network.parameters())
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(sum(parameter.sum() for parameter in network.parameters())).backward()  # type: ignore[union-attr]
+    scaler.scale(sum(parameter.sum() for parameter in network.parameters())).backward()  # type: ignore[union-attr, arg-type]
     with pytest.raises(ValueError, match="unscale_"):
         scaler.step(optimizer)

@@ -1,5 +1,7 @@
 """Every distributed behaviour in real worlds of 1, 2 and 4 processes on every backend."""
 
+import json
+import math
 import re
 import subprocess
 import sys
@@ -161,10 +163,6 @@ def test_collectives(results: Results, world: World) -> None:
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
 
 
-def test_half_precision_wire_does_not_overflow(results: Results) -> None:
-    assert results.of("half_wire") == pytest.approx([60000.0] * len(results.by_rank), rel=1e-3)
-
-
 def test_running_statistics_follow_all_groups_of_a_step(results: Results) -> None:
     x_NCHW = torch.randn(16, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     groups = x_NCHW.chunk(8)
@@ -195,3 +193,75 @@ def test_ranks_stop_behind_the_same_step(results: Results) -> None:
     steps = results.of("agreed_stop")
     assert steps[0] and steps[0][0] >= 3
     assert all(step == steps[0] for step in steps)
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_step_on_one_rank_is_rolled_back_bit_for_bit_on_all(results: Results) -> None:
+    """And the run goes on as if that step's update had been left out. Two kinds: infinite clips, and variances that overflow."""
+    for result in results.of("bad_steps"):
+        assert result["flags"] == [[0, 0], [0, 1, 0], [0, 1, 0]]
+        assert result["changed"] == []
+        assert max(result["differences"]) < 1e-9
+
+
+def test_bad_steps_in_a_row_end_all_ranks_before_a_checkpoint(results: Results, world: World) -> None:
+    for recovered, ended in results.of("bad_steps_in_a_run"):
+        assert recovered == "done"
+        assert "3 steps in a row" in ended and "numerics.max_bad_steps_in_a_row=3" in ended
+        assert f"not finite on ranks [{world.size - 1}]" in ended
+    assert [path.name for path in (results.folder / "recovering" / "checkpoints").iterdir()] == ["step-00000005"]
+    assert not list((results.folder / "diverging" / "checkpoints").iterdir())
+
+
+def test_bad_steps_are_written_down_with_their_clips(results: Results, world: World, launches: dict[Any, Any]) -> None:
+    def lines(found: Results, run_id: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (found.folder / run_id / "bad_steps.jsonl").read_text().splitlines()]
+
+    results.of("bad_steps_in_a_run")
+    alone = results_of(WORLDS[0], launches)
+    for run_id, spoiled in (("recovering", [0, 1, 3]), ("diverging", [2, 3, 4])):
+        written = lines(results, run_id)
+        assert [line["step"] for line in written] == spoiled
+        for line, expected in zip(written, lines(alone, run_id), strict=True):
+            assert line["ranks_not_finite"] == [world.size - 1]
+            assert len(line["rows_by_rank"]) == world.size
+            assert [row for rows in line["rows_by_rank"] for row in rows] == expected["rows_by_rank"][0]
+    metrics = (results.folder / "recovering" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, metrics) if record["kind"] == "train"]
+    assert [record["step"] for record in records] == [4, 5]  # of the first two steps there is nothing to tell
+    assert all(math.isfinite(record["loss"]) for record in records)
+
+
+def test_loss_scale_clipping_and_accumulation_give_the_same_weights_in_every_world(
+    results: Results, launches: dict[Any, Any]
+) -> None:
+    (expected,) = results_of(WORLDS[0], launches).of("scaled_and_clipped")
+    assert results.of("scaled_and_clipped") == pytest.approx([expected] * len(results.by_rank), rel=1e-12)
+
+
+def test_half_precision_wire_does_not_overflow_where_the_mean_does_not(results: Results, world: World) -> None:
+    for means in results.of("half_wire"):
+        assert means.pop("too large") == (70000.0 if world.size == 1 else math.inf)
+        assert means.pop("sum of fp16") == (60000.0 if world.size == 1 else math.inf)
+        assert means == pytest.approx(dict.fromkeys(means, 60000.0), rel=1e-3)
+
+
+def test_gradients_that_horovod_cannot_take_are_averaged_all_the_same(results: Results, world: World) -> None:
+    """bf16, channels_last, two micro-steps; for an optimizer that Horovod could not make again."""
+    mean_rank = (world.size + 1) / 2
+    expected = [number * mean_rank * 1.5 for number in range(8)] * 2
+    for means in results.of("reduced_gradients"):
+        assert means["channels_last"] == pytest.approx(expected, rel=1e-6)
+        assert means["bfloat16"] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["horovodrun-2", "mpirun-2"])
+def test_a_rank_that_is_done_first_waits_for_the_others(name: str, tmp_path: Path) -> None:
+    """Rank 0 closes while the other still reduces; Horovod would shut down under it."""
+    (world,) = (available(world) for world in WORLDS if world.name == name)
+    command = world.command(str(CHECKOUT / "tests" / "early_exit.py"))
+    done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reduced while rank 0 was closing" in done.stdout
