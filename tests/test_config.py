@@ -132,6 +132,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("optimizer.momentum", 1.0),
     ("optimizer.beta2", 1.0),
     ("optimizer.label_smoothing", 1.0),
+    ("optimizer.ema_decay", 1.0),
     ("schedule.decay", "linear"),
     ("schedule.epochs", 0.0),
     ("schedule.warmup_epochs", -1.0),

@@ -24,6 +24,7 @@ from .run_folder import RunFolder
 from .saved_logits import Origin, save_logits
 from .schema import Config
 from .step import Normaliser
+from .weight_average import PREFIX
 
 # What changes a network's function without changing its tensors, and so must be said as it was in training. The number of
 # frames may differ: a TSN is often evaluated with more than it was trained with.
@@ -61,7 +62,7 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
 
 
 def _load(config: Config, network: TemporalNetwork) -> Weights:
-    """On rank 0: put the weights that the configuration names into the network."""
+    """On rank 0: put the weights that the configuration names into the network: their average, where the run kept one."""
     if config.run_id is not None:
         return _load_run(config, network)
     if config.model.init == RANDOM:
@@ -104,7 +105,10 @@ def _load_run(config: Config, network: TemporalNetwork) -> Weights:
         raise ConfigError(
             f"the checkpoint of {config.run_id} is of another network: {error}. Fix: give the overrides that it was trained with"
         ) from error
-    network.load_state_dict(checkpoint.network)
+    averaged = {
+        name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
+    }
+    network.load_state_dict(checkpoint.network | averaged)
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     return Weights(config.run_id, checkpoint.state["step"], fingerprint)
 

@@ -29,6 +29,7 @@ from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
 from .schema import Config
 from .step import Normaliser, Trainer
+from .weight_average import WeightAverage
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -214,8 +215,9 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
 
     network, first_weights = _build_network(config, backend, execution, None if resumed else first)
     optimizer = make_optimizer(network, config.optimizer)
+    average = None if config.optimizer.ema_decay is None else WeightAverage(network, config.optimizer.ema_decay)
     if state is not None:
-        _restore(backend, network, optimizer_tensors(network, optimizer), resumed)
+        _restore(backend, network, state_tensors(network, optimizer, average), resumed)
     options = ReducerOptions(
         execution.accumulation, config.distributed.wire == "float16", config.numerics.deterministic
     )
@@ -231,6 +233,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         amp=config.numerics.amp,
         clip_norm=config.optimizer.clip_norm,
         label_smoothing=config.optimizer.label_smoothing,
+        average=average,
     )
     decoder = choose_decoder(config.pipeline.decoder)
     job = Job(
@@ -250,6 +253,13 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         trainer.scaler.load_state_dict(state["scaler"])
         set_step_counts(optimizer, state["step_counts"])
     return job
+
+
+def state_tensors(
+    network: TemporalNetwork, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> dict[str, Tensor]:
+    """What a checkpoint holds by name beside the network; the tensors are the live ones."""
+    return optimizer_tensors(network, optimizer) | (average.tensors() if average else {})
 
 
 def network_of(config: Config) -> TemporalNetwork:

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from pipelines.loader import BadClipRecord, ClipBatch
 from .bad_steps import BadStep, BadSteps
 from .errors import EXIT_DONE, DataError
 from .evaluation import Evaluation, assess
-from .job import Job
-from .optimizers import optimizer_tensors, step_counts
+from .job import Job, state_tensors
+from .optimizers import step_counts
 from .records import Records
 from .signals import StopSignal
 
@@ -65,19 +66,21 @@ def train(job: Job, records: Records) -> int:
 
 
 def score(job: Job, step: int) -> Evaluation:
-    """Evaluate after `step` steps on the validation clips, with running statistics that all ranks share."""
-    if job.config.batch.precise_bn_steps:
-        _recompute_statistics(job, step)
-    else:
-        average_running_statistics(job.trainer.network, job.backend)
-    return assess(
-        job.trainer.network,
-        job.trainer.normalise,
-        job.validation_clips,
-        job.loader(job.validation_clips),
-        job.backend,
-        job.config.evaluation.batch,
-    )
+    """Evaluate after `step` steps on the validation clips: the weights, or their average, with statistics that all ranks share."""
+    trainer = job.trainer
+    with trainer.average.in_place_of_weights() if trainer.average else nullcontext():
+        if job.config.batch.precise_bn_steps:
+            _recompute_statistics(job, step)
+        else:
+            average_running_statistics(trainer.network, job.backend)
+        return assess(
+            trainer.network,
+            trainer.normalise,
+            job.validation_clips,
+            job.loader(job.validation_clips),
+            job.backend,
+            job.config.evaluation.batch,
+        )
 
 
 def _recompute_statistics(job: Job, step: int) -> None:
@@ -121,7 +124,8 @@ def _save(job: Job, records: Records, step: int) -> None:
         "scaler": job.trainer.scaler.state_dict(),
         "step_counts": step_counts(job.trainer.optimizer),
     }
-    checkpoint = Checkpoint(network.state_dict(), optimizer_tensors(network, job.trainer.optimizer), state)
+    tensors = state_tensors(network, job.trainer.optimizer, job.trainer.average)
+    checkpoint = Checkpoint(network.state_dict(), tensors, state)
     started_s = time.monotonic()
     try:
         save_checkpoint(job.folder.checkpoints, checkpoint, job.config.checkpoint.keep)

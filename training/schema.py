@@ -118,6 +118,8 @@ class OptimizerConfig:
     """The rate of the classifier, likewise; its bias has both factors (official TSM: 5, and 10 for the bias)."""
     clip_norm: float | None = None
     """Clip the global gradient's norm to this; null: do not."""
+    ema_decay: float | None = None
+    """Evaluate an exponential moving average of the weights with this decay a step; null: the weights."""
     label_smoothing: float = 0.0
     """Part of the target that is spread over all classes (Szegedy et al., arXiv:1512.00567)."""
 
@@ -336,6 +338,8 @@ def check(config: Config) -> None:
     for key in ("optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing"):
         if not 0 <= value(key) < 1:
             raise ConfigError(f"{key} must be in [0, 1), got {value(key)}")
+    if config.optimizer.ema_decay is not None and not 0 < config.optimizer.ema_decay < 1:
+        raise ConfigError(f"optimizer.ema_decay must be in (0, 1), or null, got {config.optimizer.ema_decay}")
     if config.optimizer.nesterov and (config.optimizer.name != "sgd" or not config.optimizer.momentum):
         raise ConfigError(
             f"optimizer.nesterov=true needs optimizer.name=sgd and momentum, "

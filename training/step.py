@@ -15,6 +15,7 @@ from .guard import StepGuard, clip_, gradient_norms
 from .optimizers import set_learning_rate
 from .recipe import Execution, Recipe
 from .schema import NumericsConfig
+from .weight_average import WeightAverage
 
 # ImageNet's statistics, in levels of 0 to 255 (the official TSM normalises with them).
 _MEAN_C = (123.675, 116.28, 103.53)
@@ -60,6 +61,7 @@ class Trainer:
     amp: str
     clip_norm: float | None
     label_smoothing: float
+    average: WeightAverage | None
     guard: StepGuard = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,5 +115,7 @@ class Trainer:
         if self.clip_norm is not None:
             clip_(gradients, norm, self.clip_norm)
         bad = self.guard.update(norm)
+        if self.average is not None:
+            self.average.update(bad)
         self.scaler.update()  # halves the scale where it found the gradient not finite
         return bad
