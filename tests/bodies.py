@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bodies_batch_norm import batch_norm_over_ranks
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ EQUIVALENCE = [
 # name -> overrides; every one is trained in every world
 VARIANTS = {
     "whole_world": ["numerics.channels_last=true"],
-    "groups_of_4": ["batch.bn_group=4"],
+    "groups_of_4": ["batch.bn_group=4", "batch.precise_bn_steps=2"],
     "groups_of_2_accumulated": ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=1"],
 }
 
@@ -362,6 +363,7 @@ def no_leftovers(context: Context) -> bool:
 BODIES: list[Callable[[Context], Any]] = [
     collectives,
     running_statistics,
+    batch_norm_over_ranks,
     disagreement,
     missing_at_barrier,
     equivalence,

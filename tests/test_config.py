@@ -117,6 +117,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("data.mirrored_words", [["left", "Left"]]),
     ("data.mirrored_words", [["left", ""]]),
     ("data.mirrored_words", [["left", "right"], ["Right", "wrong"]]),
+    ("batch.precise_bn_steps", -1),
     ("batch.global_batch", 0),
     ("optimizer.name", "adam"),
     ("optimizer.scaling", "cubic"),

@@ -18,6 +18,7 @@ from worlds import WORLDS, Results, World, available, launch
 from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipSource, TrainingClips
 from training import schema
+from training.diagnostics import noise_and_signal
 from training.job import augmentation_of, recipe_of
 from tsm.networks import build_network
 
@@ -91,19 +92,23 @@ def bare_loop(clips: Path) -> dict[str, Tensor]:
         {"params": others},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    mean_C = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
-    std_C = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
     for step in range(20):
         slot_N = torch.arange(8).numpy()
         batch = dataset[step * 8 + slot_N]
         network.dropout.seed_N = torch.from_numpy(dropout_seeds(config.seed, step, slot_N))
-        loss = torch.nn.functional.cross_entropy(network((batch.video_NTCHW - mean_C) / std_C), batch.label_N)
+        loss = torch.nn.functional.cross_entropy(network(normalised(batch.video_NTCHW)), batch.label_N)
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = recipe.schedule.learning_rate(step)
         optimizer.step()
     return network.state_dict()
+
+
+def normalised(video_NTCHW: Tensor) -> Tensor:
+    mean_C = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
+    std_C = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
+    return (video_NTCHW - mean_C) / std_C
 
 
 def test_one_process_trains_as_plain_torch_does(launches: dict[Any, Any], reference_weights: dict[str, Tensor]) -> None:
@@ -173,6 +178,47 @@ def test_running_statistics_follow_all_groups_of_a_step(results: Results) -> Non
         assert values == pytest.approx(expected, rel=1e-12)
 
 
+def test_batch_norm_over_ranks_is_that_of_the_joined_group(results: Results) -> None:
+    """Whole world and halves, uneven parts, every layout."""
+    for differences in results.of("batch_norm_over_ranks"):
+        assert max(differences.values()) < 1e-9, differences
+
+
+def test_precise_batch_norm_averages_over_groups_of_the_next_steps(launches: dict[Any, Any]) -> None:
+    """`groups_of_4` ends with it, over two steps; that all worlds end alike is tested above."""
+    weights = final_weights(results_of(WORLDS[0], launches), "groups_of_4")
+    network = build_network("resnet18", 10, num_frames=4).double()
+    network.load_state_dict(weights)
+    network.dropout.eval()
+    moments: dict[str, list[Tensor]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            seen = moments.setdefault(name, [])
+            module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(moments_of(args[0])))
+    schema.register()
+    config = compose_config(*EQUIVALENCE, f"data.root={launches['folder'] / 'clips'}")
+    source = ClipSource(launches["folder"] / "clips" / "train.arrow", "pyav")
+    dataset = TrainingClips(source, augmentation_of(config), config.seed)
+    with torch.no_grad():
+        for position_N in (20 * 8 + torch.arange(16)).view(4, 4).numpy():
+            network(normalised(dataset[position_N].video_NTCHW))
+    assert len(moments) == 20
+    for name, seen in moments.items():
+        mean_C, square_C = torch.stack(seen).mean(0)
+        assert (
+            largest_difference(
+                {"mean": weights[f"{name}.running_mean"], "var": weights[f"{name}.running_var"]},
+                {"mean": mean_C, "var": square_C - mean_C.square()},
+            )
+            < 1e-9
+        ), name
+
+
+def moments_of(x_BCHW: Tensor) -> Tensor:
+    """Mean and second moment of each channel, (2, C)."""
+    return torch.stack([x_BCHW.mean((0, 2, 3)), x_BCHW.square().mean((0, 2, 3))])
+
+
 def test_a_rank_with_another_configuration_is_named(results: Results, world: World) -> None:
     for message in results.of("disagreement"):
         if world.size == 1:
@@ -239,6 +285,28 @@ def test_loss_scale_clipping_and_accumulation_give_the_same_weights_in_every_wor
 ) -> None:
     (expected,) = results_of(WORLDS[0], launches).of("scaled_and_clipped")
     assert results.of("scaled_and_clipped") == pytest.approx([expected] * len(results.by_rank), rel=1e-12)
+
+
+def test_diagnostics_are_those_of_plain_autograd(results: Results) -> None:
+    for found in results.of("measured_step"):
+        values, norms, weights = found["values"], found["norms"], found["weights"]
+        norm = math.sqrt(sum(square**2 for square in norms.values()))
+        assert values["gradient_norm"] == pytest.approx(norm, rel=1e-9)
+        assert values["gradient_norms"] == pytest.approx(norms, rel=1e-9)
+        assert values["weight_norms"] == pytest.approx(weights, rel=1e-9)
+        noise, signal = noise_and_signal(found["small_square"], norm**2, small=2, large=8)
+        expected = noise / signal if noise > 0 and signal > 0 else None
+        assert values["noise_scale_clips"] == pytest.approx(expected, rel=1e-6)
+        assert set(values["trust_ratios"]) == {
+            name for name in norms if name.endswith("weight") and "bn" not in name
+        } - {
+            "backbone.layer2.0.downsample.1.weight",
+            "backbone.layer3.0.downsample.1.weight",
+            "backbone.layer4.0.downsample.1.weight",
+        }
+        for name, ratio in values["trust_ratios"].items():
+            clipped = norms[name] * 0.1 / norm
+            assert ratio == pytest.approx(0.001 * weights[name] / (clipped + 1e-4 * weights[name]), rel=1e-5), name
 
 
 def test_half_precision_wire_does_not_overflow_where_the_mean_does_not(results: Results, world: World) -> None:
