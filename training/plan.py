@@ -1,10 +1,9 @@
-"""The derived numbers of a run, in words: printed once at start-up."""
+"""The derived numbers of a run, in words: printed once at start-up, and by the dry run (training.dry_run)."""
 
-import torch
+from distributed.optim.schedule import Schedule
 
-from tsm.flops import clip_multiply_adds
-
-from .job import Job, network_of
+from .figures import NetworkFigures, network_figures
+from .job import Job
 from .optimizers import describe_optimizer
 from .recipe import Execution, Recipe
 from .schema import Config
@@ -14,16 +13,17 @@ def describe_plan(job: Job) -> str:
     """What is trained, where it runs, and how each number came about."""
     topology = job.backend.topology
     source = job.training_clips.source
+    figures = network_figures(job.config)
     lines = [
         f"run        {job.folder.path.name}  recipe {job.recipe.fingerprint}  seed {job.recipe.seed}",
         *describe_recipe(job.recipe),
-        *describe_network(job.config),
+        describe_network(job.config, figures),
         f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
         *([f"weights    {job.first_weights}"] if job.first_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}, "
         f"decoder {source.decoder} in {job.config.pipeline.workers} workers a process",
         *describe_execution(job.execution),
-        f"gradients  {gradient_bytes(job) / 1e6:.1f} MB a step and process on the wire ({job.config.distributed.wire})",
+        describe_gradients(job.config, figures),
     ]
     return "\n".join(lines)
 
@@ -34,25 +34,29 @@ def describe_recipe(recipe: Recipe) -> list[str]:
         f"recipe     {recipe.num_rows} clips, {recipe.global_batch} a step = {recipe.steps_per_epoch:.2f} steps an epoch, "
         f"{recipe.epochs:.2f} epochs = {recipe.total_steps} steps",
         f"rate       {optimizer['lr']} at {optimizer['base_batch']} clips, {optimizer['scaling']} scaling -> "
-        f"{schedule.peak:.6g} at {recipe.global_batch}; {schedule.warmup_steps} steps of warm-up, then {schedule.decay}",
+        f"{schedule.peak:.6g} at {recipe.global_batch}; {schedule.warmup_steps} steps of warm-up, then {describe_decay(schedule)}",
         f"batch norm groups of {recipe.bn_group} clips ({recipe.bn_group * recipe.model['num_frames']} frames)",
     ]
 
 
-def describe_network(config: Config) -> list[str]:
-    """Size and cost, from shapes alone."""
-    with torch.device("meta"):
-        network = network_of(config)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
-    numbers, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+def describe_decay(schedule: Schedule) -> str:
+    """The way of the rate behind the warm-up; milestones in steps."""
+    if schedule.decay != "step":
+        end = f" to {schedule.end:g}" if schedule.decay != "constant" else ""
+        return f"{schedule.decay}{end}"
+    milestones = ", ".join(map(str, sorted(schedule.milestone_steps)))
+    return f"step x {schedule.factor:g} at {milestones or 'no step'}"
+
+
+def describe_network(config: Config, figures: NetworkFigures) -> str:
+    numbers, trained = figures.parameters, figures.trained_parameters
     frozen = f" ({trained / 1e6:.2f} M trained: model.partial_bn)" if trained < numbers else ""
     model, size = config.model, config.pipeline.size
     kind = "TSN" if model.shift == "none" else f"TSM ({model.shift}, {model.direction})"
-    cost = clip_multiply_adds(lambda: network_of(config), size)
-    return [
-        f"network    {kind} {model.backbone}, {numbers / 1e6:.2f} M parameters{frozen}, {cost / 1e9:.3g} GFLOPs a clip of "
-        f"{model.num_frames} x {size} x {size} (multiply-adds)"
-    ]
+    return (
+        f"network    {kind} {model.backbone}, {numbers / 1e6:.2f} M parameters{frozen}, "
+        f"{figures.clip_multiply_adds / 1e9:.3g} GFLOPs a clip of {model.num_frames} x {size} x {size} (multiply-adds)"
+    )
 
 
 def describe_execution(execution: Execution) -> list[str]:
@@ -66,8 +70,7 @@ def describe_execution(execution: Execution) -> list[str]:
     ]
 
 
-def gradient_bytes(job: Job) -> int:
-    """Bytes that each process contributes to a step's all-reduce."""
-    numbers = sum(parameter.numel() for parameter in job.trainer.network.parameters() if parameter.requires_grad)
-    width = {"float16": 2, "float32": 8 if job.config.numerics.dtype == "float64" else 4}[job.config.distributed.wire]
-    return numbers * width
+def describe_gradients(config: Config, figures: NetworkFigures) -> str:
+    return (
+        f"gradients  {figures.gradient_bytes / 1e6:.1f} MB a step and process on the wire ({config.distributed.wire})"
+    )
