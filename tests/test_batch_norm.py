@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from distributed.batch_norm import (
 )
 from distributed.synchronized_norm import group_statistics, message_bytes, synchronized_norm
 from distributed.topology import Topology
+from training.plan import batch_norm_messages, describe_batch_norm
+from training.recipe import Execution
 from tsm.networks import build_network
 
 ALONE = Topology("none", 0, 1, 0, 1, 0, "here")
@@ -178,6 +181,29 @@ def test_each_layer_sends_two_messages_of_the_stated_size() -> None:
     assert [name for name, _ in backend.sent] == ["1.statistics", "4.statistics", "4.gradients", "1.gradients"]
     (six_forward, six_backward), (four_forward, four_backward) = (message_bytes(c, torch.float32) for c in (6, 4))
     assert [size for _, size in backend.sent] == [six_forward, four_forward, four_backward, six_backward]
+
+
+@pytest.mark.parametrize("partial_bn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_plan_says_what_a_step_sends(dtype: torch.dtype, partial_bn: bool) -> None:
+    backend = CountingBackend()
+    network = build_network("resnet18", 10, num_frames=2, partial_bn=partial_bn).to(dtype)
+    convert_batch_norm(network, backend, 1, [[0]], accumulation=2)
+    network.train()
+    for _ in range(2):
+        network(torch.randn(2, 2, 3, 32, 32, dtype=dtype)).sum().backward()
+    execution = Execution(world=2, global_batch=8, micro_batch=2, accumulation=2, bn_ghosts=1, bn_ranks=2)
+    assert batch_norm_messages(network, execution) == (len(backend.sent), sum(size for _, size in backend.sent))
+    assert batch_norm_messages(network, replace(execution, bn_ranks=1)) == (0, 0)
+
+
+def test_what_a_resnet50_sends_is_known() -> None:
+    """53 layers of 26,560 channels: (2C + 1) float64 forward, 2C float32 backward."""
+    execution = Execution(world=2, global_batch=2, micro_batch=1, accumulation=1, bn_ghosts=1, bn_ranks=2)
+    with torch.device("meta"):
+        network = build_network("resnet50", 400)
+    assert batch_norm_messages(network, execution) == (106, 26_560 * (16 + 8) + 53 * 8)
+    assert describe_batch_norm(network, execution) == ["bn sums    106 messages a step, 0.64 MB a process"]
 
 
 def test_frozen_norms_and_evaluation_send_nothing() -> None:

@@ -1,6 +1,9 @@
 """The derived numbers of a run, in words: printed once at start-up, and by the dry run (training.dry_run)."""
 
+from torch import nn
+
 from distributed.optim.schedule import Schedule
+from distributed.synchronized_norm import message_bytes
 
 from .figures import NetworkFigures, network_figures
 from .job import Job
@@ -23,6 +26,7 @@ def describe_plan(job: Job) -> str:
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}, "
         f"decoder {source.decoder} in {job.config.pipeline.workers} workers a process",
         *describe_execution(job.execution),
+        *describe_batch_norm(job.trainer.network, job.execution),
         describe_gradients(job.config, figures),
     ]
     return "\n".join(lines)
@@ -68,6 +72,24 @@ def describe_execution(execution: Execution) -> list[str]:
         f"execution  {execution.global_batch} clips = {execution.world} processes x {execution.micro_batch} clips x "
         f"{execution.accumulation} micro-steps; {groups}"
     ]
+
+
+def describe_batch_norm(network: nn.Module, execution: Execution) -> list[str]:
+    """What batch norm over processes sends; nothing where groups lie within them."""
+    messages, num_bytes = batch_norm_messages(network, execution)
+    return [f"bn sums    {messages} messages a step, {num_bytes / 1e6:.2f} MB a process"] if messages else []
+
+
+def batch_norm_messages(network: nn.Module, execution: Execution) -> tuple[int, int]:
+    """All-reduces of batch norm in a step, and the bytes that each process contributes to them; frozen layers send none."""
+    if execution.bn_ranks == 1:
+        return 0, 0
+    layers = [
+        message_bytes(module.num_features, next(network.parameters()).dtype)
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    return 2 * len(layers) * execution.accumulation, sum(map(sum, layers)) * execution.accumulation
 
 
 def describe_gradients(config: Config, figures: NetworkFigures) -> str:
