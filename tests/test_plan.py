@@ -1,5 +1,6 @@
 """plan.py: derived numbers against published ones, memory against tensors that are really made, problems against train.py's."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from distributed.topology import Topology
 from training import memory
 from training.dry_run import as_dict, make_plan, run_plan
 from training.errors import ConfigError
-from training.figures import ring_bytes
+from training.figures import rates_of, ring_bytes
 from training.job import network_of, recipe_of, state_tensors
 from training.memory import LiveBytes, StepCosts, step_costs
 from training.optimizers import make_optimizer
@@ -105,6 +106,20 @@ def test_the_settings_of_the_large_runs(name: str) -> None:
 def test_the_other_remembered_schedule() -> None:
     schedule = laid_out(config_of("experiment=kinetics_1536", "schedule.decay=cosine"))[0].schedule
     assert [schedule.learning_rate(step) for step in (98, 1_024, 1_950)] == pytest.approx([1.92, 0.961, 0.0], abs=0.002)
+
+
+def test_a_published_time_is_that_of_the_published_world() -> None:
+    config = config_of("experiment=kinetics_1536")
+    recipe, _ = laid_out(config)
+    published = rates_of(config, recipe, 1_536)
+    assert published is not None
+    assert (published.step_s, published.step_s_from) == (0.437, "plan.published_step_s")
+    assert rates_of(config, recipe, 384) is None
+    config.plan.step_s = 2.0
+    for world in (384, 1_536):
+        told = rates_of(config, recipe, world)
+        assert told is not None
+        assert (told.step_s, told.step_s_from, told.clips_per_s) == (2.0, "plan.step_s", 6_144)
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -291,6 +306,14 @@ def test_a_wrong_value_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, found = problems(capsys, "experiment=smoke", "model.dropout=2")
     assert (code, len(found)) == (2, 1)
     assert "model.dropout must be in [0, 1)" in found[0]
+
+
+def test_first_weights_are_known_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    plan = make_plan(small(f"model.init={tmp_path / 'weights.pth'}", "data.train_clips=100", f"data.root={tmp_path}"))
+    assert plan.recipe is not None
+    assert plan.recipe.model["init"] == f"sha256:{hashlib.sha256(b'weights').hexdigest()}"
+    assert plan.fingerprint is None, "the manifest is part of it"
 
 
 def test_under_a_launcher_it_is_refused(

@@ -19,7 +19,7 @@ from pipelines.manifest import JPEG_FRAMES, Manifest
 
 from .charts import schedule_figure
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
-from .figures import NetworkFigures, Rates, clip_bytes, network_figures, rates_at, ring_bytes
+from .figures import NetworkFigures, Rates, clip_bytes, network_figures, rates_of, ring_bytes
 from .initial import find_initial_weights
 from .job import CHECKOUT, check_recipe, find_start, open_manifest, recipe_of, training_clips_of
 from .memory import LEFT_OUT, StepCosts, step_costs
@@ -69,7 +69,7 @@ class Plan:
         """What `do` returns, or None when it fails in a way that a user can mend."""
         try:
             return do()
-        except (ConfigError, DataError, TopologyError, ValueError) as error:
+        except (ConfigError, DataError, TopologyError) as error:
             if str(error) not in map(str, self.problems):
                 self.problems.append(error)
             return None
@@ -101,7 +101,7 @@ def make_plan(config: Config) -> Plan:
         if manifest is not None:
             plan.manifests[split] = manifest
             plan.noting(lambda manifest=manifest: _check_files(config, manifest))  # type: ignore[misc]
-    decoder = plan.noting(lambda: choose_decoder(config.pipeline.decoder))
+    decoder = plan.noting(lambda: _find_decoder(config))
     if "train" in plan.manifests and decoder is not None:
         source = ClipSource(plan.manifests["train"].path, decoder)
         plan.noting(lambda: training_clips_of(config, source))
@@ -129,8 +129,8 @@ def _derive(plan: Plan) -> None:
     if plan.network is not None and plan.execution is not None:
         execution = plan.execution
         plan.costs = plan.noting(lambda: step_costs(config, execution))
-    if config.plan.step_s is not None and plan.recipe is not None:
-        plan.rates = rates_at(config.plan.step_s, config, plan.recipe, plan.world)
+    if plan.recipe is not None:
+        plan.rates = rates_of(config, plan.recipe, plan.world)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -143,6 +143,13 @@ def _check_alone() -> None:
             f"plan.py is the work of one process, and {topology.launcher} started {topology.size}. Fix: python plan.py, "
             f"without a launcher, with distributed.world_size={topology.size}"
         )
+
+
+def _find_decoder(config: Config) -> str:
+    try:
+        return choose_decoder(config.pipeline.decoder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_files(config: Config, manifest: Manifest) -> None:
@@ -233,7 +240,7 @@ def _describe_input(plan: Plan) -> list[str]:
     if plan.rates is not None:
         rates = plan.rates
         lines += [
-            f"at         {rates.step_s:g} s a step (plan.step_s): {rates.clips_per_s:,.0f} clips/s, "
+            f"at         {rates.step_s:g} s a step ({rates.step_s_from}): {rates.clips_per_s:,.0f} clips/s, "
             f"{rates.clips_per_s_per_process:.1f} a process, {rates.decoded_bytes_per_s / 1e9:.1f} GB/s decoded, "
             f"all steps in {rates.duration_s / 60:.1f} min",
         ]

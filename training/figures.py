@@ -47,6 +47,8 @@ class Rates:
     """What a step time means; nothing of it is measured here."""
 
     step_s: float
+    step_s_from: str
+    """The key that says it."""
     clips_per_s: float
     clips_per_s_per_process: float
     decoded_bytes_per_s: float
@@ -60,10 +62,16 @@ def clip_bytes(config: Config) -> int:
     return config.model.num_frames * 3 * config.pipeline.size**2
 
 
-def rates_at(step_s: float, config: Config, recipe: Recipe, world: int) -> Rates:
+def rates_of(config: Config, recipe: Recipe, world: int) -> Rates | None:
+    """At `plan.step_s`, or at the published time on the published world; None where neither is said."""
+    plan, published = config.plan, config.plan.step_s is None and config.plan.world_size == world
+    step_s = plan.published_step_s if published else plan.step_s
+    if step_s is None:
+        return None
     clips_per_s = recipe.global_batch / step_s
     return Rates(
         step_s=step_s,
+        step_s_from="plan.published_step_s" if published else "plan.step_s",
         clips_per_s=clips_per_s,
         clips_per_s_per_process=clips_per_s / world,
         decoded_bytes_per_s=clips_per_s * clip_bytes(config),

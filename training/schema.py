@@ -221,8 +221,10 @@ class PlanConfig:
 
     world_size: int | None = None
     """Processes to lay the recipe out on where distributed.world_size says none; null: 1."""
+    published_step_s: float | None = None
+    """Seconds of a step on plan.world_size processes, as published."""
     step_s: float | None = None
-    """Seconds of a step, for clips and bytes a second and the length of the run; null: these are not said."""
+    """Seconds of a step on this world, for clips and bytes a second and the length of the run; null: the published, if any."""
     json: str | None = None
     """Write the plan to this file too."""
     plot: str | None = None
@@ -360,7 +362,7 @@ def check(config: Config) -> None:
         )
     nullable = (
         "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
-        "data.train_clips", "plan.world_size", "plan.step_s",
+        "data.train_clips", "plan.world_size", "plan.published_step_s", "plan.step_s",
     )  # fmt: skip
     for key in nullable:
         if value(key) is not None and not value(key) > 0:
