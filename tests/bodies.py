@@ -16,8 +16,10 @@ from distributed.backend import Backend, ReducerOptions
 from distributed.batch_norm import average_running_statistics, convert_batch_norm
 from distributed.control import ControlChannel
 from distributed.topology import find_topology
+from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipBatch
 from training import schema
+from training.diagnostics import Diagnostics
 from training.errors import ConfigError, DivergedError
 from training.job import Job, build_job, check_agreement
 from training.loop import score, train
@@ -48,11 +50,13 @@ EQUIVALENCE = [
     "checkpoint.every_epochs=2",
 ]
 
+LARS = ["optimizer.name=lars", "optimizer.lr=4", "optimizer.label_smoothing=0.1"]
+AVERAGE = "optimizer.ema_decay=0.8"
 # name -> overrides; every one is trained in every world
 VARIANTS = {
     "whole_world": ["numerics.channels_last=true"],
-    "groups_of_4": ["batch.bn_group=4", "batch.precise_bn_steps=2"],
-    "groups_of_2_accumulated": ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=1"],
+    "groups_of_4": [*LARS, "batch.bn_group=4", "batch.precise_bn_steps=2"],
+    "groups_of_2_accumulated": [*LARS, "batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=1", AVERAGE],
 }
 
 
@@ -130,7 +134,7 @@ def resumed(context: Context) -> bool:
 
 def deterministic(context: Context) -> list[str]:
     """Two whole runs and one that was stopped, in the deterministic mode: which tensors differ in any bit."""
-    options = ["numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
+    options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
     first = trained(context, "deterministic-1", *options)
     second = trained(context, "deterministic-2", *options)
     trained(context, "deterministic-3", *options, "max_steps=3")
@@ -249,6 +253,36 @@ def scaled_and_clipped(context: Context) -> float:
     for step in range(2):
         assert trainer.step(step, [next(batches) for _ in range(job.execution.accumulation)])[3] == 0
     return float(sum(parameter.detach().abs().sum() for parameter in trainer.network.parameters()))
+
+
+def measured_step(context: Context) -> dict[str, Any]:
+    """What diagnostics say of a step with LARS, clipping, a loss scale and micro-steps, beside the same by autograd alone."""
+    backend = context.backend
+    options = ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.name=lars", "optimizer.clip_norm=0.1"]
+    job = job_of(context, "none", *options)
+    trainer, network = job.trainer, job.trainer.network
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batches = job.loader(job.training_clips).batches(job.execution.stream_positions(backend.topology.rank, 0, 1))
+    micro_batches = [next(batches) for _ in range(job.execution.accumulation)]
+    names = [name for name, _ in network.named_parameters()]
+    squares = []
+    mean = [torch.zeros(parameter.shape, dtype=parameter.dtype) for parameter in network.parameters()]
+    for micro_step, batch in enumerate(micro_batches):
+        slot_N = job.execution.slots(backend.topology.rank, micro_step)
+        network.dropout.seed_N = torch.from_numpy(dropout_seeds(job.recipe.seed, 0, slot_N))
+        loss = nn.functional.cross_entropy(network(trainer.normalise(batch.video_NTCHW)), batch.label_N)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))  # runs no hook of DDP or Horovod
+        squares.append(sum(gradient.square().sum().item() for gradient in gradients))
+        for total, gradient in zip(mean, gradients, strict=True):
+            total += gradient / job.execution.accumulation / backend.topology.size
+    for name, total in zip(names, mean, strict=True):
+        backend.all_reduce_(total, f"test.{name}")
+    small_square = sum(backend.all_gather_objects(squares[0])) / backend.topology.size
+    norms = {name: total.norm().item() for name, total in zip(names, mean, strict=True)}
+    weights = {name: parameter.norm().item() for name, parameter in network.named_parameters()}
+    diagnostics = Diagnostics(network, trainer.optimizer, backend, job.execution)
+    assert trainer.step(0, micro_batches, diagnostics)[3] == 0
+    return {"values": diagnostics.values(), "small_square": small_square, "norms": norms, "weights": weights}
 
 
 def half_wire(context: Context) -> dict[str, float]:
@@ -373,6 +407,7 @@ BODIES: list[Callable[[Context], Any]] = [
     bad_steps,
     bad_steps_in_a_run,
     scaled_and_clipped,
+    measured_step,
     half_wire,
     reduced_gradients,
     no_leftovers,

@@ -16,6 +16,7 @@ from distributed.optim.schedule import Schedule
 from distributed.topology import Topology
 from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipBatch
+from training.diagnostics import Diagnostics, noise_and_signal
 from training.guard import clip_, gradient_norms
 from training.optimizers import make_optimizer, parameter_groups
 from training.recipe import Recipe, plan_execution
@@ -59,6 +60,7 @@ def trainer_of(name: str = "sgd", micro_batch: int = CLIPS, **changes: Any) -> T
         "amp": "off",
         "clip_norm": None,
         "label_smoothing": 0.0,
+        "average": None,
     }
     return Trainer(
         recipe=recipe,
@@ -235,3 +237,37 @@ def test_lars_wants_gradients_without_their_scale() -> None:
     scaler.scale(sum(parameter.sum() for parameter in network.parameters())).backward()  # type: ignore[union-attr, arg-type]
     with pytest.raises(ValueError, match="unscale_"):
         scaler.step(optimizer)
+
+
+def test_noise_and_signal_are_recovered_from_their_definition() -> None:
+    """A gradient over B clips has an expected squared norm of |G|^2 + tr / B."""
+    trace, square = 50.0, 4.0
+    assert noise_and_signal(square + trace / 8, square + trace / 64, 8, 64) == pytest.approx((trace, square))
+
+
+def test_a_measured_step_is_the_same_step_and_leaves_nothing_behind() -> None:
+    trainer, other = trainer_of("lars", micro_batch=2, clip_norm=0.5), trainer_of("lars", micro_batch=2, clip_norm=0.5)
+    backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
+    diagnostics = Diagnostics(trainer.network, trainer.optimizer, backend, trainer.execution)
+    for step in range(2):
+        trainer.step(step, batches_of(trainer, step), diagnostics)
+        other.step(step, batches_of(other, step))
+    assert differing(state_of(trainer), state_of(other)) == []
+    values = diagnostics.values()
+    assert values["gradient_norm"] > 0
+    noise, signal = values["gradient_noise"], values["gradient_signal"]
+    assert values["noise_scale_clips"] == (pytest.approx(noise / signal) if noise > 0 and signal > 0 else None)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in trainer.network.parameters())
+    trainer.step(2, batches_of(trainer, 2, math.inf), diagnostics)
+    assert diagnostics.values() == {}
+
+
+def test_one_batch_of_one_rank_has_no_noise_scale() -> None:
+    trainer = trainer_of()
+    backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
+    diagnostics = Diagnostics(trainer.network, trainer.optimizer, backend, trainer.execution)
+    trainer.step(0, batches_of(trainer, 0), diagnostics)
+    values = diagnostics.values()
+    assert "noise_scale_clips" not in values
+    assert values["trust_ratios"] == {}
+    assert values["gradient_norms"].keys() == dict(trainer.network.named_parameters()).keys()

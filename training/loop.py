@@ -13,6 +13,7 @@ from distributed.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from pipelines.loader import BadClipRecord, ClipBatch
 
 from .bad_steps import BadStep, BadSteps
+from .diagnostics import Diagnostics
 from .errors import EXIT_DONE, DataError
 from .evaluation import Evaluation, assess
 from .job import Job, state_tensors
@@ -31,6 +32,7 @@ def train(job: Job, records: Records) -> int:
     plan = job.execution.stream_positions(job.backend.topology.rank, job.first_step, last_step)
     batches = job.loader(job.training_clips).batches(plan)
     window = _Window(job)
+    diagnostics = _diagnostics(job) if config.logger.diagnostics else None
     in_flight = _StepsInFlight(job.backend.device)
     with StopSignal() as signal:
         for step in range(job.first_step, last_step):
@@ -38,13 +40,16 @@ def train(job: Job, records: Records) -> int:
             micro_batches = window.timed_input(lambda: [next(batches) for _ in range(job.execution.accumulation)])
             window.bad_clips(step, micro_batches)
             control.progress(step, "step")
-            window.add(step, micro_batches, job.trainer.step(step, micro_batches))
-            in_flight.wait()
             taken = step + 1
+            measured = diagnostics if taken % config.logger.every_steps == 0 else None
+            window.add(step, micro_batches, job.trainer.step(step, micro_batches, measured))
+            in_flight.wait()
             stop = control.agreed_stop(step, in_flight.limit, signal.received)
             ended = stop is not None or taken == last_step
             if taken % config.logger.every_steps == 0 or ended:
                 window.record(taken, records)
+            if measured is not None and (values := measured.values()):
+                records.write("diagnostics", taken, **values)
             epoch = epoch_ends.get(taken)
             if taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0):
                 control.progress(step, "evaluation")
@@ -134,6 +139,10 @@ def _save(job: Job, records: Records, step: int) -> None:
         records.write("checkpoint", step, failed=str(error))
         return
     records.write("checkpoint", step, duration_s=round(time.monotonic() - started_s, 3))
+
+
+def _diagnostics(job: Job) -> Diagnostics:
+    return Diagnostics(job.trainer.network, job.trainer.optimizer, job.backend, job.execution)
 
 
 class _StepsInFlight:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Records:
             return
         self._file.write(json.dumps({"kind": kind, "time_s": round(time.time(), 3), "step": step, **values}) + "\n")
         if self._wandb is not None:
-            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            numbers = dict(_numbers(kind, values))
             self._wandb.log(numbers, step=step)
 
     def train(self, step: int, **values: float) -> None:
@@ -79,6 +80,15 @@ class Records:
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
         self._file.close()
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """What wandb can plot, with the names of nested values joined by slashes."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float):
+            yield f"{prefix}/{name}", value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

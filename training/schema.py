@@ -181,6 +181,8 @@ class LoggerConfig:
     project: str = "tsm"
     every_steps: int = 10
     """Steps between two training records."""
+    diagnostics: bool = False
+    """Beside each training record: norms of gradients and weights, LARS' trust ratios, the gradient noise scale."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pipelines.draw import dropout_seeds
 from pipelines.loader import ClipBatch
 from tsm.networks import TemporalNetwork
 
+from .diagnostics import Diagnostics
 from .guard import StepGuard, clip_, gradient_norms
 from .optimizers import set_learning_rate
 from .recipe import Execution, Recipe
@@ -72,7 +73,7 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.normalise._device.type, _AMP_TYPES[self.amp])
 
-    def step(self, step: int, batches: list[ClipBatch]) -> Tensor:
+    def step(self, step: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
 
         A step whose gradient is not finite changes nothing (training.guard). Returns `[sum of losses, right answers, clips, bad]`,
@@ -84,9 +85,10 @@ class Trainer:
         for micro_step, batch in enumerate(batches):
             slot_N = self.execution.slots(self.rank, micro_step)
             self.network.dropout.seed_N = torch.from_numpy(dropout_seeds(self.recipe.seed, step, slot_N))
-            totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
+            with diagnostics.first_micro_step() if diagnostics and micro_step == 0 else nullcontext():
+                totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
         self.reducer.finish()
-        bad = self._update(self.recipe.schedule.learning_rate(step))
+        bad = self._update(self.recipe.schedule.learning_rate(step), diagnostics)
         return torch.cat([torch.stack(totals).sum(0), bad.double()[None]])
 
     def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
@@ -106,7 +108,7 @@ class Trainer:
                 [loss.detach().double() * len(label_N), right.double(), torch.full_like(right, len(label_N)).double()]
             )
 
-    def _update(self, learning_rate: float) -> Tensor:
+    def _update(self, learning_rate: float, diagnostics: Diagnostics | None) -> Tensor:
         """Unscale, check, clip, step: all of them see the reduced gradient, so every rank does the same. Was the step bad?"""
         set_learning_rate(self.optimizer, learning_rate)
         self.scaler.unscale_(self.optimizer)
@@ -114,6 +116,8 @@ class Trainer:
         norm = torch.linalg.vector_norm(norm_P)
         if self.clip_norm is not None:
             clip_(gradients, norm, self.clip_norm)
+        if diagnostics is not None:
+            diagnostics.reduced(norm_P, self.scaler.scale(norm.new_ones(())))
         bad = self.guard.update(norm)
         if self.average is not None:
             self.average.update(bad)
