@@ -316,7 +316,8 @@ _POSITIVE = (
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "pipeline.workers", "data.max_bad_clips", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps", "schedule.warmup_epochs",
+    "pipeline.workers", "data.max_bad_clips", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
+    "schedule.warmup_epochs",
 )  # fmt: skip
 
 
