@@ -299,7 +299,7 @@ def test_missing_data_alone_has_a_code_of_its_own(capsys: pytest.CaptureFixture[
     assert code == 3
     assert len(found) == 2
     assert "steps an epoch" not in text, "no manifest and no published number: nothing to count steps with"
-    assert "GFLOPs a clip" in text
+    assert "GFLOPs a clip" in text and "GiB a process" in text
 
 
 def test_a_wrong_value_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,7 +363,7 @@ def of_run(folder: Path) -> list[str]:
 def test_train_prints_the_same_lines(folder: Path, tmp_path: Path) -> None:
     """The command itself, on the run's own folder: it would go on from its checkpoint."""
     json_file, plot = tmp_path / "plan.json", tmp_path / "rate.png"
-    done = call("plan.py", *of_run(folder), f"plan.json={json_file}", f"plan.plot={plot}")
+    done = call("plan.py", *of_run(folder), f"plan.json={json_file}", f"plan.plot={plot}", "plan.step_s=0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     planned = done.stdout.splitlines()
     printed = (folder / "printed").read_text().splitlines()
@@ -377,6 +377,10 @@ def test_train_prints_the_same_lines(folder: Path, tmp_path: Path) -> None:
     told = json.loads(json_file.read_text())
     assert f"recipe {told['recipe']['fingerprint']} " in printed[0]
     assert (told["exit_code"], told["problems"], told["recipe"]["num_rows"]) == (0, [], 40)
+    sizes = [path.stat().st_size for path in (folder / "clips" / "train").rglob("*") if path.is_file()]
+    assert len(sizes) == 40
+    assert told["stored_clip_bytes"] == pytest.approx(sum(sizes) / 40)
+    assert any(line.startswith("at         0.5 s a step (plan.step_s): 16 clips/s, 16.0 a process") for line in planned)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,18 +4,17 @@ One process, seconds; no GPU, no process group, and no data are needed.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from distributed.checkpoint import Checkpoint
-from distributed.topology import TopologyError, find_topology
-from pipelines.decode import choose_decoder
+from distributed.topology import TopologyError
 from pipelines.loader import ClipSource
-from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.manifest import Manifest
 
 from .charts import schedule_figure
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
@@ -24,11 +23,10 @@ from .initial import find_initial_weights
 from .job import CHECKOUT, check_recipe, find_start, open_manifest, recipe_of, training_clips_of
 from .memory import LEFT_OUT, StepCosts, step_costs
 from .plan import describe_execution, describe_gradients, describe_network, describe_recipe
+from .readiness import check_alone, check_files, check_folder, find_decoder, looked_at
 from .recipe import Execution, Recipe, fitting_worlds, plan_execution
 from .run_folder import RunFolder
 from .schema import Config, from_composed
-
-FILES_LOOKED_AT = 500  # of each split: enough to see that a disk is not mounted, few enough for a slow file system
 
 _Found = TypeVar("_Found")
 
@@ -43,6 +41,8 @@ class Plan:
     """In the words of train.py, which would stop at the first."""
     manifests: dict[str, Manifest] = field(default_factory=dict)
     """By split; one that is missing is a problem."""
+    stored_clip_bytes: float | None = None
+    """Mean size of a training clip on its disk, of the clips looked at."""
     weights: str | None = None
     """The identity of the first weights (training.initial)."""
     recipe: Recipe | None = None
@@ -95,13 +95,15 @@ def run_plan(composed: Any) -> int:
 def make_plan(config: Config) -> Plan:
     """Derive all numbers, and collect every problem rather than the first."""
     plan = Plan(config, world=config.distributed.world_size or config.plan.world_size or 1)
-    plan.noting(_check_alone)
+    plan.noting(check_alone)
     for split in ("train", "val"):
         manifest = plan.noting(lambda split=split: open_manifest(config, split))  # type: ignore[misc]
         if manifest is not None:
             plan.manifests[split] = manifest
-            plan.noting(lambda manifest=manifest: _check_files(config, manifest))  # type: ignore[misc]
-    decoder = plan.noting(lambda: _find_decoder(config))
+            plan.noting(lambda manifest=manifest: check_files(config, manifest))  # type: ignore[misc]
+    if "train" in plan.manifests:
+        plan.stored_clip_bytes = fmean(row.length for row in looked_at(plan.manifests["train"]))
+    decoder = plan.noting(lambda: find_decoder(config))
     if "train" in plan.manifests and decoder is not None:
         source = ClipSource(plan.manifests["train"].path, decoder)
         plan.noting(lambda: training_clips_of(config, source))
@@ -111,65 +113,25 @@ def make_plan(config: Config) -> Plan:
     if checkpoint is not None and plan.recipe is not None:
         recipe = plan.recipe
         plan.noting(lambda: check_recipe(config, recipe, folder, checkpoint))
-    plan.noting(lambda: _check_folder(folder))
+    plan.noting(lambda: check_folder(folder))
     return plan
 
 
 def _derive(plan: Plan) -> None:
     config, batch = plan.config, plan.config.batch
     plan.network = plan.noting(lambda: network_figures(config))
-    train = plan.manifests.get("train")
-    clips = len(train) if train is not None else config.data.train_clips
-    if clips is None:
-        return
     bn_group = batch.bn_group or batch.global_batch
     plan.execution = plan.noting(lambda: plan_execution(batch.global_batch, bn_group, plan.world, batch.micro_batch))
     plan.worlds = fitting_worlds(batch.global_batch, bn_group, batch.micro_batch)
-    plan.recipe = plan.noting(lambda: recipe_of(config, clips, train.digest if train else "", plan.weights))
     if plan.network is not None and plan.execution is not None:
         execution = plan.execution
         plan.costs = plan.noting(lambda: step_costs(config, execution))
+    train = plan.manifests.get("train")
+    clips = len(train) if train is not None else config.data.train_clips
+    if clips is not None:
+        plan.recipe = plan.noting(lambda: recipe_of(config, clips, train.digest if train else "", plan.weights))
     if plan.recipe is not None:
         plan.rates = rates_of(config, plan.recipe, plan.world)
-
-
-# ------------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_alone() -> None:
-    topology = find_topology()
-    if topology.size > 1:
-        raise ConfigError(
-            f"plan.py is the work of one process, and {topology.launcher} started {topology.size}. Fix: python plan.py, "
-            f"without a launcher, with distributed.world_size={topology.size}"
-        )
-
-
-def _find_decoder(config: Config) -> str:
-    try:
-        return choose_decoder(config.pipeline.decoder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _check_files(config: Config, manifest: Manifest) -> None:
-    """Look for some files of a split, evenly spread over it. Raises DataError for more missing ones than a run tolerates."""
-    looked_at = min(FILES_LOOKED_AT, len(manifest))
-    missing = []
-    for number in range(looked_at):
-        row = manifest.row(number * len(manifest) // looked_at)
-        path = manifest.root / (row.path.rsplit("/", 1)[0] if row.codec == JPEG_FRAMES else row.path)
-        try:
-            cut_short = row.codec != JPEG_FRAMES and path.stat().st_size < row.offset + row.length
-            if cut_short or not path.exists():
-                missing.append(f"{path} is shorter than its manifest says" if cut_short else f"{path}: no such folder")
-        except OSError as error:
-            missing.append(f"{path}: {error.strerror}")
-    if len(missing) > config.data.max_bad_clips:
-        raise DataError(
-            f"{manifest.path}: of {looked_at} clips looked at, {len(missing)} are not there ({missing[0]}). "
-            f"Fix: restore the files, or make the manifest anew ({config.data.prepare or 'prepare.py'})"
-        )
 
 
 def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:
@@ -180,13 +142,6 @@ def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:
         checkpoint, first = find_start(plan.config, folder)
     plan.weights = first.identity
     return checkpoint
-
-
-def _check_folder(folder: RunFolder) -> None:
-    existing = next(path for path in (folder.path, *folder.path.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        reason = "is not writable" if existing.is_dir() else "is a file"
-        raise ConfigError(f"cannot make the run folder {folder.path}: {existing} {reason}. Fix: outputs=FOLDER")
 
 
 # ------------------------------------------------------------------------------------------------------------------- output
@@ -236,7 +191,9 @@ def _describe_costs(config: Config, costs: StepCosts) -> list[str]:
 
 
 def _describe_input(plan: Plan) -> list[str]:
-    lines = [f"input      {clip_bytes(plan.config) / 1e6:.2f} MB a clip as decoded (uint8)"]
+    stored_bytes = plan.stored_clip_bytes
+    stored = f", {stored_bytes / 1e6:.3g} MB as stored" if stored_bytes is not None else ""
+    lines = [f"input      {clip_bytes(plan.config) / 1e6:.2f} MB a clip as decoded (uint8){stored}"]
     if plan.rates is not None:
         rates = plan.rates
         lines += [
@@ -244,6 +201,8 @@ def _describe_input(plan: Plan) -> list[str]:
             f"{rates.clips_per_s_per_process:.1f} a process, {rates.decoded_bytes_per_s / 1e9:.1f} GB/s decoded, "
             f"all steps in {rates.duration_s / 60:.1f} min",
         ]
+        if stored_bytes is not None:
+            lines += [f"           {rates.clips_per_s * stored_bytes / 1e9:.3g} GB/s read from storage"]
     return lines
 
 
@@ -265,6 +224,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         and asdict(network) | {"ring_bytes_per_process": ring_bytes(network.gradient_bytes, plan.world)},
         "costs_per_process": plan.costs and asdict(plan.costs) | {"memory_left_out": LEFT_OUT},
         "clip_bytes": clip_bytes(config),
+        "stored_clip_bytes": plan.stored_clip_bytes,
         "rates": plan.rates and asdict(plan.rates),
         "problems": [{"kind": type(problem).__name__, "message": str(problem)} for problem in plan.problems],
         "exit_code": plan.exit_code,
