@@ -98,11 +98,11 @@ def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, 
     job = job_of(context, run_id, *overrides)
     config, take_step = job.config, job.trainer.step
 
-    def step(number: int, batches: list[ClipBatch]) -> Tensor:
+    def step(number: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
         last = context.backend.topology.rank == context.backend.topology.size - 1
-        return take_step(
-            number, [damaged(batch, math.inf) for batch in batches] if number in spoiled and last else batches
-        )
+        if number in spoiled and last:
+            batches = [damaged(batch, math.inf) for batch in batches]
+        return take_step(number, batches, diagnostics)
 
     job.trainer.step = step  # type: ignore[method-assign, assignment]
     if context.backend.topology.rank == 0:
@@ -225,17 +225,16 @@ def bad_steps(context: Context) -> dict[str, Any]:
 
 
 def bad_steps_in_a_run(context: Context) -> list[str]:
-    """A run that recovers from three bad steps, and one that ends at the third in a row: what each rank hears."""
-    options = [
-        "batch.bn_group=2",
-        "numerics.max_bad_steps_in_a_row=3",
-        "logger.every_steps=2",
-        "checkpoint.every_epochs=1",
-    ]
+    """A run that recovers from three bad steps, and one that ends at the third in a row: what each rank hears.
+
+    Training records are due at steps 2, 4 and 6, checkpoints at 5 and 6.
+    """
+    options = ["batch.bn_group=2", "numerics.max_bad_steps_in_a_row=3", "checkpoint.every_epochs=1"]
+    options += ["logger.every_steps=2", "logger.diagnostics=true"]
     ended = []
     for run_id, spoiled in (("recovering", (0, 1, 3)), ("diverging", (2, 3, 4))):
         try:
-            trained(context, run_id, *options, "max_steps=5", spoiled=spoiled)
+            trained(context, run_id, *options, "max_steps=6", spoiled=spoiled)
             ended.append("done")
         except DivergedError as error:
             ended.append(str(error))

@@ -257,7 +257,8 @@ def test_bad_steps_in_a_row_end_all_ranks_before_a_checkpoint(results: Results, 
         assert recovered == "done"
         assert "3 steps in a row" in ended and "numerics.max_bad_steps_in_a_row=3" in ended
         assert f"not finite on ranks [{world.size - 1}]" in ended
-    assert [path.name for path in (results.folder / "recovering" / "checkpoints").iterdir()] == ["step-00000005"]
+    kept = {path.name for path in (results.folder / "recovering" / "checkpoints").iterdir()}
+    assert kept == {"step-00000005", "step-00000006"}
     assert not list((results.folder / "diverging" / "checkpoints").iterdir())
 
 
@@ -276,8 +277,20 @@ def test_bad_steps_are_written_down_with_their_clips(results: Results, world: Wo
             assert [row for rows in line["rows_by_rank"] for row in rows] == expected["rows_by_rank"][0]
     metrics = (results.folder / "recovering" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, metrics) if record["kind"] == "train"]
-    assert [record["step"] for record in records] == [4, 5]  # of the first two steps there is nothing to tell
+    assert [record["step"] for record in records] == [4, 6]  # of the first two steps there is nothing to tell
     assert all(math.isfinite(record["loss"]) for record in records)
+
+
+def test_diagnostics_stand_beside_records_of_good_steps_alone(results: Results) -> None:
+    results.of("bad_steps_in_a_run")
+    for run_id, steps in (
+        ("recovering", [6]),
+        ("diverging", [2]),
+    ):  # both have records behind their steps 1 and 3 (from 0)
+        metrics = (results.folder / run_id / "metrics.jsonl").read_text().splitlines()
+        found = [record for record in map(json.loads, metrics) if record["kind"] == "diagnostics"]
+        assert [record["step"] for record in found] == steps
+        assert all(record["gradient_norm"] > 0 and len(record["gradient_norms"]) == 62 for record in found)
 
 
 def test_loss_scale_clipping_and_accumulation_give_the_same_weights_in_every_world(
