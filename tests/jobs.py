@@ -55,7 +55,8 @@ class RunningJob:
             self.kill()
             raise AssertionError(f"still running after {limit_s} s:\n{self._log.read_text()[-5000:]}") from None
         duration_s = time.monotonic() - started_s
-        deadline_s = time.monotonic() + 5
+        # The server of loader workers notices the end of its job when it has imported torch, seconds later on a busy machine.
+        deadline_s = time.monotonic() + 30
         while self._processes() and time.monotonic() < deadline_s:
             time.sleep(0.1)
         left = [command for _, command in self._processes()]
