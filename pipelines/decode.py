@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from .frames import frame_file
 from .manifest import JPEG_FRAMES, ManifestRow
@@ -127,6 +126,8 @@ def decode_jpeg_file(path: Path) -> Tensor:
 
     Damage inside of a file that keeps its structure goes unseen, as in every decoder built on libjpeg.
     """
+    from torchvision.io import ImageReadMode, decode_jpeg  # slow to import, and for folders of frames alone
+
     try:
         content = path.read_bytes()
     except OSError as error:
