@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -79,6 +80,7 @@ def _start(function: Callable[[Any], Any]) -> _Worker:
     context = multiprocessing.get_context("spawn")  # no thread, lock or GPU of the caller is taken along
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+    resource_tracker.ensure_running()  # which unblocks SIGINT once it has started: not behind the next lines' back
     # A child inherits the mask: Ctrl-C reaches the whole terminal's group, but the parent alone decides what it means.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
