@@ -402,7 +402,6 @@ BODIES: list[Callable[[Context], Any]] = [
     equivalence,
     resumed,
     deterministic,
-    agreed_stop,
     bad_steps,
     bad_steps_in_a_run,
     scaled_and_clipped,
@@ -410,4 +409,5 @@ BODIES: list[Callable[[Context], Any]] = [
     half_wire,
     reduced_gradients,
     no_leftovers,
+    agreed_stop,  # last: a stop that was agreed on stays agreed on, and would end every run behind it
 ]
