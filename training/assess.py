@@ -1,6 +1,5 @@
 """Evaluating weights as they are, a run's newest or those in a file: no training clips, no recipe, any number of processes."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import torch
 
 from distributed.backend import Backend, broadcast_network
-from distributed.checkpoint import load_newest
 from distributed.control import ControlChannel
 from pipelines.decode import choose_decoder
 from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
@@ -19,7 +17,8 @@ from tsm.official import WeightsError, check_keys
 from .errors import EXIT_DATA, EXIT_DONE, ConfigError
 from .evaluation import Evaluation, assess
 from .initial import RANDOM, find_initial_weights, load_initial_weights
-from .job import CHECKOUT, check_agreement, network_of, open_manifest, protocol_of
+from .job import CHECKOUT, check_agreement, network_of, newest_checkpoint, open_manifest, protocol_of
+from .recipe import fingerprint_of
 from .run_folder import RunFolder
 from .saved_logits import Origin, save_logits
 from .schema import Config
@@ -87,9 +86,7 @@ def _load(config: Config, network: TemporalNetwork) -> Weights:
 def _load_run(config: Config, network: TemporalNetwork) -> Weights:
     assert config.run_id is not None
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-    checkpoint, broken = load_newest(folder.checkpoints)
-    for line in broken:
-        print(f"passed over: {line}", flush=True)
+    checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(f"{folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
     recipe = checkpoint.state["recipe"]
@@ -109,8 +106,7 @@ def _load_run(config: Config, network: TemporalNetwork) -> Weights:
         name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
     }
     network.load_state_dict(checkpoint.network | averaged)
-    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return Weights(config.run_id, checkpoint.state["step"], fingerprint)
+    return Weights(config.run_id, checkpoint.state["step"], fingerprint_of(recipe))
 
 
 def _report(config: Config, manifest: Manifest, weights: Weights, protocol: str, evaluation: Evaluation) -> None:

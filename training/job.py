@@ -300,11 +300,17 @@ def _build_network(
     return network.train(), first_weights
 
 
-def find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
-    """On rank 0: the checkpoint that this run goes on from, if any, and what its first weights are or were."""
+def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """A run's newest whole checkpoint; says which broken ones were passed over."""
     checkpoint, broken = load_newest(folder.checkpoints)
     for line in broken:
         print(f"passed over: {line}", flush=True)
+    return checkpoint
+
+
+def find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
+    """On rank 0: the checkpoint that this run goes on from, if any, and what its first weights are or were."""
+    checkpoint = newest_checkpoint(folder)
     before = None if checkpoint is None else checkpoint.state["recipe"]["model"].get("init", "random")
     return checkpoint, find_initial_weights(config.model, CHECKOUT, before)
 

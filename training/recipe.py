@@ -58,7 +58,12 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """A short hash that two runs share only if they train the same thing."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint_of(self.as_dict())
+
+
+def fingerprint_of(recipe: dict[str, Any]) -> str:
+    """The fingerprint of a recipe as a checkpoint holds it (`Recipe.as_dict`)."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
