@@ -4,7 +4,7 @@ Shapes: P tensors of a group, R rows of CHUNK numbers that hold them.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,15 +12,22 @@ from torch import Tensor
 CHUNK = 1024  # numbers in a row: small against a layer, large against what a GPU works on at a time
 
 
+Norm = TypeVar("Norm", float, Tensor)
+
+
 def trust_ratio(
-    weight_norm_P: Tensor, gradient_norm_P: Tensor, weight_decay: float, trust_coefficient: float, eps: float
-) -> Tensor:
-    """The factor on each tensor's rate: `eta |w| / (|g| + wd |w| + eps)`, and 1 where either norm is 0.
+    weight_norm: Norm, gradient_norm: Norm, weight_decay: float, trust_coefficient: float, eps: float
+) -> Norm:
+    """The factor on a tensor's rate, of one or of many: `eta |w| / (|g| + wd |w| + eps)`, and 1 where either norm is 0.
 
     arXiv:1708.03888, equation 6 and algorithm 1. A tensor of zeros has no scale to go by, and one without gradient no need.
     """
-    ratio_P = trust_coefficient * weight_norm_P / (gradient_norm_P + weight_decay * weight_norm_P + eps)
-    return torch.where((weight_norm_P > 0) & (gradient_norm_P > 0), ratio_P, 1.0)
+    if isinstance(weight_norm, Tensor):
+        ratio = trust_coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm + eps)
+        return torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)
+    if not (weight_norm > 0 and gradient_norm > 0):
+        return 1.0
+    return trust_coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm + eps)
 
 
 class Lars(torch.optim.Optimizer):
@@ -97,36 +104,39 @@ class Lars(torch.optim.Optimizer):
                 ratios |= zip(group["params"], self._ratio_of_each(group).unbind(), strict=True)
         return ratios
 
-    def _ratio(self, group: dict[str, Any], weight_norm_P: Tensor, gradient_norm_P: Tensor) -> Tensor:
-        return trust_ratio(weight_norm_P, gradient_norm_P, group["weight_decay"], self._trust_coefficient, self._eps)
+    def _ratio(self, group: dict[str, Any], weight_norm: Norm, gradient_norm: Norm) -> Norm:
+        return trust_ratio(weight_norm, gradient_norm, group["weight_decay"], self._trust_coefficient, self._eps)
 
     def _ratio_of_each(self, group: dict[str, Any]) -> Tensor:
         weights = [parameter.detach() for parameter in group["params"]]
         gradients = [parameter.grad for parameter in group["params"]]
-        return self._ratio(
-            group, torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
-        )
+        norm_of_each = torch._foreach_norm if weights[0].is_cuda else _norm_of_each
+        return self._ratio(group, torch.stack(norm_of_each(weights)), torch.stack(norm_of_each(gradients)))
 
     def _step_each(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        rates = [group["lr"]] * len(group["params"])
-        if group["adapt"]:
-            rates = [group["lr"] * ratio for ratio in self._ratio_of_each(group).tolist()]
-        for parameter, rate in zip(group["params"], rates, strict=True):
-            # The kernel's rule is v <- momentum v + (1 - dampening) (g + weight_decay w), w <- w - lr v. It takes dampening as
-            # a double, so that small rates keep their digits.
-            torch._fused_sgd_(
-                [parameter],
-                [parameter.grad],
-                [self.state[parameter]["momentum_buffer"]],
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=1.0,
-                dampening=1.0 - rate,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,
-                found_inf=found_inf,
-            )
+        if not group["adapt"]:
+            self._update(group, group["params"], group["lr"], found_inf)
+            return
+        for parameter in group["params"]:  # norms, then the update, which finds weight and gradient in the cache
+            weight_norm, gradient_norm = (norm.item() for norm in _norm_of_each([parameter, parameter.grad]))
+            self._update(group, [parameter], group["lr"] * self._ratio(group, weight_norm, gradient_norm), found_inf)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], rate: float, found_inf: Tensor | None) -> None:
+        # The kernel's rule is v <- momentum v + (1 - dampening) (g + weight_decay w), w <- w - lr v. It takes dampening as a
+        # double, so that small rates keep their digits.
+        torch._fused_sgd_(
+            parameters,
+            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [self.state[parameter]["momentum_buffer"] for parameter in parameters],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=1.0,
+            dampening=1.0 - rate,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=found_inf,
+        )
 
     def _step_flat(self, group: dict[str, Any], flat: "_FlatGroup", found_inf: Tensor | None) -> None:
         bad = flat.weight_RC.new_zeros(()) if found_inf is None else found_inf.to(flat.weight_RC)
@@ -168,6 +178,14 @@ class _FlatGroup:
         """The 2-norm of each tensor; the same bits every time, as no addition depends on who comes first."""
         square_R = torch.linalg.vector_norm(flat_RC, dim=1).square()
         return torch.segment_reduce(square_R, "sum", lengths=self.rows_P).sqrt()
+
+
+def _norm_of_each(tensors: list[Tensor]) -> list[Tensor]:
+    """2-norms on a CPU, by way of those of the rows: torch shares rows among threads, and takes half the time of one large sum."""
+    norm = torch.linalg.vector_norm
+    return [
+        norm(norm(tensor, dim=list(range(1, tensor.dim())))) if tensor.dim() > 1 else norm(tensor) for tensor in tensors
+    ]
 
 
 def _views(flat_RC: Tensor, like: list[Tensor], rows: list[int]) -> list[Tensor]:
