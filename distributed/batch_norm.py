@@ -136,23 +136,60 @@ def convert_batch_norm(
 
 @torch.no_grad()
 def average_running_statistics(network: nn.Module, backend: Backend) -> None:
-    """Give every rank the mean over ranks of the running statistics, in one message. Call it before evaluation and saving."""
-    if backend.topology.size == 1:
-        return
-    buffers = [
-        buffer
-        for module in network.modules()
-        if isinstance(module, GroupBatchNorm)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
-    if not buffers:
-        return
-    flat = torch.cat(buffers)
+    """Give every rank the mean over ranks of the running statistics, in one message. Call it before evaluation."""
+    live = _running_statistics(network)
+    for name, mean_C in averaged_running_statistics(network, backend).items():
+        live[name].copy_(mean_C)
+
+
+@torch.no_grad()
+def averaged_running_statistics(network: nn.Module, backend: Backend) -> dict[str, Tensor]:
+    """The mean over ranks of the running statistics, by the names of the network's state, in one message.
+
+    Nothing changes; empty where there is one rank, or no batch norm over groups.
+    """
+    statistics = _running_statistics(network)
+    if backend.topology.size == 1 or not statistics:
+        return {}
+    flat = torch.cat(list(statistics.values()))
     backend.all_reduce_(flat, "running_statistics")
     flat /= backend.topology.size
-    for buffer, part in zip(buffers, flat.split([len(buffer) for buffer in buffers]), strict=True):
+    return dict(zip(statistics, flat.split([len(buffer) for buffer in statistics.values()]), strict=True))
+
+
+@torch.no_grad()
+def running_statistics_by_rank(network: nn.Module, backend: Backend) -> Tensor:
+    """Every rank's own running statistics, on every rank: shape (ranks, numbers of all layers)."""
+    statistics = _running_statistics(network)
+    numbers = sum(len(buffer) for buffer in statistics.values())
+    parameter = next(network.parameters())
+    rows_RS = torch.zeros(backend.topology.size, numbers, dtype=parameter.dtype, device=parameter.device)
+    if statistics:
+        rows_RS[backend.topology.rank] = torch.cat(list(statistics.values()))
+        backend.all_reduce_(rows_RS, "running_statistics_by_rank")  # others add zeros: exact
+    return rows_RS
+
+
+@torch.no_grad()
+def set_running_statistics(network: nn.Module, row_S: Tensor) -> None:
+    """Take one rank's row of `running_statistics_by_rank` as this rank's own. Raises ValueError for another network's."""
+    statistics = list(_running_statistics(network).values())
+    lengths = [len(buffer) for buffer in statistics]
+    if row_S.shape != (sum(lengths),):
+        raise ValueError(f"running statistics of {sum(lengths)} numbers cannot be set from {tuple(row_S.shape)}")
+    for buffer, part in zip(statistics, row_S.split(lengths), strict=True):
         buffer.copy_(part)
+
+
+def _running_statistics(network: nn.Module) -> dict[str, Tensor]:
+    """The live tensors, by their names in the network's state."""
+    return {
+        f"{name}.{kind}": buffer
+        for name, module in network.named_modules()
+        if isinstance(module, GroupBatchNorm)
+        for kind, buffer in (("running_mean", module.running_mean), ("running_var", module.running_var))
+        if buffer is not None
+    }
 
 
 class PopulationMoments:

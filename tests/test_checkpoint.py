@@ -91,6 +91,24 @@ def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     check_equal(load_newest(tmp_path)[0], again)
 
 
+# --- The best ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_kept_beside_the_newest_and_found_by_a_link(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2, best=step in (1, 3))
+    assert names_in(tmp_path) == ["best", "step-00000003", "step-00000005", "step-00000006"]
+    assert load_checkpoint(tmp_path / "best").state["step"] == 3
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert load_checkpoint(moved / "best").state["step"] == 3
+
+
+def test_the_best_may_be_among_the_newest(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save_checkpoint(tmp_path, checkpoint(step), keep=1, best=step == 4)
+    assert names_in(tmp_path) == ["best", "step-00000004"]
+
+
 # --- Damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +168,19 @@ def test_the_damaged_file_is_named(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def test_a_run_that_went_back_behind_broken_ones_keeps_what_it_saves(tmp_path: Path) -> None:
+    """Those broken ones have greater steps, and must not push it out as the newest."""
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, checkpoint(step), keep=3)
+    for step in (20, 30):
+        flip(tmp_path / f"step-000000{step}" / "network.safetensors")
+    saved = checkpoint(15)
+    save_checkpoint(tmp_path, saved, keep=1)
+    check_equal(load_newest(tmp_path)[0], saved)
+    save_checkpoint(tmp_path, checkpoint(31), keep=1)
+    assert names_in(tmp_path) == ["step-00000031"]
+
+
 def test_a_file_in_the_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint(1), keep=2)
     (tmp_path / "step-00000002").write_text("not a folder")
@@ -197,6 +228,20 @@ def test_a_part_of_another_step_does_not_stay_for_ever(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["step-00000002"]
 
 
+@pytest.mark.parametrize("successor", ["none", "broken"])
+def test_one_that_stepped_aside_for_a_successor_that_never_came_counts(tmp_path: Path, successor: str) -> None:
+    """As a kill between the two renames leaves it."""
+    saved = checkpoint(3)
+    path = save_checkpoint(tmp_path, saved, keep=1)
+    path.rename(tmp_path / ".step-00000003.replaced.part")
+    if successor == "broken":
+        path.mkdir()
+    check_equal(load_newest(tmp_path)[0], saved)
+    save_checkpoint(tmp_path, checkpoint(4), keep=2)
+    if successor == "none":
+        check_equal(load_checkpoint(path), saved)
+
+
 def test_a_failure_before_the_rename_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     previous = checkpoint(1)
     save_checkpoint(tmp_path, previous, keep=1)
@@ -222,15 +267,21 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    path = save_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=1)
-    assert set(FILES) <= set(synced)
-    assert synced[-1] == path.parent.name
+    path = save_checkpoint(tmp_path, checkpoint(1), keep=1)
+    assert sorted(synced[:-2]) == sorted(FILES)
+    assert synced[-2:] == [f".{path.name}.part", path.parent.name]  # their names in the folder, then the folder's own
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write .*file/checkpoints/step-00000001"):
-        save_checkpoint(tmp_path / "file" / "checkpoints", checkpoint(1), keep=1)
+def test_a_folder_that_is_gone_is_an_error_and_not_made_again(tmp_path: Path) -> None:
+    """It may have been on a file system that is not mounted any more; when it is back, the next save finds it."""
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match=r"cannot write .*checkpoints/step-00000001.*No such file"):
+        save_checkpoint(folder, checkpoint(1), keep=1)
+    assert names_in(tmp_path) == []
+    folder.mkdir()
+    saved = checkpoint(2)
+    save_checkpoint(folder, saved, keep=1)
+    check_equal(load_newest(folder)[0], saved)
 
 
 @pytest.fixture
@@ -298,6 +349,7 @@ def write_pickle(value: Any, path: Path) -> None:
 @pytest.mark.parametrize("write", [write_torch, write_pickle])
 @pytest.mark.parametrize("name", FILES[:3])
 def test_a_pickle_with_the_right_checksum_is_refused_unread(tmp_path: Path, write: Any, name: str) -> None:
+    (tmp_path / "run").mkdir()
     path = save_checkpoint(tmp_path / "run", checkpoint(1), keep=1)
     mark = tmp_path / "executed"
     write({"weight": Bomb(mark)}, path / name)

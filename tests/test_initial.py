@@ -313,6 +313,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_checkpoint_names_the_one_inside(tmp_path: Path) -> None:
     refused(tmp_path, r"is not a checkpoint.*Fix: model\.init=outputs/RUN/checkpoints/step-XXXXXXXX")
+    (tmp_path / "checkpoints").mkdir()
     step = own_checkpoint(tmp_path / "checkpoints", from_official(official()))
     refused(tmp_path, rf"is not a checkpoint.*Fix: model\.init={step}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distributed.backend import Backend, ReducerOptions, broadcast_network
-from distributed.batch_norm import convert_batch_norm
+from distributed.batch_norm import convert_batch_norm, set_running_statistics
 from distributed.checkpoint import Checkpoint, load_newest
 from distributed.control import ControlChannel
 from distributed.optim.schedule import Schedule, scaled_rate
@@ -29,9 +29,12 @@ from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
 from .schema import Config
 from .step import Normaliser, Trainer
-from .weight_average import WeightAverage
+from .weight_average import PREFIX, WeightAverage
 
 CHECKOUT = Path(__file__).parent.parent
+
+STATISTICS_BY_RANK = "batch_norm.statistics_by_rank"
+"""Name of every rank's own running statistics in a checkpoint of the deterministic mode, shape (ranks, numbers)."""
 
 
 @dataclass
@@ -218,6 +221,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     average = None if config.optimizer.ema_decay is None else WeightAverage(network, config.optimizer.ema_decay)
     if state is not None:
         _restore(backend, network, state_tensors(network, optimizer, average), resumed)
+        if config.numerics.deterministic:
+            _restore_own_statistics(backend, network, resumed)
     options = ReducerOptions(
         execution.accumulation, config.distributed.wire == "float16", config.numerics.deterministic
     )
@@ -330,15 +335,46 @@ def check_recipe(config: Config, recipe: Recipe, folder: RunFolder, checkpoint: 
 
 
 def _restore(
-    backend: Backend, network: TemporalNetwork, optimizer_state: dict[str, Tensor], checkpoint: Checkpoint | None
+    backend: Backend, network: TemporalNetwork, live: dict[str, Tensor], checkpoint: Checkpoint | None
 ) -> None:
-    """Give every rank the checkpoint that rank 0 read."""
+    """Give every rank the checkpoint that rank 0 read; `live`: the tensors of `state_tensors`.
+
+    What another recipe has no state of starts as in a new run: an average from the weights, an optimizer from rest.
+    Raises ConfigError for the checkpoint of a network of other shapes.
+    """
     if checkpoint is not None:
-        network.load_state_dict(checkpoint.network)
-        for name, tensor in optimizer_state.items():
-            tensor.copy_(checkpoint.optimizer[name])
+        try:
+            network.load_state_dict(checkpoint.network)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the checkpoint is of another network: {error}. "
+                "Fix: choose another run_id, and start from these weights with model.init=FOLDER"
+            ) from error
+        first = {PREFIX + name: weight.detach() for name, weight in network.named_parameters()}
+        absent = [name for name in live if name not in checkpoint.optimizer]
+        for name, tensor in live.items():
+            tensor.copy_(checkpoint.optimizer.get(name, first.get(name, tensor)))
+        if absent:
+            kinds = ", ".join(
+                sorted({"the average of weights" if name in first else name.split(".")[-1] for name in absent})
+            )
+            print(f"the checkpoint has no state for {kinds}: it starts anew", flush=True)
     broadcast_network(backend, network)
-    for name, tensor in optimizer_state.items():
+    for name, tensor in live.items():
         dense = tensor.contiguous()
         backend.broadcast_(dense, f"optimizer.{name}")
         tensor.copy_(dense)
+
+
+def _restore_own_statistics(backend: Backend, network: TemporalNetwork, checkpoint: Checkpoint | None) -> None:
+    """Each rank's own running statistics, where the checkpoint has them of as many ranks; else they stay the mean."""
+    rows_RS = None if checkpoint is None else checkpoint.optimizer.get(STATISTICS_BY_RANK)
+    shape = backend.broadcast_object(None if rows_RS is None else list(rows_RS.shape))
+    if shape is None or shape[0] != backend.topology.size:
+        return
+    parameter = next(network.parameters())
+    shared_RS = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    if rows_RS is not None:
+        shared_RS.copy_(rows_RS)
+    backend.broadcast_(shared_RS, "running_statistics_by_rank")
+    set_running_statistics(network, shared_RS[backend.topology.rank])

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from distributed.batch_norm import average_running_statistics, recompute_running_statistics
-from distributed.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from pipelines.loader import BadClipRecord, ClipBatch
 
 from .bad_steps import BadStep, BadSteps
 from .diagnostics import Diagnostics
 from .errors import EXIT_DONE, DataError
 from .evaluation import Evaluation, assess
-from .job import Job, state_tensors
-from .optimizers import step_counts
+from .job import Job
 from .records import Records
+from .saves import Saves, check_finished
 from .signals import StopSignal
 
 STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
@@ -34,7 +33,7 @@ def train(job: Job, records: Records) -> int:
     window = _Window(job)
     diagnostics = _diagnostics(job) if config.logger.diagnostics else None
     in_flight = _StepsInFlight(job.backend.device)
-    with StopSignal() as signal:
+    with StopSignal() as signal, Saves(job, records) as saves:
         for step in range(job.first_step, last_step):
             control.progress(step, "input")
             micro_batches = window.timed_input(lambda: [next(batches) for _ in range(job.execution.accumulation)])
@@ -46,25 +45,31 @@ def train(job: Job, records: Records) -> int:
             in_flight.wait()
             stop = control.agreed_stop(step, in_flight.limit, signal.received)
             ended = stop is not None or taken == last_step
+            saves.report()
+            save_now = False
             if taken % config.logger.every_steps == 0 or ended:
-                window.record(taken, records)
+                save_now = window.record(taken, records, saves.due_by_clock())
             if measured is not None and (values := measured.values()):
                 records.write("diagnostics", taken, **values)
-            epoch = epoch_ends.get(taken)
+            epoch, best = epoch_ends.get(taken), False
             if taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0):
                 control.progress(step, "evaluation")
                 window.settle(records)
-                _evaluate(job, records, taken)
+                best = _evaluate(job, records, taken) and config.checkpoint.keep_best
                 window.restart()
-            if ended or (epoch is not None and epoch % config.checkpoint.every_epochs == 0):
+            if ended or save_now or best or saves.due(taken, epoch):
                 control.progress(step, "checkpoint")
                 window.settle(records)
-                _save(job, records, taken)
+                saves.save(taken, best)
                 window.restart()
-            if stop is not None:
+            if ended:
+                failed = saves.finish()
+                if stop is None:
+                    check_finished(failed, taken)
+                    break
+                saved = "with a checkpoint" if failed is None else f"with none behind step {saves.newest_step}"
                 records.say(
-                    f"stopped by {stop} after step {taken}, with a checkpoint: "
-                    f"the same command with run_id={config.run_id} goes on"
+                    f"stopped by {stop} after step {taken}, {saved}: the same command with run_id={config.run_id} goes on"
                 )
                 return StopSignal.EXIT_CODES[stop]
     return EXIT_DONE
@@ -100,7 +105,8 @@ def _recompute_statistics(job: Job, step: int) -> None:
     recompute_running_statistics(job.trainer.network, job.backend, inputs)
 
 
-def _evaluate(job: Job, records: Records, step: int) -> None:
+def _evaluate(job: Job, records: Records, step: int) -> bool:
+    """Whether it is the best evaluation of the run so far."""
     started_s = time.monotonic()
     evaluation = score(job, step)
     scores, missing = evaluation.scores, evaluation.missing
@@ -113,32 +119,9 @@ def _evaluate(job: Job, records: Records, step: int) -> None:
     records.say(scores.describe(f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
         raise DataError(_too_many_bad(job, f"{scores.missing} validation clips are missing", missing))
+    best = scores.top1_percent > job.best_top1_percent
     job.best_top1_percent = max(job.best_top1_percent, scores.top1_percent)
-
-
-def _save(job: Job, records: Records, step: int) -> None:
-    """Rank 0 writes a checkpoint of what all ranks share; a disk that is full is loud and does not end the run."""
-    average_running_statistics(job.trainer.network, job.backend)
-    if job.backend.topology.rank != 0:
-        return
-    network = job.trainer.network
-    state = {
-        "step": step,
-        "best_top1_percent": job.best_top1_percent,
-        "recipe": job.recipe.as_dict(),
-        "scaler": job.trainer.scaler.state_dict(),
-        "step_counts": step_counts(job.trainer.optimizer),
-    }
-    tensors = state_tensors(network, job.trainer.optimizer, job.trainer.average)
-    checkpoint = Checkpoint(network.state_dict(), tensors, state)
-    started_s = time.monotonic()
-    try:
-        save_checkpoint(job.folder.checkpoints, checkpoint, job.config.checkpoint.keep)
-    except CheckpointError as error:
-        records.say(f"NO CHECKPOINT at step {step}: {error}. Training goes on")
-        records.write("checkpoint", step, failed=str(error))
-        return
-    records.write("checkpoint", step, duration_s=round(time.monotonic() - started_s, 3))
+    return best
 
 
 def _diagnostics(job: Job) -> Diagnostics:
@@ -222,14 +205,17 @@ class _Window:
                 )
             )
 
-    def record(self, step: int, records: Records) -> None:
-        """Join the ranks' sums and write a training record of the steps that were not bad, if any."""
+    def record(self, step: int, records: Records, save_here: bool) -> bool:
+        """Join the ranks' sums and write a training record of the steps that were not bad, if any.
+
+        Returns whether any rank wants to save here: what rank 0's clock says rides on the message of the sums.
+        """
         self.settle(records)
         job = self._job
-        sums = torch.cat([self._totals, self._totals.new_tensor([float(len(self._bad_clips))])])
+        sums = torch.cat([self._totals, self._totals.new_tensor([float(len(self._bad_clips)), float(save_here)])])
         sums = sums.to(job.backend.device)
         job.backend.all_reduce_(sums, "train.record")
-        loss, right, clips, bad = sums.tolist()
+        loss, right, clips, bad, save_now = sums.tolist()
         duration_s = time.monotonic() - self._started_s
         if clips:
             records.train(
@@ -245,6 +231,7 @@ class _Window:
         if bad:
             self._report_bad_clips(records)
         self.restart()
+        return bool(save_now)
 
     def _report_bad_clips(self, records: Records) -> None:
         job = self._job

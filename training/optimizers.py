@@ -132,8 +132,10 @@ def step_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def set_step_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
-    """Go on from what `step_counts` said."""
+    """Go on from what `step_counts` said; groups that it did not name start at 0."""
     for group in optimizer.param_groups:
+        if group["name"] not in counts:
+            continue
         if isinstance(group.get("step"), Tensor):
             group["step"].fill_(counts[group["name"]])
         elif "step" in group:

@@ -189,8 +189,14 @@ class LoggerConfig:
 class CheckpointConfig:
     every_epochs: int = 1
     """Epochs between two checkpoints."""
+    every_steps: int | None = None
+    """Steps between two checkpoints, beside those of the epochs; null: only those."""
+    every_minutes: float | None = None
+    """The longest time without a checkpoint, by rank 0's clock, looked at with each training record; null: any."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Save after each evaluation with a better top-1 than all before, and keep that checkpoint: checkpoints/best links to it."""
     allow_recipe_change: bool = False
     """Resume although the recipe differs from the checkpoint's."""
 
@@ -366,6 +372,7 @@ def check(config: Config) -> None:
     nullable = (
         "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
         "data.train_clips", "plan.world_size", "plan.published_step_s", "plan.step_s",
+        "checkpoint.every_steps", "checkpoint.every_minutes",
     )  # fmt: skip
     for key in nullable:
         if value(key) is not None and not value(key) > 0:
