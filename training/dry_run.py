@@ -17,10 +17,11 @@ from pipelines.loader import ClipSource
 from pipelines.manifest import Manifest
 
 from .charts import schedule_figure
+from .code_version import code_version
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
 from .figures import NetworkFigures, Rates, clip_bytes, network_figures, rates_of, ring_bytes
 from .initial import find_initial_weights
-from .job import CHECKOUT, check_recipe, find_start, open_manifest, recipe_of, training_clips_of
+from .job import CHECKOUT, check_same, find_start, open_manifest, recipe_of, training_clips_of
 from .memory import LEFT_OUT, StepCosts, step_costs
 from .plan import describe_execution, describe_gradients, describe_network, describe_recipe
 from .readiness import check_alone, check_files, check_folder, find_decoder, looked_at
@@ -112,7 +113,7 @@ def make_plan(config: Config) -> Plan:
     _derive(plan)
     if checkpoint is not None and plan.recipe is not None:
         recipe = plan.recipe
-        plan.noting(lambda: check_recipe(config, recipe, folder, checkpoint))
+        plan.noting(lambda: check_same(config, recipe, code_version(CHECKOUT), folder, checkpoint))
     plan.noting(lambda: check_folder(folder))
     return plan
 

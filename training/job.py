@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipelines.manifest import Manifest, ManifestError
 from pipelines.views import Protocol
 from tsm.networks import TemporalNetwork, build_network
 
+from .code_version import check_code, code_version
 from .errors import ConfigError, DataError
 from .initial import InitialWeights, find_initial_weights, load_initial_weights
 from .optimizers import make_optimizer, optimizer_tensors, set_step_counts
@@ -52,6 +53,8 @@ class Job:
     validation_clips: EvaluationClips
     first_weights: str = ""
     """What the network started from, in words, on rank 0 of a new run."""
+    code: dict[str, Any] = field(default_factory=dict)
+    """Which code this is (training.code_version), on rank 0."""
     first_step: int = 0
     best_top1_percent: float = 0.0
 
@@ -207,13 +210,14 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         config.run_id = backend.broadcast_object(new_run_id(config, topology))
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
     resumed, first = find_start(config, folder) if topology.rank == 0 else (None, None)
+    code = code_version(CHECKOUT) if topology.rank == 0 else {}
     identity = backend.broadcast_object(first.identity if first else None)
     training, validation = open_manifest(config, "train"), open_manifest(config, "val")
     check_agreement(backend, config, [training.digest, validation.digest])
     recipe = recipe_of(config, len(training), training.digest, identity)
     execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
     if resumed is not None:
-        check_recipe(config, recipe, folder, resumed)
+        check_same(config, recipe, code, folder, resumed)
     state = backend.broadcast_object(resumed.state if resumed else None)
 
     network, first_weights = _build_network(config, backend, execution, None if resumed else first)
@@ -252,6 +256,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         training_clips=training_clips_of(config, ClipSource(training.path, decoder)),
         validation_clips=EvaluationClips(ClipSource(validation.path, decoder), protocol_of(config)),
         first_weights=first_weights,
+        code=code,
     )
     if state is not None:
         job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]
@@ -320,8 +325,8 @@ def find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, In
     return checkpoint, find_initial_weights(config.model, CHECKOUT, before)
 
 
-def check_recipe(config: Config, recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """On rank 0: refuse to go on from a checkpoint of another recipe, unless the configuration allows it."""
+def check_same(config: Config, recipe: Recipe, code: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """On rank 0: refuse to go on from a checkpoint of another recipe or other code, unless the configuration allows it."""
     before, now = checkpoint.state["recipe"], recipe.as_dict()
     before_flat, now_flat = _flat(before), _flat(now)
     differing = [key for key in now_flat if now_flat[key] != before_flat.get(key)]
@@ -331,6 +336,7 @@ def check_recipe(config: Config, recipe: Recipe, folder: RunFolder, checkpoint: 
             f"{folder.path} holds a run of another recipe ({shown}). "
             "Fix: choose another run_id, or go on with checkpoint.allow_recipe_change=true"
         )
+    check_code(config, code, folder, checkpoint)
     print(f"resuming {folder.path.name} from step {checkpoint.state['step']}", flush=True)
 
 

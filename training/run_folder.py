@@ -67,8 +67,8 @@ def provenance(topology: Topology, hosts: list[str]) -> dict[str, Any]:
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": _git("diff", "HEAD"),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_diff": git("diff", "HEAD"),
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "launcher": topology.launcher,
@@ -84,10 +84,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git says of the checkout; None where there is no git, or a checkout that was copied without its history."""
     checkout = Path(__file__).parent.parent
     try:
         done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, or a checkout that was copied without its history
+        return None
     return done.stdout.strip()

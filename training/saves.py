@@ -58,6 +58,7 @@ class Saves:
             "step": step,
             "best_top1_percent": job.best_top1_percent,
             "recipe": job.recipe.as_dict(),
+            "code": job.code,
             "scaler": trainer.scaler.state_dict(),
             "step_counts": step_counts(trainer.optimizer),
         }

@@ -199,6 +199,8 @@ class CheckpointConfig:
     """Save after each evaluation with a better top-1 than all before, and keep that checkpoint: checkpoints/best links to it."""
     allow_recipe_change: bool = False
     """Resume although the recipe differs from the checkpoint's."""
+    allow_code_change: bool = False
+    """Resume although the code that decides results differs from the checkpoint's; comments and docstrings do not count."""
 
 
 @dataclass
