@@ -1,9 +1,12 @@
 """What a run writes down as it goes: metrics.jsonl always, wandb beside it, and lines or a bar for whoever watches."""
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ class Records:
         self._wandb: Any = None
         if not writes:
             return
-        self._file = folder.metrics.open("a", buffering=1)  # a line at a time: a kill loses none
+        self._file = folder.metrics.open("ab", buffering=0)  # a line at a time: a kill loses none
+        self._newest_step = first_step
+        self._refused = False  # the last line did not get to the disk, or not all of it
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         if config.logger.wandb != "disabled":
@@ -43,10 +48,11 @@ class Records:
     def write(self, kind: str, step: int, **values: Any) -> None:
         if not self._writes:
             return
-        self._file.write(json.dumps({"kind": kind, "time_s": round(time.time(), 3), "step": step, **values}) + "\n")
+        self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step, **values})
         if self._wandb is not None:
             numbers = dict(_numbers(kind, values))
-            self._wandb.log(numbers, step=step)
+            self._newest_step = max(step, self._newest_step)  # wandb drops what comes for an earlier step: a checkpoint's end
+            self._wandb.log(numbers, step=self._newest_step)
 
     def train(self, step: int, **values: float) -> None:
         """A training record, on the bar or as a line."""
@@ -69,8 +75,22 @@ class Records:
 
     def _append(self, path: Path, values: dict[str, Any]) -> None:
         if self._writes:
-            with path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with path.open("ab", buffering=0) as file:
+                    self._put(file, values)
+            except OSError as error:
+                self.say(f"NO RECORD in {path}: {error}. Training goes on")
+
+    def _put(self, file: FileIO, values: dict[str, Any]) -> None:
+        """A line; on a disk that is full it is lost, which is said once, and the run goes on."""
+        line = ("\n" if self._refused else "").encode() + json.dumps(values).encode() + b"\n"
+        try:
+            refused = None if file.write(line) == len(line) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            refused = error
+        if refused is not None and not self._refused:
+            self.say(f"NO RECORDS in {file.name}: {refused}. Training goes on")
+        self._refused = refused is not None
 
     def close(self, exit_code: int) -> None:
         if not self._writes:

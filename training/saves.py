@@ -25,6 +25,7 @@ class Saves:
         self._newest_s = time.monotonic()
         self._newest_step = job.first_step
         self._failed: str | None = None
+        self._finishing = False
 
     def due(self, taken: int, epoch: int | None) -> bool:
         """Whether the configuration wants a checkpoint after `taken` steps, which end `epoch`, if any."""
@@ -73,6 +74,7 @@ class Saves:
 
     def finish(self) -> str | None:
         """Wait for the last write, on all ranks, and say why it failed, if it did: nothing is tried again behind it."""
+        self._finishing = True
         if self._writer is not None:
             self._writer.wait()
             self.report()
@@ -103,7 +105,9 @@ class Saves:
             self._newest_step = written.step
             self._records.write("checkpoint", written.step, **times)
             return
-        self._records.say(f"NO CHECKPOINT at step {written.step}: {written.failed}. Training goes on")
+        self._records.say(
+            f"NO CHECKPOINT at step {written.step}: {written.failed}{'' if self._finishing else '. Training goes on'}"
+        )
         self._records.write("checkpoint", written.step, **times, failed=written.failed)
 
 

@@ -1,0 +1,258 @@
+"""What a run goes on from, and what it goes on over: other code, another recipe, a full disk, a folder that is gone."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from bodies import Context, compose_config, job_of
+from torch import Tensor
+from worlds import CHECKOUT
+
+from distributed.backend import SingleBackend
+from distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest
+from distributed.control import ControlChannel
+from distributed.topology import find_topology
+from training import schema
+from training.code_version import check_code, code_version
+from training.errors import ConfigError
+from training.evaluation import Evaluation
+from training.job import Job
+from training.loop import train as train_loop
+from training.metrics import Scores
+from training.records import Records, read_metrics
+from training.run_folder import RunFolder
+
+# --- Other code -------------------------------------------------------------------------------------------------------
+
+SOURCE = '''"""What it is."""
+
+
+class Step:
+    size: int = 3
+    """A line on size."""
+
+    def take(self, rate: float) -> float:
+        """Take it."""
+        return rate * self.size  # why
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("train.py", "training/step.py", "distributed/optim/lars.py", "docs/words.md", "tests/test_step.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SOURCE)
+    return tmp_path
+
+
+def refusal(before: dict[str, Any] | None, now: dict[str, Any], **checkpoint: bool) -> str:
+    schema.register()
+    config = compose_config("experiment=smoke", *(f"checkpoint.{key}={value}" for key, value in checkpoint.items()))
+    state = {"step": 7} | ({} if before is None else {"code": before})
+    try:
+        check_code(config, now, RunFolder(Path("outputs/run")), Checkpoint({}, {}, state))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("file", "then", "now"),
+    [
+        ("docs/words.md", "What", "Why"),
+        ("tests/test_step.py", "size", "length"),
+        ("training/step.py", "# why", "# and why not"),
+        ("training/step.py", "A line on size", "Another line"),
+        ("training/step.py", '        """Take it."""\n', ""),
+        ("training/step.py", "rate * self.size", "(\n            rate * self.size\n        )"),
+    ],
+    ids=["documentation", "test", "comment", "line on a field", "docstring", "layout"],
+)
+def test_what_cannot_change_a_result_does_not_count(checkout: Path, file: str, then: str, now: str) -> None:
+    before = code_version(checkout)
+    (checkout / file).write_text(SOURCE.replace(then, now))
+    assert (checkout / file).read_text() != SOURCE
+    assert refusal(before, code_version(checkout)) == ""
+
+
+def test_other_code_is_refused_and_named(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = code_version(checkout) | {"commit": "abc"}
+    (checkout / "training/step.py").write_text(SOURCE.replace("size: int = 3", "size: int = 4"))
+    (checkout / "distributed/optim/lars.py").unlink()
+    (checkout / "training/new.py").write_text("")
+    now = code_version(checkout) | {"commit": "def"}
+    told = refusal(before, now)
+    assert "commit abc then, def now" in told
+    assert "these files differ: distributed/optim/lars.py, training/new.py, training/step.py)" in told
+    assert "Fix: go back" in told and "checkpoint.allow_code_change=true" in told
+    assert refusal(before, now, allow_code_change=True) == ""
+    assert "these files differ: distributed/optim/lars.py" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_know_its_code_is_taken(checkout: Path) -> None:
+    assert refusal(None, code_version(checkout)) == ""
+
+
+def test_the_code_of_this_checkout_is_all_that_trains() -> None:
+    files = code_version(CHECKOUT)["files"]
+    assert {"train.py", "training/step.py", "distributed/optim/lars.py", "tsm/shift.py", "pipelines/order.py"} <= set(
+        files
+    )
+    assert not [name for name in files if name.startswith(("tests", "docs", "tools", "benchmarks"))]
+
+
+# --- In this process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume") / "clips"
+    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
+    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
+    return root
+
+
+FAST = ["pipeline.size=16", "numerics.dtype=float32", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+SCORES = Scores(20, 0, 1.0, 0.0, 50.0, 10.0, 1.0, None)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Context]:
+    """A world of one process whose run folders are made in `tmp_path / "disk"`."""
+    schema.register()
+    backend = SingleBackend(find_topology(), torch.device("cpu"))
+    control = ControlChannel(backend)
+    yield Context(tmp_path / "disk", backend, control)
+    control.close()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def run_with(context: Context, clips: Path, at: dict[int, Callable[[], object]], *overrides: str) -> Job:
+    """Train; in front of some steps something happens."""
+    job = job_of(context, "run", *FAST, f"data.root={clips}", *overrides)
+    take_step = job.trainer.step
+
+    def step(number: int, *arguments: Any) -> Tensor:
+        at.get(number, lambda: None)()
+        return take_step(number, *arguments)
+
+    job.trainer.step = step  # type: ignore[method-assign]
+    job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
+    try:
+        assert train_loop(job, records) == 0
+    finally:
+        records.close(0)
+    return job
+
+
+def test_state_that_another_recipe_adds_starts_anew(
+    alone: Context, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*FAST, f"data.root={clips}"]
+    run_with(alone, clips, {}, "max_steps=2")
+    changes = ["optimizer.ema_decay=0.9", "optimizer.name=lamb", "checkpoint.allow_recipe_change=true"]
+    with pytest.raises(ConfigError, match=r"another recipe .*optimizer\.ema_decay: None then, 0\.9 now"):
+        job_of(alone, "run", *options, *changes[:2])
+    job = job_of(alone, "run", *options, *changes)
+    saved = load_newest(job.folder.checkpoints)[0]
+    assert saved is not None and job.first_step == 2
+    assert job.trainer.average is not None
+    for name, average in job.trainer.average.tensors().items():
+        assert average.equal(saved.network[name.removeprefix("average.")]), name
+    assert all(not state["exp_avg"].any() for state in job.trainer.optimizer.state.values())
+    assert "has no state for exp_avg, exp_avg_sq, the average of weights: it starts anew" in capsys.readouterr().out
+
+
+def steps_of(job: Job, kind: str, key: str) -> list[int]:
+    return [record["step"] for record in read_metrics(job.folder.metrics) if record["kind"] == kind and key in record]
+
+
+def test_training_goes_on_over_a_folder_that_is_gone(
+    alone: Context, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints, away = alone.folder / "run" / "checkpoints", alone.folder / "run" / "away"
+
+    def lose() -> None:
+        wait_until(lambda: (checkpoints / "step-00000002").exists())
+        checkpoints.rename(away)
+
+    job = run_with(alone, clips, {2: lose, 5: lambda: away.rename(checkpoints)}, "max_steps=7")
+    assert steps_of(job, "checkpoint", "failed")[:2] == [3, 4]
+    assert steps_of(job, "checkpoint", "stall_s") == [1, 2, 3, 4, 5, 6, 7]
+    assert "NO CHECKPOINT at step 3: cannot write" in capsys.readouterr().out
+    newest = load_newest(checkpoints)[0]
+    assert newest is not None and newest.state["step"] == 7
+
+
+def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Records have no room either: what was lost is missing in them, and said."""
+    disk = alone.folder
+    disk.mkdir()
+    size = "size=240m"  # a checkpoint has 90 MB, and there are two at a time
+    command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small file system can be mounted by root alone")
+    filler, checkpoints = disk / "filler", disk / "run" / "checkpoints"
+
+    def fill() -> None:
+        wait_until(lambda: (checkpoints / "step-00000002").exists())
+        metrics = disk / "run" / "metrics.jsonl"
+        with metrics.open("ab") as file:  # it has its last page to itself
+            file.write(b"\n" * (-metrics.stat().st_size % 4096))
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    try:
+        job = run_with(alone, clips, {2: fill, 5: filler.unlink}, "max_steps=7", "logger.every_steps=1")
+        output = capsys.readouterr().out
+        assert "NO CHECKPOINT at step 3: cannot write" in output and "No space left" in output
+        assert "NO RECORDS in" in output
+        assert "step      4  loss" in output  # training went on
+        newest = load_newest(checkpoints)[0]
+        assert newest is not None and newest.state["step"] == 7
+        assert {1, 2, 6, 7} <= set(steps_of(job, "train", "loss"))
+        assert 4 not in steps_of(job, "train", "loss")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded tensors still lie in its files
+
+
+def test_a_run_whose_last_checkpoint_failed_is_not_finished(alone: Context, clips: Path) -> None:
+    checkpoints = alone.folder / "run" / "checkpoints"
+    with pytest.raises(CheckpointError, match=r"its last checkpoint could not be written.*Fix: make room"):
+        run_with(alone, clips, {0: checkpoints.rmdir}, "max_steps=1")
+
+
+def test_the_best_is_saved_when_it_is_found_and_kept(
+    alone: Context, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tops = iter([20.0, 50.0, 30.0, 50.0])
+
+    def assess(*_: Any, **__: Any) -> Evaluation:
+        scores = dataclasses.replace(SCORES, top1_percent=next(tops))
+        return Evaluation(scores, cast(Any, None), [])
+
+    monkeypatch.setattr("training.loop.assess", assess)
+    options = ["checkpoint.every_steps=null", "checkpoint.every_epochs=100", "evaluation.every_epochs=1"]
+    job = run_with(alone, clips, {}, *options)
+    assert steps_of(job, "evaluation", "top1_percent") == [5, 10, 15, 20]
+    assert steps_of(job, "checkpoint", "stall_s") == [5, 10, 20]
+    assert sorted(path.name for path in job.folder.checkpoints.iterdir()) == ["best", "step-00000010", "step-00000020"]
+    best = load_checkpoint(job.folder.checkpoints / "best")
+    assert (best.state["step"], best.state["best_top1_percent"]) == (10, 50.0)
