@@ -1,65 +1,73 @@
-"""The control channel: a small key-value store beside the collectives, by which ranks learn of each other's fate.
+"""The control channel: how ranks learn of each other's fate, beside the collectives.
 
-A rank that waits in a collective hears nothing there of a rank that failed. Here it does: every rank has a thread that
-leaves a sign of life and looks for a failure, and ends the process when one was reported or the store is gone.
+A rank that waits in a collective hears nothing there of a rank that failed, died or hangs. Here it does: a thread of every rank
+talks with the job's monitor (distributed.monitor), and ends the process when that says so or is gone itself. A small
+key-value store on rank 0 lets ranks agree without a collective.
 """
 
+import ctypes
 import json
 import os
+import select
 import socket
-import sys
 import threading
 import time
+import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from torch.distributed import TCPStore
 
 from .backend import Backend
+from .journal import Journal, node_log, read_tail
+from .liveness import Place, patience_s
+from .monitor import REQUEUE, Failure, Settings, beat_s, silent_s, start_monitor
+from .stacks import own_stacks, stacks_of
 
-_BEAT_S = 0.5
+_CONNECT_S = 60.0
 _STORE_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a rank ended early."""
-
-    rank: int
-    host: str
-    message: str
-    exit_code: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} failed: {self.message}"
+_VERDICT_S = 6.0  # between a failure here and the monitor's word on why the job ends
 
 
 class ControlChannel:
-    """One for each process; rank 0 holds the store. All ranks make it together, and close it together."""
+    """One for each process. All ranks make it together, and close it together.
 
-    def __init__(self, backend: Backend) -> None:
-        self._rank, self._size = backend.topology.rank, backend.topology.size
-        self._host = backend.topology.host
-        self._step, self._phase = 0, "start"
-        self._closing = threading.Event()
+    `hang_s`: a job in which no rank makes progress for so long is ended (None: never); phases that rightly take long have
+    more time (distributed.liveness).
+    """
+
+    def __init__(self, backend: Backend, hang_s: float | None = None) -> None:
+        topology = backend.topology
+        self._rank, self._size, self._host = topology.rank, topology.size, topology.host
+        self._hang_s = hang_s
+        self.journal = Journal(topology.rank, topology.host)
+        self._place, self._marked_s = Place(), time.monotonic()
         self._store: TCPStore | None = None
-        self._thread: threading.Thread | None = None
-        if self._size == 1:
-            return
-        one_node = backend.topology.local_size == self._size
-        served = self._serve("127.0.0.1" if one_node else _address()) if self._rank == 0 else None
-        address, port = backend.broadcast_object(served)
-        if self._store is None:
-            self._store = self._connect(address, port)
-        # A client of its own for the thread: a connection serves one request at a time.
-        self._thread = threading.Thread(
-            target=self._watch, args=(self._connect(address, port),), name="control", daemon=True
-        )
-        self._thread.start()
+        self._verdict: Failure | None = None
+        self._over = threading.Event()
+        """The monitor has said that the job is over, one way or the other."""
+        self._failed_here = False
+        self._sending = threading.Lock()
+        served = None
+        if self._rank == 0:
+            address = "127.0.0.1" if topology.local_size == self._size else _address()
+            settings = Settings(address, self._host, uuid.uuid4().hex, self._size, hang_s)
+            served = (settings, start_monitor(settings), self._serve_store(address) if self._size > 1 else 0)
+        settings, port, store_port = backend.broadcast_object(served)
+        if self._rank != 0:
+            timeout = timedelta(seconds=_STORE_TIMEOUT_S)
+            self._store = TCPStore(settings.address, store_port, is_master=False, timeout=timeout)
+        self._monitor_host = settings.host
+        self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_S)
+        _let_be_traced()
+        self._heard_s = time.monotonic()
+        self._say({"hello": [self._rank, self._host, os.getpid()], "token": settings.token})
+        threading.Thread(target=self._attend, name="control", daemon=True).start()
 
-    def _serve(self, address: str) -> tuple[str, int]:
-        """Hold the store; a socket of our own, because torch would listen on every interface."""
+    def _serve_store(self, address: str) -> int:
+        """Hold the store; on a socket of our own, because torch would listen on every interface."""
         listener = socket.create_server((address, 0), backlog=4096)
         port: int = listener.getsockname()[1]
         self._store = TCPStore(
@@ -70,57 +78,101 @@ class ControlChannel:
             timeout=timedelta(seconds=_STORE_TIMEOUT_S),
             master_listen_fd=listener.detach(),
         )
-        return address, port
+        return port
 
-    @staticmethod
-    def _connect(address: str, port: int) -> TCPStore:
-        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
+    # ---------------------------------------------------------------------------------------------- signs of life and of death
+
+    def open_log(self, folder: Path) -> None:
+        """The run folder is known: this rank's log and the monitor's go on there."""
+        self.journal.open_in(folder)
+        if self._rank == 0:
+            self._say({"folder": str(folder)})
 
     def progress(self, step: int, phase: str) -> None:
-        """What the next sign of life says; costs nothing."""
-        self._step, self._phase = step, phase
+        """Note that this rank gets on, and where it is; costs nothing."""
+        self._place, self._marked_s = Place(step, phase, self._place.marks + 1), time.monotonic()
 
-    def _watch(self, store: TCPStore) -> None:
-        while not self._closing.wait(_BEAT_S):
-            try:
-                beat = {"step": self._step, "phase": self._phase, "time_s": time.time()}
-                store.set(f"beat/{self._rank}", json.dumps(beat))
-                if store.check(["failure"]):
-                    self._end_process(Failure(**json.loads(store.get("failure"))), store)
+    def _attend(self) -> None:
+        """The thread: leaves signs of life and does what the monitor asks, until the end."""
+        buffer, pause_s, next_beat_s = b"", beat_s(self._size), 0.0
+        while True:
+            if time.monotonic() >= next_beat_s:
+                place = self._place
+                self._say({"place": [place.step, place.phase, place.marks]})
+                next_beat_s = time.monotonic() + pause_s
+            readable, _, _ = select.select([self._connection], [], [], max(0.0, next_beat_s - time.monotonic()))
+            if readable:
+                try:
+                    part = self._connection.recv(1 << 16)
+                except OSError:
+                    part = b""
+                if not part:
+                    self._lost_monitor("is gone: killed, or its node failed")
                     return
-            except RuntimeError:  # torch raises it for a connection that ended
-                if not self._closing.is_set():
-                    self._end_process(
-                        Failure(0, "its host", "it is gone: the control channel closed without a word", 1)
-                    )
+                *lines, buffer = (buffer + part).split(b"\n")
+                for line in lines:
+                    if self._obey(json.loads(line)):
+                        return
+            elif self._monitor_is_silent():
                 return
 
-    def _end_process(self, failure: Failure, store: TCPStore | None = None) -> None:
+    def _obey(self, message: dict[str, Any]) -> bool:
+        """Do what the monitor says; True when that was the last."""
+        self._heard_s = time.monotonic()
+        if "stacks" in message:
+            neighbours = {rank: stacks_of(pid) for rank, pid in message["stacks"].items()}
+            self._say({"stacks": own_stacks(), "neighbours": neighbours})
+        if "end" in message:
+            failure = Failure(**message["end"])
+            if message["mute"] and failure.host == self._host and self.journal.folder is not None:
+                lost = node_log(self.journal.folder.name, failure.rank)
+                self._say({"log": read_tail(lost), "of": failure.rank})
+            self._end(failure)
+            return True
+        if "done" in message:
+            self._over.set()
+        return "done" in message
+
+    def _monitor_is_silent(self) -> bool:
+        """The monitor says nothing and nothing moves here: its node is lost, which nothing else would tell."""
+        if self._hang_s is None or self._over.is_set():
+            return False
+        now_s, limit_s = time.monotonic(), patience_s(self._place.phase, self._hang_s)
+        if now_s - self._heard_s <= max(limit_s, silent_s(self._size)) or now_s - self._marked_s <= limit_s:
+            return False
+        self._lost_monitor(
+            f"has said nothing for {now_s - self._heard_s:.0f} s: its node is lost, or its process stopped"
+        )
+        return True
+
+    def _lost_monitor(self, what: str) -> None:
+        if not self._over.is_set():
+            self._end(Failure(0, self._monitor_host, f": the monitor beside it {what}", REQUEUE))
+
+    def _end(self, failure: Failure) -> None:
         """Say why and leave at once: the main thread may be held in a collective that nothing will ever finish."""
-        if failure.rank == self._rank:
-            return  # this rank's main thread is on its way out by itself
-        print(f"error (rank {self._rank} of {self._size} on {self._host}): {failure}", file=sys.stderr, flush=True)
-        if store is not None:
-            with suppress(RuntimeError):  # the store may be gone with its rank
-                store.set(
-                    f"heard/{self._rank}", ""
-                )  # the failed rank waits for it: launchers kill the others when it ends
+        self._verdict = failure
+        if not self._failed_here:
+            self.journal.warn(f"error (rank {self._rank} of {self._size} on {self._host}): {failure}")
+        self._say({"log": self.journal.tail(), "of": self._rank})
+        if self._failed_here:
+            self._over.set()  # the main thread is on its way out by itself
+            return
         os._exit(failure.exit_code)
 
-    def report_failure(self, message: str, exit_code: int) -> None:
-        """Tell every rank why this one ends, and give them a moment to say so themselves. Never raises."""
-        failure = Failure(self._rank, self._host, message, exit_code)
-        if self._store is None:
-            return
-        try:
-            if self._store.compare_set("failure", "", json.dumps(asdict(failure))).decode() != json.dumps(
-                asdict(failure)
-            ):
-                return  # another rank was first
-            others = [f"heard/{rank}" for rank in range(self._size) if rank != self._rank]
-            self._store.wait(others, timedelta(seconds=6 * _BEAT_S))
-        except RuntimeError:
-            pass  # the store or some rank is gone already: nothing more can be told
+    def report_failure(self, message: str, exit_code: int) -> Failure:
+        """Tell every rank why this one ends, and learn why the job does: another's death may be behind it. Never raises."""
+        own = Failure(self._rank, self._host, f"failed: {message}", exit_code)
+        self._failed_here = True
+        self._say({"failure": {"message": own.message, "exit_code": exit_code}})
+        self._over.wait(_VERDICT_S)
+        return self._verdict or own
+
+    def _say(self, message: dict[str, Any]) -> None:
+        with self._sending, suppress(OSError):  # that the monitor is gone becomes known where it is heard
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    # ------------------------------------------------------------------------------------------------------------- agreements
 
     def request_stop(self, reason: str) -> None:
         """Ask for a stop in good order at a step that all ranks agree on; any rank may, from its main thread."""
@@ -156,12 +208,17 @@ class ControlChannel:
             raise TimeoutError(f"after {timeout_s:.0f} s at {name!r}, these ranks are missing: {absent}") from None
 
     def close(self) -> None:
-        """Stop watching; rank 0's store must outlive the others' threads, so all ranks come here first."""
-        if self._store is not None:
-            self._closing.set()
-            assert self._thread is not None
-            self._thread.join(_STORE_TIMEOUT_S)
-            self.barrier("close", _STORE_TIMEOUT_S)
+        """Leave in good order, when all ranks have come here; rank 0, which has a report to write, may be late."""
+        self.progress(self._place.step, "close")
+        self._say({"done": True})
+        self._over.wait()
+        self._connection.close()
+
+
+def _let_be_traced() -> None:
+    """Let py-spy look at this process where the kernel lets only parents do so (Yama)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
 
 
 def _address() -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,23 @@ class RunningJob:
     def interrupt(self) -> None:
         """Ctrl-C: the terminal sends SIGINT to the whole foreground process group."""
         os.killpg(self.process.pid, signal.SIGINT)
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank that runs train.py now."""
+        found = {}
+        for pid, command in self._processes():
+            words = command.split()
+            if "python" not in words[0] or "train.py" not in words[1:3]:
+                continue
+            with suppress(OSError):  # ended meanwhile
+                environ = dict(
+                    entry.split("=", 1)
+                    for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
+                    if "=" in entry
+                )
+                names = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
+                found[next((int(environ[name]) for name in names if name in environ), 0)] = pid
+        return found
 
     def wait(self, limit_s: float) -> Ended:
         """Wait for the end. Raises AssertionError, with the output, for a job that is still there after `limit_s`."""

@@ -54,7 +54,15 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     on_gpu = backend.device.type == "cuda"
     loader = ClipLoader(clips, config.pipeline.workers, config.pipeline.prefetch, pin_memory=on_gpu)
     normalise = Normaliser(backend.device, config.numerics)
-    evaluation = assess(network, normalise, clips, loader, backend, config.evaluation.batch)
+    evaluation = assess(
+        network,
+        normalise,
+        clips,
+        loader,
+        backend,
+        config.evaluation.batch,
+        progress=lambda _: control.progress(weights.step, "evaluation"),
+    )
     if backend.topology.rank == 0:
         _report(config, validation, weights, clips.protocol.name, evaluation)
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE

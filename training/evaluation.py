@@ -29,9 +29,10 @@ def assess(
     loader: ClipLoader,
     backend: Backend,
     batch: int,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """`evaluate`, and what it comes to; rank 0 computes the scores."""
-    clip_logits, missing = evaluate(network, normalise, clips, loader, backend, batch)
+    clip_logits, missing = evaluate(network, normalise, clips, loader, backend, batch, progress)
     scores = scores_of(clip_logits, clips.source.manifest.order_groups) if backend.topology.rank == 0 else None
     everywhere = [record for part in backend.all_gather_objects(missing) for record in part]
     return Evaluation(backend.broadcast_object(scores), clip_logits, everywhere)

@@ -38,7 +38,7 @@ def train(job: Job, records: Records) -> int:
             control.progress(step, "input")
             micro_batches = window.timed_input(lambda: [next(batches) for _ in range(job.execution.accumulation)])
             window.bad_clips(step, micro_batches)
-            control.progress(step, "step")
+            control.progress(step, "first step" if step == job.first_step else "step")
             taken = step + 1
             measured = diagnostics if taken % config.logger.every_steps == 0 else None
             window.add(step, micro_batches, job.trainer.step(step, micro_batches, measured))
@@ -90,6 +90,7 @@ def score(job: Job, step: int) -> Evaluation:
             job.loader(job.validation_clips),
             job.backend,
             job.config.evaluation.batch,
+            progress=lambda _: job.control.progress(step - 1, "evaluation"),
         )
 
 

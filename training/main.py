@@ -1,9 +1,13 @@
 """A run from its composed configuration to an exit code; every failure ends here, in words, on every rank."""
 
+import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from types import FrameType
 from typing import Any
 
 from distributed.backend import Backend, make_backend, pick_device
@@ -18,6 +22,7 @@ from .errors import (
     EXIT_DONE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
     ConfigError,
     DataError,
     DivergedError,
@@ -31,6 +36,8 @@ from .schema import Config, from_composed
 
 Task = Callable[[Config, Backend, ControlChannel], int]
 
+_VERDICT_S = 0.8  # mpirun kills what still runs a second after SIGTERM
+
 
 def run(composed: Any, task: Task) -> int:
     """Do a task as the configuration says, in the world that the launcher made; returns the exit code (training.errors)."""
@@ -40,7 +47,8 @@ def run(composed: Any, task: Task) -> int:
         topology = find_topology()
         config = from_composed(composed)
         backend = join_world(config, topology)
-        control = ControlChannel(backend)
+        control = ControlChannel(backend, config.distributed.hang_s)
+        signal.signal(signal.SIGTERM, _leave_before_first_step)
         code = task(config, backend, control)
         control.close()
         backend.close()
@@ -56,10 +64,21 @@ def run(composed: Any, task: Task) -> int:
     except Exception as error:
         message, code = _in_words(error), EXIT_FAILURE
     where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
-    print(f"error ({where}): {message}", file=sys.stderr, flush=True)
     if control is not None:
-        control.report_failure(message, code)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends everybody: first hear and say why
+        control.journal.note(f"failed: {message}")
+        verdict = control.report_failure(message, code)
+        if topology is not None and verdict.rank != topology.rank:  # what failed here was the echo of another's end
+            message = str(verdict)
+        code = verdict.exit_code
+    print(f"error ({where}): {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _leave_before_first_step(number: int, frame: FrameType | None) -> None:
+    """There is nothing to save yet. A launcher that ends everybody, because one died, leaves time to hear who it was."""
+    time.sleep(_VERDICT_S)
+    os._exit(EXIT_REQUEUE)
 
 
 def join_world(config: Config, topology: Topology) -> Backend:
@@ -86,7 +105,8 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     hosts = backend.all_gather_objects(backend.topology.host)
     if writes:
         job.folder.create(config, backend.topology, hosts)
-    records = Records(config, job.folder, writes, job.first_step, job.recipe.total_steps)
+    control.open_log(job.folder.path)
+    records = Records(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.journal)
     code = EXIT_FAILURE
     try:
         records.say(describe_plan(job))
@@ -99,6 +119,8 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         records.write("end", job.recipe.total_steps, exit_code=code)
     finally:
         records.close(code)
+    if writes:
+        control.journal.outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
     if writes and code == EXIT_DONE:  # a stop by a signal has seconds, and the report can wait for the end
         _finish(job)
     return code

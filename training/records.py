@@ -12,18 +12,29 @@ from typing import Any
 
 from tqdm import tqdm
 
+from distributed.journal import Journal
+
 from .run_folder import RunFolder
 from .schema import Config
 
 
 class Records:
-    """Rank 0's records; on other ranks every method does nothing.
+    """Rank 0's records; on other ranks every method does nothing, but that their logs hear what is said.
 
     A record is a JSON line `{"kind", "time_s", "step", ...}`; units are in the names.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, writes: bool, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        writes: bool,
+        first_step: int,
+        total_steps: int,
+        journal: Journal | None = None,
+    ) -> None:
         self._writes = writes
+        self._journal = journal
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
         if not writes:
@@ -37,7 +48,9 @@ class Records:
             self._wandb = _start_wandb(config, folder.path)
 
     def say(self, text: str) -> None:
-        """A line for whoever watches."""
+        """A line for whoever watches, and for this rank's log."""
+        if self._journal is not None:
+            self._journal.note(text)
         if not self._writes:
             return
         if self._bar is not None:

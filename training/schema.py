@@ -172,6 +172,8 @@ class DistributedConfig:
     """Gradients on the wire: float32 (uncompressed) or float16, scaled by 1/size before they are summed."""
     timeout_s: float = 600.0
     """Limit of a single collective operation, and of start-up."""
+    hang_s: float | None = 300.0
+    """End the job, with the stacks of all ranks, when no rank has made progress for so long; null: wait for ever."""
 
 
 @dataclass
@@ -373,7 +375,7 @@ def check(config: Config) -> None:
         )
     nullable = (
         "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
-        "data.train_clips", "plan.world_size", "plan.published_step_s", "plan.step_s",
+        "data.train_clips", "distributed.hang_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
         "checkpoint.every_steps", "checkpoint.every_minutes",
     )  # fmt: skip
     for key in nullable:
