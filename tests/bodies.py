@@ -133,15 +133,29 @@ def resumed(context: Context) -> bool:
 
 
 def deterministic(context: Context) -> list[str]:
-    """Two whole runs and one that was stopped, in the deterministic mode: which tensors differ in any bit."""
+    """Runs of 10 steps in the deterministic mode: which tensors, of which, differ in any bit from the first of their kind.
+
+    With batch norm over all ranks and, where there are several, within each: a second run that also saves behind every step,
+    and a third that was stopped within an epoch and went on. Only its start there differs: nothing else is saved on the way.
+    """
     options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
-    first = trained(context, "deterministic-1", *options)
-    second = trained(context, "deterministic-2", *options)
-    trained(context, "deterministic-3", *options, "max_steps=3")
-    third = trained(context, "deterministic-3", *options)
+    differing = []
+    for kind, group in (("whole", []), ("local", ["batch.bn_group=2"])):
+        states = []
+        for name, stops in (
+            ("plain", [[]]),
+            ("saving", [["checkpoint.every_steps=1"]]),
+            ("stopped", [["max_steps=3"], []]),
+        ):
+            for stop in stops:
+                job = trained(context, f"deterministic-{kind}-{name}", *options, *group, *stop)
+            states.append((name, state_of(job)))
+        plain = states[0][1]
+        differing += [
+            f"{kind} {name}: {key}" for name, state in states[1:] for key in plain if not plain[key].equal(state[key])
+        ]
     torch.use_deterministic_algorithms(False)
-    states = [job.trainer.network.state_dict() for job in (first, second, third)]
-    return [f"{i + 2}: {name}" for i in (0, 1) for name in states[0] if not states[0][name].equal(states[i + 1][name])]
+    return differing
 
 
 def collectives(context: Context) -> dict[str, Any]:

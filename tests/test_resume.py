@@ -154,8 +154,10 @@ def run_with(context: Context, clips: Path, at: dict[int, Callable[[], object]],
     job.trainer.step = step  # type: ignore[method-assign]
     job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
-    assert train_loop(job, records) == 0
-    records.close(0)
+    try:
+        assert train_loop(job, records) == 0
+    finally:
+        records.close(0)
     return job
 
 
@@ -228,7 +230,7 @@ def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: py
         assert {1, 2, 6, 7} <= set(steps_of(job, "train", "loss"))
         assert 4 not in steps_of(job, "train", "loss")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded tensors still lie in its files
 
 
 def test_a_run_whose_last_checkpoint_failed_is_not_finished(alone: Context, clips: Path) -> None:

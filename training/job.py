@@ -225,8 +225,6 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     average = None if config.optimizer.ema_decay is None else WeightAverage(network, config.optimizer.ema_decay)
     if state is not None:
         _restore(backend, network, state_tensors(network, optimizer, average), resumed)
-        if config.numerics.deterministic:
-            _restore_own_statistics(backend, network, resumed)
     options = ReducerOptions(
         execution.accumulation, config.distributed.wire == "float16", config.numerics.deterministic
     )
@@ -261,6 +259,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     if state is not None:
         job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]
         trainer.scaler.load_state_dict(state["scaler"])
+        if config.numerics.deterministic:  # behind the making of the reducer: DDP's gives every rank rank 0's buffers
+            _restore_own_statistics(backend, network, resumed)
         set_step_counts(optimizer, state["step_counts"])
     return job
 
