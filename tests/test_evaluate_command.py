@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from worlds import CHECKOUT
 
+from distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipelines.manifest import Manifest
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,26 @@ def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: P
         name: alone[name] for name in ("clips", "missing", "top1_percent")
     }
     assert record["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_the_best_of_a_run_or_its_newest(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    best = load_checkpoint(checkpoints / "best")
+    other = {name: tensor.flip(0) if "classifier" in name else tensor for name, tensor in best.network.items()}
+    save_checkpoint(checkpoints, Checkpoint(other, best.optimizer, best.state | {"step": 6}), keep=1)
+    places = [f"data.root={folder / 'clips'}", f"outputs={tmp_path}"]
+    steps_and_losses = []
+    for which in ("best", "newest"):
+        code, record, output = evaluate(folder, *places, f"evaluation.checkpoint={which}")
+        assert code == 0, output
+        steps_and_losses.append((record["step"], record["loss"]))
+    run = evaluate(folder)[1]
+    assert steps_and_losses[0] == (5, run["loss"])
+    assert steps_and_losses[1][0] == 6 and steps_and_losses[1][1] != run["loss"]
+    (checkpoints / "best").unlink()
+    code, _, output = evaluate(folder, *places, "evaluation.checkpoint=best")
+    assert code == 2 and "Fix: evaluation.checkpoint=newest" in output, output
 
 
 def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:

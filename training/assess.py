@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from distributed.backend import Backend, broadcast_network
+from distributed.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint
 from distributed.control import ControlChannel
 from pipelines.decode import choose_decoder
 from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
@@ -94,7 +95,7 @@ def _load(config: Config, network: TemporalNetwork) -> Weights:
 def _load_run(config: Config, network: TemporalNetwork) -> Weights:
     assert config.run_id is not None
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = _best_checkpoint(folder) if config.evaluation.checkpoint == "best" else newest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(f"{folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
     recipe = checkpoint.state["recipe"]
@@ -115,6 +116,15 @@ def _load_run(config: Config, network: TemporalNetwork) -> Weights:
     }
     network.load_state_dict(checkpoint.network | averaged)
     return Weights(config.run_id, checkpoint.state["step"], fingerprint_of(recipe))
+
+
+def _best_checkpoint(folder: RunFolder) -> Checkpoint:
+    try:
+        return load_checkpoint(folder.checkpoints / BEST)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"{error}: the run was not evaluated yet, or had checkpoint.keep_best=false. Fix: evaluation.checkpoint=newest"
+        ) from error
 
 
 def _report(config: Config, manifest: Manifest, weights: Weights, protocol: str, evaluation: Evaluation) -> None:

@@ -211,6 +211,8 @@ class EvaluationConfig:
     """Epochs between two evaluations; the last step is always evaluated."""
     batch: int = 16
     """Views (clips, where each has one view) that the network of each process takes at once."""
+    checkpoint: str = "newest"
+    """Of a run, evaluate.py takes its newest checkpoint or its best."""
     clips: str = "validation"
     """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10)."""
     crops: int = 1
@@ -308,6 +310,7 @@ _CHOICES = {
     "pipeline.flip": ("off", "on", "relabel"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense"),
     "evaluation.crops": (1, 3, 5, 10),
+    "evaluation.checkpoint": ("newest", "best"),
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
