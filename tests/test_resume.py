@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from bodies import Context, compose_config, job_of
+from bodies import EQUIVALENCE, VARIANTS, Context, compose_config, job_of
+from jobs import Ended, start_training
 from torch import Tensor
-from worlds import CHECKOUT
+from worlds import CHECKOUT, World, available
 
 from distributed.backend import SingleBackend
 from distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest
@@ -151,7 +153,7 @@ def run_with(context: Context, clips: Path, at: dict[int, Callable[[], object]],
         at.get(number, lambda: None)()
         return take_step(number, *arguments)
 
-    job.trainer.step = step  # type: ignore[method-assign]
+    job.trainer.step = step  # type: ignore[method-assign, assignment]
     job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
     try:
@@ -256,3 +258,49 @@ def test_the_best_is_saved_when_it_is_found_and_kept(
     assert sorted(path.name for path in job.folder.checkpoints.iterdir()) == ["best", "step-00000010", "step-00000020"]
     best = load_checkpoint(job.folder.checkpoints / "best")
     assert (best.state["step"], best.state["best_top1_percent"]) == (10, 50.0)
+
+
+# --- On another world -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """The run folder of 20 steps by two processes; steps 10 and 20 are saved."""
+    folder = tmp_path_factory.mktemp("two")
+    ended = train_in(available(World("torchrun", 2)), folder, clips, "whole")
+    assert ended.exit_code == 0, ended.output
+    return folder / "whole"
+
+
+def train_in(world: World, folder: Path, clips: Path, run_id: str) -> Ended:
+    """With batch norm local to ranks, whose statistics are averaged in the checkpoint."""
+    options = [*EQUIVALENCE, *VARIANTS["groups_of_2_accumulated"], "logger.every_steps=1"]
+    places = [f"data.root={clips}", f"outputs={folder}", f"run_id={run_id}"]
+    return start_training(world, folder / f"{run_id}.txt", *options, *places).wait(300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "world", [World("none", 1), World("torchrun", 4), World("horovodrun", 4)], ids=lambda w: w.name
+)
+def test_a_run_of_two_processes_goes_on_in_another_world(
+    tmp_path: Path, clips: Path, of_two_processes: Path, world: World
+) -> None:
+    """The same clips in each step, and so the same losses; and the same weights, average and running statistics at the end."""
+    half_way = "checkpoints/step-00000010"
+    shutil.copytree(of_two_processes / half_way, tmp_path / "half" / half_way)
+    ended = train_in(available(world), tmp_path, clips, "half")
+    assert ended.exit_code == 0 and "resuming half from step 10" in ended.output, ended.output
+    expected, found = (
+        {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"}
+        for run in (of_two_processes, tmp_path / "half")
+    )
+    assert list(found) == list(range(11, 21))
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-9)
+    assert len(set(found.values())) == 10
+    ends = [load_checkpoint(run / "checkpoints/step-00000020") for run in (of_two_processes, tmp_path / "half")]
+    tensors = [end.network | end.optimizer for end in ends]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        limit = 1e-9 * tensor.abs().max().clamp_min(1e-12)
+        assert (tensors[1][name] - tensor).abs().max() <= limit, name
