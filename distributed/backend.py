@@ -159,7 +159,7 @@ def make_backend(name: str, topology: Topology, device: torch.device, timeout_s:
         raise TopologyError(
             f"distributed.backend=horovod, but Horovod does not load here ({error}). Fix: make horovod"
         ) from error
-    return HorovodBackend(topology, device)
+    return HorovodBackend(topology, device, timeout_s)
 
 
 def broadcast_network(backend: Backend, network: nn.Module) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -24,7 +25,7 @@ from .backend import Backend
 from .journal import Journal, node_log, read_tail
 from .liveness import Place, patience_s
 from .monitor import REQUEUE, Failure, Settings, beat_s, silent_s, start_monitor
-from .stacks import own_stacks, stacks_of
+from .stacks import descendants, own_stacks, stacks_of
 
 _CONNECT_S = 60.0
 _STORE_TIMEOUT_S = 10.0
@@ -158,6 +159,9 @@ class ControlChannel:
         if self._failed_here:
             self._over.set()  # the main thread is on its way out by itself
             return
+        for pid in descendants(os.getpid()):  # a worker that is stopped or blocked would stay
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         os._exit(failure.exit_code)
 
     def report_failure(self, message: str, exit_code: int) -> Failure:

@@ -30,9 +30,11 @@ class HorovodBackend:
 
     name = "horovod"
 
-    def __init__(self, topology: Topology, device: torch.device) -> None:
+    def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         self.topology = topology
         self.device = device
+        # Its own limit is 30 s: less than a busy node may take, and less than the monitor needs to say who hangs.
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(round(timeout_s)))
         hvd.init()
         self._process_sets: dict[tuple[int, ...], Any] = {tuple(range(hvd.size())): hvd.global_process_set}
         if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):

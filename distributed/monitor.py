@@ -25,6 +25,7 @@ from .liveness import Place, Seen, stuck_ranks
 from .stacks import stacks_of
 
 REQUEUE = os.EX_TEMPFAIL  # 75: another start of the same command may do better
+UNKNOWN = 1  # an error that nobody foresaw
 _TICK_S = 0.25
 _ECHO_S = 1.0  # an error of one rank may be the echo of another's death, which becomes known a moment later
 _STACKS_S = 45.0  # for all ranks to say where they are; py-spy may take 20
@@ -202,8 +203,16 @@ class Monitor:
     # ------------------------------------------------------------------------------------------------------------- judging
 
     def _judge_failures(self) -> None:
-        if self._failures and min(self._failures)[0] <= time.monotonic():
-            self._end(min(self._failures)[1])
+        due = sorted((due_s, number) for number, (due_s, _) in enumerate(self._failures))
+        if not due or due[0][0] > time.monotonic():
+            return
+        failure = self._failures[due[0][1]][1]
+        silent = [rank for rank in sorted(self._peers) if self._is_silent(rank)]
+        if failure.exit_code == UNKNOWN and silent:  # a collective that gave up waiting for it, most likely
+            first = self._peers[silent[0]]
+            what = f"stands at {first.seen.place}{self._silence(silent[0])}; then {failure}"
+            failure = Failure(first.rank, first.host, what, REQUEUE)
+        self._end(failure)
 
     def _judge_progress(self, hang_s: float) -> None:
         stuck = self._stuck(hang_s)

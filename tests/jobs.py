@@ -64,6 +64,12 @@ class RunningJob:
                 found[next((int(environ[name]) for name in names if name in environ), 0)] = pid
         return found
 
+    def loader_workers(self, rank: int) -> list[int]:
+        """The processes that decode for a rank: grandchildren, by way of its server of workers."""
+        parents = {pid: _parent(pid) for pid, _ in self._processes()}
+        servers = {pid for pid, parent in parents.items() if parent == self.ranks()[rank]}
+        return sorted(pid for pid, parent in parents.items() if parent in servers)
+
     def wait(self, limit_s: float) -> Ended:
         """Wait for the end. Raises AssertionError, with the output, for a job that is still there after `limit_s`."""
         started_s = time.monotonic()
@@ -98,6 +104,14 @@ class RunningJob:
             except OSError:  # ended meanwhile
                 continue
         return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
 
 
 def start_training(world: World, log: Path, *overrides: str, rank_variable: str | None = None) -> RunningJob:

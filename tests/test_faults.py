@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import RunningJob, start_training, wait_for_record
+from jobs import Ended, RunningJob, start_training, wait_for_record
 from worlds import CHECKOUT, World, available
 
 from distributed.journal import node_log
@@ -86,3 +89,86 @@ def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path,
             assert verdict in log, log + ended.output
     if victim != 0:  # the dead cannot send theirs: a neighbour does
         assert "step      1" in gathered(run, f"rank-{victim:05d}.log")
+
+
+# --- Hangs ------------------------------------------------------------------------------------------------------------
+
+HANG_S = 10
+# The limit, the wait for stacks, and what a launcher gives a stopped process before it kills it (torchrun: 30 s).
+HANG_END_S = 4 * HANG_S + 60
+
+
+def assert_hang_is_named(run: Path, ended: Ended, size: int, culprit: int, where: str) -> str:
+    """The log names the rank and where it is, before the end; returns the stacks of all ranks."""
+    log = log_of(run)
+    assert f"rank {culprit} on {os.uname().nodename} hangs at step" in log, log + ended.output
+    assert where in log.split("hangs at")[1], log
+    assert outcome_of(run)["exit_code"] == 75, log
+    assert ended.left_running == []
+    stacks = gathered(run, "stacks.txt")
+    for rank in range(size):
+        assert f"==== rank {rank} on" in stacks, stacks
+    assert stacks.startswith(f"==== rank {culprit} on"), stacks
+    return stacks
+
+
+@pytest.mark.parametrize(
+    ("stopped_world", "victim"),
+    [(World("torchrun", 4), 2), (World("horovodrun", 2), 0), (World("mpirun", 2), 1)],
+    ids=lambda value: value.name if isinstance(value, World) else str(value),
+)
+def test_a_stopped_rank_is_named_with_the_stacks_of_all(
+    stopped_world: World, run: Path, clips: Path, victim: int
+) -> None:
+    job = start(available(stopped_world), run, clips, f"distributed.hang_s={HANG_S}")
+    os.kill(job.ranks()[victim], signal.SIGSTOP)
+    ended = job.wait(HANG_END_S)
+    stacks = assert_hang_is_named(run, ended, stopped_world.size, victim, "silent for")
+    assert "T (stopped)" in stacks.split("==== ")[1], stacks
+    assert "training/loop.py" in stacks.split("==== ")[2], stacks
+
+
+def test_a_loader_that_stands_still_is_named(run: Path, clips: Path) -> None:
+    world = World("torchrun", 2)
+    job = start(world, run, clips, f"distributed.hang_s={HANG_S}")
+    (worker,) = job.loader_workers(1)
+    os.kill(worker, signal.SIGSTOP)
+    stacks = assert_hang_is_named(run, job.wait(HANG_END_S), world.size, 1, "phase input")
+    mine = stacks.split("==== ")[1]
+    assert "dataloader.py" in mine, stacks
+    assert f"process {worker}: T (stopped)" in mine, stacks
+
+
+@pytest.fixture
+def stalling(tmp_path: Path, clips: Path) -> Iterator[tuple[Path, Path]]:
+    """A copy of the data set whose videos come through a file system that blocks while a marker exists; both."""
+    pytest.importorskip("mfusepy", reason="needs the package mfusepy and libfuse (make dev; tools/system_packages.txt)")
+    root, mount, marker = tmp_path / "stalling", tmp_path / "mount", tmp_path / "stalled"
+    for folder in (root, mount):
+        folder.mkdir()
+    for manifest in clips.glob("*.*"):
+        shutil.copy(manifest, root)
+    for split in ("train", "val"):
+        (root / split).symlink_to(mount / split)
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "stalling_fs.py"), str(clips), str(mount), str(marker)]
+    )
+    deadline_s = time.monotonic() + START_S
+    while not mount.is_mount():
+        assert server.poll() is None and time.monotonic() < deadline_s, "the file system was not mounted"
+        time.sleep(0.1)
+    yield root, marker
+    marker.unlink(missing_ok=True)
+    subprocess.run(["umount", "--lazy", str(mount)], check=True)
+    server.wait(30)
+
+
+def test_a_file_system_that_blocks_is_named(run: Path, stalling: tuple[Path, Path]) -> None:
+    """The worker that waits for it cannot be killed, as with a file server that is gone; the job ends all the same."""
+    root, marker = stalling
+    job = start(World("none", 1), run, root, f"distributed.hang_s={HANG_S}")
+    marker.touch()
+    job.process.wait(HANG_END_S)
+    marker.unlink()
+    stacks = assert_hang_is_named(run, job.wait(END_S), 1, 0, "phase input")
+    assert "request_wait_answer" in stacks and "decode_clip" in stacks, stacks

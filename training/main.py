@@ -14,6 +14,7 @@ from distributed.backend import Backend, make_backend, pick_device
 from distributed.control import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
 from pipelines.loader import start_worker_server
+from pipelines.scan import BadClip
 
 from .errors import (
     EXIT_CONFIG,
@@ -59,8 +60,8 @@ def run(composed: Any, task: Task) -> int:
         message, code = str(error), EXIT_CONFIG
     except DivergedError as error:
         message, code = str(error), EXIT_DIVERGED
-    except (DataError, ValueError) as error:
-        message, code = _in_words(error), EXIT_DATA if isinstance(error, DataError) else EXIT_FAILURE
+    except (DataError, BadClip) as error:
+        message, code = str(error), EXIT_DATA
     except Exception as error:
         message, code = _in_words(error), EXIT_FAILURE
     where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
@@ -135,7 +136,5 @@ def _finish(job: Job) -> None:
 
 
 def _in_words(error: Exception) -> str:
-    """The error, with where it came from unless a user can mend it."""
-    if isinstance(error, DataError):
-        return str(error)
+    """The error, with where it came from."""
     return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
