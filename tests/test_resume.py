@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,6 @@ from worlds import CHECKOUT, World, available
 
 from distributed.backend import SingleBackend
 from distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest
-from distributed.control import ControlChannel
 from distributed.topology import find_topology
 from training import schema
 from training.code_version import check_code, code_version
@@ -127,14 +126,22 @@ FAST = ["pipeline.size=16", "numerics.dtype=float32", "checkpoint.every_steps=1"
 SCORES = Scores(20, 0, 1.0, 0.0, 50.0, 10.0, 1.0, None)
 
 
+class NobodyElse:
+    """In the place of a control channel: its monitor would outlive the test."""
+
+    def progress(self, *_: Any) -> None:
+        pass
+
+    def agreed_stop(self, *_: Any) -> None:
+        pass
+
+
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Context]:
+def alone(tmp_path: Path) -> Context:
     """A world of one process whose run folders are made in `tmp_path / "disk"`."""
     schema.register()
     backend = SingleBackend(find_topology(), torch.device("cpu"))
-    control = ControlChannel(backend)
-    yield Context(tmp_path / "disk", backend, control)
-    control.close()
+    return Context(tmp_path / "disk", backend, cast(Any, NobodyElse()))
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -235,6 +242,15 @@ def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: py
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded tensors still lie in its files
 
 
+@pytest.mark.parametrize(("minutes", "saved"), [("0.0001", [5, 10]), ("1000", [10]), ("null", [10])])
+def test_saves_by_the_clock_come_with_training_records(
+    alone: Context, clips: Path, minutes: str, saved: list[int]
+) -> None:
+    clock = ["checkpoint.every_steps=null", "checkpoint.every_epochs=100", f"checkpoint.every_minutes={minutes}"]
+    job = run_with(alone, clips, {}, *clock, "logger.every_steps=5", "max_steps=10")
+    assert steps_of(job, "checkpoint", "stall_s") == saved
+
+
 def test_a_run_whose_last_checkpoint_failed_is_not_finished(alone: Context, clips: Path) -> None:
     checkpoints = alone.folder / "run" / "checkpoints"
     with pytest.raises(CheckpointError, match=r"its last checkpoint could not be written.*Fix: make room"):
@@ -276,7 +292,7 @@ def train_in(world: World, folder: Path, clips: Path, run_id: str) -> Ended:
     """With batch norm local to ranks, whose statistics are averaged in the checkpoint."""
     options = [*EQUIVALENCE, *VARIANTS["groups_of_2_accumulated"], "logger.every_steps=1"]
     places = [f"data.root={clips}", f"outputs={folder}", f"run_id={run_id}"]
-    return start_training(world, folder / f"{run_id}.txt", *options, *places).wait(300)
+    return start_training(world, folder / f"{run_id}.txt", *options, *places).wait(600)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from pipelines.loader import ClipSource, TrainingClips
 from training import schema
 from training.diagnostics import noise_and_signal
 from training.job import augmentation_of, recipe_of
+from training.records import read_metrics
 from tsm.networks import build_network
 
 pytestmark = pytest.mark.slow
@@ -150,6 +151,17 @@ def test_scores_do_not_depend_on_the_world(results: Results, launches: dict[Any,
 def test_a_stopped_run_goes_on_as_if_it_had_not(results: Results) -> None:
     assert all(results.of("resumed"))
     assert largest_difference(final_weights(results, "resumed"), final_weights(results, "whole_world")) < 1e-9
+
+
+def test_all_ranks_save_when_the_clock_of_rank_0_says_so(results: Results) -> None:
+    """Behind step 15 no epoch wants it. Ranks that did not agree would wait for each other in different collectives."""
+    results.of("resumed")
+    saved = [
+        record["step"]
+        for record in read_metrics(results.folder / "resumed" / "metrics.jsonl")
+        if record["kind"] == "checkpoint"
+    ]
+    assert saved == [15, 20]
 
 
 def test_deterministic_mode_repeats_and_resumes_bit_for_bit(results: Results) -> None:

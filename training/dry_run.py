@@ -187,7 +187,8 @@ def _describe_costs(config: Config, costs: StepCosts) -> list[str]:
         f"memory     {peak} GiB a process at a step's peak: weights {weights}, optimizer {optimizer}, activations, gradients and "
         f"input {rest}",
         f"           not in it: {LEFT_OUT}",
-        f"checkpoint {costs.checkpoint_bytes / 1e6:.1f} MB, {config.checkpoint.keep} are kept",
+        f"checkpoint {costs.checkpoint_bytes / 1e6:.1f} MB, {config.checkpoint.keep} are kept"
+        f"{', and the best' if config.checkpoint.keep_best else ''}",
     ]
 
 
