@@ -1,11 +1,15 @@
 """What differs on a GPU: run by `make test-gpu` where CUDA is there, skipped with a reason elsewhere."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from distributed.backend import SingleBackend, pick_device
 from distributed.batch_norm import convert_batch_norm
+from distributed.checkpoint import Checkpoint, load_checkpoint
+from distributed.checkpoint_writer import CheckpointWriter
 from distributed.topology import Topology
 from training.optimizers import make_optimizer
 from training.schema import NumericsConfig, OptimizerConfig
@@ -57,6 +61,27 @@ def test_gradients_are_the_cpu_ones(ghosts: int) -> None:
         gradients.append([parameter.grad.cpu() for parameter in network.parameters() if parameter.grad is not None])
     for on_cpu, on_gpu in zip(*gradients, strict=True):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-8, atol=1e-10)
+
+
+def test_a_checkpoint_is_what_the_tensors_were_when_the_save_returned(tmp_path: Path) -> None:
+    """The copy goes to pinned memory behind what the GPU was still doing, and training goes on at once."""
+    x_NN = torch.randn(2000, 2000, device="cuda")
+    weight_NN = torch.zeros_like(x_NN)
+    for _ in range(50):
+        weight_NN += x_NN @ x_NN
+    channels_last = torch.randn(4, 8, 5, 5, device="cuda").contiguous(memory_format=torch.channels_last)
+    expected = {"weight": weight_NN.clone(), "channels_last": channels_last.clone(), "step": torch.tensor(3)}
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(
+        Checkpoint({"weight": weight_NN, "channels_last": channels_last, "step": torch.tensor(3)}, {}, {"step": 3})
+    )
+    weight_NN.zero_()
+    channels_last.zero_()
+    writer.wait()
+    (written,) = writer.ended()
+    assert written.failed is None
+    loaded = load_checkpoint(tmp_path / "step-00000003").network
+    assert all(loaded[name].equal(tensor.cpu()) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
