@@ -43,6 +43,8 @@ class Backend(Protocol):
     name: str
     topology: Topology
     device: torch.device
+    waited_s: float
+    """Host time in `all_reduce_` so far, most of it waiting for other ranks."""
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
         """Sum a contiguous tensor over the group (None: the world), in place; `name` is unique among those in flight."""
@@ -101,6 +103,7 @@ class SingleBackend:
     """The world of one process: every collective is the identity."""
 
     name = "single"
+    waited_s = 0.0
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self.topology = topology

@@ -29,6 +29,7 @@ class HorovodBackend:
     """See `distributed.backend.Backend`."""
 
     name = "horovod"
+    waited_s = 0.0
 
     def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         self.topology = topology
@@ -44,10 +45,12 @@ class HorovodBackend:
             )
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        started_s = time.perf_counter()
         process_set = hvd.global_process_set if group is None else group.handle
         handle = hvd.allreduce_async_(x, name=name, op=hvd.Sum, process_set=process_set)
         _wait(handle)
         hvd.synchronize(handle)
+        self.waited_s += time.perf_counter() - started_s
 
     def broadcast_(self, x: Tensor, name: str) -> None:
         hvd.broadcast_(x, root_rank=0, name=name)

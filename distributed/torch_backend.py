@@ -1,5 +1,6 @@
 """The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun."""
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ class TorchBackend:
     """See `distributed.backend.Backend`."""
 
     name = "torch"
+    waited_s = 0.0
 
     def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         self.topology = topology
@@ -38,7 +40,9 @@ class TorchBackend:
             )
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        started_s = time.perf_counter()
         dist.all_reduce(x, group=None if group is None else group.handle)
+        self.waited_s += time.perf_counter() - started_s
 
     def broadcast_(self, x: Tensor, name: str) -> None:
         dist.broadcast(x, src=0)

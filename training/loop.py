@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .job import Job
 from .records import Records
 from .saves import Saves, check_finished
 from .signals import StopSignal
+from .stragglers import BusyClock, Stragglers
 
 STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
 
@@ -41,7 +42,9 @@ def train(job: Job, records: Records) -> int:
             control.progress(step, "first step" if step == job.first_step else "step")
             taken = step + 1
             measured = diagnostics if taken % config.logger.every_steps == 0 else None
-            window.add(step, micro_batches, job.trainer.step(step, micro_batches, measured))
+            with window.timed_step():
+                totals = job.trainer.step(step, micro_batches, measured)
+            window.add(step, micro_batches, totals)
             in_flight.wait()
             stop = control.agreed_stop(step, in_flight.limit, signal.received)
             ended = stop is not None or taken == last_step
@@ -155,6 +158,8 @@ class _Window:
         self._bad_clips_seen = 0
         self._bad_steps = BadSteps(job)
         self._unsettled: list[tuple[int, list[Tensor], Tensor]] = []
+        self._busy = BusyClock(job.trainer.network, job.backend)
+        self._stragglers = Stragglers(job.backend.topology.size)
         self.restart()
 
     def restart(self) -> None:
@@ -166,8 +171,15 @@ class _Window:
     def timed_input(self, fetch: Callable[[], list[ClipBatch]]) -> list[ClipBatch]:
         started_s = time.monotonic()
         micro_batches = fetch()
-        self._input_s += time.monotonic() - started_s
+        self._waited_s = time.monotonic() - started_s
+        self._input_s += self._waited_s
         return micro_batches
+
+    @contextmanager
+    def timed_step(self) -> Iterator[None]:
+        self._busy.start(self._waited_s)
+        yield
+        self._busy.stop()
 
     def add(self, step: int, micro_batches: list[ClipBatch], totals: Tensor) -> None:
         """Note a step that was taken; `totals` as Trainer.step returns them."""
@@ -213,10 +225,15 @@ class _Window:
         """
         self.settle(records)
         job = self._job
-        sums = torch.cat([self._totals, self._totals.new_tensor([float(len(self._bad_clips)), float(save_here)])])
-        sums = sums.to(job.backend.device)
+        busy_s, busy_steps = self._busy.read()
+        busy_R = self._totals.new_zeros(job.backend.topology.size)
+        busy_R[job.backend.topology.rank] = busy_s
+        counts = self._totals.new_tensor([float(len(self._bad_clips)), float(save_here)])
+        sums = torch.cat([self._totals, counts, busy_R]).to(job.backend.device)
         job.backend.all_reduce_(sums, "train.record")
-        loss, right, clips, bad, save_now = sums.tolist()
+        sums = sums.cpu()
+        loss, right, clips, bad, save_now = sums[: -len(busy_R)].tolist()
+        self._name_stragglers(step, sums[-len(busy_R) :], busy_steps, records)
         duration_s = time.monotonic() - self._started_s
         if clips:
             records.train(
@@ -233,6 +250,18 @@ class _Window:
             self._report_bad_clips(records)
         self.restart()
         return bool(save_now)
+
+    def _name_stragglers(self, step: int, busy_R: Tensor, steps: int, records: Records) -> None:
+        named = self._stragglers.add(busy_R, steps)
+        if not named:
+            return
+        hosts = self._job.backend.all_gather_objects(self._job.backend.topology.host)
+        for rank, busy_s, median_s in named:
+            records.say(
+                f"rank {rank} on {hosts[rank]} holds the others up: it is busy for {busy_s:.3f} s a step, the median rank for "
+                f"{median_s:.3f} s"
+            )
+            records.write("straggler", step, rank=rank, host=hosts[rank], busy_s=busy_s, median_busy_s=median_s)
 
     def _report_bad_clips(self, records: Records) -> None:
         job = self._job

@@ -1,0 +1,102 @@
+"""Which rank holds the others up: in a step that ends for all together, all are as slow as the slowest.
+
+Measured is how long each rank was busy with its own part of a step, from waiting for its clips to its last gradient, without the
+time that it waited for others.
+
+Shapes: R ranks.
+"""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from distributed.backend import Backend
+
+WINDOW_STEPS = 20  # fewer say little on a busy node
+EXCESS = 0.2  # in parts of the median rank's busy time: less is the noise of a healthy job
+WINDOWS = 2  # in a row
+
+_Moment = float | torch.cuda.Event
+
+
+class BusyClock:
+    """One rank's own time, summed over steps; reading it waits for the device.
+
+    Waiting for other ranks inside a step (batch norm over ranks) is left out on CPUs. On GPUs the device waits there, unseen by
+    the host, and it is counted; the published recipe's batch norm is local, and has no such wait.
+    """
+
+    def __init__(self, network: nn.Module, backend: Backend) -> None:
+        self._backend = backend
+        self._spans: list[tuple[_Moment, _Moment]] = []
+        self._without_s = 0.0  # waiting for clips, less waiting for ranks
+        self._began: _Moment = 0.0
+        self._waited_s = 0.0
+        self._ready: _Moment = 0.0
+        # The first layer's gradient is the last; what comes behind it is the wait for the reduction.
+        first = next(parameter for parameter in network.parameters() if parameter.requires_grad)
+        first.register_post_accumulate_grad_hook(self._note_ready)
+
+    def start(self, input_s: float) -> None:
+        """A step begins; its clips were waited for so long."""
+        self._without_s += input_s + self._backend.waited_s
+        self._began = self._now()
+
+    def _note_ready(self, _: Tensor) -> None:
+        self._ready, self._waited_s = self._now(), self._backend.waited_s
+
+    def stop(self) -> None:
+        """The step's last backward pass is done."""
+        self._spans.append((self._began, self._ready))
+        self._without_s -= self._waited_s
+
+    def _now(self) -> _Moment:
+        if self._backend.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> tuple[float, int]:
+        """Busy seconds since the last time, and in how many steps."""
+        busy_s, steps = self._without_s + sum(_seconds(*span) for span in self._spans), len(self._spans)
+        self._spans.clear()
+        self._without_s = 0.0
+        return busy_s, steps
+
+
+def _seconds(began: _Moment, ready: _Moment) -> float:
+    if isinstance(began, float) and isinstance(ready, float):
+        return ready - began
+    assert isinstance(began, torch.cuda.Event) and isinstance(ready, torch.cuda.Event)
+    ready.synchronize()
+    return began.elapsed_time(ready) / 1000  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Stragglers:
+    """Takes in how busy all ranks were, and names those that stand out for a while."""
+
+    def __init__(self, size: int) -> None:
+        self._busy_R = torch.zeros(size, dtype=torch.float64)
+        self._steps = 0
+        self._windows_R = torch.zeros(size, dtype=torch.int64)  # in which each stood out, in a row
+
+    def add(self, busy_R: Tensor, steps: int) -> list[tuple[int, float, float]]:
+        """Busy seconds of each rank in so many further steps. Returns (rank, seconds a step, median rank's) of those newly named.
+
+        A rank stands out in a window of WINDOW_STEPS or more with EXCESS over the median, and is named behind WINDOWS of them in
+        a row, once until it no longer stands out.
+        """
+        self._busy_R += busy_R
+        self._steps += steps
+        if self._steps < WINDOW_STEPS or len(self._busy_R) < 2:
+            return []
+        busy_R = self._busy_R / self._steps
+        # Of two ranks the faster is the measure; of more, the middle one, or the lower of two in the middle.
+        median = busy_R.median()
+        self._windows_R = torch.where(busy_R > (1 + EXCESS) * median, self._windows_R + 1, 0)
+        self._busy_R = torch.zeros_like(self._busy_R)
+        self._steps = 0
+        named = (self._windows_R == WINDOWS).nonzero().flatten().tolist()
+        return [(rank, busy_R[rank].item(), median.item()) for rank in named]
