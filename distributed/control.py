@@ -11,9 +11,11 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +48,10 @@ class ControlChannel:
         self.journal = Journal(topology.rank, topology.host)
         self._place, self._marked_s = Place(), time.monotonic()
         self._store: TCPStore | None = None
+        self._monitor: subprocess.Popen[str] | None = None
         self._verdict: Failure | None = None
+        self.before_end: Callable[[], None] = lambda: None
+        """What this rank still has to do when another one's fault ends the job: seconds at most."""
         self._over = threading.Event()
         """The monitor has said that the job is over, one way or the other."""
         self._failed_here = False
@@ -55,7 +60,8 @@ class ControlChannel:
         if self._rank == 0:
             address = "127.0.0.1" if topology.local_size == self._size else _address()
             settings = Settings(address, self._host, uuid.uuid4().hex, self._size, hang_s)
-            served = (settings, start_monitor(settings), self._serve_store(address) if self._size > 1 else 0)
+            self._monitor, port = start_monitor(settings)
+            served = (settings, port, self._serve_store(address) if self._size > 1 else 0)
         settings, port, store_port = backend.broadcast_object(served)
         if self._rank != 0:
             timeout = timedelta(seconds=_STORE_TIMEOUT_S)
@@ -159,7 +165,10 @@ class ControlChannel:
         if self._failed_here:
             self._over.set()  # the main thread is on its way out by itself
             return
+        self.before_end()
         for pid in descendants(os.getpid()):  # a worker that is stopped or blocked would stay
+            if self._monitor is not None and pid == self._monitor.pid:
+                continue
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         os._exit(failure.exit_code)
@@ -217,6 +226,8 @@ class ControlChannel:
         self._say({"done": True})
         self._over.wait()
         self._connection.close()
+        if self._monitor is not None:
+            self._monitor.wait(_VERDICT_S)
 
 
 def _let_be_traced() -> None:

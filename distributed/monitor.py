@@ -82,8 +82,8 @@ class Settings:
     hang_s: float | None
 
 
-def start_monitor(settings: Settings) -> int:
-    """Start it as a process that outlives this one, and return its port."""
+def start_monitor(settings: Settings) -> tuple["subprocess.Popen[str]", int]:
+    """Start it as a process that outlives this one; and its port."""
     command = [sys.executable, "-m", "distributed.monitor", json.dumps(asdict(settings))]
     process = subprocess.Popen(
         command,
@@ -98,7 +98,7 @@ def start_monitor(settings: Settings) -> int:
         line = process.stdout.readline()
     if not line:
         raise RuntimeError(f"the monitor did not start: it ended with {process.wait()}")
-    return int(line)
+    return process, int(line)
 
 
 class Monitor:

@@ -29,6 +29,10 @@ from .views import Protocol, evaluation_views
 _REPLACEMENT_ATTEMPTS = 10
 
 
+class WorkerLostError(RuntimeError):
+    """A loader's worker process has ended, and not by itself."""
+
+
 @dataclass(frozen=True)
 class BadClipRecord:
     """A clip that could not be decoded, and why."""
@@ -238,8 +242,19 @@ class ClipLoader:
             }
 
     def batches(self, plan: Iterable[Any]) -> Iterator[ClipBatch]:
-        """Batches of the plan's items; worker processes live until the iterator is exhausted or dropped."""
-        return iter(DataLoader(self._dataset, sampler=plan, **self._options))  # type: ignore[arg-type]
+        """Batches of the plan's items; worker processes live until the iterator is exhausted or dropped.
+
+        Raises WorkerLostError within seconds of a worker's death.
+        """
+        try:
+            yield from DataLoader(self._dataset, sampler=plan, **self._options)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerLostError(
+                f"a process that decodes clips was killed: {error}. The kernel does so when memory runs out: "
+                "see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
+            ) from error
 
 
 def _as_is(batch: ClipBatch) -> ClipBatch:

@@ -13,13 +13,12 @@ from typing import Any
 from distributed.backend import Backend, make_backend, pick_device
 from distributed.control import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
-from pipelines.loader import start_worker_server
+from pipelines.loader import WorkerLostError, start_worker_server
 from pipelines.scan import BadClip
 
 from .errors import (
     EXIT_CONFIG,
     EXIT_DATA,
-    EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -27,6 +26,7 @@ from .errors import (
     ConfigError,
     DataError,
     DivergedError,
+    NoProgressError,
 )
 from .job import Job, build_job, set_numerics
 from .loop import train
@@ -34,6 +34,7 @@ from .plan import describe_plan
 from .records import Records
 from .report import write_report
 from .schema import Config, from_composed
+from .starts import check_progress
 
 Task = Callable[[Config, Backend, ControlChannel], int]
 
@@ -58,8 +59,10 @@ def run(composed: Any, task: Task) -> int:
         message, code = "interrupted by Ctrl-C", EXIT_INTERRUPTED
     except (ConfigError, TopologyError) as error:
         message, code = str(error), EXIT_CONFIG
-    except DivergedError as error:
-        message, code = str(error), EXIT_DIVERGED
+    except (DivergedError, NoProgressError) as error:
+        message, code = str(error), error.exit_code
+    except WorkerLostError as error:
+        message, code = str(error), EXIT_REQUEUE
     except (DataError, BadClip) as error:
         message, code = str(error), EXIT_DATA
     except Exception as error:
@@ -105,7 +108,9 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         return EXIT_DONE
     hosts = backend.all_gather_objects(backend.topology.host)
     if writes:
-        job.folder.create(config, backend.topology, hosts)
+        if not config.checkpoint.allow_no_progress:
+            check_progress(job.folder.provenance, job.folder.outcome, job.first_step)
+        job.folder.create(config, backend.topology, hosts, job.first_step)
     control.open_log(job.folder.path)
     records = Records(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.journal)
     code = EXIT_FAILURE

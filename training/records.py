@@ -64,7 +64,8 @@ class Records:
         self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step, **values})
         if self._wandb is not None:
             numbers = dict(_numbers(kind, values))
-            self._newest_step = max(step, self._newest_step)  # wandb drops what comes for an earlier step: a checkpoint's end
+            # A checkpoint ends behind later records, and wandb drops what comes for an earlier step than its newest.
+            self._newest_step = max(step, self._newest_step)
             self._wandb.log(numbers, step=self._newest_step)
 
     def train(self, step: int, **values: float) -> None:

@@ -1,7 +1,6 @@
 """A run's folder: its configuration, where it came from, its records, checkpoints and success marker."""
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from distributed.topology import Topology
 
 from .errors import ConfigError
 from .schema import Config
+from .starts import note_start
 
 _PACKAGES = (
     "torch",
@@ -42,8 +42,10 @@ class RunFolder:
         self.bad_steps = path / "bad_steps.jsonl"
         self.report = path / "report.html"
         self.success = path / "SUCCESS"
+        self.provenance = path / "provenance.json"
+        self.outcome = path / "outcome.json"
 
-    def create(self, config: Config, topology: Topology, hosts: list[str]) -> None:
+    def create(self, config: Config, topology: Topology, hosts: list[str], first_step: int) -> None:
         """Make the folder and write what the run was started with; a resumed run adds to its provenance."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -52,9 +54,7 @@ class RunFolder:
                 f"cannot make the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
             ) from error
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        starts = self.path / "provenance.json"
-        earlier = json.loads(starts.read_text()) if starts.exists() else []
-        starts.write_text(json.dumps([*earlier, provenance(topology, hosts)], indent=1))
+        note_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
 
 
 def new_run_id(config: Config, topology: Topology) -> str:

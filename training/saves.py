@@ -21,7 +21,9 @@ class Saves:
         self._job, self._records = job, records
         self._writer: CheckpointWriter | None = None
         if job.backend.topology.rank == 0:
-            self._writer = CheckpointWriter(job.folder.checkpoints, job.config.checkpoint.keep)
+            writer = CheckpointWriter(job.folder.checkpoints, job.config.checkpoint.keep)
+            self._writer = writer
+            job.control.before_end = lambda: writer.wait(_LAST_WRITE_LIMIT_S)
         self._newest_s = time.monotonic()
         self._newest_step = job.first_step
         self._failed: str | None = None

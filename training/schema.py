@@ -203,6 +203,8 @@ class CheckpointConfig:
     """Resume although the recipe differs from the checkpoint's."""
     allow_code_change: bool = False
     """Resume although the code that decides results differs from the checkpoint's; comments and docstrings do not count."""
+    allow_no_progress: bool = False
+    """Start although two restarts behind faults have not come further than the start before them."""
 
 
 @dataclass
