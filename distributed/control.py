@@ -226,6 +226,7 @@ class ControlChannel:
         self._say({"done": True})
         self._over.wait()
         self._connection.close()
+        self.journal.close()
         if self._monitor is not None:
             self._monitor.wait(_VERDICT_S)
 

@@ -47,6 +47,14 @@ class Journal:
         except OSError as error:
             print(f"no log in {path}: {error.strerror}", file=sys.stderr, flush=True)
 
+    def close(self) -> None:
+        """Nothing more is to be said."""
+        with self._lock:
+            if self._file is not None:
+                faulthandler.disable()
+                self._file.close()
+                self._file = None
+
     def note(self, text: str) -> None:
         """Write lines to the log alone."""
         lines = self._stamped(text)

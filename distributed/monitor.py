@@ -5,7 +5,7 @@ once, on any backend and under any launcher; a process that is stopped, or a nod
 
 It is a process of its own, beside rank 0 but in a session of its own: it sees the end of a job that its launcher kills within a
 second (mpirun), it judges rank 0 like any other rank, and no thread that holds Python's lock holds it up. It imports no torch.
-Messages are lines of JSON. `python -m distributed.monitor SETTINGS` is started by the control channel of rank 0.
+Messages are lines of JSON. The control channel of rank 0 starts `python -m distributed.monitor`.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .journal import Journal, node_log, read_tail
-from .liveness import Place, Seen, stuck_ranks
+from .liveness import Place, Seen, patience_s, stuck_ranks
 from .stacks import stacks_of
 
 REQUEUE = os.EX_TEMPFAIL  # 75: another start of the same command may do better
@@ -84,17 +84,18 @@ class Settings:
 
 def start_monitor(settings: Settings) -> tuple["subprocess.Popen[str]", int]:
     """Start it as a process that outlives this one; and its port."""
-    command = [sys.executable, "-m", "distributed.monitor", json.dumps(asdict(settings))]
     process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", "distributed.monitor"],
+        stdin=subprocess.PIPE,  # other users of the node can read a command line, and the token is for our ranks alone
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parent.parent,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    with process.stdout:
+    assert process.stdin is not None and process.stdout is not None
+    with process.stdin, process.stdout:
+        process.stdin.write(json.dumps(asdict(settings)) + "\n")
+        process.stdin.flush()
         line = process.stdout.readline()
     if not line:
         raise RuntimeError(f"the monitor did not start: it ended with {process.wait()}")
@@ -113,6 +114,8 @@ class Monitor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._peers: dict[int, _Peer] = {}
+        self._came = 0
+        self._started_s = time.monotonic()
         self._failures: list[tuple[float, Failure]] = []
         """With the time from which each counts."""
         self._verdict: Failure | None = None
@@ -125,8 +128,11 @@ class Monitor:
         while self._verdict is None and not self._all_done:
             self._hear(_TICK_S)
             self._judge_failures()
-            if len(self._peers) == self._size and self._hang_s is not None and self._verdict is None:
-                self._judge_progress(self._hang_s)
+            if self._hang_s is not None and self._verdict is None:
+                if self._came < self._size:
+                    self._judge_arrival(self._hang_s)
+                elif len(self._peers) == self._size:
+                    self._judge_progress(self._hang_s)
             if not self._peers and os.getppid() != parent:
                 return  # rank 0 ended before any rank came
         deadline_s = time.monotonic() + _FAREWELL_S
@@ -165,6 +171,7 @@ class Monitor:
                 raise PermissionError
             peer.rank, peer.host, peer.pid = message["hello"]
             self._peers[peer.rank] = peer
+            self._came += 1
         elif peer.rank < 0:
             raise PermissionError
         if "folder" in message:
@@ -213,6 +220,14 @@ class Monitor:
             what = f"stands at {first.seen.place}{self._silence(silent[0])}; then {failure}"
             failure = Failure(first.rank, first.host, what, REQUEUE)
         self._end(failure)
+
+    def _judge_arrival(self, hang_s: float) -> None:
+        limit_s = patience_s("start", hang_s)
+        if time.monotonic() - self._started_s > limit_s:
+            absent = [rank for rank in range(self._size) if rank not in self._peers]
+            self._end(
+                Failure(absent[0], "some node", f"has not come in {limit_s:.0f} s; absent: ranks {absent}", REQUEUE)
+            )
 
     def _judge_progress(self, hang_s: float) -> None:
         stuck = self._stuck(hang_s)
@@ -301,7 +316,7 @@ def _send(peer: _Peer, message: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    monitor = Monitor(Settings(**json.loads(sys.argv[1])))
+    monitor = Monitor(Settings(**json.loads(sys.stdin.readline())))
     print(monitor.port, flush=True)
     os.close(sys.stdout.fileno())
     monitor.run()

@@ -6,6 +6,8 @@ A kill is SIGKILL to one process of the job: a rank, or what decodes for it. The
 start-up, a step, the write of a checkpoint, an evaluation.
 """
 
+# ruff: noqa: E402  (started as a script, it finds the other modules only after the line that says where they are)
+
 import argparse
 import json
 import os
