@@ -26,7 +26,7 @@ HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu lint format bench clean
+.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu lint format faults bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,10 @@ test:  ## everything but the GPU tests; installs system packages first where it 
 
 test-gpu: $(DEV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+faults: $(DEV) horovod  ## kill jobs at 50 random moments; each must end bit-equal to one left alone; about half an hour
+	@mkdir -p outputs
+	$(BIN)/python tests/kill_runs.py --kills 50 --json outputs/faults.json $(ARGS)
 
 bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmarks/*.json
 	@mkdir -p outputs/benchmarks

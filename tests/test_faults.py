@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,14 @@ ENDLESS = (
     "checkpoint.every_epochs=10000"
 ).split()
 
-WORLDS = [World("torchrun", 4), World("horovodrun", 4), World("mpirun", 4)]
+KILLED = [
+    (World("torchrun", 4), 2),
+    (World("torchrun", 2), 0),
+    (World("horovodrun", 4), 0),
+    (World("horovodrun", 2), 1),
+    (World("mpirun", 4), 2),
+    (World("mpirun", 2), 0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +46,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(params=WORLDS, ids=lambda world: world.name)
-def world(request: pytest.FixtureRequest) -> World:
-    return available(request.param)
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, World) else str(value)
 
 
 def start(world: World, folder: Path, clips: Path, *overrides: str) -> RunningJob:
@@ -73,9 +80,9 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path / f"fault-{os.getpid()}-{tmp_path.parent.name}-{tmp_path.name}"
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize(("world", "victim"), KILLED, ids=name_of)
 def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path, clips: Path, victim: int) -> None:
-    job = start(world, run, clips)
+    job = start(available(world), run, clips)
     os.kill(job.ranks()[victim], signal.SIGKILL)
     ended = job.wait(END_S)
     assert ended.left_running == []
@@ -89,6 +96,43 @@ def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path,
             assert verdict in log, log + ended.output
     if victim != 0:  # the dead cannot send theirs: a neighbour does
         assert "step      1" in gathered(run, f"rank-{victim:05d}.log")
+
+
+def test_a_killed_loader_worker_ends_the_job_with_its_reason(run: Path, clips: Path) -> None:
+    world = World("torchrun", 2)
+    job = start(world, run, clips)
+    (worker,) = job.loader_workers(1)
+    os.kill(worker, signal.SIGKILL)
+    ended = job.wait(END_S)
+    assert ended.left_running == []
+    outcome = outcome_of(run)
+    assert outcome["exit_code"] == 75, outcome
+    words = str(outcome["reason"])
+    assert words.startswith("rank 1 on") and "decodes clips was killed" in words and str(worker) in words, words
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(World("torchrun", 2), "SIGUSR1"), (World("horovodrun", 2), "SIGTERM"), (World("mpirun", 2), "SIGUSR1")],
+    ids=name_of,
+)
+def test_a_signal_to_one_rank_stops_all_behind_one_step_with_a_checkpoint(
+    world: World, run: Path, clips: Path, name: str
+) -> None:
+    """As when Slurm warns of a time limit or of pre-emption; the launcher's own exit code is its business."""
+    job = start(available(world), run, clips)
+    os.kill(job.ranks()[1], signal.Signals[name])
+    ended = job.wait(END_S)
+    assert ended.left_running == []
+    assert outcome_of(run) | {"time_s": 0} == {"exit_code": 75, "reason": "stopped in good order", "time_s": 0}
+    stopped = re.search(rf"stopped by {name} after step (\d+), with a checkpoint", log_of(run))
+    assert stopped, ended.output
+    step = int(stopped[1])
+    assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert f"stopped by {name} after step {step}" in node_log(run.name, 1).read_text()
 
 
 # --- Hangs ------------------------------------------------------------------------------------------------------------
@@ -115,7 +159,7 @@ def assert_hang_is_named(run: Path, ended: Ended, size: int, culprit: int, where
 @pytest.mark.parametrize(
     ("stopped_world", "victim"),
     [(World("torchrun", 4), 2), (World("horovodrun", 2), 0), (World("mpirun", 2), 1)],
-    ids=lambda value: value.name if isinstance(value, World) else str(value),
+    ids=name_of,
 )
 def test_a_stopped_rank_is_named_with_the_stacks_of_all(
     stopped_world: World, run: Path, clips: Path, victim: int
