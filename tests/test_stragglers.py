@@ -61,6 +61,13 @@ def test_records_of_few_steps_add_up_to_a_window() -> None:
     assert named_after(slow, steps=1) == [(2 * WINDOW_STEPS - 1, 1)]
 
 
+def test_a_rank_is_named_within_50_steps_wherever_in_a_window_it_begins() -> None:
+    for healthy in range(8):
+        seconds = [[1.0] * 4] * healthy + [[1.0, 1.0, 1.0, 1.43]] * 5
+        ((record, rank),) = named_after(seconds, steps=10)
+        assert rank == 3 and (record + 1 - healthy) * 10 <= 50
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.5, 0.59), min_size=2, max_size=64), st.integers(1, 6))
 def test_ranks_within_the_noise_are_never_named(seconds: list[float], windows: int) -> None:

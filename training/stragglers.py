@@ -7,6 +7,7 @@ Shapes: R ranks.
 """
 
 import time
+from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -78,25 +79,38 @@ class Stragglers:
     """Takes in how busy all ranks were, and names those that stand out for a while."""
 
     def __init__(self, size: int) -> None:
-        self._busy_R = torch.zeros(size, dtype=torch.float64)
-        self._steps = 0
-        self._windows_R = torch.zeros(size, dtype=torch.int64)  # in which each stood out, in a row
+        self._size = size
+        self._records: deque[tuple[Tensor, int]] = deque()
+        self._named_R = torch.zeros(size, dtype=torch.bool)
 
     def add(self, busy_R: Tensor, steps: int) -> list[tuple[int, float, float]]:
         """Busy seconds of each rank in so many further steps. Returns (rank, seconds a step, median rank's) of those newly named.
 
-        A rank stands out in a window of WINDOW_STEPS or more with EXCESS over the median, and is named behind WINDOWS of them in
-        a row, once until it no longer stands out.
+        A rank stands out in a window with EXCESS over the median. It is named when it does so in each of the last WINDOWS windows,
+        which end with this record and do not overlap, and not again until it no longer does.
         """
-        self._busy_R += busy_R
-        self._steps += steps
-        if self._steps < WINDOW_STEPS or len(self._busy_R) < 2:
+        self._records.append((busy_R, steps))
+        windows = self._windows()
+        if self._size < 2 or windows is None:
             return []
-        busy_R = self._busy_R / self._steps
         # Of two ranks the faster is the measure; of more, the middle one, or the lower of two in the middle.
-        median = busy_R.median()
-        self._windows_R = torch.where(busy_R > (1 + EXCESS) * median, self._windows_R + 1, 0)
-        self._busy_R = torch.zeros_like(self._busy_R)
-        self._steps = 0
-        named = (self._windows_R == WINDOWS).nonzero().flatten().tolist()
-        return [(rank, busy_R[rank].item(), median.item()) for rank in named]
+        out_WR = torch.stack([busy_R > (1 + EXCESS) * busy_R.median() for busy_R in windows])
+        out_R = out_WR.all(0)
+        new_R = out_R & ~self._named_R
+        self._named_R = out_R | (self._named_R & out_WR[0])
+        newest_R = windows[0]
+        return [(rank, newest_R[rank].item(), newest_R.median().item()) for rank in new_R.nonzero().flatten().tolist()]
+
+    def _windows(self) -> list[Tensor] | None:
+        """Busy seconds a step by rank in the last windows, newest first; older records are dropped."""
+        windows, busy_R, steps = [], torch.zeros(self._size, dtype=torch.float64), 0
+        for used, (more_R, more) in enumerate(reversed(self._records), start=1):
+            busy_R, steps = busy_R + more_R, steps + more
+            if steps >= WINDOW_STEPS:
+                windows.append(busy_R / steps)
+                busy_R, steps = torch.zeros_like(busy_R), 0
+            if len(windows) == WINDOWS:
+                while len(self._records) > used:
+                    self._records.popleft()
+                return windows
+        return None
