@@ -69,7 +69,10 @@ class Clock:
     cpu_s: float
 
     @classmethod
-    def now(cls) -> "Clock":
+    def now(cls, device: str = "cpu") -> "Clock":
+        """`device`: whose work before this moment has to be done."""
+        if device == "cuda":
+            torch.cuda.synchronize()
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: "Clock", steps: int) -> "Clock":

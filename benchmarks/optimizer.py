@@ -80,17 +80,11 @@ def take_turns(backbone: str, device: str, rounds: int) -> dict[str, list[float]
     for round_number in range(rounds + 2):
         first = round_number % len(names)
         for name in names[first:] + names[:first]:
-            start = _now(device)
+            start = common.Clock.now(device)
             optimizers[name].step()
             if round_number >= 2:  # the first two fill state and caches
-                seconds[name].append((_now(device).since(start, 1)).wall_s)
+                seconds[name].append(common.Clock.now(device).since(start, 1).wall_s)
     return seconds
-
-
-def _now(device: str) -> common.Clock:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return common.Clock.now()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -101,7 +101,7 @@ class Bench:
     def run(self, function: str) -> common.Clock:
         """Time of one turn; the network is left as another function may take it."""
         networks.temporal_shift = FUNCTIONS[function]
-        start = self._now()
+        start = common.Clock.now(self._device.type)
         if self._training:
             self._optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(self._network(self._video_NTCHW), self._label_N).backward()
@@ -109,12 +109,7 @@ class Bench:
         else:
             with torch.inference_mode():
                 self._network(self._video_NTCHW)
-        return self._now().since(start, 1)
-
-    def _now(self) -> common.Clock:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return common.Clock.now()
+        return common.Clock.now(self._device.type).since(start, 1)
 
 
 def take_turns(setting: Setting, layout: str, mode: str) -> dict[str, list[common.Clock]]:

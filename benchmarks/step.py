@@ -108,22 +108,17 @@ class TurnTaking(ClipLoader):
         self._take_plain_steps(itertools.islice(supply, WARM_UP_STEPS))
         for block in range(self._setting.blocks):
             for ours in (True, False) if block % 2 == 0 else (False, True):
-                start = self._now()
+                start = common.Clock.now(self._setting.device)
                 if ours:
                     yield from itertools.islice(supply, steps)  # comes back here when `train` has done all of a step
                 else:
                     self._take_plain_steps(itertools.islice(supply, steps))
-                (self.ours if ours else self.plain).append(self._now().since(start, steps))
+                (self.ours if ours else self.plain).append(common.Clock.now(self._setting.device).since(start, steps))
         yield next(supply)
 
     def _take_plain_steps(self, batches: Iterable[ClipBatch]) -> None:
         for batch in batches:
             self._plain_step(batch)
-
-    def _now(self) -> common.Clock:
-        if self._setting.device == "cuda":
-            torch.cuda.synchronize()
-        return common.Clock.now()
 
 
 @dataclass

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from contextlib import suppress
@@ -112,6 +113,13 @@ def _parent(pid: int) -> int:
     except OSError:
         return 0
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
+
+
+def make_clips(root: Path) -> Path:
+    """The shapes with 40 clips to train on and 20 to evaluate."""
+    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
+    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
+    return root
 
 
 def start_training(world: World, log: Path, *overrides: str, rank_variable: str | None = None) -> RunningJob:

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +25,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from jobs import Ended, RunningJob, start_training
-from worlds import CHECKOUT, World
+from jobs import Ended, RunningJob, make_clips, start_training
+from worlds import World
 
 from distributed.checkpoint import load_newest
 from training.records import read_metrics
@@ -176,22 +175,6 @@ def differing(one: Run, other: Run) -> list[str]:
     return [
         name for name in names if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     ]
-
-
-def make_clips(folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "prepare.py",
-        "shapes",
-        "--root",
-        str(folder),
-        "--train-clips",
-        "40",
-        "--val-clips",
-        "20",
-    ]
-    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
-    return folder
 
 
 def main() -> int:

@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from jobs import Ended, start_training, wait_for_record
-from worlds import CHECKOUT, World, available
+from jobs import Ended, make_clips, start_training, wait_for_record
+from worlds import World, available
 
 from pipelines.manifest import Manifest
 
@@ -26,10 +25,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bad_input") / "clips"
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
-    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
-    return root
+    return make_clips(tmp_path_factory.mktemp("bad_input") / "clips")
 
 
 @pytest.fixture(params=WORLDS, ids=lambda world: world.name)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import Ended, RunningJob, start_training, wait_for_record
-from worlds import CHECKOUT, World, available
+from jobs import Ended, RunningJob, make_clips, start_training, wait_for_record
+from worlds import World, available
 
 from distributed.journal import node_log
 
@@ -40,10 +40,7 @@ KILLED = [
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("faults") / "clips"
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
-    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
-    return root
+    return make_clips(tmp_path_factory.mktemp("faults") / "clips")
 
 
 def name_of(value: object) -> str:

@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-from kill_runs import Kill, differing, killed_and_resumed, make_clips, undisturbed
+from jobs import make_clips
+from kill_runs import Kill, differing, killed_and_resumed, undisturbed
 from worlds import World, available
 
 pytestmark = pytest.mark.slow

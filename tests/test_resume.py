@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from bodies import EQUIVALENCE, VARIANTS, Context, compose_config, job_of
-from jobs import Ended, start_training
+from jobs import Ended, make_clips, start_training
 from torch import Tensor
 from worlds import CHECKOUT, World, available
 
@@ -116,10 +115,7 @@ def test_the_code_of_this_checkout_is_all_that_trains() -> None:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("resume") / "clips"
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
-    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
-    return root
+    return make_clips(tmp_path_factory.mktemp("resume") / "clips")
 
 
 FAST = ["pipeline.size=16", "numerics.dtype=float32", "checkpoint.every_steps=1", "checkpoint.keep=1"]

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import start_training, wait_for_record
-from worlds import CHECKOUT, World
+from jobs import make_clips, start_training, wait_for_record
+from worlds import World
 
 from training.records import read_metrics
 from training.stragglers import EXCESS, WINDOW_STEPS, WINDOWS, Stragglers
@@ -86,9 +84,7 @@ PERIOD_S, STOPPED_PART = 1.0, 0.3
 
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_for_three_tenths_of_the_time_is_named_within_50_steps(tmp_path: Path) -> None:
-    clips = tmp_path / "clips"
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(clips), "--train-clips", "40", "--val-clips", "20"]
-    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
+    clips = make_clips(tmp_path / "clips")
     arguments = [*SMALL, f"data.root={clips}", f"outputs={tmp_path}", "run_id=straggler"]
     job = start_training(World("torchrun", 4), tmp_path / "console.txt", *arguments)
     metrics = tmp_path / "straggler" / "metrics.jsonl"
