@@ -167,9 +167,8 @@ def _drop_old(folder: Path, newest_step: int, keep: int) -> None:
     best = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else None
     for _, old in [entry for entry in _by_step(folder, _NAME) if entry[0] <= newest_step][:-keep]:
         if old.name != best:
-            doomed = (
-                folder / f".{old.name}.dropped.part"
-            )  # a kill while it is removed leaves no half under its own name
+            # Renamed first: a kill while it is removed leaves no half under its own name.
+            doomed = folder / f".{old.name}.dropped.part"
             with suppress(OSError):
                 old.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)

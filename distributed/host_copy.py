@@ -43,7 +43,7 @@ class HostCopy:
         for view, (_, tensor) in zip(self._views, ordered, strict=True):
             view.copy_(
                 tensor.detach(), non_blocking=True
-            )  # from a GPU into pinned memory: all copies behind each other
+            )  # from a GPU all copies go behind each other, into pinned memory
         if on_gpu:
             torch.cuda.current_stream().synchronize()
 

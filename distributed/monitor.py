@@ -210,10 +210,11 @@ class Monitor:
     # ------------------------------------------------------------------------------------------------------------- judging
 
     def _judge_failures(self) -> None:
-        due = sorted((due_s, number) for number, (due_s, _) in enumerate(self._failures))
-        if not due or due[0][0] > time.monotonic():
+        if not self._failures:
             return
-        failure = self._failures[due[0][1]][1]
+        due_s, failure = min(self._failures, key=lambda entry: entry[0])
+        if due_s > time.monotonic():
+            return
         silent = [rank for rank in sorted(self._peers) if self._is_silent(rank)]
         if failure.exit_code == UNKNOWN and silent:  # a collective that gave up waiting for it, most likely
             first = self._peers[silent[0]]

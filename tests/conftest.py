@@ -24,6 +24,18 @@ def _ordinary_priority() -> Iterator[None]:
         )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of several threads need not repeat to the bit, and a tiny convolution is ten times slower on two threads than on one
+    when something else runs."""
+    import torch  # slow to import, and not for every test
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip, with a reason, where there is no CUDA device."""
     if not any(item.get_closest_marker("gpu") for item in items):

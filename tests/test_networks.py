@@ -1,7 +1,6 @@
 """The networks: sizes, places of the shifts, what sees which frame, names, initial values, and errors."""
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,13 +19,7 @@ from tsm.non_local import PLACES, NonLocalBlock
 FRAMES, CLASSES = 4, 5
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny convolution is ten times slower on two threads than on one when something else runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

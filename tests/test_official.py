@@ -1,7 +1,6 @@
 """Our networks against the authors', defined anew in official_reference.py; and the names of published files."""
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -36,12 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 QUICK = ("resnet18", "mobilenet_v2")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def theirs(variant: str) -> Official:

@@ -1,7 +1,6 @@
 """A training step in one process: its order, and that a gradient that is not finite changes nothing."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +24,7 @@ from training.schema import NumericsConfig, OptimizerConfig
 from training.step import Normaliser, Trainer
 from tsm.networks import TemporalNetwork, build_network
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums of several threads need not repeat to the bit, and these tests compare bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CLIPS, CLASSES, FRAMES = 4, 5, 2

@@ -166,7 +166,6 @@ class _Window:
         self._totals = torch.zeros(3, dtype=torch.float64)
         self._steps = 0
         self._input_s = 0.0
-        self._messages_s = 0.0
         self._started_s = time.monotonic()
 
     def timed_input(self, fetch: Callable[[], list[ClipBatch]]) -> list[ClipBatch]:
@@ -179,9 +178,7 @@ class _Window:
     @contextmanager
     def timed_step(self) -> Iterator[None]:
         self._busy.start(self._waited_s)
-        before_s = self._job.backend.waited_s
         yield
-        self._messages_s += self._job.backend.waited_s - before_s
         self._busy.stop()
 
     def add(self, step: int, micro_batches: list[ClipBatch], totals: Tensor) -> None:
@@ -228,7 +225,7 @@ class _Window:
         """
         self.settle(records)
         job = self._job
-        busy_s, busy_steps = self._busy.read()
+        busy_s, messages_s, busy_steps = self._busy.read()
         busy_R = self._totals.new_zeros(job.backend.topology.size)
         busy_R[job.backend.topology.rank] = busy_s
         counts = self._totals.new_tensor([float(len(self._bad_clips)), float(save_here)])
@@ -248,18 +245,18 @@ class _Window:
                 step_s=duration_s / max(1, self._steps),
                 clips_per_s=clips / duration_s,
                 input_wait_percent=100 * self._input_s / duration_s,
-                **self._batch_norm_cost(),
+                **self._batch_norm_cost(messages_s, busy_steps),
             )
         if bad:
             self._report_bad_clips(records)
         self.restart()
         return bool(save_now)
 
-    def _batch_norm_cost(self) -> dict[str, float]:
+    def _batch_norm_cost(self, messages_s: float, steps: int) -> dict[str, float]:
         """What this rank's messages of batch norm over ranks took; on GPUs the host does not see it."""
         if self._job.execution.bn_ranks == 1 or self._job.backend.device.type != "cpu":
             return {}
-        return {"batch_norm_messages_s": self._messages_s / max(1, self._steps)}
+        return {"batch_norm_messages_s": messages_s / max(1, steps)}
 
     def _name_stragglers(self, step: int, busy_R: Tensor, steps: int, records: Records) -> None:
         named = self._stragglers.add(busy_R, steps)

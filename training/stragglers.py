@@ -31,7 +31,7 @@ class BusyClock:
     def __init__(self, network: nn.Module, backend: Backend) -> None:
         self._backend = backend
         self._spans: list[tuple[_Moment, _Moment]] = []
-        self._without_s = 0.0  # waiting for clips, less waiting for ranks
+        self._input_s = self._messages_s = 0.0
         self._began: _Moment = 0.0
         self._waited_s = 0.0
         self._ready: _Moment = 0.0
@@ -41,7 +41,8 @@ class BusyClock:
 
     def start(self, input_s: float) -> None:
         """A step begins; its clips were waited for so long."""
-        self._without_s += input_s + self._backend.waited_s
+        self._input_s += input_s
+        self._messages_s -= self._backend.waited_s
         self._began = self._now()
 
     def _note_ready(self, _: Tensor) -> None:
@@ -50,7 +51,7 @@ class BusyClock:
     def stop(self) -> None:
         """The step's last backward pass is done."""
         self._spans.append((self._began, self._ready))
-        self._without_s -= self._waited_s
+        self._messages_s += self._waited_s
 
     def _now(self) -> _Moment:
         if self._backend.device.type != "cuda":
@@ -59,12 +60,13 @@ class BusyClock:
         event.record()
         return event
 
-    def read(self) -> tuple[float, int]:
-        """Busy seconds since the last time, and in how many steps."""
-        busy_s, steps = self._without_s + sum(_seconds(*span) for span in self._spans), len(self._spans)
+    def read(self) -> tuple[float, float, int]:
+        """Seconds since the last time: busy, and in messages of batch norm over ranks; and in how many steps."""
+        messages_s, steps = self._messages_s, len(self._spans)
+        busy_s = self._input_s + sum(_seconds(*span) for span in self._spans) - messages_s
         self._spans.clear()
-        self._without_s = 0.0
-        return busy_s, steps
+        self._input_s = self._messages_s = 0.0
+        return busy_s, messages_s, steps
 
 
 def _seconds(began: _Moment, ready: _Moment) -> float:
