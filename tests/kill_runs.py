@@ -146,8 +146,7 @@ def _wait_for(run: Run, job: RunningJob, phase: str, dice: random.Random) -> boo
     if phase == "start":
         time.sleep(dice.uniform(0.5, 15.0))
         return job.process.poll() is None
-    first = run.newest_step("train")
-    target = dice.randint(first + 1, STEPS)
+    target = dice.randint(min(run.newest_step("train") + 1, STEPS), STEPS)
     while time.monotonic() < deadline_s and job.process.poll() is None:
         step = run.newest_step("train")
         writing = any((run.folder / "checkpoints").glob(".step-*.part"))
