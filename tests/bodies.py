@@ -22,11 +22,12 @@ from training import schema
 from training.diagnostics import Diagnostics
 from training.errors import ConfigError, DivergedError
 from training.job import Job, build_job, check_agreement
-from training.loop import score, train
+from training.loop import train
 from training.main import join_world
 from training.optimizers import optimizer_tensors
 from training.records import Records
 from training.schema import Config
+from training.validation import score
 
 CHECKOUT = Path(__file__).parent.parent
 

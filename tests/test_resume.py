@@ -262,7 +262,7 @@ def test_the_best_is_saved_when_it_is_found_and_kept(
         scores = dataclasses.replace(SCORES, top1_percent=next(tops))
         return Evaluation(scores, cast(Any, None), [])
 
-    monkeypatch.setattr("training.loop.assess", assess)
+    monkeypatch.setattr("training.validation.assess", assess)
     options = ["checkpoint.every_steps=null", "checkpoint.every_epochs=100", "evaluation.every_epochs=1"]
     job = run_with(alone, clips, {}, *options)
     assert steps_of(job, "evaluation", "top1_percent") == [5, 10, 15, 20]

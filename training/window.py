@@ -1,0 +1,130 @@
+"""What is noted between two training records: how each step went, and what it took. The record is made of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipelines.loader import ClipBatch
+
+from .bad_clips import BadClips
+from .bad_steps import BadStep, BadSteps
+from .job import Job
+from .records import Records
+from .stragglers import BusyClock, Stragglers
+
+
+class Window:
+    """The steps since the last training record, of which the device keeps the sums and the host the times.
+
+    Shapes: S steps, R ranks; the 4 of a step are as Trainer.step returns them.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._bad_clips = BadClips(job)
+        self._bad_steps = BadSteps(job)
+        self._unsettled: list[tuple[int, list[Tensor], Tensor]] = []
+        self._busy = BusyClock(job.trainer.network, job.backend)
+        self._stragglers = Stragglers(job.backend.topology.size)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps that are settled, and count time from now on."""
+        self._totals = torch.zeros(3, dtype=torch.float64)
+        self._steps = 0
+        self._input_s = 0.0
+        self._started_s = time.monotonic()
+
+    def timed_input(self, step: int, fetch: Callable[[], list[ClipBatch]]) -> list[ClipBatch]:
+        """The micro-batches that `fetch` waits for. Raises DataError when too many of their clips had to be replaced."""
+        started_s = time.monotonic()
+        micro_batches = fetch()
+        self._waited_s = time.monotonic() - started_s
+        self._input_s += self._waited_s
+        self._bad_clips.note(step, micro_batches)
+        return micro_batches
+
+    @contextmanager
+    def timed_step(self) -> Iterator[None]:
+        self._busy.start(self._waited_s)
+        yield
+        self._busy.stop()
+
+    def add(self, step: int, micro_batches: list[ClipBatch], totals: Tensor) -> None:
+        """Note a step that was taken; `totals` as Trainer.step returns them."""
+        self._unsettled.append((step, [batch.row_N for batch in micro_batches], totals))
+        self._steps += 1
+
+    def settle(self, records: Records) -> None:
+        """Learn how the steps went since the last time; the one place in the loop where a host waits for its device.
+
+        Raises DivergedError when too many of them were bad.
+        """
+        if not self._unsettled:
+            return
+        totals_S4 = torch.stack([totals for _, _, totals in self._unsettled]).cpu()
+        bad_S = totals_S4[:, 3] > 0
+        self._totals += totals_S4[~bad_S, :3].sum(0)
+        steps = [
+            (BadStep(step, torch.cat(row_N).tolist(), loss), bad)
+            for (step, row_N, _), loss, bad in zip(
+                self._unsettled, totals_S4[:, 0].tolist(), bad_S.tolist(), strict=True
+            )
+        ]
+        self._unsettled.clear()
+        self._bad_steps.report(steps, records)
+
+    def record(self, step: int, records: Records, save_here: bool) -> bool:
+        """Join the ranks' sums and write a training record of the steps that were not bad, if any.
+
+        Returns whether any rank wants to save here: what rank 0's clock says rides on the message of the sums.
+        """
+        self.settle(records)
+        job = self._job
+        busy_s, messages_s, busy_steps = self._busy.read()
+        busy_R = self._totals.new_zeros(job.backend.topology.size)
+        busy_R[job.backend.topology.rank] = busy_s
+        counts = self._totals.new_tensor([float(self._bad_clips.noted), float(save_here)])
+        sums = torch.cat([self._totals, counts, busy_R]).to(job.backend.device)
+        job.backend.all_reduce_(sums, "train.record")
+        sums = sums.cpu()
+        loss, right, clips, bad, save_now = sums[: -len(busy_R)].tolist()
+        self._name_stragglers(step, sums[-len(busy_R) :], busy_steps, records)
+        duration_s = time.monotonic() - self._started_s
+        if clips:
+            records.train(
+                step,
+                epoch=round(step / job.recipe.steps_per_epoch, 3),
+                loss=loss / clips,
+                top1_percent=100 * right / clips,
+                learning_rate=job.recipe.schedule.learning_rate(step - 1),
+                step_s=duration_s / max(1, self._steps),
+                clips_per_s=clips / duration_s,
+                input_wait_percent=100 * self._input_s / duration_s,
+                **self._batch_norm_cost(messages_s, busy_steps),
+            )
+        if bad:
+            self._bad_clips.report(records)
+        self.restart()
+        return bool(save_now)
+
+    def _batch_norm_cost(self, messages_s: float, steps: int) -> dict[str, float]:
+        """What this rank's messages of batch norm over ranks took; on GPUs the host does not see it."""
+        if self._job.execution.bn_ranks == 1 or self._job.backend.device.type != "cpu":
+            return {}
+        return {"batch_norm_messages_s": messages_s / max(1, steps)}
+
+    def _name_stragglers(self, step: int, busy_R: Tensor, steps: int, records: Records) -> None:
+        named = self._stragglers.add(busy_R, steps)
+        if not named:
+            return
+        hosts = self._job.backend.all_gather_objects(self._job.backend.topology.host)
+        for rank, busy_s, median_s in named:
+            records.say(
+                f"rank {rank} on {hosts[rank]} holds the others up: it is busy for {busy_s:.3f} s a step, the median rank for "
+                f"{median_s:.3f} s"
+            )
+            records.write("straggler", step, rank=rank, host=hosts[rank], busy_s=busy_s, median_busy_s=median_s)
