@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .topology import Topology, TopologyError
+from .topology import Topology, TopologyError, choose_gpu
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,10 @@ class ReducerOptions:
 
 
 def pick_device(wanted: str, topology: Topology) -> torch.device:
-    """This process' device: its own GPU among those it sees, or the CPU.
-
-    Slurm shows a task all GPUs of the node, or only its own: the local rank counts in the first case alone.
-    """
+    """This process' device: its own GPU among those it sees, or the CPU."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 0:
-        raise TopologyError(
-            "distributed.device=cuda, but torch sees no GPU. Fix: distributed.device=cpu, or ask for GPUs"
-        )
-    if 1 < visible < topology.local_size:
-        raise TopologyError(
-            f"{topology.local_size} processes on {topology.host} see {visible} GPUs. Fix: start {visible} processes on each node"
-        )
-    device = torch.device("cuda", topology.local_rank if visible > 1 else 0)
+    device = torch.device("cuda", choose_gpu(torch.cuda.device_count(), topology))
     torch.cuda.set_device(device)
     return device
 
@@ -148,8 +136,10 @@ class _LocalReducer:
         pass
 
 
-def make_backend(name: str, topology: Topology, device: torch.device, timeout_s: float) -> Backend:
-    """Join the world. Raises TopologyError when the processes found are not those that the launcher promised."""
+def make_backend(
+    name: str, topology: Topology, device: torch.device, timeout_s: float, controller: str = "auto"
+) -> Backend:
+    """Join the world; `controller` is Horovod's. Raises TopologyError when the processes found are not those promised."""
     if name == "single":
         return SingleBackend(topology, device)
     if name == "torch":
@@ -162,7 +152,7 @@ def make_backend(name: str, topology: Topology, device: torch.device, timeout_s:
         raise TopologyError(
             f"distributed.backend=horovod, but Horovod does not load here ({error}). Fix: make horovod"
         ) from error
-    return HorovodBackend(topology, device, timeout_s)
+    return HorovodBackend(topology, device, timeout_s, controller)
 
 
 def broadcast_network(backend: Backend, network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The world over Horovod: NCCL on GPUs, MPI or Gloo on CPUs. The only file that imports horovod."""
+"""The world over Horovod: NCCL on GPUs, MPI or Gloo on CPUs. Only this file and horovod_rendezvous.py import horovod."""
 
 import os
 import time
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .backend import Group, Reducer, ReducerOptions
-from .topology import Topology, TopologyError
+from .horovod_rendezvous import prepare_gloo
+from .topology import Topology, TopologyError, choose_controller
 from .wire import half_part
 
 if not hasattr(hvd, "init"):  # what an installation without its compiled part looks like
@@ -31,9 +32,15 @@ class HorovodBackend:
     name = "horovod"
     waited_s = 0.0
 
-    def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, topology: Topology, device: torch.device, timeout_s: float, controller: str = "auto") -> None:
         self.topology = topology
         self.device = device
+        self._rendezvous = None
+        chosen = choose_controller(controller, topology)
+        if chosen is not None:  # under srun both would work, and Horovod takes MPI wherever it was built with it
+            os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = chosen
+        if chosen == "gloo":
+            self._rendezvous = prepare_gloo(topology, timeout_s)
         # Its own limit is 30 s: less than a busy node may take, and less than the monitor needs to say who hangs.
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(round(timeout_s)))
         hvd.init()
@@ -43,6 +50,9 @@ class HorovodBackend:
                 f"{topology.launcher} promised rank {topology.rank} of {topology.size}, Horovod has rank {hvd.rank()} of "
                 f"{hvd.size()}: it was built without what this launcher speaks. Fix: make horovod, with MPI installed for mpirun"
             )
+
+        if hvd.mpi_enabled():
+            _check_node(topology)
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
         started_s = time.perf_counter()
@@ -81,6 +91,27 @@ class HorovodBackend:
     def close(self) -> None:
         hvd.barrier()  # under MPI the others fail if one leaves while they still reduce
         hvd.shutdown()
+        if self._rendezvous is not None:
+            self._rendezvous.shutdown()
+
+
+def _check_node(topology: Topology) -> None:
+    """Refuse a launcher that places processes otherwise than MPI finds them: two would take one GPU. Needs mpi4py.
+
+    mpi4py joins the MPI that Horovod has started.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        return
+    on_node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED, key=topology.rank)
+    found = on_node.rank, on_node.size
+    on_node.Free()
+    if found != (topology.local_rank, topology.local_size):
+        raise TopologyError(
+            f"{topology.launcher} says local rank {topology.local_rank} of {topology.local_size} on {topology.host}, MPI finds "
+            f"{found[0]} of {found[1]} there. Fix: place ranks in blocks (srun --distribution=block, mpirun --map-by slot)"
+        )
 
 
 class _HorovodReducer:

@@ -4,6 +4,7 @@ Imports without torch.
 """
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ class TopologyError(ValueError):
 
 @dataclass(frozen=True)
 class Topology:
-    """A process' place in the world. `local_*` count within its node; `node` numbers the nodes from 0."""
+    """A process' place in the world. `local_*` count within its node; `node` numbers the nodes from 0.
+
+    `launcher`: none, torchrun, horovodrun, mpirun, jsrun, srun, or srun --mpi=pmix or --mpi=pmi2, whose tasks may join MPI.
+    """
 
     launcher: str
     rank: int
@@ -53,13 +57,26 @@ _LAUNCHERS = (
     ),
     _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
 )
+# LSF's launcher on machines like Summit. Its MPI sets Open MPI's variables too, so those are not asked there.
+_JSRUN = _Launcher(
+    "jsrun",
+    "JSM_NAMESPACE_RANK",
+    "JSM_NAMESPACE_SIZE",
+    "JSM_NAMESPACE_LOCAL_RANK",
+    "JSM_NAMESPACE_LOCAL_SIZE",
+    None,
+)
 
 
 def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
-    """This process' place, from the environment of torchrun, horovodrun (Gloo or MPI), mpirun, or none of them.
+    """This process' place, from the environment of torchrun, horovodrun (Gloo or MPI), mpirun, jsrun, srun, or none of them.
+
+    A launcher that srun starts, once on each node, knows more than srun: its word counts.
 
     Raises TopologyError for variables that are incomplete, out of range or of two launchers that disagree.
     """
+    if _JSRUN.rank in environ or _JSRUN.size in environ:
+        return _read(_JSRUN, environ)
     found = [
         _read(launcher, environ) for launcher in _LAUNCHERS if launcher.rank in environ or launcher.size in environ
     ]
@@ -71,12 +88,80 @@ def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
             )
     if found:
         return found[0]
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks != "1":
+    if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # a batch script has none, an interactive shell one
+        return _read_srun(environ)
+    return Topology("none", 0, 1, 0, 1, 0, socket.gethostname(), _job_id(environ))
+
+
+def _read_srun(environ: Mapping[str, str]) -> Topology:
+    launcher = "srun"
+    for variable, flag in (("PMIX_RANK", "pmix"), ("PMI_RANK", "pmi2")):
+        if variable in environ:
+            launcher = f"srun --mpi={flag}"
+    node = _srun_number("SLURM_NODEID", environ)
+    tasks_per_node = tasks_of_nodes(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if sum(tasks_per_node) != _srun_number("SLURM_STEP_NUM_TASKS", environ) or not 0 <= node < len(tasks_per_node):
         raise TopologyError(
-            f"srun started {tasks} tasks, but told them nothing of each other. Fix: start torchrun or mpirun inside the allocation"
+            f"srun says {environ['SLURM_STEP_NUM_TASKS']} tasks, SLURM_STEP_TASKS_PER_NODE="
+            f"{environ.get('SLURM_STEP_TASKS_PER_NODE')!r} and node {node}, which cannot be. "
+            "Fix: start the job with srun instead of setting these variables by hand"
         )
-    return Topology("none", 0, 1, 0, 1, 0, socket.gethostname())
+    rank, local_rank = _srun_number("SLURM_PROCID", environ), _srun_number("SLURM_LOCALID", environ)
+    place = Topology(
+        launcher,
+        rank,
+        sum(tasks_per_node),
+        local_rank,
+        tasks_per_node[node],
+        node,
+        socket.gethostname(),
+        _job_id(environ),
+    )
+    return _checked(place)
+
+
+def _srun_number(name: str, environ: Mapping[str, str]) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise TopologyError(
+            f"srun started this process, but {name}={environ.get(name)!r} is not a number. "
+            "Fix: keep Slurm's variables (srun --export=ALL, and in a container too)"
+        ) from None
+
+
+def tasks_of_nodes(text: str) -> list[int]:
+    """Slurm's short form of the tasks on each node, `2(x3),1`, written out: [2, 2, 2, 1]; [] for what is no such form."""
+    if re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text) is None:
+        return []
+    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+
+
+def first_host(node_list: str) -> str:
+    """The first of Slurm's short list of nodes, as `scontrol show hostnames` would say: `rack1n[003-010,12]` -> `rack1n003`."""
+    bare = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", bare.group() if bare else "")
+
+
+def rendezvous(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Where the tasks of srun find rank 0, which Slurm does not say: (host, port).
+
+    Task 0 runs on the first node of the step. The port follows from job and step, so that two jobs on a node do not meet, and
+    lies below those that the system hands out. MASTER_ADDR and MASTER_PORT, as for torchrun, override both.
+    """
+    host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
+    port = environ.get("MASTER_PORT") or str(20_000 + (7 * job + step) % 10_000)
+    if not host or not port.isdecimal():
+        raise TopologyError(
+            f"where is rank 0? SLURM_STEP_NODELIST={environ.get('SLURM_STEP_NODELIST')!r}, MASTER_PORT={port!r}. "
+            "Fix: start with srun, or set MASTER_ADDR and MASTER_PORT for all tasks"
+        )
+    return host, int(port)
+
+
+def _job_id(environ: Mapping[str, str]) -> str | None:
+    return environ.get("SLURM_JOB_ID") or environ.get("LSB_JOBID")
 
 
 def _read(launcher: _Launcher, environ: Mapping[str, str]) -> Topology:
@@ -98,15 +183,20 @@ def _read(launcher: _Launcher, environ: Mapping[str, str]) -> Topology:
     rank, size = number(launcher.rank), number(launcher.size)
     local_rank, local_size = number(launcher.local_rank), number(launcher.local_size)
     node = number(launcher.node, default=rank // max(1, local_size))
+    # torchrun's own run id is no job: --standalone makes a random one.
+    return _checked(
+        Topology(launcher.name, rank, size, local_rank, local_size, node, socket.gethostname(), _job_id(environ))
+    )
+
+
+def _checked(place: Topology) -> Topology:
+    rank, size, local_rank, local_size = place.rank, place.size, place.local_rank, place.local_size
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise TopologyError(
-            f"{launcher.name} says rank {rank} of {size} and local rank {local_rank} of {local_size}, which cannot be. "
-            f"Fix: start the job with {launcher.name} instead of setting these variables by hand"
+            f"{place.launcher} says rank {rank} of {size} and local rank {local_rank} of {local_size}, which cannot be. "
+            f"Fix: start the job with {place.launcher} instead of setting these variables by hand"
         )
-    # torchrun's own run id is no job: --standalone makes a random one.
-    return Topology(
-        launcher.name, rank, size, local_rank, local_size, node, socket.gethostname(), environ.get("SLURM_JOB_ID")
-    )
+    return place
 
 
 def choose_backend(wanted: str, topology: Topology, world_size: int | None = None) -> str:
@@ -118,24 +208,78 @@ def choose_backend(wanted: str, topology: Topology, world_size: int | None = Non
         raise TopologyError(
             f"distributed.world_size={world_size}, but {_started(topology)}. Fix: start {world_size} processes, or drop the key"
         )
-    natural = {"none": "single", "torchrun": "torch", "horovodrun": "horovod", "mpirun": "horovod"}[topology.launcher]
+    natural = _NATURAL[topology.launcher]
     if wanted == "auto":
         return natural
     if wanted == "single" and topology.size > 1:
         raise TopologyError(
             f"distributed.backend=single, but {_started(topology)}. Fix: distributed.backend={natural}, or start one process"
         )
-    if wanted == "torch" and topology.launcher in ("horovodrun", "mpirun"):
+    if wanted == "torch" and topology.launcher in ("horovodrun", "mpirun", "jsrun"):
         raise TopologyError(
-            f"distributed.backend=torch needs torchrun's rendezvous, but {_started(topology)}. "
-            "Fix: start with torchrun, or distributed.backend=horovod"
+            f"distributed.backend=torch needs the rendezvous of torchrun or srun, but {_started(topology)}. "
+            "Fix: start with torchrun or srun, or distributed.backend=horovod"
         )
     if wanted == "horovod" and topology.launcher == "torchrun" and topology.size > 1:
         raise TopologyError(
             f"distributed.backend=horovod, but {_started(topology)}, which Horovod does not know. "
-            "Fix: start with horovodrun or mpirun, or distributed.backend=torch"
+            "Fix: start with srun, horovodrun or mpirun, or distributed.backend=torch"
         )
     return wanted
+
+
+_NATURAL = {
+    "none": "single",
+    "torchrun": "torch",
+    "srun": "torch",
+    "srun --mpi=pmix": "horovod",
+    "srun --mpi=pmi2": "horovod",
+    "horovodrun": "horovod",
+    "mpirun": "horovod",
+    "jsrun": "horovod",
+}
+
+
+def choose_controller(wanted: str, topology: Topology) -> str | None:
+    """`mpi` or `gloo`: by what Horovod's ranks find each other, where that must be told to it; None: its launcher does.
+
+    Raises TopologyError when the launcher cannot do what the configuration wants.
+    """
+    speaks = {
+        "srun": ("gloo",),
+        "srun --mpi=pmix": ("mpi", "gloo"),
+        "srun --mpi=pmi2": ("mpi", "gloo"),
+        "mpirun": ("mpi",),
+        "jsrun": ("mpi",),
+    }.get(topology.launcher)
+    if speaks is None:
+        return None
+    if wanted == "auto":
+        return speaks[0] if topology.launcher.startswith("srun") else None
+    if wanted not in speaks:
+        remedy = "srun --mpi=pmix" if wanted == "mpi" else "srun, or horovodrun --gloo"
+        raise TopologyError(
+            f"distributed.controller={wanted}, but {_started(topology)}. Fix: start with {remedy}, or distributed.controller=auto"
+        )
+    return wanted
+
+
+def choose_gpu(num_visible: int, topology: Topology) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Slurm shows a task all GPUs of its node (--gres, or no binding at all), or only its own (--gpus-per-task): the local rank
+    counts in the first case alone.
+    """
+    if num_visible == 0:
+        raise TopologyError(
+            "distributed.device=cuda, but torch sees no GPU. Fix: distributed.device=cpu, or ask for GPUs"
+        )
+    if 1 < num_visible < topology.local_size:
+        raise TopologyError(
+            f"{topology.local_size} processes on {topology.host} see {num_visible} GPUs. "
+            f"Fix: start {num_visible} processes on each node"
+        )
+    return topology.local_rank if num_visible > 1 else 0
 
 
 def _started(topology: Topology) -> str:

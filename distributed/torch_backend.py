@@ -1,4 +1,4 @@
-"""The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun."""
+"""The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun or srun."""
 
 import time
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .backend import Group, Reducer, ReducerOptions
-from .topology import Topology, TopologyError
+from .topology import Topology, TopologyError, rendezvous
 from .wire import half_part
 
 
@@ -32,7 +32,13 @@ class TorchBackend:
             return
         # Gloo beside NCCL carries the small objects, which live on the CPU.
         transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(transport, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        if topology.launcher.startswith("srun"):
+            host, port = rendezvous()
+            where = f"tcp://{host}:{port}"
+            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+        else:
+            dist.init_process_group(transport, timeout=timeout)
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(
                 f"{topology.launcher} promised rank {topology.rank} of {topology.size}, torch.distributed has rank "

@@ -91,7 +91,7 @@ def join_world(config: Config, topology: Topology) -> Backend:
     device = pick_device(config.distributed.device, topology)
     start_worker_server()
     set_numerics(config)
-    return make_backend(name, topology, device, config.distributed.timeout_s)
+    return make_backend(name, topology, device, config.distributed.timeout_s, config.distributed.controller)
 
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:

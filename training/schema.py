@@ -163,7 +163,9 @@ class NumericsConfig:
 @dataclass
 class DistributedConfig:
     backend: str = "auto"
-    """auto (horovod under horovodrun or mpirun, torch under torchrun, else single), single, torch or horovod."""
+    """auto (horovod under horovodrun, MPI or jsrun, torch under torchrun or plain srun, else single), single, torch or horovod."""
+    controller: str = "auto"
+    """How Horovod's ranks find each other under srun: mpi (srun --mpi=pmix), gloo, or auto (mpi where srun offers it)."""
     device: str = "auto"
     """auto (cuda where there is one), cuda or cpu."""
     world_size: int | None = None
@@ -319,6 +321,7 @@ _CHOICES = {
     "numerics.dtype": ("float32", "float64"),
     "numerics.amp": ("off", "bfloat16", "float16"),
     "distributed.backend": ("auto", "single", "torch", "horovod"),
+    "distributed.controller": ("auto", "mpi", "gloo"),
     "distributed.device": ("auto", "cuda", "cpu"),
     "distributed.wire": ("float32", "float16"),
     "logger.wandb": ("offline", "online", "disabled"),
