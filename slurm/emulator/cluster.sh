@@ -1,0 +1,381 @@
+#!/usr/bin/env bash
+# A real Slurm of N nodes on one machine: munged, slurmctld, and a slurmd in namespaces of its own for each node. Needs root.
+#
+#   cluster.sh up N [options]       nodes n1..nN; returns when all are idle
+#       --host                      no namespaces, all on the loopback: for hundreds of nodes; no crash, rate or disk then
+#       --delay-us D                a userspace switch joins the nodes, which holds each packet back that long one way
+#       --rate-mbit R               with --delay-us: what each node may send
+#       --disk-mb M                 node-local disk (1024)
+#       --node-timeout-s T          how long a node may be silent before its jobs are requeued (60)
+#   cluster.sh down                 ends what `up` started, whatever became of it; keeps the logs
+#   cluster.sh crash NODE           its link goes, then all its processes: a power cut. Its disk keeps what it holds
+#   cluster.sh boot NODE            starts a crashed node again
+#   cluster.sh rate NODE RATE|none  what it may send and receive (tc's units: 10mbit); not with --delay-us
+#   cluster.sh disk NODE full|read-only|ok
+#   cluster.sh status
+#   eval "$(cluster.sh env)"        points sbatch, srun and the others at this cluster
+#
+# TSM_CLUSTER names the folder that holds all of it ($TMPDIR/tsm-cluster). One cluster at a time.
+#
+# A node has its own network, host name, /etc/hosts, /dev/shm, /mnt/local (its disk) and 6 GPUs, which are device files in
+# $TSM_CLUSTER/nodes/NODE/gpu: remove one, and it is lost. It shares every other folder with the machine and all nodes. Partitions
+# are `emu` and, on the same nodes, `scavenge`, whose jobs give way; and on paper `summit` (256 nodes of 6 GPUs), `dgx` (192 of 8)
+# and `quad` (384 of 4) for `sbatch --test-only`. Nodes claim 42 CPUs, however few the machine has.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+folder=${TSM_CLUSTER:-${TMPDIR:-/tmp}/tsm-cluster}
+settings=$folder/etc/settings # written by `up`: its presence says that a cluster is up
+export SLURM_CONF=$folder/etc/slurm.conf
+
+readonly network=10.78.0 controller_port=16817 first_node_port=17001
+readonly bridge=tsm-net prefix=tsm- # of links and network namespaces
+readonly local_disk=/mnt/local
+readonly marker=this-is-an-emulated-cluster
+
+# shellcheck source-path=SCRIPTDIR source=slurm_conf.sh
+source "$here/slurm_conf.sh"
+
+die() {
+    echo "cluster: $*" >&2
+    exit 1
+}
+
+# ------------------------------------------------------------------------------------------------------------------ up
+
+up() {
+    read_up_options "$@"
+    check_machine
+    [[ ! -e $settings ]] || die "one is up already, in $folder. Fix: $0 down"
+    if ((${#namespaces[@]})); then
+        die "namespaces of another cluster are left: ${namespaces[*]}. Fix: TSM_CLUSTER=ITS_FOLDER $0 down"
+    fi
+
+    trap 'failed_up $?' EXIT
+    make_folder
+    start_daemon_munge
+    [[ $mode == host ]] || make_network
+    slurmctld -c
+    local number
+    for ((number = 1; number <= nodes; number++)); do
+        start_node "n$number"
+    done
+    wait_until_idle
+    trap - EXIT
+    echo "cluster: $nodes nodes are up in $folder. Next: eval \"\$($0 env)\""
+}
+
+read_up_options() {
+    nodes=${1:-}
+    [[ $nodes =~ ^[1-9][0-9]*$ ]] || die "how many nodes? cluster.sh up N"
+    shift
+    mode=bridge delay_us=0 rate_mbit=0 disk_mb=1024 node_timeout_s=60
+    while (($#)); do
+        case $1 in
+            --host) mode=host && shift && continue ;;
+            --delay-us) mode=switch delay_us=${2:?} ;;
+            --rate-mbit) rate_mbit=${2:?} ;;
+            --disk-mb) disk_mb=${2:?} ;;
+            --node-timeout-s) node_timeout_s=${2:?} ;;
+            *) die "no such option of up: $1" ;;
+        esac
+        shift 2
+    done
+    controller_address=$network.254 message_timeout_s=20 tcp_timeout_s=5
+    if [[ $mode == host ]]; then
+        # Hundreds of daemons and a thousand tasks start on a few cores.
+        controller_address=127.0.0.1 message_timeout_s=100 tcp_timeout_s=30
+        ((node_timeout_s >= 300)) || node_timeout_s=300
+    elif ((nodes > 100)); then
+        die "$nodes nodes are too many for namespaces. Fix: --host"
+    fi
+    [[ $rate_mbit == 0 || $mode == switch ]] || die "--rate-mbit belongs to --delay-us. Fix: cluster.sh rate NODE RATE"
+}
+
+check_machine() {
+    ((EUID == 0)) || die "namespaces and Slurm's daemons need root. Fix: sudo --preserve-env=TSM_CLUSTER,TMPDIR $0 up ..."
+    local -A package=([munged]=munge [slurmctld]=slurmctld [slurmd]=slurmd [sinfo]=slurm-client [ip]=iproute2 [tc]=iproute2)
+    local program missing=()
+    for program in "${!package[@]}"; do
+        command -v "$program" >/dev/null || missing+=("${package[$program]}")
+    done
+    if ((${#missing[@]})); then
+        mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+        die "not installed: ${missing[*]}. Fix: apt-get install --no-install-recommends ${missing[*]}"
+    fi
+    [[ $mode != switch || -c /dev/net/tun ]] || die "--delay-us needs /dev/net/tun. Fix: modprobe tun"
+    mapfile -t namespaces < <(node_namespaces)
+}
+
+make_folder() {
+    # It is emptied, so it has to be ours.
+    if [[ -n $(ls -A "$folder" 2>/dev/null) && ! -e $folder/$marker ]]; then
+        die "$folder holds something else. Fix: TSM_CLUSTER=AN_EMPTY_FOLDER"
+    fi
+    rm -rf "${folder:?}"/{etc,run,log,state,nodes}
+    mkdir -p "$folder"/{etc,run,log,state}
+    touch "$folder/$marker"
+    printf '%s\n' "nodes=$nodes" "mode=$mode" "disk_mb=$disk_mb" >"$settings"
+    local number gpu node
+    for ((number = 1; number <= nodes; number++)); do
+        node=$folder/nodes/n$number
+        mkdir -p "$node"/{spool,tmp,gpu}
+        for gpu in {0..5}; do
+            mknod "$node/gpu/nvidia$gpu" c 1 3 # /dev/null's numbers
+        done
+    done
+    print_slurm_conf >"$SLURM_CONF"
+    print_gres_conf >"$folder/etc/gres.conf"
+    {
+        echo "127.0.0.1 localhost"
+        echo "$controller_address $(hostname)"
+        for ((number = 1; number <= nodes; number++)); do
+            echo "$network.$number n$number"
+        done
+    } >"$folder/etc/hosts"
+    if [[ $mode != host && ! -d $local_disk ]]; then
+        mkdir -p "$local_disk"
+        touch "$folder/etc/made_local_disk"
+    fi
+}
+
+start_daemon_munge() {
+    (umask 077 && head -c 128 /dev/urandom >"$folder/etc/munge.key")
+    munged --key-file="$folder/etc/munge.key" --socket="$folder/run/munge.sock" --pid-file="$folder/run/munged.pid" \
+        --log-file="$folder/log/munged.log" --seed-file="$folder/run/munge.seed"
+}
+
+make_network() {
+    local number node
+    for ((number = 1; number <= nodes; number++)); do
+        ip netns add "${prefix}n$number"
+        ip -n "${prefix}n$number" link set lo up
+    done
+    if [[ $mode == switch ]]; then
+        local ports=(":$bridge:$controller_address/24")
+        for ((number = 1; number <= nodes; number++)); do
+            ports+=("${prefix}n$number:eth0:$network.$number/24")
+        done
+        python3 "$here/switch.py" --delay-us "$delay_us" --rate-mbit "$rate_mbit" --pid-file "$folder/run/switch.pid" \
+            "${ports[@]}" >"$folder/log/switch.log" 2>&1 || die "the switch did not start: $(cat "$folder/log/switch.log")"
+        return
+    fi
+    ip link add "$bridge" type bridge
+    ip addr add "$controller_address/24" dev "$bridge"
+    ip link set "$bridge" up
+    for ((number = 1; number <= nodes; number++)); do
+        node=${prefix}n$number
+        ip link add "$node" type veth peer name eth0 netns "$node"
+        ip link set "$node" master "$bridge" up
+        ip -n "$node" addr add "$network.$number/24" dev eth0
+        ip -n "$node" link set eth0 up
+    done
+}
+
+wait_until_idle() {
+    local idle deadline_s=$((SECONDS + 60 + nodes / 4))
+    until idle=$(sinfo --noheader --Node --partition=emu --format=%t 2>/dev/null | grep -c '^idle$' || true) && ((idle == nodes)); do
+        if ((SECONDS >= deadline_s)); then
+            tail -n 5 "$folder"/log/*.log >&2
+            die "only $idle of $nodes nodes became idle; above is the end of their logs"
+        fi
+        sleep 0.2
+    done
+}
+
+failed_up() {
+    echo "cluster: up failed, taking down what was started" >&2
+    down || true
+    exit "$1"
+}
+
+# --------------------------------------------------------------------------------------------------------------- nodes
+
+start_node() {
+    local node=$1
+    if [[ $mode == host ]]; then
+        slurmd -N "$node"
+        return
+    fi
+    # Its disk is mounted outside its namespaces, so that it outlives a crash.
+    local disk=$folder/nodes/$node/disk
+    if ! mountpoint --quiet "$disk"; then
+        mkdir -p "$disk"
+        mount -t tmpfs -o "size=${disk_mb}m,mode=1777" "$prefix$node" "$disk"
+    fi
+    nsenter --net="/run/netns/$prefix$node" unshare --mount --uts --ipc "${BASH_SOURCE[0]}" inside-node "$node"
+}
+
+# Runs in the namespaces of a node; slurmd stays there.
+inside_node() {
+    local node=$1
+    hostname "$node"
+    mount --bind "$folder/etc/hosts" /etc/hosts
+    mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+    mount --bind "$folder/nodes/$node/disk" "$local_disk"
+    exec slurmd -N "$node"
+}
+
+boot() {
+    need_node "$1" boot
+    [[ -z $(ip netns pids "$prefix$1") ]] || die "$1 runs. Fix: $0 crash $1 first"
+    ip -n "$prefix$1" link set eth0 up
+    start_node "$1"
+}
+
+crash() {
+    need_node "$1" crash
+    # First the link, or the kernel would tell every peer in order that the connections are closed.
+    ip -n "$prefix$1" link set eth0 down
+    kill_namespace "$prefix$1"
+}
+
+rate() {
+    need_node "$1" rate
+    local node=$prefix$1 limit=${2:?the rate, as 10mbit, or none}
+    [[ $mode == bridge ]] || die "with --delay-us the switch has the rate. Fix: up N --delay-us D --rate-mbit R"
+    if [[ $limit == none ]]; then
+        # No limit is no error.
+        tc -n "$node" qdisc del dev eth0 root 2>/dev/null || true
+        tc qdisc del dev "$node" root 2>/dev/null || true
+        return
+    fi
+    tc -n "$node" qdisc replace dev eth0 root tbf rate "$limit" burst 256kb latency 50ms
+    tc qdisc replace dev "$node" root tbf rate "$limit" burst 256kb latency 50ms
+}
+
+disk() {
+    need_node "$1" disk
+    local disk=$folder/nodes/$1/disk used_kb
+    case ${2:-} in
+        full)
+            # Cut to what it holds, and the last page filled: full without taking the machine's memory.
+            used_kb=$(df --output=used "$disk" | tail -n 1)
+            mount -o "remount,size=$((used_kb + 4))k" "$disk"
+            cat /dev/zero >"$disk/.filler" 2>/dev/null || true
+            ;;
+        read-only) mount -o remount,ro "$disk" ;;
+        ok)
+            mount -o "remount,rw,size=${disk_mb}m" "$disk"
+            rm -f "$disk/.filler"
+            ;;
+        *) die "disk $1 full, read-only or ok?" ;;
+    esac
+}
+
+need_node() {
+    local node=$1 action=$2
+    need_up
+    [[ $mode != host ]] || die "$action works on nodes with namespaces. Fix: up without --host"
+    [[ -d $folder/nodes/$node ]] || die "no node $node: there are n1..n$nodes"
+}
+
+need_up() {
+    [[ -e $settings ]] || die "none is up in $folder. Fix: $0 up N"
+    # shellcheck source=/dev/null
+    source "$settings"
+}
+
+# ---------------------------------------------------------------------------------------------------------------- down
+
+down() {
+    if [[ ! -e $settings ]]; then
+        echo "cluster: none is up in $folder"
+        return
+    fi
+    # Nothing may be taken for granted here: this also clears up after an `up` that broke off anywhere.
+    need_up
+    if [[ $mode == host ]]; then
+        timeout 5 scancel --quiet --user=root 2>/dev/null || true
+        wait_for_empty_queue
+    fi
+    local namespace mounted
+    while IFS= read -r namespace; do
+        kill_namespace "$namespace"
+        ip netns del "$namespace"
+    done < <(node_namespaces)
+    end_daemons
+    ip link del "$bridge" 2>/dev/null || true
+    while IFS= read -r mounted; do
+        umount "$mounted"
+    done < <(findmnt --noheadings --raw --output=TARGET | grep -F "$folder/" || true)
+    [[ ! -e $folder/etc/made_local_disk ]] || rmdir "$local_disk" 2>/dev/null || true
+    rm -rf "${folder:?}"/{nodes,state,run,etc}
+}
+
+# Host mode has no namespaces to empty: jobs end by themselves before their slurmd does.
+wait_for_empty_queue() {
+    local deadline_s=$((SECONDS + 30))
+    while [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]] && ((SECONDS < deadline_s)); do
+        sleep 0.5
+    done
+}
+
+kill_namespace() {
+    local pids
+    while mapfile -t pids < <(ip netns pids "$1") && ((${#pids[@]})); do
+        kill -9 "${pids[@]}" 2>/dev/null || true
+        sleep 0.05
+    done
+}
+
+# All are asked at once, since slurmd takes two seconds; who stays is killed.
+end_daemons() {
+    local file pids=() pid deadline_s=$((SECONDS + 10))
+    for file in "$folder"/run/*.pid; do
+        [[ -s $file ]] || continue
+        pid=$(<"$file")
+        is_ours "$pid" && kill "$pid" 2>/dev/null && pids+=("$pid")
+    done
+    for pid in "${pids[@]}"; do
+        while is_ours "$pid"; do
+            if ((SECONDS >= deadline_s)); then
+                kill -9 "$pid" 2>/dev/null || true
+            fi
+            sleep 0.1
+        done
+    done
+}
+
+# A number in a file may be another process' by now.
+is_ours() {
+    local command
+    command=$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline") || return 1
+    [[ $command =~ (munged|slurmctld|slurmd|switch\.py) ]]
+}
+
+node_namespaces() {
+    ip netns list 2>/dev/null | awk -v prefix="$prefix" 'index($1, prefix "n") == 1 { print $1 }'
+}
+
+# -------------------------------------------------------------------------------------------------------------- others
+
+print_env() {
+    need_up
+    printf 'export TSM_CLUSTER=%q SLURM_CONF=%q\n' "$folder" "$SLURM_CONF"
+}
+
+status() {
+    need_up
+    sinfo --format='%12P %6D %8t %N'
+    squeue
+    [[ $mode == bridge ]] || return 0
+    local number limit
+    for ((number = 1; number <= nodes; number++)); do
+        limit=$(tc qdisc show dev "${prefix}n$number" | sed -n 's/.*tbf.* rate \([^ ]*\).*/rate \1/p')
+        echo "n$number ${limit:-no rate limit}, disk $(df --output=avail --block-size=M "$folder/nodes/n$number/disk" | tail -n 1) free"
+    done
+}
+
+command=${1:-}
+[[ $# == 0 ]] || shift
+case $command in
+    up | down | status) "$command" "$@" ;;
+    boot | crash | rate | disk) "$command" "${1:?which node?}" "${@:2}" ;;
+    env) print_env ;;
+    inside-node) inside_node "$@" ;;
+    *)
+        sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
+        exit 2
+        ;;
+esac
