@@ -15,7 +15,7 @@
 #   cluster.sh status
 #   eval "$(cluster.sh env)"        points sbatch, srun and the others at this cluster
 #
-# TSM_CLUSTER names the folder that holds all of it ($TMPDIR/tsm-cluster). One cluster at a time.
+# TSM_CLUSTER names the folder that holds all of it ($TMPDIR/tsm-cluster); in another folder, another cluster can be up as well.
 #
 # A node has its own network, host name, /etc/hosts, /dev/shm, /mnt/local (its disk) and 6 GPUs, which are device files in
 # $TSM_CLUSTER/nodes/NODE/gpu: remove one, and it is lost. It shares every other folder with the machine and all nodes. Partitions
@@ -28,8 +28,6 @@ folder=${TSM_CLUSTER:-${TMPDIR:-/tmp}/tsm-cluster}
 settings=$folder/etc/settings # written by `up`: its presence says that a cluster is up
 export SLURM_CONF=$folder/etc/slurm.conf
 
-readonly network=10.78.0 controller_port=16817 first_node_port=17001
-readonly bridge=tsm-net prefix=tsm- # of links and network namespaces
 readonly local_disk=/mnt/local
 readonly marker=this-is-an-emulated-cluster
 
@@ -47,9 +45,8 @@ up() {
     read_up_options "$@"
     check_machine
     [[ ! -e $settings ]] || die "one is up already, in $folder. Fix: $0 down"
-    if ((${#namespaces[@]})); then
-        die "namespaces of another cluster are left: ${namespaces[*]}. Fix: TSM_CLUSTER=ITS_FOLDER $0 down"
-    fi
+    choose_number
+    name_things
 
     trap 'failed_up $?' EXIT
     make_folder
@@ -81,10 +78,10 @@ read_up_options() {
         esac
         shift 2
     done
-    controller_address=$network.254 message_timeout_s=20 tcp_timeout_s=5
+    message_timeout_s=20 tcp_timeout_s=5
     if [[ $mode == host ]]; then
         # Hundreds of daemons and a thousand tasks start on a few cores.
-        controller_address=127.0.0.1 message_timeout_s=100 tcp_timeout_s=30
+        message_timeout_s=100 tcp_timeout_s=30
         ((node_timeout_s >= 300)) || node_timeout_s=300
     elif ((nodes > 100)); then
         die "$nodes nodes are too many for namespaces. Fix: --host"
@@ -104,7 +101,27 @@ check_machine() {
         die "not installed: ${missing[*]}. Fix: apt-get install --no-install-recommends ${missing[*]}"
     fi
     [[ $mode != switch || -c /dev/net/tun ]] || die "--delay-us needs /dev/net/tun. Fix: modprobe tun"
-    mapfile -t namespaces < <(node_namespaces)
+}
+
+# Clusters are numbered, so that they do not share ports, addresses or names.
+choose_number() {
+    local taken
+    for ((cluster = 0; cluster < 40; cluster++)); do
+        name_things
+        taken=$(node_namespaces; ss --no-header --listening --tcp --numeric "sport = :$controller_port")
+        [[ -n $taken ]] || return 0
+    done
+    die "40 clusters are up already"
+}
+
+name_things() {
+    bridge=tsm$cluster
+    prefix=tsm$cluster- # of links and network namespaces
+    network=10.78.$cluster
+    controller_address=$network.254
+    [[ $mode != host ]] || controller_address=127.0.0.1
+    controller_port=$((15000 + cluster))
+    first_node_port=$((16001 + 1000 * cluster))
 }
 
 make_folder() {
@@ -115,7 +132,7 @@ make_folder() {
     rm -rf "${folder:?}"/{etc,run,log,state,nodes}
     mkdir -p "$folder"/{etc,run,log,state}
     touch "$folder/$marker"
-    printf '%s\n' "nodes=$nodes" "mode=$mode" "disk_mb=$disk_mb" >"$settings"
+    printf '%s\n' "nodes=$nodes" "mode=$mode" "disk_mb=$disk_mb" "cluster=$cluster" >"$settings"
     local number gpu node
     for ((number = 1; number <= nodes; number++)); do
         node=$folder/nodes/n$number
@@ -135,7 +152,7 @@ make_folder() {
     } >"$folder/etc/hosts"
     if [[ $mode != host && ! -d $local_disk ]]; then
         mkdir -p "$local_disk"
-        touch "$folder/etc/made_local_disk"
+        touch "$local_disk/$marker"
     fi
 }
 
@@ -274,6 +291,7 @@ need_up() {
     [[ -e $settings ]] || die "none is up in $folder. Fix: $0 up N"
     # shellcheck source=/dev/null
     source "$settings"
+    name_things
 }
 
 # ---------------------------------------------------------------------------------------------------------------- down
@@ -299,7 +317,11 @@ down() {
     while IFS= read -r mounted; do
         umount "$mounted"
     done < <(findmnt --noheadings --raw --output=TARGET | grep -F "$folder/" || true)
-    [[ ! -e $folder/etc/made_local_disk ]] || rmdir "$local_disk" 2>/dev/null || true
+    # If `up` made it, and no other cluster uses it by now, whose disks would go with it.
+    if [[ -e $local_disk/$marker && ! $(ip netns list) =~ tsm[0-9]+-n ]]; then
+        rm "$local_disk/$marker"
+        rmdir "$local_disk" 2>/dev/null || true
+    fi
     rm -rf "${folder:?}"/{nodes,state,run,etc}
 }
 

@@ -16,6 +16,7 @@ import select
 import struct
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _CLONE_NEWNET = 0x40000000
@@ -82,10 +83,8 @@ def forward(ports: list[int], delay_s: float, bytes_per_s: float) -> None:
 
 
 def _write(port: int, frame: bytes) -> None:
-    try:
+    with suppress(OSError):  # a lost frame is the network's business
         os.write(port, frame)
-    except OSError:
-        pass  # a lost frame is the network's business
 
 
 def main() -> None:
