@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest_plugins = ["skip_report"]
+pytest_plugins = ["skip_report", "slurm_cluster"]
 
 # Nothing under test may reach the network.
 os.environ.setdefault("WANDB_MODE", "offline")

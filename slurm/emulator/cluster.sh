@@ -50,7 +50,7 @@ up() {
 
     trap 'failed_up $?' EXIT
     make_folder
-    start_daemon_munge
+    start_munged
     [[ $mode == host ]] || make_network
     slurmctld -c
     local number
@@ -156,10 +156,11 @@ make_folder() {
     fi
 }
 
-start_daemon_munge() {
+start_munged() {
     (umask 077 && head -c 128 /dev/urandom >"$folder/etc/munge.key")
-    munged --key-file="$folder/etc/munge.key" --socket="$folder/run/munge.sock" --pid-file="$folder/run/munged.pid" \
-        --log-file="$folder/log/munged.log" --seed-file="$folder/run/munge.seed"
+    # --force: the folder may be one that only root may enter.
+    munged --force --key-file="$folder/etc/munge.key" --socket="$folder/run/munge.sock" \
+        --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" --seed-file="$folder/run/munge.seed"
 }
 
 make_network() {
