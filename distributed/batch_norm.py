@@ -158,21 +158,27 @@ def averaged_running_statistics(network: nn.Module, backend: Backend) -> dict[st
 
 
 @torch.no_grad()
+def own_running_statistics(network: nn.Module) -> Tensor:
+    """A copy of this rank's running statistics: the numbers of all layers in a row."""
+    statistics = list(_running_statistics(network).values())
+    parameter = next(network.parameters())
+    return torch.cat([parameter.new_empty(0), *statistics])
+
+
+@torch.no_grad()
 def running_statistics_by_rank(network: nn.Module, backend: Backend) -> Tensor:
     """Every rank's own running statistics, on every rank: shape (ranks, numbers of all layers)."""
-    statistics = _running_statistics(network)
-    numbers = sum(len(buffer) for buffer in statistics.values())
-    parameter = next(network.parameters())
-    rows_RS = torch.zeros(backend.topology.size, numbers, dtype=parameter.dtype, device=parameter.device)
-    if statistics:
-        rows_RS[backend.topology.rank] = torch.cat(list(statistics.values()))
+    row_S = own_running_statistics(network)
+    rows_RS = row_S.new_zeros(backend.topology.size, len(row_S))
+    if len(row_S):
+        rows_RS[backend.topology.rank] = row_S
         backend.all_reduce_(rows_RS, "running_statistics_by_rank")  # others add zeros: exact
     return rows_RS
 
 
 @torch.no_grad()
 def set_running_statistics(network: nn.Module, row_S: Tensor) -> None:
-    """Take one rank's row of `running_statistics_by_rank` as this rank's own. Raises ValueError for another network's."""
+    """Take a row of `own_running_statistics` as this rank's own. Raises ValueError for another network's."""
     statistics = list(_running_statistics(network).values())
     lengths = [len(buffer) for buffer in statistics]
     if row_S.shape != (sum(lengths),):

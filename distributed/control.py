@@ -188,9 +188,24 @@ class ControlChannel:
     # ------------------------------------------------------------------------------------------------------------- agreements
 
     def request_stop(self, reason: str) -> None:
-        """Ask for a stop in good order at a step that all ranks agree on; any rank may, from its main thread."""
+        """Ask for a stop in good order; any rank may, from its main thread. The first to ask says why."""
         if self._store is not None:
-            self._store.set("stop/wanted", reason)
+            self._store.compare_set("stop/wanted", "", reason)
+
+    def stop_wanted(self, wanted: str | None) -> bool:
+        """Whether any rank has asked for a stop; this one does, if it has a reason. Ranks hear of it at different moments."""
+        if self._store is None:
+            return wanted is not None
+        if wanted is not None:
+            self.request_stop(wanted)
+        return wanted is not None or self._store.check(["stop/wanted"])
+
+    def stop_reason(self, wanted: str | None) -> str:
+        """Why the job stops, the same on all ranks, once they have agreed that it does (`wanted`: this rank's own reason)."""
+        if self._store is None:
+            assert wanted is not None
+            return wanted
+        return self._store.get("stop/wanted").decode()
 
     def agreed_stop(self, step: int, steps_in_flight: int, wanted: str | None) -> str | None:
         """Call it once a step, behind the step's reduction: the reason to stop here, or None.
@@ -200,12 +215,12 @@ class ControlChannel:
         """
         if self._store is None:
             return wanted
-        if wanted is not None and not self._store.check(["stop/wanted"]):
+        if wanted is not None:
             self.request_stop(wanted)
         if self._rank == 0 and not self._store.check(["stop/last"]) and self._store.check(["stop/wanted"]):
             self._store.set("stop/last", str(step + 1 + steps_in_flight))
         if self._store.check(["stop/last"]) and step >= int(self._store.get("stop/last")):
-            return self._store.get("stop/wanted").decode()
+            return self.stop_reason(wanted)
         return None
 
     def barrier(self, name: str, timeout_s: float) -> None:

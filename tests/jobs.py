@@ -1,6 +1,5 @@
-"""Whole jobs for tests: train.py under a launcher, what it printed, how it ended, and what it left running."""
+"""Whole jobs for tests: train.py under a launcher, what it printed, how it ended, what it left running, and its last checkpoint."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from worlds import CHECKOUT, World
+
+from distributed.checkpoint import load_newest
+from training.records import read_metrics
 
 _MARK = "TSM_TEST_JOB"
 
@@ -134,13 +138,30 @@ def start_training(world: World, log: Path, *overrides: str, rank_variable: str 
     return RunningJob(world.command(str(script), *overrides), world.environment, log)
 
 
-def wait_for_record(metrics: Path, kind: str, limit_s: float = 120) -> None:
-    """Wait until a run has written a record of this kind."""
+def wait_for_record(metrics: Path, kind: str, limit_s: float = 120, step: int = 0) -> None:
+    """Wait until a run has written a record of this kind, of this step or a later one."""
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
-        if metrics.exists() and any(
-            line.endswith("}") and json.loads(line)["kind"] == kind for line in metrics.read_text().splitlines()
-        ):
+        records = read_metrics(metrics) if metrics.exists() else []
+        if any(record["kind"] == kind and record["step"] >= step for record in records):
             return
         time.sleep(0.1)
-    raise AssertionError(f"no {kind} record in {metrics} after {limit_s} s")
+    raise AssertionError(f"no {kind} record of step {step} or later in {metrics} after {limit_s} s")
+
+
+def differing(one: Path, other: Path, step: int) -> list[str]:
+    """What is not bit-equal in the last checkpoints of two runs, which must be of this step."""
+    ours, theirs = _last(one, step), _last(other, step)
+    names = sorted(ours.keys() | theirs.keys())
+    return [
+        name for name in names if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    ]
+
+
+def _last(run: Path, step: int) -> dict[str, Tensor]:
+    """Everything that its last checkpoint holds."""
+    checkpoint, broken = load_newest(run / "checkpoints")
+    assert checkpoint is not None and not broken, broken
+    assert checkpoint.state["step"] == step
+    best = torch.tensor(checkpoint.state["best_top1_percent"], dtype=torch.float64)
+    return checkpoint.network | checkpoint.optimizer | {"best_top1_percent": best}

@@ -24,11 +24,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import torch
-from jobs import Ended, RunningJob, make_clips, start_training
+from jobs import Ended, RunningJob, differing, make_clips, start_training
 from worlds import World
 
-from distributed.checkpoint import load_newest
 from training.records import read_metrics
 
 LIMIT_S = 300.0  # of one start, on a busy machine
@@ -84,14 +82,6 @@ class Run:
     @property
     def done(self) -> bool:
         return (self.folder / "SUCCESS").exists()
-
-    def final(self) -> dict[str, torch.Tensor]:
-        """Everything that the last checkpoint holds."""
-        checkpoint, broken = load_newest(self.folder / "checkpoints")
-        assert checkpoint is not None and not broken, broken
-        assert checkpoint.state["step"] == STEPS
-        best = torch.tensor(checkpoint.state["best_top1_percent"], dtype=torch.float64)
-        return checkpoint.network | checkpoint.optimizer | {"best_top1_percent": best}
 
 
 def undisturbed(world: World, folder: Path, clips: Path) -> Run:
@@ -167,15 +157,6 @@ def _outcome(run: Run, ended: Ended) -> str:
     )
 
 
-def differing(one: Run, other: Run) -> list[str]:
-    """Names of tensors that are not bit-equal at the end of two runs."""
-    ours, theirs = one.final(), other.final()
-    names = sorted(ours.keys() | theirs.keys())
-    return [
-        name for name in names if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
-    ]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -203,7 +184,8 @@ def main() -> int:
             runs += 1
             quota = min(4, options.kills - len(kills))
             run = killed_and_resumed(world, Path(name) / f"killed-{runs}", clips, quota, dice, tell)
-            wrong += [f"run {runs} ({world.name}): {tensor}" for tensor in differing(run, left_alone[world])]
+            found = differing(run.folder, left_alone[world].folder, STEPS)
+            wrong += [f"run {runs} ({world.name}): {tensor}" for tensor in found]
             shutil.rmtree(run.folder)
     print(f"\n{len(kills)} kills in {runs} runs, {dict(Counter(kill.phase for kill in kills))}")
     print("every run ended bit-equal to the one left alone" if not wrong else f"NOT EQUAL: {wrong}")

@@ -108,7 +108,7 @@ def run(
     clips = EvaluationClips(ClipSource(folder / "val.arrow", "pyav"), protocol)
     backend = OneOf(rank, size)
     found, missing = evaluate(network, normalise, clips, ClipLoader(clips, 0, 2), backend, batch)
-    assert backend.reduced == ["evaluation.logits", "evaluation.seen"]
+    assert backend.reduced == ["evaluation.unwanted", "evaluation.logits", "evaluation.seen"]
     return found, [record.row for record in missing]
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import Ended, RunningJob, make_clips, start_training, wait_for_record
+from jobs import Ended, RunningJob, differing, make_clips, start_training, wait_for_record
 from worlds import World, available
 
 from distributed.journal import node_log
+from training.records import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +132,50 @@ def test_a_signal_to_one_rank_stops_all_behind_one_step_with_a_checkpoint(
     step = int(stopped[1])
     assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
     assert f"stopped by {name} after step {step}" in node_log(run.name, 1).read_text()
+
+
+EVALUATED = (
+    "schedule.epochs=2 evaluation=dense_30 evaluation.every_epochs=1 numerics.deterministic=true batch.bn_group=4 "
+    "optimizer.ema_decay=0.8"
+).split()  # 30 views of each clip, and 5 steps before each evaluation
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(World("torchrun", 2), "SIGTERM"), (World("horovodrun", 2), "SIGUSR1")], ids=name_of
+)
+def test_a_signal_within_an_evaluation_is_heeded_there_and_costs_no_bit(
+    world: World, run: Path, clips: Path, name: str
+) -> None:
+    """Both evaluations of a run are cut off, and made by the start behind. A cluster that ends a job does not wait for them."""
+
+    def start(folder: Path) -> RunningJob:
+        arguments = [*ENDLESS, *EVALUATED, f"data.root={clips}", f"outputs={folder.parent}", f"run_id={folder.name}"]
+        folder.mkdir(exist_ok=True)
+        return start_training(available(world), folder / "console.txt", *arguments)
+
+    def evaluations(folder: Path) -> list[dict[str, object]]:
+        records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "evaluation"]
+        return [record | {"time_s": 0, "duration_s": 0} for record in records]
+
+    alone = run.with_name(f"{run.name}-alone")
+    ended = start(alone).wait(START_S)
+    assert ended.exit_code == 0, ended.output
+    for rank, step in ((1, 5), (0, 10)):
+        job = start(run)
+        wait_for_record(run / "metrics.jsonl", "train", START_S, step)
+        time.sleep(0.5)
+        os.kill(job.ranks()[rank], signal.Signals[name])
+        ended = job.wait(END_S)
+        assert ended.left_running == []
+        assert len(evaluations(run)) == (step > 5), ended.output
+        assert outcome_of(run) | {"time_s": 0} == {"exit_code": 75, "reason": "stopped in good order", "time_s": 0}
+        told = f"stopped by {name} after step {step}, with a checkpoint, and the evaluation there still to be made"
+        assert told in log_of(run) and told in node_log(run.name, 1).read_text()
+    ended = start(run).wait(START_S)
+    assert ended.exit_code == 0, ended.output
+    assert [record["step"] for record in evaluations(run)] == [5, 10]
+    assert evaluations(run) == evaluations(alone)
+    assert differing(alone, run, step=10) == []
 
 
 # --- Hangs ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -123,13 +124,24 @@ SCORES = Scores(20, 0, 1.0, 0.0, 50.0, 10.0, 1.0, None)
 
 
 class NobodyElse:
-    """In the place of a control channel: its monitor would outlive the test."""
+    """In the place of a control channel: its monitor would outlive the test. At a sign of life in an evaluation comes a signal."""
 
-    def progress(self, *_: Any) -> None:
-        pass
+    signal_at, name = 0, ""
 
-    def agreed_stop(self, *_: Any) -> None:
-        pass
+    def progress(self, step: int, phase: str) -> None:
+        if phase == "evaluation" and self.name:
+            self.signal_at -= 1
+            if self.signal_at == 0:
+                signal.raise_signal(signal.Signals[self.name])
+
+    def agreed_stop(self, step: int, limit: int, wanted: str | None) -> str | None:
+        return wanted
+
+    def stop_wanted(self, wanted: str | None) -> bool:
+        return wanted is not None
+
+    def stop_reason(self, wanted: str) -> str:
+        return wanted
 
 
 @pytest.fixture
@@ -147,7 +159,9 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def run_with(context: Context, clips: Path, at: dict[int, Callable[[], object]], *overrides: str) -> Job:
+def run_with(
+    context: Context, clips: Path, at: dict[int, Callable[[], object]], *overrides: str, exit_code: int = 0
+) -> Job:
     """Train; in front of some steps something happens."""
     job = job_of(context, "run", *FAST, f"data.root={clips}", *overrides)
     take_step = job.trainer.step
@@ -160,7 +174,7 @@ def run_with(context: Context, clips: Path, at: dict[int, Callable[[], object]],
     job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
     try:
-        assert train_loop(job, records) == 0
+        assert train_loop(job, records) == exit_code
     finally:
         records.close(0)
     return job
@@ -270,6 +284,63 @@ def test_the_best_is_saved_when_it_is_found_and_kept(
     assert sorted(path.name for path in job.folder.checkpoints.iterdir()) == ["best", "step-00000010", "step-00000020"]
     best = load_checkpoint(job.folder.checkpoints / "best")
     assert (best.state["step"], best.state["best_top1_percent"]) == (10, 50.0)
+
+
+# --- Stopped within an evaluation -------------------------------------------------------------------------------------
+
+TWO_EVALUATIONS = ["schedule.epochs=2", "evaluation.every_epochs=1", "optimizer.ema_decay=0.8"]
+
+
+def evaluations_of(job: Job) -> list[dict[str, Any]]:
+    records = [record for record in read_metrics(job.folder.metrics) if record["kind"] == "evaluation"]
+    return [record | {"time_s": 0, "duration_s": 0} for record in records]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("statistics", "signals_at"),
+    [([], (3, 6, 2)), (["batch.precise_bn_steps=3"], (3, 12, 2))],
+    ids=["averaged", "precise"],
+)
+def test_an_evaluation_that_a_signal_cuts_off_is_made_by_the_next_start(
+    alone: Context, clips: Path, capsys: pytest.CaptureFixture[str], statistics: list[str], signals_at: tuple[int, ...]
+) -> None:
+    """The first of two, then the last, then that once more: while statistics are computed anew, and while clips are scored."""
+    options = [*TWO_EVALUATIONS, "checkpoint.every_steps=null", *statistics]
+    expected = run_with(alone, clips, {}, *options)
+    again = dataclasses.replace(alone, folder=alone.folder.parent / "again")
+    control = cast(NobodyElse, alone.control)
+    stops = (("SIGTERM", 75, 5), ("SIGINT", 130, 10), ("SIGUSR1", 75, 10))
+    for (name, exit_code, step), control.signal_at in zip(stops, signals_at, strict=True):
+        control.name = name
+        job = run_with(again, clips, {}, *options, exit_code=exit_code)
+        saved = load_newest(job.folder.checkpoints)[0]
+        assert saved is not None and (saved.state["step"], saved.state["evaluation_owed"]) == (step, True)
+        assert f"stopped by {name} after step {step}, with a checkpoint, and the evaluation" in capsys.readouterr().out
+        assert len(evaluations_of(job)) == (step > 5)
+    control.name = ""
+    job = run_with(again, clips, {}, *options)
+    assert job.first_step == 10
+    assert [record["step"] for record in evaluations_of(job)] == [5, 10]
+    assert evaluations_of(job) == evaluations_of(expected)
+    ends = [load_newest(run.folder.checkpoints)[0] for run in (expected, job)]
+    assert ends[0] is not None and ends[1] is not None
+    assert ends[0].state == ends[1].state and not ends[1].state["evaluation_owed"]
+    for name, tensor in (ends[0].network | ends[0].optimizer).items():
+        assert tensor.equal((ends[1].network | ends[1].optimizer)[name]), name
+
+
+@pytest.mark.parametrize("stopped_at", [4, 3])
+def test_a_signal_in_front_of_an_evaluation_leaves_it_to_the_next_start(
+    alone: Context, clips: Path, stopped_at: int
+) -> None:
+    """Not so where none was due."""
+    options = [*TWO_EVALUATIONS, "checkpoint.every_steps=null", "max_steps=6"]
+    job = run_with(alone, clips, {stopped_at: lambda: signal.raise_signal(signal.SIGUSR1)}, *options, exit_code=75)
+    assert evaluations_of(job) == []
+    job = run_with(alone, clips, {}, *options)
+    assert (job.first_step, job.evaluation_owed) == (stopped_at + 1, stopped_at == 4)
+    assert [record["step"] for record in evaluations_of(job)] == [5]
 
 
 # --- On another world -------------------------------------------------------------------------------------------------

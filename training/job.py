@@ -57,6 +57,8 @@ class Job:
     """Which code this is (training.code_version), on rank 0."""
     first_step: int = 0
     best_top1_percent: float = 0.0
+    evaluation_owed: bool = False
+    """The start before was stopped in front of the evaluation behind `first_step`, or within it."""
 
     def loader(self, dataset: TrainingClips | EvaluationClips) -> ClipLoader:
         pipeline = self.config.pipeline
@@ -258,6 +260,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     )
     if state is not None:
         job.first_step, job.best_top1_percent = state["step"], state["best_top1_percent"]
+        job.evaluation_owed = state.get("evaluation_owed", False)
         trainer.scaler.load_state_dict(state["scaler"])
         if config.numerics.deterministic:  # behind the making of the reducer: DDP's gives every rank rank 0's buffers
             _restore_own_statistics(backend, network, resumed)

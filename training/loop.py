@@ -6,6 +6,7 @@ import torch
 
 from .diagnostics import Diagnostics
 from .errors import EXIT_DONE
+from .evaluation import Abandoned
 from .job import Job
 from .records import Records
 from .saves import Saves, check_finished
@@ -27,7 +28,26 @@ def train(job: Job, records: Records) -> int:
     diagnostics = _diagnostics(job) if config.logger.diagnostics else None
     in_flight = _StepsInFlight(job.backend.device)
     with StopSignal() as signal, Saves(job, records) as saves:
+
+        def evaluate(step: int) -> tuple[bool, str | None]:
+            """Whether the checkpoint behind it is to be kept as the best so far; and why the job stops, where that cut it off."""
+            control.progress(step - 1, "evaluation")
+            try:
+                best = validate(job, records, step, lambda: control.stop_wanted(signal.received))
+            except Abandoned:
+                return False, control.stop_reason(signal.received)
+            return best and config.checkpoint.keep_best, None
+
+        taken, stop, owed = job.first_step, None, job.evaluation_owed
+        if owed:
+            best, stop = evaluate(taken)
+            owed = stop is not None
+            if not owed:
+                saves.save(taken, best)
+            window.restart()
         for step in range(job.first_step, last_step):
+            if stop is not None:
+                break
             control.progress(step, "input")
             micro_batches = window.timed_input(step, lambda: [next(batches) for _ in range(job.execution.accumulation)])
             control.progress(step, "first step" if step == job.first_step else "step")
@@ -46,27 +66,27 @@ def train(job: Job, records: Records) -> int:
             if measured is not None and (values := measured.values()):
                 records.write("diagnostics", taken, **values)
             epoch, best = epoch_ends.get(taken), False
-            if taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0):
-                control.progress(step, "evaluation")
+            owed = taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0)
+            if owed and stop is None:
                 window.settle(records)
-                best = validate(job, records, taken) and config.checkpoint.keep_best
+                best, stop = evaluate(taken)
+                owed = stop is not None
                 window.restart()
-            if ended or save_now or best or saves.due(taken, epoch):
+            if ended or owed or save_now or best or saves.due(taken, epoch):
                 control.progress(step, "checkpoint")
                 window.settle(records)
-                saves.save(taken, best)
+                saves.save(taken, best, evaluation_owed=owed)
                 window.restart()
-            if ended:
-                failed = saves.finish()
-                if stop is None:
-                    check_finished(failed, taken)
-                    break
-                saved = "with a checkpoint" if failed is None else f"with none behind step {saves.newest_step}"
-                records.say(
-                    f"stopped by {stop} after step {taken}, {saved}: the same command with run_id={config.run_id} goes on"
-                )
-                return StopSignal.EXIT_CODES[stop]
-    return EXIT_DONE
+        failed = saves.finish()
+        if stop is None:
+            check_finished(failed, taken)
+            return EXIT_DONE
+        saved = "with a checkpoint" if failed is None else f"with none behind step {saves.newest_step}"
+        owing = ", and the evaluation there still to be made" if owed else ""
+        records.say(
+            f"stopped by {stop} after step {taken}, {saved}{owing}: the same command with run_id={config.run_id} goes on"
+        )
+        return StopSignal.EXIT_CODES[stop]
 
 
 def _diagnostics(job: Job) -> Diagnostics:

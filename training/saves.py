@@ -40,8 +40,10 @@ class Saves:
         minutes = self._job.config.checkpoint.every_minutes
         return self._writer is not None and minutes is not None and time.monotonic() - self._newest_s >= 60 * minutes
 
-    def save(self, step: int, best: bool) -> None:
+    def save(self, step: int, best: bool, evaluation_owed: bool = False) -> None:
         """Take a checkpoint after `step` steps, and begin to write it; collective. `best`: of all evaluations so far.
+
+        `evaluation_owed`: the evaluation behind this step has not been made, and whoever goes on from here has to make it.
 
         Training is left as it was, to the bit: batch norm's running statistics are averaged over ranks in the checkpoint alone.
         They follow each rank's own groups, and only their mean says how the network evaluates. Their update is linear, so a run
@@ -60,6 +62,7 @@ class Saves:
         state = {
             "step": step,
             "best_top1_percent": job.best_top1_percent,
+            "evaluation_owed": evaluation_owed,
             "recipe": job.recipe.as_dict(),
             "code": job.code,
             "scaler": trainer.scaler.state_dict(),

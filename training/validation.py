@@ -1,20 +1,31 @@
 """The evaluations that a run makes of itself while it trains."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
-from distributed.batch_norm import average_running_statistics, recompute_running_statistics
+from torch import Tensor
+
+from distributed.batch_norm import (
+    average_running_statistics,
+    own_running_statistics,
+    recompute_running_statistics,
+    set_running_statistics,
+)
 
 from .bad_clips import too_many
-from .evaluation import Evaluation, assess
+from .evaluation import Abandoned, Evaluation, assess, leave_together
 from .job import Job
 from .records import Records
 
 
-def validate(job: Job, records: Records, step: int) -> bool:
-    """Score the validation clips and write it down; whether it is the best evaluation of the run so far."""
+def validate(job: Job, records: Records, step: int, unwanted: Callable[[], bool]) -> bool:
+    """Score the validation clips and write it down; whether it is the best evaluation of the run so far.
+
+    Raises Abandoned, on all ranks, when one of them finds the evaluation `unwanted` before it is done; nothing has changed then.
+    """
     started_s = time.monotonic()
-    evaluation = score(job, step)
+    evaluation = score(job, step, unwanted)
     scores, missing = evaluation.scores, evaluation.missing
     for record in missing:
         records.bad_clip(job.folder, split="val", step=step, **vars(record))
@@ -30,32 +41,46 @@ def validate(job: Job, records: Records, step: int) -> bool:
     return best
 
 
-def score(job: Job, step: int) -> Evaluation:
-    """Evaluate after `step` steps on the validation clips: the weights, or their average, with statistics that all ranks share."""
-    trainer = job.trainer
-    with trainer.average.in_place_of_weights() if trainer.average else nullcontext():
-        if job.config.batch.precise_bn_steps:
-            _recompute_statistics(job, step)
-        else:
-            average_running_statistics(trainer.network, job.backend)
-        return assess(
-            trainer.network,
-            trainer.normalise,
-            job.validation_clips,
-            job.loader(job.validation_clips),
-            job.backend,
-            job.config.evaluation.batch,
-            progress=lambda _: job.control.progress(step - 1, "evaluation"),
-        )
+def score(job: Job, step: int, unwanted: Callable[[], bool] = lambda: False) -> Evaluation:
+    """Evaluate after `step` steps on the validation clips: the weights, or their average, with statistics that all ranks share.
+
+    Raises Abandoned as `validate` does.
+    """
+    trainer, network = job.trainer, job.trainer.network
+    own_S = own_running_statistics(network)
+    try:
+        with trainer.average.in_place_of_weights() if trainer.average else nullcontext():
+            if job.config.batch.precise_bn_steps:
+                _recompute_statistics(job, step, unwanted)
+            else:
+                average_running_statistics(network, job.backend)
+            return assess(
+                network,
+                trainer.normalise,
+                job.validation_clips,
+                job.loader(job.validation_clips),
+                job.backend,
+                job.config.evaluation.batch,
+                progress=lambda _: job.control.progress(step - 1, "evaluation"),
+                unwanted=unwanted,
+            )
+    except Abandoned:
+        set_running_statistics(network, own_S)  # whoever makes this evaluation anew begins with the same
+        raise
 
 
-def _recompute_statistics(job: Job, step: int) -> None:
+def _recompute_statistics(job: Job, step: int, unwanted: Callable[[], bool]) -> None:
     """Precise batch norm over the clips of the steps that would come next: on any world the same, at the end of the run too.
 
     They stay: the checkpoint then scores what its evaluation did, and training uses running statistics only to keep them up.
     Clips that cannot be decoded are replaced by rule, and reported when training comes to them.
     """
     plan = job.execution.stream_positions(job.backend.topology.rank, step, step + job.config.batch.precise_bn_steps)
-    batches = job.loader(job.training_clips).batches(plan)
-    inputs = (job.trainer.normalise(batch.video_NTCHW) for batch in batches)
-    recompute_running_statistics(job.trainer.network, job.backend, inputs)
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in job.loader(job.training_clips).batches(plan):
+            job.control.progress(step - 1, "evaluation")
+            leave_together(job.backend, unwanted())  # ranks may share batch-norm groups here: none can leave alone
+            yield job.trainer.normalise(batch.video_NTCHW)
+
+    recompute_running_statistics(job.trainer.network, job.backend, inputs())
