@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -141,12 +142,15 @@ def test_jobs_leave_a_crashed_node_and_it_can_come_back(slurm_cluster: SlurmClus
     script.write_text(
         "#!/usr/bin/env bash\n"
         'echo "start ${SLURM_RESTART_COUNT:-0}"\n'
-        "[[ ${SLURM_RESTART_COUNT:-0} == 1 ]] || srun sleep 300\n"
+        "[[ ${SLURM_RESTART_COUNT:-0} == 1 ]] || srun bash -c 'echo runs; sleep 300'\n"
     )
     job = slurm_cluster.sbatch(
         "--nodes=2", "--exclude=n1", "--open-mode=append", f"--output={tmp_path}/log", str(script)
     )
     crashed = slurm_cluster.wait_for_state(job, "RUNNING")["BatchHost"]
+    log = tmp_path / "log"
+    while not log.exists() or log.read_text().count("runs") < 2:
+        time.sleep(0.1)
     slurm_cluster.emulator("crash", crashed)
     try:
         seen = slurm_cluster.wait_for_state(job, "COMPLETED")
@@ -155,8 +159,7 @@ def test_jobs_leave_a_crashed_node_and_it_can_come_back(slurm_cluster: SlurmClus
         slurm_cluster.emulator("boot", crashed)
     assert seen["Restarts"] == "1"
     assert seen["BatchHost"] != crashed
-    log = (tmp_path / "log").read_text().splitlines()
-    assert [line for line in log if line.startswith("start")] == ["start 0", "start 1"]
+    assert [line for line in log.read_text().splitlines() if line.startswith("start")] == ["start 0", "start 1"]
     slurm_cluster.wait_until_idle()
 
 

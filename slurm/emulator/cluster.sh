@@ -78,7 +78,7 @@ read_up_options() {
         esac
         shift 2
     done
-    message_timeout_s=20 tcp_timeout_s=5
+    message_timeout_s=10 tcp_timeout_s=2
     if [[ $mode == host ]]; then
         # Hundreds of daemons and a thousand tasks start on a few cores.
         message_timeout_s=100 tcp_timeout_s=30
@@ -108,7 +108,7 @@ choose_number() {
     local taken
     for ((cluster = 0; cluster < 40; cluster++)); do
         name_things
-        taken=$(node_namespaces; ss --no-header --listening --tcp --numeric "sport = :$controller_port")
+        taken=$(node_links; node_namespaces; ss --no-header --listening --tcp --numeric "sport = :$controller_port")
         [[ -n $taken ]] || return 0
     done
     die "40 clusters are up already"
@@ -231,6 +231,12 @@ inside_node() {
     mount --bind "$folder/etc/hosts" /etc/hosts
     mount -t tmpfs -o mode=1777 tmpfs /dev/shm
     mount --bind "$folder/nodes/$node/disk" "$local_disk"
+    # Its copies of the machine's mounts would keep alive the disks and networks of nodes, of this and other clusters.
+    local mounted
+    while IFS= read -r mounted; do
+        umount --lazy "$mounted"
+    done < <(findmnt --noheadings --raw --output=SOURCE,TARGET | awk -v mine="$local_disk" '/^tsm[0-9]+-n/ && $2 != mine { print $2 }')
+    umount --lazy /run/netns
     exec slurmd -N "$node"
 }
 
@@ -308,12 +314,16 @@ down() {
         timeout 5 scancel --quiet --user=root 2>/dev/null || true
         wait_for_empty_queue
     fi
-    local namespace mounted
+    local namespace link mounted
     while IFS= read -r namespace; do
         kill_namespace "$namespace"
         ip netns del "$namespace"
     done < <(node_namespaces)
     end_daemons
+    # Links go with their namespaces, in the kernel's own time.
+    while IFS= read -r link; do
+        ip link del "$link" 2>/dev/null || true
+    done < <(node_links)
     ip link del "$bridge" 2>/dev/null || true
     while IFS= read -r mounted; do
         umount "$mounted"
@@ -365,6 +375,10 @@ is_ours() {
     local command
     command=$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline") || return 1
     [[ $command =~ (munged|slurmctld|slurmd|switch\.py) ]]
+}
+
+node_links() {
+    ip -brief link show | awk -v prefix="$prefix" 'index($1, prefix "n") == 1 { sub("@.*", "", $1); print $1 }'
 }
 
 node_namespaces() {
