@@ -23,7 +23,7 @@ schema.register()
 def evaluate(composed: DictConfig) -> None:
     if composed.evaluation.ensemble:
         sys.exit(ensemble.run_ensemble(composed))
-    sys.exit(main.run(composed, assess.evaluate_task))
+    sys.exit(main.run(lambda: schema.from_composed(composed), assess.evaluate_task))
 
 
 if __name__ == "__main__":

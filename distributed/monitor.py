@@ -11,6 +11,7 @@ Messages are lines of JSON. The control channel of rank 0 starts `python -m dist
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -317,6 +318,8 @@ def _send(peer: _Peer, message: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm sends them to all that it started
+        signal.signal(number, signal.SIG_IGN)  # it ends when all ranks have, and says why
     monitor = Monitor(Settings(**json.loads(sys.stdin.readline())))
     print(monitor.port, flush=True)
     os.close(sys.stdout.fileno())

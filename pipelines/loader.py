@@ -1,5 +1,6 @@
 """Batches of clips from worker processes, in a given order, for torch on any device."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -212,19 +213,30 @@ def _collate(
     )
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 def start_worker_server() -> None:
     """Start the process that loader workers are forked from; call it before MPI, Horovod or CUDA live in this process.
 
-    The server imports what workers need once. It ignores Ctrl-C, which reaches the whole terminal's process group: the
-    training process decides when workers end.
+    The server imports what workers need once. It ignores what asks a job to stop, which reaches every process of a terminal
+    (Ctrl-C) or of a Slurm step: the training process decides when workers end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    """Behind a training process that ends, multiprocessing would wait for a worker that is blocked: it sends SIGTERM alone."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class ClipLoader:
@@ -262,8 +274,9 @@ def _as_is(batch: ClipBatch) -> ClipBatch:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Ctrl-C is the training process' business, and a worker must not outlive it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """To stop is the training process' business, and a worker must not outlive it, however it ends."""
+    for number in STOP_SIGNALS:  # torch has set a handler of its own for one of them
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 
 

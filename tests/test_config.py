@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from training import schema
 from training.errors import ConfigError
+from training.run_folder import RunFolder, read_config
 from training.schema import Config, check, from_composed
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -92,6 +93,24 @@ def test_a_composed_configuration_survives_its_file(tmp_path: Path) -> None:
     assert from_composed(OmegaConf.load(tmp_path / "config.yaml")) == config
 
 
+def test_a_run_folder_says_how_to_go_on(tmp_path: Path) -> None:
+    """Ranks of a batch job read what the batch script has composed; a folder that was moved is found where it is."""
+    written = config_of("experiment=smoke", "run_id=there", "seed=17")
+    RunFolder(tmp_path / "there").write_config(written)
+    (tmp_path / "there").rename(tmp_path / "here")
+    config = read_config(tmp_path / "here")
+    assert (config.seed, config.run_id, config.outputs) == (17, "here", str(tmp_path))
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("text", [None, "seed: [1", "seed: seventeen", "sede: 17", "[]"])
+def test_a_folder_without_a_configuration_is_named(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"(?s)config.yaml.*Fix: "):
+        read_config(tmp_path)
+
+
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 BAD_VALUES: list[tuple[str, Any]] = [
@@ -141,6 +160,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("numerics.dtype", "float16"),
     ("numerics.amp", "float32"),
     ("distributed.backend", "mpi"),
+    ("distributed.controller", "ssh"),
     ("distributed.device", "tpu"),
     ("distributed.wire", "int8"),
     ("distributed.timeout_s", 0.0),

@@ -77,7 +77,7 @@ class Plan:
 
 
 def run_plan(composed: Any) -> int:
-    """Print the plan of a composed configuration, and write what `plan.json` and `plan.plot` name; returns the exit code.
+    """Print the plan of a composed configuration, and write what `plan.*` asks for; returns the exit code.
 
     0, or that of train.py: 2 for the configuration (whatever else is wrong), 3 for the data.
     """
@@ -235,6 +235,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def _write(plan: Plan) -> None:
     config, recipe = plan.config, plan.recipe
+    if config.plan.write_config and config.run_id is None:
+        raise ConfigError("plan.write_config=true needs the name of the run. Fix: run_id=NAME")
+    if config.plan.write_config and config.run_id is not None and not plan.problems:
+        RunFolder(CHECKOUT / config.outputs / config.run_id).write_config(config)
     try:
         if config.plan.json is not None:
             Path(config.plan.json).write_text(json.dumps(as_dict(plan), indent=1) + "\n")

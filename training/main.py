@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
 from distributed.backend import Backend, make_backend, pick_device
 from distributed.control import ControlChannel
@@ -33,7 +32,7 @@ from .loop import train
 from .plan import describe_plan
 from .records import Records
 from .report import write_report
-from .schema import Config, from_composed
+from .schema import Config
 from .starts import check_progress
 
 Task = Callable[[Config, Backend, ControlChannel], int]
@@ -41,13 +40,13 @@ Task = Callable[[Config, Backend, ControlChannel], int]
 _VERDICT_S = 0.8  # mpirun kills what still runs a second after SIGTERM
 
 
-def run(composed: Any, task: Task) -> int:
+def run(read: Callable[[], Config], task: Task) -> int:
     """Do a task as the configuration says, in the world that the launcher made; returns the exit code (training.errors)."""
     topology: Topology | None = None
     control: ControlChannel | None = None
     try:
         topology = find_topology()
-        config = from_composed(composed)
+        config = read()
         backend = join_world(config, topology)
         control = ControlChannel(backend, config.distributed.hang_s)
         signal.signal(signal.SIGTERM, _leave_before_first_step)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distributed.topology import Topology
 
 from .errors import ConfigError
-from .schema import Config
+from .schema import Config, from_composed
 from .starts import note_start
 
 _PACKAGES = (
@@ -36,6 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.bad_clips = path / "bad_clips.jsonl"
@@ -47,14 +50,38 @@ class RunFolder:
 
     def create(self, config: Config, topology: Topology, hosts: list[str], first_step: int) -> None:
         """Make the folder and write what the run was started with; a resumed run adds to its provenance."""
+        self.write_config(config)
+        self.checkpoints.mkdir(exist_ok=True)
+        note_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
+
+    def write_config(self, config: Config) -> None:
+        """Make the folder if need be, and write what it was started with: whole or not at all, for a requeued job reads it."""
+        aside = self.path / f".{self.config.name}.part"
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            aside.replace(self.config)
         except OSError as error:
             raise ConfigError(
                 f"cannot make the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
             ) from error
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        note_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run folder was made with. Raises ConfigError where there is none, or a broken one."""
+    path = folder / "config.yaml"
+    try:
+        config = from_composed(OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}. Fix: --run FOLDER of a run that was started"
+        ) from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} is no configuration: {error}. Fix: start the run anew, with run_id=ANOTHER"
+        ) from error
+    config.outputs, config.run_id = str(folder.absolute().parent), folder.name  # where it is now
+    return config
 
 
 def new_run_id(config: Config, topology: Topology) -> str:

@@ -245,6 +245,8 @@ class PlanConfig:
     """Seconds of a step on this world, for clips and bytes a second and the length of the run; null: the published, if any."""
     json: str | None = None
     """Write the plan to this file too."""
+    write_config: bool = False
+    """Write the run's config.yaml, where nothing keeps it from starting: `train.py --run FOLDER` then trains by it."""
     plot: str | None = None
     """Draw the learning rate into this file; its ending says how (.png, .svg, .pdf)."""
 

@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# How a start ended, and whether the job is queued again. Sourced by job.sh.
+# shellcheck disable=SC2154  # variables are job.sh's
+
+# srun's exit code says little: 137 for any rank that was killed, and 0 for some lost nodes. The run folder knows.
+conclude() {
+    local outcome=$folder/outcome.json code reason
+    if [[ -e $outcome && $(cat "$outcome") != "$outcome_before" ]]; then
+        code=$(sed 's/.*"exit_code": \([0-9]*\).*/\1/' "$outcome")
+        reason=$(sed 's/.*"reason": "\(.*\)", "time_s".*/\1/' "$outcome")
+    elif ((srun_code >= 1 && srun_code <= 5)); then # refused, or failed, before the run was told of
+        code=$srun_code reason="see above"
+    else
+        code=75 reason="nobody was left to say why; srun ended with $srun_code"
+    fi
+    say "this start ended with $code: $reason"
+    ((code == 75)) || exit "$code"
+    requeue
+}
+
+requeue() {
+    if slurm_ends_it; then
+        say "Slurm has ended job $SLURM_JOB_ID itself (cancelled, or its time is over), so it is not queued again; run_id=$run_id goes on"
+    elif ((restarts >= TSM_MAX_RESTARTS)); then
+        say "not queued again: TSM_MAX_RESTARTS=$TSM_MAX_RESTARTS; run_id=$run_id goes on"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "job $SLURM_JOB_ID is queued again"
+    else
+        say "this site does not queue jobs again. Fix: sbatch --dependency=afterany:$SLURM_JOB_ID ... run_id=$run_id"
+    fi
+    exit 75
+}
+
+# A job that was cancelled, or pre-empted, is no longer running when its ranks hear of it: it stays where Slurm has put it.
+slurm_ends_it() {
+    [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" JobState=RUNNING"* ]]
+}
+
+# Queue the job again on other nodes than these; does not return.
+exclude_and_requeue() {
+    local nodes=$1
+    if slurm_ends_it || ((restarts >= TSM_MAX_RESTARTS)); then
+        requeue
+    fi
+    say "queueing job $SLURM_JOB_ID again, without $nodes"
+    # Nodes can be excluded from pending jobs alone, and requeueing ends this script: it ignores that until it is done.
+    trap '' TERM
+    local before
+    before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [[ -z $before || $before == "(null)" ]] || nodes=$before,$nodes
+    scontrol requeuehold "$SLURM_JOB_ID"
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$nodes"
+    scontrol release "$SLURM_JOB_ID"
+    exit 75
+}

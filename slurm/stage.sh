@@ -1,0 +1,42 @@
+# shellcheck shell=bash
+# Copies to the disk of every node, so that a thousand ranks do not read the same files of a shared file system at once: the
+# environment (an archive of slurm/pack_environment.sh, by sbcast) and the data set (a folder). Sourced by job.sh.
+# shellcheck disable=SC2154  # variables are job.sh's
+
+# Each node unpacks the archive and starts its interpreter once; one that cannot ends the job, for ranks that differ in their
+# packages are worse than none.
+stage_environment() {
+    local target=$TSM_LOCAL_DISK/tsm-$USER/environment-$SLURM_JOB_ID archive=$TSM_LOCAL_DISK/tsm-$SLURM_JOB_ID.tar.gz
+    local started_s=$SECONDS
+    if ! sbcast --force "$TSM_ENVIRONMENT_ARCHIVE" "$archive"; then
+        refuse "cannot send $TSM_ENVIRONMENT_ARCHIVE to $TSM_LOCAL_DISK of all nodes. Fix: make room, or TSM_ENVIRONMENT_ARCHIVE="
+    fi
+    # shellcheck disable=SC2016  # the nodes expand it
+    on_each_node 'mkdir -p "$1" && tar --extract --gzip --file "$2" --directory "$1" && rm "$2" && "$1/bin/python" -c "import sys" \
+        || { echo "$(hostname): cannot unpack $2 to $1" >&2; exit 1; }' "$target" "$archive" \
+        || refuse "the environment is not whole on the nodes named above. Fix: sbatch --exclude=NODES, or TSM_ENVIRONMENT_ARCHIVE="
+    export TSM_PYTHON=$target/bin/python
+    say "the environment is on each node's disk ($((SECONDS - started_s)) s): $target"
+}
+
+# Ranks of a node whose copy is not whole read the shared folder: slower, and the same clips.
+stage_data() {
+    local source=$1 started_s=$SECONDS
+    export TSM_STAGED_DATA=$TSM_LOCAL_DISK/tsm-$USER/data-$SLURM_JOB_ID
+    # shellcheck disable=SC2016
+    on_each_node 'needed_kb=$(du --summarize --apparent-size --block-size=1K "$1" | cut -f 1)
+        free_kb=$(df --output=avail "$3" | tail -n 1)
+        ((free_kb > needed_kb + 1024)) || { echo "$(hostname): $1 needs $needed_kb KB, $3 has $free_kb: reading the shared folder"; exit 0; }
+        if cp --recursive --dereference "$1" "$2.part" && diff --brief --recursive "$1" "$2.part"; then
+            mv "$2.part" "$2"
+        else
+            rm -rf "$2.part"
+            echo "$(hostname): the copy of $1 is not whole: reading the shared folder"
+        fi' "$source" "$TSM_STAGED_DATA" "$TSM_LOCAL_DISK" || say "staging failed on some nodes: they read the shared folder"
+    say "staged $source ($((SECONDS - started_s)) s)"
+}
+
+# Run a bash program with arguments once on every node.
+on_each_node() {
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --mpi=none bash -c "$1" bash "${@:2}"
+}
