@@ -1,6 +1,7 @@
 """Wrong input, in real jobs: a clear error on every rank within seconds, an exit code that never requeues, nothing left."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from jobs import Ended, make_clips, start_training, wait_for_record
 from worlds import World, available
 
+from pipelines.draw import replacement_row
 from pipelines.manifest import Manifest
 
 pytestmark = pytest.mark.slow
@@ -111,6 +113,30 @@ def test_a_tolerated_truncated_video_is_replaced_and_listed(tmp_path: Path, clip
     listed = [json.loads(line) for line in (tmp_path / "bad" / "bad_clips.jsonl").read_text().splitlines()]
     assert [(clip["row"], clip["epoch"]) for clip in listed] == [(row, 0), (row, 1)]
     assert all("truncated" in clip["reason"] and clip["replaced_by"] != row for clip in listed)
+
+
+def test_a_video_that_is_replaced_while_the_job_runs(tmp_path: Path, clips: Path) -> None:
+    """By another one that decodes as well: its clip is replaced by the rule, until it happened more often than is tolerated."""
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", clips, copy], check=True)
+    manifest = Manifest.open(copy / "train.arrow")
+    row = 13
+    victim, other = (copy / manifest.row(number).path for number in (row, 20))
+    options = [f"data.root={copy}", "data.max_bad_clips=2", "schedule.epochs=4000", "evaluation.every_epochs=9999"]
+    arguments = [*SMALL, f"outputs={tmp_path}", "run_id=bad", *options]
+    job = start_training(World("torchrun", 2), tmp_path / "log.txt", *arguments)
+    wait_for_record(tmp_path / "bad" / "metrics.jsonl", "train", LIMIT_S)
+    shutil.copy(other, copy / "aside")
+    (copy / "aside").replace(victim)
+    ended = job.wait(LIMIT_S)
+    assert_refused(ended, World("torchrun", 2), 3, victim.name, "truncated or replaced since", "data.max_bad_clips=2")
+    assert json.loads((tmp_path / "bad" / "outcome.json").read_text())["exit_code"] == 3
+    listed = [json.loads(line) for line in (tmp_path / "bad" / "bad_clips.jsonl").read_text().splitlines()]
+    epochs = [clip["epoch"] for clip in listed]
+    assert epochs == list(range(epochs[0], epochs[0] + 3))
+    assert {clip["row"] for clip in listed} == {row}
+    by_rule = [replacement_row(len(manifest), 0, epoch, row, 0) for epoch in epochs]
+    assert [clip["replaced_by"] for clip in listed] == by_rule
 
 
 def test_a_batch_that_does_not_divide(world: World, tmp_path: Path, clips: Path) -> None:
