@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# usage: slurm/preflight.sh [--bad-nodes-file FILE] [-- SRUN_ARGUMENT...]
+# Checks the nodes of the allocation that it is called in, before a job takes them: prints a table, and a line `BAD node: what. Fix:
+# how` for each fault. What follows `--` is given to srun (a container, a binding). Minutes at most, whatever the nodes do.
+#
+# On each node: GPUs (count, uncorrected memory errors, pending repairs, slowdown), the clock, the local disk (free space, a file
+# written, synced and read back), versions (the same on all nodes). On each rank: its place in the world against Slurm's, and
+# whether its cores are near its GPU (a note, no fault). Between nodes: all-reduce by torch.distributed, NCCL where torch
+# sees GPUs and Gloo elsewhere, in pairs of neighbours with other partners in each round, so that a slow node is told from its
+# partners; then over all nodes. On one node: among its ranks.
+#
+# Variables, with what they are otherwise:
+#   TSM_PYTHON                  interpreter with the job's packages (.venv/bin/python)
+#   TSM_GPUS_PER_NODE           GPUs that each node must have (SLURM_GPUS_ON_NODE; 0: does not look for any)
+#   TSM_LOCAL_DISK              folder on node-local disk (TMPDIR, /tmp)
+#   TSM_MIN_FREE_GIB            free space it must have (0)
+#   TSM_MAX_CLOCK_SKEW_S        difference between a node's clock and the others' (1)
+#   TSM_MIN_ALL_REDUCE_MB_S     bandwidth between two nodes, and over all: 2 (n - 1) / n bytes a second as nccl-tests count it (for two
+#                               nodes, a fifth of what the median pair has)
+#   TSM_MAX_LATENCY_US          time of an all-reduce of 4 bytes between two nodes (no limit)
+#   TSM_PREFLIGHT_ALL_REDUCE    on; off leaves out the all-reduce, and with it torch
+#   TSM_PREFLIGHT_LIMIT_S       seconds for each of the two parts (150)
+#
+# Exit codes: 0 all is well; 2 the nodes named are bad; 3 the network is below the floor, but no node can be singled out; 4 the
+# checks themselves could not run; 64 wrong usage. FILE holds a name a line, and is there only after exit code 2.
+#
+# Never run on GPUs: NCCL, and what nvidia-smi says of a fault, are as documented, not as seen.
+set -euo pipefail
+
+bad_nodes_file=""
+while (($#)); do
+    case $1 in
+        --bad-nodes-file) bad_nodes_file=${2:?--bad-nodes-file FILE} && shift 2 ;;
+        --) shift && break ;;
+        *)
+            sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+            exit 64
+            ;;
+    esac
+done
+srun_arguments=("$@")
+
+: "${SLURM_JOB_ID:?preflight runs inside an allocation. Fix: call it from a batch script, or salloc}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${TSM_PYTHON:-.venv/bin/python}
+gpus=${TSM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
+limit_s=${TSM_PREFLIGHT_LIMIT_S:-150}
+disk=${TSM_LOCAL_DISK:-${TMPDIR:-/tmp}}
+# Of modules on a shared file system, .pyc files by every rank are a storm.
+export PYTHONDONTWRITEBYTECODE=1
+# Else torch warns of every connection from an address without a name.
+export TORCH_CPP_LOG_LEVEL=ERROR
+
+# The tasks' reports, lines of JSON among what else they and srun say. Nothing that they do ends the batch script or outlasts the limit.
+ask() {
+    timeout --kill-after=10 "$limit_s" srun --overlap --mpi=none --kill-on-bad-exit=0 --wait="$limit_s" --input=none \
+        "${srun_arguments[@]}" "$@" 2>&1 || true
+}
+
+# A node's own checks look at all its GPUs, however the job will share them out.
+shape=(--ntasks="$tasks")
+((gpus == 0)) || shape+=(--gpu-bind=none)
+reports=$(ask "${shape[@]}" "$python" -m slurm.preflight.node --gpus "$gpus" --local-disk "$disk" --limit-s "$limit_s")
+
+if [[ ${TSM_PREFLIGHT_ALL_REDUCE:-on} != off ]]; then
+    # A task for each GPU, as the job has them; else one for each node.
+    ((gpus > 0)) || shape=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+    reports+=$'\n'$(ask "${shape[@]}" "$python" -m slurm.preflight.network --limit-s "$limit_s" \
+        --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}")
+fi
+
+judge=("$python" -m slurm.preflight.judge --tasks "$tasks" --gpus "$gpus" --local-disk "$disk"
+    --min-free-gib "${TSM_MIN_FREE_GIB:-0}" --max-clock-skew-s "${TSM_MAX_CLOCK_SKEW_S:-1}"
+    --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}"
+    --all-reduce "${TSM_PREFLIGHT_ALL_REDUCE:-on}"
+    --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)")
+# The interpreter may be in a container alone.
+[[ -x $python ]] || judge=(srun --overlap --mpi=none --nodes=1 --ntasks=1 "${srun_arguments[@]}" "${judge[@]}")
+code=0
+verdict=$("${judge[@]}" <<<"$reports") || code=$?
+grep -v '^bad-nodes: ' <<<"$verdict" || true
+if ((code == 2)) && [[ -n $bad_nodes_file ]]; then
+    sed -n 's/^bad-nodes: //p' <<<"$verdict" | tr ' ' '\n' >"$bad_nodes_file"
+fi
+# Another code is Python's own, or srun's.
+((code == 0 || code == 2 || code == 3)) || code=4
+exit "$code"

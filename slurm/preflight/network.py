@@ -1,0 +1,218 @@
+"""The all-reduce of the preflight: NCCL where torch sees a GPU on every rank, else Gloo with one rank a node.
+
+Before any collective all ranks meet at a TCP store, so that those who do not come are known and left out; there they also say
+what they measured, and rank 0 reports it. Every wait has a limit. A pair that fails has measured 0, and its nodes go on.
+
+NCCL was never run here: no machine with two GPUs was at hand.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distributed.topology import Topology, find_topology, rendezvous
+
+from .node import node_name, report
+from .pairs import Floors, Measured, Pair, judge_pairs, retrial, rounds
+
+_SMALLEST_BYTES = 1 << 20
+_LARGEST_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+_LONG_ENOUGH_S = 0.2
+_LATENCY_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who measures, as rank 0 decides when all have come or enough time has passed."""
+
+    ranks: dict[str, list[int]]
+    """By node."""
+    cuda: bool
+
+    @property
+    def members(self) -> list[int]:
+        return sorted(rank for ranks in self.ranks.values() for rank in ranks)
+
+
+def open_store(place: Topology, limit_s: float) -> dist.TCPStore:
+    host, port = rendezvous() if place.size > 1 else ("127.0.0.1", 0)
+    limit = timedelta(seconds=limit_s)
+    return dist.TCPStore(host, port, None, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
+
+
+def agree_on_plan(store: dist.Store, place: Topology, limit_s: float) -> Plan:
+    """Every rank says that it is here and whether it has a GPU; rank 0 waits, and reports the nodes that came."""
+    here = {"node": node_name(), "cuda": torch.cuda.is_available()}
+    store.set(f"here/{place.rank}", json.dumps(here))
+    if place.rank == 0:
+        keys = [f"here/{rank}" for rank in range(place.size)]
+        deadline_s = time.monotonic() + limit_s
+        while not store.check(keys) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        came = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys) if store.check([key])}
+        cuda = all(each["cuda"] for each in came.values())
+        if not cuda:
+            for node in {each["node"] for each in came.values() if not each["cuda"]}:
+                if any(each["cuda"] for each in came.values()):
+                    report("no-cuda", node=node)
+        ranks: dict[str, list[int]] = {}
+        for rank, each in came.items():
+            of_node = ranks.setdefault(each["node"], [])
+            if cuda or not of_node:
+                of_node.append(rank)
+        for node in ranks:
+            report("joined", node=node)
+        store.set("plan", json.dumps(asdict(Plan(ranks, cuda))))
+    return Plan(**json.loads(store.get("plan")))
+
+
+def meet(store: dist.Store, name: str, count: int, limit_s: float) -> None:
+    """A barrier without collectives, which a broken network need not carry."""
+    deadline_s = time.monotonic() + limit_s
+    store.add(f"came to {name}", 1)
+    while store.add(f"came to {name}", 0) < count:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"not all ranks came to {name} within {limit_s:.0f} s")
+        time.sleep(0.02)
+
+
+def measure(group: dist.ProcessGroup | None, device: torch.device) -> tuple[float, float]:
+    """Bandwidth of an all-reduce in MB/s as nccl-tests count it, 2 (n - 1) / n bytes a second, and the time of a tiny one in
+    microseconds. Sizes grow until one takes long enough to be measured, so that a slow network is not asked for much."""
+
+    def seconds(x: torch.Tensor) -> float:
+        started_s = time.perf_counter()
+        dist.all_reduce(x, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started_s
+
+    tiny = torch.zeros(1, device=device)
+    seconds(tiny)  # connects
+    latency_us = 1e6 * statistics.median(seconds(tiny) for _ in range(_LATENCY_REPEATS))
+
+    size_bytes = _SMALLEST_BYTES
+    while True:
+        x = torch.zeros(size_bytes // 4, device=device)
+        longest_s = torch.tensor([seconds(x)], device=device)
+        dist.all_reduce(longest_s, dist.ReduceOp.MAX, group)  # so that all go on alike
+        best_s = float(longest_s.item())
+        if best_s > _LONG_ENOUGH_S or size_bytes >= _LARGEST_BYTES[device.type]:
+            break
+        size_bytes *= 4
+    if best_s < 1.0:
+        best_s = min(best_s, seconds(x), seconds(x))
+    count = dist.get_world_size(group)
+    return 2 * (count - 1) / count * size_bytes / best_s / 1e6, latency_us
+
+
+class Measuring:
+    """The measurements of one member."""
+
+    def __init__(self, store: dist.Store, place: Topology, plan: Plan, limit_s: float) -> None:
+        self._store, self._rank, self._plan, self._limit_s = store, place.rank, plan, limit_s
+        self._device = torch.device("cpu")
+        if plan.cuda:
+            # Slurm shows a rank all GPUs of its node, or its own alone.
+            self._device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self._device)
+        self._node = node_name()
+        self._index = {rank: index for index, rank in enumerate(plan.members)}  # of the world that is made of members
+        dist.init_process_group(
+            "nccl" if plan.cuda else "gloo",
+            store=dist.PrefixStore("world", store),
+            rank=self._index[place.rank],
+            world_size=len(plan.members),
+            timeout=timedelta(seconds=limit_s),
+        )
+
+    def run_round(self, name: str, pairs: Sequence[Pair]) -> None:
+        """Measure in the pair that this node is in, if any."""
+        for pair in pairs:
+            if self._node in pair:
+                self._store.set(f"{name}/{'+'.join(pair)}", json.dumps(self._measure_pair(pair)))
+        meet(self._store, name, len(self._plan.members), 2 * self._limit_s)
+
+    def _measure_pair(self, pair: Pair) -> tuple[float, float]:
+        ranks = sorted(self._index[rank] for node in pair for rank in self._plan.ranks[node])
+        limit = timedelta(seconds=self._limit_s)
+        try:
+            group = dist.new_group(ranks, limit, use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+            return measure(group, self._device)
+        except (RuntimeError, ValueError) as error:
+            report("failed", pair=pair, error=str(error)[:300])
+            return 0.0, 0.0
+
+    def results(self, name: str, pairs: Sequence[Pair]) -> list[Measured]:
+        """What a round gave; on any member."""
+        return [Measured(pair, *json.loads(self._store.get(f"{name}/{'+'.join(pair)}"))) for pair in pairs]
+
+    def share(self, name: str, value: Any = None) -> Any:
+        """Rank 0's value, on all."""
+        if self._rank == 0:
+            self._store.set(name, json.dumps(value))
+        return json.loads(self._store.get(name))
+
+    def run(self, floors: Floors) -> None:
+        """All rounds, then all nodes together unless one of them is known to be slow."""
+        measured: list[Measured] = []
+        nodes = list(self._plan.ranks)
+        for number, pairs in enumerate(rounds(nodes)):
+            self.run_round(f"round{number}", pairs)
+            measured += self.results(f"round{number}", pairs)
+        again: list[Pair] = [(a, b) for a, b in self.share("retrial", retrial(measured, floors))]
+        self.run_round("retrial", again)
+        measured += self.results("retrial", again)
+        if self._rank == 0:
+            for each in measured:
+                report("pair", **asdict(each))
+        if len(self._plan.members) > 1 and not judge_pairs(measured, floors).slow:
+            mb_s, latency_us = measure(None, self._device)
+            if self._rank == 0:
+                report("world", ranks=len(self._plan.members), mb_s=mb_s, latency_us=latency_us)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit-s", type=float, required=True)
+    parser.add_argument("--min-mb-s", type=float, default=0.0)
+    parser.add_argument("--max-latency-us", type=float, default=0.0)
+    options = parser.parse_args()
+    place = find_topology()
+    step_s = options.limit_s / 5  # for coming, for connecting, and for each measurement
+    store = open_store(place, options.limit_s)
+    plan = agree_on_plan(store, place, step_s)
+    if place.rank in plan.members:
+        try:
+            Measuring(store, place, plan, step_s).run(Floors(options.min_mb_s, options.max_latency_us))
+        except (RuntimeError, OSError) as error:
+            report("failed", pair=None, error=str(error)[:300])
+    if place.rank == 0:
+        report("over", transport="nccl" if plan.cuda else "gloo")
+        # The store goes with rank 0.
+        leave_last(store, place.size, step_s)
+    else:
+        store.add("leaving", 1)
+    sys.stdout.flush()
+    os._exit(0)  # a communicator that failed may wait for ever in its destructor
+
+
+def leave_last(store: dist.Store, size: int, limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while store.add("leaving", 0) < size - 1 and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()
