@@ -46,34 +46,41 @@ python=${TSM_PYTHON:-.venv/bin/python}
 gpus=${TSM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
 tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
 limit_s=${TSM_PREFLIGHT_LIMIT_S:-150}
+all_reduce=${TSM_PREFLIGHT_ALL_REDUCE:-on}
 disk=${TSM_LOCAL_DISK:-${TMPDIR:-/tmp}}
 # Of modules on a shared file system, .pyc files by every rank are a storm.
 export PYTHONDONTWRITEBYTECODE=1
 # Else torch warns of every connection from an address without a name.
 export TORCH_CPP_LOG_LEVEL=ERROR
 
-# The tasks' reports, lines of JSON among what else they and srun say. Nothing that they do ends the batch script or outlasts the limit.
+# The tasks' reports: lines of JSON among what else they and srun say.
 ask() {
     timeout --kill-after=10 "$limit_s" srun --overlap --mpi=none --kill-on-bad-exit=0 --wait="$limit_s" --input=none \
-        "${srun_arguments[@]}" "$@" 2>&1 || true
+        "${srun_arguments[@]}" "$@" 2>&1
 }
 
 # A node's own checks look at all its GPUs, however the job will share them out.
 shape=(--ntasks="$tasks")
 ((gpus == 0)) || shape+=(--gpu-bind=none)
-reports=$(ask "${shape[@]}" "$python" -m slurm.preflight.node --gpus "$gpus" --local-disk "$disk" --limit-s "$limit_s")
+code=0
+reports=$(ask "${shape[@]}" "$python" -m slurm.preflight.node --gpus "$gpus" --local-disk "$disk" --limit-s "$limit_s") || code=$?
+if ((code)); then
+    # A task that did not start, or did not end, would hold up the others once more.
+    all_reduce=off
+    reports+=$'\n'"{\"preflight\": \"unfinished\", \"code\": $code}"
+fi
 
-if [[ ${TSM_PREFLIGHT_ALL_REDUCE:-on} != off ]]; then
+if [[ $all_reduce != off ]]; then
     # A task for each GPU, as the job has them; else one for each node.
     ((gpus > 0)) || shape=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
     reports+=$'\n'$(ask "${shape[@]}" "$python" -m slurm.preflight.network --limit-s "$limit_s" \
-        --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}")
+        --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}") || true
 fi
 
 judge=("$python" -m slurm.preflight.judge --tasks "$tasks" --gpus "$gpus" --local-disk "$disk"
     --min-free-gib "${TSM_MIN_FREE_GIB:-0}" --max-clock-skew-s "${TSM_MAX_CLOCK_SKEW_S:-1}"
     --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}"
-    --all-reduce "${TSM_PREFLIGHT_ALL_REDUCE:-on}"
+    --all-reduce "$all_reduce"
     --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)")
 # The interpreter may be in a container alone.
 [[ -x $python ]] || judge=(srun --overlap --mpi=none --nodes=1 --ntasks=1 "${srun_arguments[@]}" "${judge[@]}")

@@ -147,9 +147,13 @@ def test_a_slow_answer_is_no_wrong_clock() -> None:
 
 
 def test_where_srun_cannot_reach_a_node_the_others_are_not_blamed() -> None:
-    said = "srun: error: Task launch for StepId=7.0 failed on node n3: Unable to connect"
+    said = "srun: error: Task launch for StepId=7.0 failed on node n3: Communication connection failure"
     found = judged(dict.fromkeys(NODES, ALL), said=said)
     assert list(found.bad) == ["n3"]
+
+
+def test_checks_that_did_not_end_are_no_success() -> None:
+    assert judged({}, said='{"preflight": "unfinished", "code": 124}').exit_code == 3
 
 
 def test_gpus_are_counted_and_their_health_is_asked_for() -> None:
@@ -215,7 +219,7 @@ class Said:
 def preflight(cluster: SlurmCluster, folder: Path, *options: str, **variables: str) -> Said:
     """Run it in a batch job on all nodes, two tasks a node, as the launch scripts do."""
     settings = {"TSM_PYTHON": sys.executable, "TSM_LOCAL_DISK": "/mnt/local", "OMP_NUM_THREADS": "1"}
-    settings |= {"TSM_NETWORK_INTERFACE": "eth0", "TSM_PREFLIGHT_ALL_REDUCE": "off"} | variables
+    settings |= {"TSM_PREFLIGHT_ALL_REDUCE": "off"} | variables
     script, log, bad = folder / "job.sh", folder / "log", folder / "bad_nodes"
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
     script.write_text(f"#!/usr/bin/env bash\n{exports}exec slurm/preflight.sh --bad-nodes-file {bad}\n")

@@ -6,6 +6,7 @@ The last line is for the shell: `bad-nodes: n3 n5`. Exit codes are in slurm/pref
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -91,6 +92,11 @@ def judge(reports: Reports, expected: Expected) -> Judgement:
         _judge_gpus(reports, expected, found)
     if expected.all_reduce and not unreachable:
         _judge_network(reports, expected, found)
+    for each in reports.of("unfinished"):
+        if not found.bad and not found.nobody:
+            found.nobody.append(
+                f"the first checks ended with {each['code']}, and no node is at fault. Fix: TSM_PREFLIGHT_LIMIT_S, srun's words above"
+            )
     return found
 
 
@@ -228,10 +234,14 @@ def _judge_network(reports: Reports, expected: Expected, found: Judgement) -> No
     for each in reports.of("no-cuda"):
         found.bad[each["node"]].append(f"torch sees no GPU there, but on others. Fix: driver and CUDA, or {_HARDWARE}")
     measured = measured_pairs(reports)
+    usual_mb_s = statistics.median([each.mb_s for each in measured] or [0.0])
     verdict = judge_pairs(measured, expected.floors)
     for node in verdict.slow:
         best = max((each for each in measured if node in each.nodes), key=lambda each: each.mb_s)
-        found.bad[node].append(f"all-reduce with any other node: {_speed(best)}. Fix: its network, or {_HARDWARE}")
+        found.bad[node].append(
+            f"all-reduce with any other node: {_speed(best)}, where the median is {usual_mb_s:.0f} MB/s. "
+            f"Fix: its network, or {_HARDWARE}"
+        )
     if verdict.undecided:
         found.nobody.append(
             f"{', '.join(verdict.undecided)}: all-reduce is slow, and no other node to tell whose fault it is. "
