@@ -95,7 +95,7 @@ def judge(reports: Reports, expected: Expected) -> Judgement:
     for each in reports.of("unfinished"):
         if not found.bad and not found.nobody:
             found.nobody.append(
-                f"the first checks ended with {each['code']}, and no node is at fault. Fix: TSM_PREFLIGHT_LIMIT_S, srun's words above"
+                f"the first checks ended with {each['code']}, with no node at fault. Fix: TSM_PREFLIGHT_LIMIT_S, srun's words above"
             )
     return found
 
