@@ -45,9 +45,11 @@ up() {
     read_up_options "$@"
     check_machine
     [[ ! -e $settings ]] || die "one is up already, in $folder. Fix: $0 down"
-    choose_number
-    name_things
-
+    # It is emptied, so it has to be ours.
+    if [[ -n $(ls -A "$folder" 2>/dev/null) && ! -e $folder/$marker ]]; then
+        die "$folder holds something else. Fix: TSM_CLUSTER=AN_EMPTY_FOLDER"
+    fi
+    claim_number
     trap 'failed_up $?' EXIT
     make_folder
     start_munged
@@ -103,19 +105,20 @@ check_machine() {
     [[ $mode != switch || -c /dev/net/tun ]] || die "--delay-us needs /dev/net/tun. Fix: modprobe tun"
 }
 
-# Clusters are numbered, so that they do not share ports, addresses or names.
-choose_number() {
+# Clusters are numbered, so that they do not share ports, addresses or names. The one that makes an (empty) namespace of that
+# number has it.
+claim_number() {
     local taken
     for ((cluster = 0; cluster < 40; cluster++)); do
         name_things
-        taken=$(node_links; node_namespaces; ss --no-header --listening --tcp --numeric "sport = :$controller_port")
-        [[ -n $taken ]] || return 0
+        taken=$(node_links; ss --no-header --listening --tcp --numeric "sport = :$controller_port")
+        [[ -z $taken ]] && ip netns add "$claim" 2>/dev/null && return
     done
     die "40 clusters are up already"
 }
 
 name_things() {
-    bridge=tsm$cluster
+    claim=tsm$cluster bridge=tsm$cluster
     prefix=tsm$cluster- # of links and network namespaces
     network=10.78.$cluster
     controller_address=$network.254
@@ -125,10 +128,6 @@ name_things() {
 }
 
 make_folder() {
-    # It is emptied, so it has to be ours.
-    if [[ -n $(ls -A "$folder" 2>/dev/null) && ! -e $folder/$marker ]]; then
-        die "$folder holds something else. Fix: TSM_CLUSTER=AN_EMPTY_FOLDER"
-    fi
     rm -rf "${folder:?}"/{etc,run,log,state,nodes}
     mkdir -p "$folder"/{etc,run,log,state}
     touch "$folder/$marker"
@@ -194,8 +193,8 @@ wait_until_idle() {
     local idle deadline_s=$((SECONDS + 60 + nodes / 4))
     until idle=$(sinfo --noheader --Node --partition=emu --format=%t 2>/dev/null | grep -c '^idle$' || true) && ((idle == nodes)); do
         if ((SECONDS >= deadline_s)); then
-            tail -n 5 "$folder"/log/*.log >&2
-            die "only $idle of $nodes nodes became idle; above is the end of their logs"
+            tail -n 5 "$folder"/log/{slurmctld,slurmd.n1}.log >&2
+            die "only $idle of $nodes nodes became idle; above is the end of two logs, all are in $folder/log"
         fi
         sleep 0.2
     done
@@ -334,6 +333,7 @@ down() {
         rmdir "$local_disk" 2>/dev/null || true
     fi
     rm -rf "${folder:?}"/{nodes,state,run,etc}
+    ip netns del "$claim" 2>/dev/null || true
 }
 
 # Host mode has no namespaces to empty: jobs end by themselves before their slurmd does.
