@@ -87,7 +87,7 @@ def judge(reports: Reports, expected: Expected) -> Judgement:
         _judge_answers(reports, node, found)
     _judge_clocks(reports, expected, found)
     _judge_disks(reports, expected, found)
-    _judge_versions(reports, found)
+    _judge_versions(reports, expected, found)
     if expected.gpus:
         _judge_gpus(reports, expected, found)
     if expected.all_reduce and not unreachable:
@@ -163,19 +163,24 @@ def _judge_disks(reports: Reports, expected: Expected, found: Judgement) -> None
             )
 
 
-def _judge_versions(reports: Reports, found: Judgement) -> None:
+def _judge_versions(reports: Reports, expected: Expected, found: Judgement) -> None:
     """Against what most nodes have; the earlier node where they are as many."""
-    versions = {node: dict(each["versions"]) for node, each in reports.by_node("versions").items()}
-    for gpu in reports.of("gpu"):
-        versions.get(gpu["host"], {})["driver"] = gpu["driver"]
+    reported = reports.by_node("versions")
+    versions = {node: reported[node]["versions"] for node in expected.nodes if node in reported}
     for what in sorted({what for each in versions.values() for what in each}):
-        counts = Counter(each.get(what, "none") for each in versions.values())
-        usual = counts.most_common(1)[0][0]
-        for node, each in versions.items():
-            if (own := each.get(what, "none")) != usual:
-                found.bad[node].append(
-                    f"has {what} {own}, the others {usual}. Fix: the same environment on all nodes (PYTHONPATH, modules, staging)"
-                )
+        have = {node: each.get(what, "none") for node, each in versions.items()}
+        how = "the same environment on all nodes (PYTHONPATH, modules, staging)"
+        _judge_equal(what, have, how, found)
+    drivers = {gpu["host"]: gpu["driver"] for gpu in reports.of("gpu")}
+    _judge_equal("driver", drivers, "the same driver on all nodes", found)
+
+
+def _judge_equal(what: str, have: dict[str, str], how: str, found: Judgement) -> None:
+    counts = Counter(have.values())
+    usual = max(counts, key=lambda version: counts[version], default="")
+    for node, own in have.items():
+        if own != usual:
+            found.bad[node].append(f"has {what} {own}, the others {usual}. Fix: {how}")
 
 
 def _judge_gpus(reports: Reports, expected: Expected, found: Judgement) -> None:
