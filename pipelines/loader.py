@@ -4,8 +4,10 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import forkserver
@@ -259,7 +261,9 @@ class ClipLoader:
         Raises WorkerLostError within seconds of a worker's death.
         """
         try:
-            yield from DataLoader(self._dataset, sampler=plan, **self._options)  # type: ignore[arg-type]
+            with _main_unknown():
+                batches = iter(DataLoader(self._dataset, sampler=plan, **self._options))  # type: ignore[arg-type]
+            yield from batches
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -267,6 +271,21 @@ class ClipLoader:
                 f"a process that decodes clips was killed: {error}. The kernel does so when memory runs out: "
                 "see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
             ) from error
+
+
+@contextmanager
+def _main_unknown() -> Iterator[None]:
+    """Processes that are started within do not import this process' program, which multiprocessing has them do first.
+
+    They need nothing of it. It would take each of them seconds, and hundreds of MB: all of training, with what that imports.
+    """
+    main = sys.modules["__main__"]
+    known = getattr(main, "__file__", None), main.__spec__
+    main.__file__ = main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__file__, main.__spec__ = known
 
 
 def _as_is(batch: ClipBatch) -> ClipBatch:

@@ -490,3 +490,18 @@ def test_the_signal_handler_of_this_process_is_left_alone() -> None:
         assert signal.getsignal(signal.SIGINT) is mine
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_workers_do_not_import_the_program_that_starts_them(tmp_path: Path) -> None:
+    """A training program imports a lot, and each worker would do so again."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "print('imported as', __name__, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    from pipelines.loader import ClipLoader, start_worker_server\n"
+        "    start_worker_server()\n"
+        "    print(list(ClipLoader([7, 8], workers=1, prefetch=2).batches([1, 0])), __file__ == sys.argv[0])\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["imported as __main__", "[8, 7] True"], done.stderr
