@@ -6,8 +6,8 @@ from dataclasses import dataclass
 PHASES = ("start", "input", "first step", "step", "evaluation", "checkpoint", "close")
 """What a rank does, in the order of a step."""
 
-# Phases that rightly take long without a sign of progress, and how many times the limit they may: reading data sets and
-# weights, choosing kernels, a slow file system, rank 0's report at the end.
+# Phases that rightly take long without a sign of progress, and how many times the limit they may: reading data sets, weights
+# and the first clips, choosing kernels, a slow file system, rank 0's report at the end.
 _PATIENCE = {"start": 4.0, "first step": 4.0, "checkpoint": 4.0, "close": 4.0}
 
 

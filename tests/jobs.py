@@ -126,10 +126,12 @@ def make_clips(root: Path) -> Path:
     return root
 
 
-def start_training(world: World, log: Path, *overrides: str, rank_variable: str | None = None) -> RunningJob:
+def start_training(
+    world: World, log: Path, *overrides: str, rank_variable: str | None = None, program: str = "train.py"
+) -> RunningJob:
     """Start train.py in a world; with `rank_variable` each rank gets `seed=` that variable: ranks that disagree."""
     if rank_variable is None:
-        return RunningJob(world.command("train.py", *overrides), world.environment, log)
+        return RunningJob(world.command(program, *overrides), world.environment, log)
     script = log.with_suffix(".py")
     script.write_text(
         "import os, sys\n"

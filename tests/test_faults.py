@@ -226,6 +226,26 @@ def test_a_loader_that_stands_still_is_named(run: Path, clips: Path) -> None:
     assert f"process {worker}: T (stopped)" in mine, stacks
 
 
+SLOW_HANG_S = 8  # in tests/slow_machine.py a batch takes less; a first step, an evaluation and a checkpoint take more
+
+
+def test_what_rightly_takes_long_is_no_standstill(run: Path, clips: Path) -> None:
+    """A slow first step, statistics computed anew, an evaluation, and a checkpoint that is waited for."""
+    slow = "schedule.epochs=1 evaluation.every_epochs=1 evaluation.batch=1 batch.precise_bn_steps=8"
+    places = [f"data.root={clips}", f"outputs={run.parent}", f"run_id={run.name}"]
+    limit = f"distributed.hang_s={SLOW_HANG_S}"
+    run.mkdir()
+    arguments = [*ENDLESS, *slow.split(), limit, *places]
+    job = start_training(World("torchrun", 2), run / "console.txt", *arguments, program="tests/slow_machine.py")
+    ended = job.wait(START_S)
+    assert ended.exit_code == 0, ended.output
+    assert (run / "SUCCESS").exists() and not (run / "failures").exists()
+    assert "no rank made progress" not in log_of(run)
+    records = read_metrics(run / "metrics.jsonl")
+    took_s = {record["kind"]: record.get("duration_s", record.get("step_s")) for record in reversed(records)}
+    assert min(took_s[kind] for kind in ("train", "evaluation", "checkpoint")) > SLOW_HANG_S, took_s
+
+
 @pytest.fixture
 def stalling(tmp_path: Path, clips: Path) -> Iterator[tuple[Path, Path]]:
     """A copy of the data set whose videos come through a file system that blocks while a marker exists; both."""

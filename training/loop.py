@@ -31,7 +31,6 @@ def train(job: Job, records: Records) -> int:
 
         def evaluate(step: int) -> tuple[bool, str | None]:
             """Whether the checkpoint behind it is to be kept as the best so far; and why the job stops, where that cut it off."""
-            control.progress(step - 1, "evaluation")
             try:
                 best = validate(job, records, step, lambda: control.stop_wanted(signal.received))
             except Abandoned:
@@ -48,9 +47,10 @@ def train(job: Job, records: Records) -> int:
         for step in range(job.first_step, last_step):
             if stop is not None:
                 break
-            control.progress(step, "input")
+            first = step == job.first_step
+            control.progress(step, "start" if first else "input")  # loader workers start with the first clips
             micro_batches = window.timed_input(step, lambda: [next(batches) for _ in range(job.execution.accumulation)])
-            control.progress(step, "first step" if step == job.first_step else "step")
+            control.progress(step, "first step" if first else "step")
             taken = step + 1
             measured = diagnostics if taken % config.logger.every_steps == 0 else None
             with window.timed_step():
@@ -68,6 +68,7 @@ def train(job: Job, records: Records) -> int:
             epoch, best = epoch_ends.get(taken), False
             owed = taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0)
             if owed and stop is None:
+                control.progress(step, "evaluation")
                 window.settle(records)
                 best, stop = evaluate(taken)
                 owed = stop is not None
