@@ -77,7 +77,7 @@ class SlurmCluster:
         return sorted(self.run("srun", *arguments, limit_s=limit_s).stdout.splitlines())
 
     def sbatch(self, *arguments: str, cwd: Path = CHECKOUT) -> int:
-        """Submit a job; its number."""
+        """Submit a job; its number. (`sbatch --wait` looks after 2, 10, 42 and 162 seconds.)"""
         return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd).stdout.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:

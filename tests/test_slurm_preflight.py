@@ -223,9 +223,9 @@ def preflight(cluster: SlurmCluster, folder: Path, *options: str, **variables: s
     script, log, bad = folder / "job.sh", folder / "log", folder / "bad_nodes"
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
     script.write_text(f"#!/usr/bin/env bash\n{exports}exec slurm/preflight.sh --bad-nodes-file {bad}\n")
-    job = ("--nodes=4", "--ntasks-per-node=2", *options, f"--output={log}", str(script))
-    ended = cluster.run("sbatch", "--wait", *job, check=False)
-    return Said(ended.returncode, log.read_text(), bad.read_text().split() if bad.exists() else [])
+    job = ("--nodes=4", "--no-requeue", "--ntasks-per-node=2", *options, f"--output={log}", str(script))
+    ended = cluster.wait_for_state(cluster.sbatch(*job))
+    return Said(int(ended["ExitCode"].split(":")[0]), log.read_text(), bad.read_text().split() if bad.exists() else [])
 
 
 def only(said: Said, node: str, what: str) -> None:
