@@ -1,7 +1,10 @@
 """Preflight names exactly the bad nodes: its rules on made-up reports, and itself on an emulated cluster."""
 
 import json
+import os
 import shlex
+import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import SlurmCluster
+from worlds import CHECKOUT
 
 from slurm.preflight.judge import Expected, Judgement, Reports, gpu_faults, is_near, judge
 from slurm.preflight.node import kernel_list, near_cores, try_disk
@@ -199,6 +203,49 @@ def test_a_disk_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="No such file"):
         try_disk(tmp_path / "missing")
+
+
+# ------------------------------------------------------------------------------------------------------------- the all-reduce
+
+
+def all_reduce(nodes: int, absent: set[int], port: int) -> Judgement:
+    """What is found after the all-reduce among nodes that are processes of this machine, of which some never come."""
+    tasks = []
+    for rank in set(range(nodes)) - absent:
+        world = {"RANK": rank, "WORLD_SIZE": nodes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "SLURMD_NODENAME": f"n{rank + 1}",
+            "OMP_NUM_THREADS": 1,
+        }
+        environment = os.environ | {name: str(value) for name, value in (world | place).items()}
+        command = [sys.executable, "-m", "slurm.preflight.network", "--limit-s", "60"]
+        tasks.append(subprocess.Popen(command, env=environment, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True))
+    said = "\n".join(task.communicate(timeout=120)[0] for task in tasks)
+    expected = Expected(nodes=[f"n{number + 1}" for number in range(nodes)], tasks=nodes, gpus=0)
+    places = [healthy(node, rank)[0] | {"size": nodes} for rank, node in enumerate(expected.nodes)]
+    others = [each for rank, node in enumerate(expected.nodes) for each in healthy(node, rank)[1:]]
+    lines = [json.dumps(each) for each in places + others]
+    assert said.count('"pair"') >= nodes - len(absent) - 1
+    return judge(Reports([*said.splitlines(), *lines]), expected)
+
+
+@pytest.mark.slow
+def test_an_odd_number_of_nodes_measures(free_port: int) -> None:
+    found = all_reduce(3, set(), free_port)
+    assert (dict(found.bad), found.nobody, found.notes) == ({}, [], [])
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_come_is_named_and_left_out(free_port: int) -> None:
+    assert list(all_reduce(4, {2}, free_port).bad) == ["n3"]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 # --------------------------------------------------------------------------------------------------- on the emulated cluster

@@ -230,7 +230,10 @@ def _core_set(text: str) -> set[int]:
 
 def _judge_network(reports: Reports, expected: Expected, found: Judgement) -> None:
     joined = {each["node"] for each in reports.of("joined")}
-    errors = [each["error"] for each in reports.of("failed")]
+    errors = [
+        f"{each['host']}: all-reduce {' and '.join(each['nodes'])}: {each['error']}" for each in reports.of("failed")
+    ]
+    found.notes += errors
     if not joined:
         found.nobody.append("the all-reduce did not start. Fix: read what its tasks say above")
         return
@@ -292,6 +295,7 @@ def table(reports: Reports, expected: Expected, found: Judgement) -> list[str]:
     rows = [("node", "GPUs", "clock ms", "disk free GiB", "write MB/s", "all-reduce MB/s", "latency us", "")]
     for node in expected.nodes:
         own = [pair for pair in pairs if node in pair.nodes]
+        carried = [pair for pair in own if pair.mb_s > 0]
         rows.append(
             (
                 node,
@@ -300,7 +304,7 @@ def table(reports: Reports, expected: Expected, found: Judgement) -> list[str]:
                 f"{disks[node]['free_gib']:.1f}" if node in disks else "-",
                 f"{disks[node]['write_mb_s']:.0f}" if node in disks else "-",
                 f"{max(pair.mb_s for pair in own):.0f}" if own else "-",
-                f"{min(pair.latency_us for pair in own):.0f}" if own else "-",
+                f"{min(pair.latency_us for pair in carried):.0f}" if carried else "-",
                 "BAD" if node in found.bad else "",
             )
         )

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +36,8 @@ class Plan:
 
     ranks: dict[str, list[int]]
     """By node."""
+    came: int
+    """All ranks that did, those that do not measure among them."""
     cuda: bool
 
     @property
@@ -72,7 +73,7 @@ def agree_on_plan(store: dist.Store, place: Topology, limit_s: float) -> Plan:
                 of_node.append(rank)
         for node in ranks:
             report("joined", node=node)
-        store.set("plan", json.dumps(asdict(Plan(ranks, cuda))))
+        store.set("plan", json.dumps(asdict(Plan(ranks, len(came), cuda))))
     return Plan(**json.loads(store.get("plan")))
 
 
@@ -86,13 +87,13 @@ def meet(store: dist.Store, name: str, count: int, limit_s: float) -> None:
         time.sleep(0.02)
 
 
-def measure(group: dist.ProcessGroup | None, device: torch.device) -> tuple[float, float]:
+def measure(device: torch.device) -> tuple[float, float]:
     """Bandwidth of an all-reduce in MB/s as nccl-tests count it, 2 (n - 1) / n bytes a second, and the time of a tiny one in
     microseconds. Sizes grow until one takes long enough to be measured, so that a slow network is not asked for much."""
 
     def seconds(x: torch.Tensor) -> float:
         started_s = time.perf_counter()
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started_s
@@ -105,19 +106,19 @@ def measure(group: dist.ProcessGroup | None, device: torch.device) -> tuple[floa
     while True:
         x = torch.zeros(size_bytes // 4, device=device)
         longest_s = torch.tensor([seconds(x)], device=device)
-        dist.all_reduce(longest_s, dist.ReduceOp.MAX, group)  # so that all go on alike
+        dist.all_reduce(longest_s, dist.ReduceOp.MAX)  # so that all go on alike
         best_s = float(longest_s.item())
         if best_s > _LONG_ENOUGH_S or size_bytes >= _LARGEST_BYTES[device.type]:
             break
         size_bytes *= 4
     if best_s < 1.0:
         best_s = min(best_s, seconds(x), seconds(x))
-    count = dist.get_world_size(group)
+    count = dist.get_world_size()
     return 2 * (count - 1) / count * size_bytes / best_s / 1e6, latency_us
 
 
 class Measuring:
-    """The measurements of one member."""
+    """The measurements of one member. Each is made in a world of its own, which can fail without the others."""
 
     def __init__(self, store: dist.Store, place: Topology, plan: Plan, limit_s: float) -> None:
         self._store, self._rank, self._plan, self._limit_s = store, place.rank, plan, limit_s
@@ -126,61 +127,51 @@ class Measuring:
             # Slurm shows a rank all GPUs of its node, or its own alone.
             self._device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self._device)
-        self._node = node_name()
-        self._index = {rank: index for index, rank in enumerate(plan.members)}  # of the world that is made of members
-        dist.init_process_group(
-            "nccl" if plan.cuda else "gloo",
-            store=dist.PrefixStore("world", store),
-            rank=self._index[place.rank],
-            world_size=len(plan.members),
-            timeout=timedelta(seconds=limit_s),
-        )
-
-    def run_round(self, name: str, pairs: Sequence[Pair]) -> None:
-        """Measure in the pair that this node is in, if any."""
-        for pair in pairs:
-            if self._node in pair:
-                self._store.set(f"{name}/{'+'.join(pair)}", json.dumps(self._measure_pair(pair)))
-        meet(self._store, name, len(self._plan.members), 2 * self._limit_s)
-
-    def _measure_pair(self, pair: Pair) -> tuple[float, float]:
-        ranks = sorted(self._index[rank] for node in pair for rank in self._plan.ranks[node])
-        limit = timedelta(seconds=self._limit_s)
-        try:
-            group = dist.new_group(ranks, limit, use_local_synchronization=True)
-            assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-            return measure(group, self._device)
-        except (RuntimeError, ValueError) as error:
-            report("failed", pair=pair, error=str(error)[:300])
-            return 0.0, 0.0
-
-    def results(self, name: str, pairs: Sequence[Pair]) -> list[Measured]:
-        """What a round gave; on any member."""
-        return [Measured(pair, *json.loads(self._store.get(f"{name}/{'+'.join(pair)}"))) for pair in pairs]
-
-    def share(self, name: str, value: Any = None) -> Any:
-        """Rank 0's value, on all."""
-        if self._rank == 0:
-            self._store.set(name, json.dumps(value))
-        return json.loads(self._store.get(name))
 
     def run(self, floors: Floors) -> None:
-        """All rounds, then all nodes together unless one of them is known to be slow."""
+        """All rounds, then all nodes together unless one of them is known to be slow. Rank 0 reports."""
         measured: list[Measured] = []
-        nodes = list(self._plan.ranks)
-        for number, pairs in enumerate(rounds(nodes)):
-            self.run_round(f"round{number}", pairs)
-            measured += self.results(f"round{number}", pairs)
-        again: list[Pair] = [(a, b) for a, b in self.share("retrial", retrial(measured, floors))]
-        self.run_round("retrial", again)
-        measured += self.results("retrial", again)
+        for number, pairs in enumerate(rounds(list(self._plan.ranks))):
+            measured += self._run_round(f"round {number}", pairs)
+        # From the same results every member concludes the same.
+        measured += self._run_round("retrial", retrial(measured, floors))
         if self._rank == 0:
             for each in measured:
                 report("pair", **asdict(each))
         if len(self._plan.members) > 1 and not judge_pairs(measured, floors).slow:
-            mb_s, latency_us = measure(None, self._device)
+            mb_s, latency_us = self._measure("all nodes", list(self._plan.ranks))
             if self._rank == 0:
                 report("world", ranks=len(self._plan.members), mb_s=mb_s, latency_us=latency_us)
+
+    def _run_round(self, name: str, pairs: Sequence[Pair]) -> list[Measured]:
+        """All pairs of a round measure at once; every member gets the results of all."""
+        for pair in pairs:
+            if node_name() in pair:
+                result = self._measure(name, pair)
+                if self._rank == self._plan.ranks[pair[0]][0]:
+                    self._store.set(f"{name} of {pair}", json.dumps(result))
+        meet(self._store, name, len(self._plan.members), 2 * self._limit_s)
+        return [Measured(pair, *json.loads(self._store.get(f"{name} of {pair}"))) for pair in pairs]
+
+    def _measure(self, name: str, nodes: Sequence[str]) -> tuple[float, float]:
+        """In a world of the ranks of these nodes; nothing at all, in an endless time, where it fails."""
+        ranks = sorted(rank for node in nodes for rank in self._plan.ranks[node])
+        try:
+            dist.init_process_group(
+                "nccl" if self._plan.cuda else "gloo",
+                store=dist.PrefixStore(f"{name} of {ranks[0]}", self._store),
+                rank=ranks.index(self._rank),
+                world_size=len(ranks),
+                timeout=timedelta(seconds=self._limit_s),
+            )
+            result = measure(self._device)
+            dist.destroy_process_group()
+            return result
+        except (RuntimeError, ValueError) as error:
+            report("failed", nodes=list(nodes[:2]), error=str(error)[:300])
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return 0.0, float("inf")
 
 
 def main() -> None:
@@ -197,20 +188,20 @@ def main() -> None:
         try:
             Measuring(store, place, plan, step_s).run(Floors(options.min_mb_s, options.max_latency_us))
         except (RuntimeError, OSError) as error:
-            report("failed", pair=None, error=str(error)[:300])
+            report("failed", nodes=[], error=str(error)[:300])
     if place.rank == 0:
         report("over", transport="nccl" if plan.cuda else "gloo")
         # The store goes with rank 0.
-        leave_last(store, place.size, step_s)
+        leave_last(store, plan.came, step_s)
     else:
         store.add("leaving", 1)
     sys.stdout.flush()
     os._exit(0)  # a communicator that failed may wait for ever in its destructor
 
 
-def leave_last(store: dist.Store, size: int, limit_s: float) -> None:
+def leave_last(store: dist.Store, count: int, limit_s: float) -> None:
     deadline_s = time.monotonic() + limit_s
-    while store.add("leaving", 0) < size - 1 and time.monotonic() < deadline_s:
+    while store.add("leaving", 0) < count - 1 and time.monotonic() < deadline_s:
         time.sleep(0.02)
 
 
