@@ -17,10 +17,12 @@
 #
 # TSM_CLUSTER names the folder that holds all of it ($TMPDIR/tsm-cluster); in another folder, another cluster can be up as well.
 #
-# A node has its own network, host name, /etc/hosts, /dev/shm, /mnt/local (its disk) and 6 GPUs, which are device files in
-# $TSM_CLUSTER/nodes/NODE/gpu: remove one, and it is lost. It shares every other folder with the machine and all nodes. Partitions
-# are `emu` and, on the same nodes, `scavenge`, whose jobs give way; and on paper `summit` (256 nodes of 6 GPUs), `dgx` (192 of 8)
-# and `quad` (384 of 4) for `sbatch --test-only`. Nodes claim 42 CPUs, however few the machine has.
+# A node has its own network, host name, /etc/hosts, /dev/shm, /mnt/local (its disk, nodes/NODE/disk in the folder) and 6 GPUs: the
+# device files in nodes/NODE/gpu. Remove one, and it is lost to nvidia-smi; bin/nvidia-smi says how to make it ill. A node's tasks
+# get the variables in its /mnt/local/task_environment. All else it shares with the machine and the other nodes, /tmp too.
+#
+# Partitions are `emu` and, on the same nodes, `scavenge`, whose jobs give way; and on paper `summit` (256 nodes of 6 GPUs), `dgx`
+# (192 of 8) and `quad` (384 of 4) for `sbatch --test-only` and `--hold`. Nodes claim 42 CPUs, however few the machine has.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

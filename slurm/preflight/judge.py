@@ -6,7 +6,6 @@ The last line is for the shell: `bad-nodes: n3 n5`. Exit codes are in slurm/pref
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .node import CHECKS
-from .pairs import Floors, Measured, judge_pairs, slow_pairs
+from .pairs import Floors, Measured, judge_pairs, slow_pairs, usual_mb_s
 
 _HARDWARE = "leave it out, and have it repaired"
 _SHOWN_OTHER_LINES = 40
@@ -242,12 +241,11 @@ def _judge_network(reports: Reports, expected: Expected, found: Judgement) -> No
     for each in reports.of("no-cuda"):
         found.bad[each["node"]].append(f"torch sees no GPU there, but on others. Fix: driver and CUDA, or {_HARDWARE}")
     measured = measured_pairs(reports)
-    usual_mb_s = statistics.median([each.mb_s for each in measured] or [0.0])
     verdict = judge_pairs(measured, expected.floors)
     for node in verdict.slow:
         best = max((each for each in measured if node in each.nodes), key=lambda each: each.mb_s)
         found.bad[node].append(
-            f"all-reduce with any other node: {_speed(best)}, where the median is {usual_mb_s:.0f} MB/s. "
+            f"all-reduce with any other node: {_speed(best)}, where {usual_mb_s(measured):.0f} MB/s are usual. "
             f"Fix: its network, or {_HARDWARE}"
         )
     if verdict.undecided:
