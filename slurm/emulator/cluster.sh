@@ -26,7 +26,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-folder=${TSM_CLUSTER:-${TMPDIR:-/tmp}/tsm-cluster}
+folder=$(realpath --canonicalize-missing "${TSM_CLUSTER:-${TMPDIR:-/tmp}/tsm-cluster}")
 settings=$folder/etc/settings # written by `up`: its presence says that a cluster is up
 export SLURM_CONF=$folder/etc/slurm.conf
 
@@ -35,6 +35,8 @@ readonly marker=this-is-an-emulated-cluster
 
 # shellcheck source-path=SCRIPTDIR source=slurm_conf.sh
 source "$here/slurm_conf.sh"
+# shellcheck source-path=SCRIPTDIR source=nodes.sh
+source "$here/nodes.sh"
 
 die() {
     echo "cluster: $*" >&2
@@ -94,7 +96,7 @@ read_up_options() {
 }
 
 check_machine() {
-    ((EUID == 0)) || die "namespaces and Slurm's daemons need root. Fix: sudo --preserve-env=TSM_CLUSTER,TMPDIR $0 up ..."
+    need_root
     local -A package=([munged]=munge [slurmctld]=slurmctld [slurmd]=slurmd [sinfo]=slurm-client [ip]=iproute2 [tc]=iproute2)
     local program missing=()
     for program in "${!package[@]}"; do
@@ -164,36 +166,11 @@ start_munged() {
         --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" --seed-file="$folder/run/munge.seed"
 }
 
-make_network() {
-    local number node
-    for ((number = 1; number <= nodes; number++)); do
-        ip netns add "${prefix}n$number"
-        ip -n "${prefix}n$number" link set lo up
-    done
-    if [[ $mode == switch ]]; then
-        local ports=(":$bridge:$controller_address/24")
-        for ((number = 1; number <= nodes; number++)); do
-            ports+=("${prefix}n$number:eth0:$network.$number/24")
-        done
-        python3 "$here/switch.py" --delay-us "$delay_us" --rate-mbit "$rate_mbit" --pid-file "$folder/run/switch.pid" \
-            "${ports[@]}" >"$folder/log/switch.log" 2>&1 || die "the switch did not start: $(cat "$folder/log/switch.log")"
-        return
-    fi
-    ip link add "$bridge" type bridge
-    ip addr add "$controller_address/24" dev "$bridge"
-    ip link set "$bridge" up
-    for ((number = 1; number <= nodes; number++)); do
-        node=${prefix}n$number
-        ip link add "$node" type veth peer name eth0 netns "$node"
-        ip link set "$node" master "$bridge" up
-        ip -n "$node" addr add "$network.$number/24" dev eth0
-        ip -n "$node" link set eth0 up
-    done
-}
-
 wait_until_idle() {
-    local idle deadline_s=$((SECONDS + 60 + nodes / 4))
-    until idle=$(sinfo --noheader --Node --partition=emu --format=%t 2>/dev/null | grep -c '^idle$' || true) && ((idle == nodes)); do
+    local idle=0 deadline_s=$((SECONDS + 60 + nodes / 4))
+    while true; do
+        idle=$(sinfo --noheader --Node --partition=emu --format=%t 2>/dev/null | grep -c '^idle$' || true)
+        ((idle != nodes)) || return 0
         if ((SECONDS >= deadline_s)); then
             tail -n 5 "$folder"/log/{slurmctld,slurmd.n1}.log >&2
             die "only $idle of $nodes nodes became idle; above is the end of two logs, all are in $folder/log"
@@ -208,91 +185,8 @@ failed_up() {
     exit "$1"
 }
 
-# --------------------------------------------------------------------------------------------------------------- nodes
-
-start_node() {
-    local node=$1
-    if [[ $mode == host ]]; then
-        slurmd -N "$node"
-        return
-    fi
-    # Its disk is mounted outside its namespaces, so that it outlives a crash.
-    local disk=$folder/nodes/$node/disk
-    if ! mountpoint --quiet "$disk"; then
-        mkdir -p "$disk"
-        mount -t tmpfs -o "size=${disk_mb}m,mode=1777" "$prefix$node" "$disk"
-    fi
-    nsenter --net="/run/netns/$prefix$node" unshare --mount --uts --ipc "${BASH_SOURCE[0]}" inside-node "$node"
-}
-
-# Runs in the namespaces of a node; slurmd stays there.
-inside_node() {
-    local node=$1
-    hostname "$node"
-    mount --bind "$folder/etc/hosts" /etc/hosts
-    mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-    mount --bind "$folder/nodes/$node/disk" "$local_disk"
-    # Its copies of the machine's mounts would keep alive the disks and networks of nodes, of this and other clusters.
-    local mounted
-    while IFS= read -r mounted; do
-        umount --lazy "$mounted"
-    done < <(findmnt --noheadings --raw --output=SOURCE,TARGET | awk -v mine="$local_disk" '/^tsm[0-9]+-n/ && $2 != mine { print $2 }')
-    umount --lazy /run/netns
-    exec slurmd -N "$node"
-}
-
-boot() {
-    need_node "$1" boot
-    [[ -z $(ip netns pids "$prefix$1") ]] || die "$1 runs. Fix: $0 crash $1 first"
-    ip -n "$prefix$1" link set eth0 up
-    start_node "$1"
-}
-
-crash() {
-    need_node "$1" crash
-    # First the link, or the kernel would tell every peer in order that the connections are closed.
-    ip -n "$prefix$1" link set eth0 down
-    kill_namespace "$prefix$1"
-}
-
-rate() {
-    need_node "$1" rate
-    local node=$prefix$1 limit=${2:?the rate, as 10mbit, or none}
-    [[ $mode == bridge ]] || die "with --delay-us the switch has the rate. Fix: up N --delay-us D --rate-mbit R"
-    if [[ $limit == none ]]; then
-        # No limit is no error.
-        tc -n "$node" qdisc del dev eth0 root 2>/dev/null || true
-        tc qdisc del dev "$node" root 2>/dev/null || true
-        return
-    fi
-    tc -n "$node" qdisc replace dev eth0 root tbf rate "$limit" burst 256kb latency 50ms
-    tc qdisc replace dev "$node" root tbf rate "$limit" burst 256kb latency 50ms
-}
-
-disk() {
-    need_node "$1" disk
-    local disk=$folder/nodes/$1/disk used_kb
-    case ${2:-} in
-        full)
-            # Cut to what it holds, and the last page filled: full without taking the machine's memory.
-            used_kb=$(df --output=used "$disk" | tail -n 1)
-            mount -o "remount,size=$((used_kb + 4))k" "$disk"
-            cat /dev/zero >"$disk/.filler" 2>/dev/null || true
-            ;;
-        read-only) mount -o remount,ro "$disk" ;;
-        ok)
-            mount -o "remount,rw,size=${disk_mb}m" "$disk"
-            rm -f "$disk/.filler"
-            ;;
-        *) die "disk $1 full, read-only or ok?" ;;
-    esac
-}
-
-need_node() {
-    local node=$1 action=$2
-    need_up
-    [[ $mode != host ]] || die "$action works on nodes with namespaces. Fix: up without --host"
-    [[ -d $folder/nodes/$node ]] || die "no node $node: there are n1..n$nodes"
+need_root() {
+    ((EUID == 0)) || die "namespaces and Slurm's daemons need root. Fix: sudo --preserve-env=TSM_CLUSTER,TMPDIR $0 ..."
 }
 
 need_up() {
@@ -310,6 +204,7 @@ down() {
         return
     fi
     # Nothing may be taken for granted here: this also clears up after an `up` that broke off anywhere.
+    need_root
     need_up
     if [[ $mode == host ]]; then
         timeout 5 scancel --quiet --user=root 2>/dev/null || true
@@ -327,7 +222,7 @@ down() {
     done < <(node_links)
     ip link del "$bridge" 2>/dev/null || true
     while IFS= read -r mounted; do
-        umount "$mounted"
+        umount "$mounted" || umount --lazy "$mounted" # someone looks at it
     done < <(findmnt --noheadings --raw --output=TARGET | grep -F "$folder/" || true)
     # If `up` made it, and no other cluster uses it by now, whose disks would go with it.
     if [[ -e $local_disk/$marker && ! $(ip netns list) =~ tsm[0-9]+-n ]]; then
@@ -343,14 +238,6 @@ wait_for_empty_queue() {
     local deadline_s=$((SECONDS + 30))
     while [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]] && ((SECONDS < deadline_s)); do
         sleep 0.5
-    done
-}
-
-kill_namespace() {
-    local pids
-    while mapfile -t pids < <(ip netns pids "$1") && ((${#pids[@]})); do
-        kill -9 "${pids[@]}" 2>/dev/null || true
-        sleep 0.05
     done
 }
 
@@ -379,14 +266,6 @@ is_ours() {
     [[ $command =~ (munged|slurmctld|slurmd|switch\.py) ]]
 }
 
-node_links() {
-    ip -brief link show | awk -v prefix="$prefix" 'index($1, prefix "n") == 1 { sub("@.*", "", $1); print $1 }'
-}
-
-node_namespaces() {
-    ip netns list 2>/dev/null | awk -v prefix="$prefix" 'index($1, prefix "n") == 1 { print $1 }'
-}
-
 # -------------------------------------------------------------------------------------------------------------- others
 
 print_env() {
@@ -399,10 +278,11 @@ status() {
     sinfo --format='%12P %6D %8t %N'
     squeue
     [[ $mode == bridge ]] || return 0
-    local number limit
+    local number limit free
     for ((number = 1; number <= nodes; number++)); do
         limit=$(tc qdisc show dev "${prefix}n$number" | sed -n 's/.*tbf.* rate \([^ ]*\).*/rate \1/p')
-        echo "n$number ${limit:-no rate limit}, disk $(df --output=avail --block-size=M "$folder/nodes/n$number/disk" | tail -n 1) free"
+        free=$(df --output=avail --block-size=M "$folder/nodes/n$number/disk" | tail -n 1)
+        echo "n$number: ${limit:-no rate limit}, disk ${free// /} free"
     done
 }
 
