@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config
+from bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config, narrowed
 from safetensors.torch import load_file
 from torch import Tensor
 from worlds import WORLDS, Results, World, available, launch
@@ -136,8 +136,8 @@ def test_groupings_differ_from_each_other(launches: dict[Any, Any]) -> None:
     """Otherwise the equality above could not tell a right grouping from a wrong one."""
     results = results_of(WORLDS[0], launches)
     results.of("equivalence")
-    for other in ("groups_of_4", "groups_of_2_accumulated"):
-        assert largest_difference(final_weights(results, other), final_weights(results, "whole_world")) > 1e-3
+    for name in ("groups_of_4", "groups_of_2_accumulated"):
+        assert largest_difference(final_weights(results, name), final_weights(results, f"{name}_whole")) > 1e-3
 
 
 def test_scores_do_not_depend_on_the_world(results: Results, launches: dict[Any, Any]) -> None:
@@ -199,7 +199,7 @@ def test_batch_norm_over_ranks_is_that_of_the_joined_group(results: Results) -> 
 def test_precise_batch_norm_averages_over_groups_of_the_next_steps(launches: dict[Any, Any]) -> None:
     """`groups_of_4` ends with it, over two steps; that all worlds end alike is tested above."""
     weights = final_weights(results_of(WORLDS[0], launches), "groups_of_4")
-    network = build_network("resnet18", 10, num_frames=4).double()
+    network = narrowed(build_network("resnet18", 10, num_frames=4)).double()
     network.load_state_dict(weights)
     network.dropout.eval()
     moments: dict[str, list[Tensor]] = {}

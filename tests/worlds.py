@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from functools import cache
@@ -129,10 +130,12 @@ def main(folder: Path) -> int:
     context = start(folder)
     results: dict[str, Any] = {}
     for body in BODIES:
+        started_s = time.monotonic()
         try:
             results[body.__name__] = {"result": body(context)}
         except Exception:
             results[body.__name__] = {"error": traceback.format_exc()}
+        print(f"{body.__name__}: {time.monotonic() - started_s:.1f} s", flush=True)
         (folder / f"rank-{context.backend.topology.rank}.json").write_text(json.dumps(results))
         if "error" in results[body.__name__]:
             print(results[body.__name__]["error"], file=sys.stderr, flush=True)
