@@ -110,6 +110,19 @@ def test_a_killed_loader_worker_ends_the_job_with_its_reason(run: Path, clips: P
     assert words.startswith("rank 1 on") and "decodes clips was killed" in words and str(worker) in words, words
 
 
+def test_a_job_that_faults_at_one_step_again_and_again_is_not_started_a_fourth_time(run: Path, clips: Path) -> None:
+    ended = {"exit_code": 75, "reason": "rank 3 on n17 is gone", "time_s": 0.0}
+    run.mkdir()
+    (run / "provenance.json").write_text(json.dumps([{"first_step": 0, "ended": ended}] * 3))
+    arguments = [*ENDLESS, "max_steps=1", f"data.root={clips}", f"outputs={run.parent}", f"run_id={run.name}"]
+    refused = start_training(World("none", 1), run / "console.txt", *arguments).wait(START_S)
+    assert refused.exit_code == 5
+    assert "the last 3 starts all began at step 0" in refused.output and "rank 3 on n17 is gone" in refused.output
+    arguments.append("checkpoint.allow_no_progress=true")
+    allowed = start_training(World("none", 1), run / "console.txt", *arguments).wait(START_S)
+    assert allowed.exit_code == 0, allowed.output
+
+
 # --- Signals ----------------------------------------------------------------------------------------------------------
 
 
