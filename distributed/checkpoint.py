@@ -97,7 +97,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: int, best: bool = Fal
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot write {final}: {error}") from error
-    _drop_old(folder, snapshot.step, keep)
+    with suppress(OSError):  # the folder went away behind the write: the next one says so, and this one stands
+        _drop_old(folder, snapshot.step, keep)
     return final
 
 
