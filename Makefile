@@ -26,7 +26,7 @@ HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu lint format faults bench clean
+.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu lint format faults bench cluster clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,7 +41,7 @@ $(BASE): | constraints.txt pyproject.toml
 dev: $(DEV)  ## the same with what lint and tests need
 
 $(DEV): $(BASE)
-	tools/setup_venv.sh $(VENV) core mpi torchcodec dev lamb debug
+	tools/setup_venv.sh $(VENV) core mpi torchcodec dev lamb debug sweep
 	@rm -f $(VENV)/.dev-*
 	@touch $@
 
@@ -102,6 +102,10 @@ bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmar
 	    $(BIN)/python "$$script" --json "outputs/benchmarks/$$name.json" $(ARGS); \
 	done; \
 	if [ $$found = 0 ]; then echo "bench: no program in benchmarks/" >&2; exit 1; fi
+
+cluster:  ## a real Slurm of 4 nodes on this machine, to try launch/ on; needs root; slurm/emulator/cluster.sh down ends it
+	tools/install_system_packages.sh
+	slurm/emulator/cluster.sh up 4
 
 clean:  ## remove .venv and tool caches; keeps data/, outputs/ and the Horovod wheel cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build

@@ -22,7 +22,8 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(composed: DictConfig) -> None:
-    sys.exit(main.run(lambda: schema.from_composed(composed), main.train_task))
+    if code := main.run(lambda: schema.from_composed(composed), main.train_task):
+        sys.exit(code)  # and no exception where all is well: --multirun goes on with the next
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         return found[0]
     if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # a batch script has none, an interactive shell one
         return _read_srun(environ)
-    return Topology("none", 0, 1, 0, 1, 0, socket.gethostname(), _job_id(environ))
+    # Alone in a step of srun, as in a sweep, it has a job of its own; in a shell inside an allocation it may be one of several.
+    job_id = environ.get("SLURM_JOB_ID") if "SLURM_STEP_NUM_TASKS" in environ else None
+    return Topology("none", 0, 1, 0, 1, 0, socket.gethostname(), job_id)
 
 
 def _read_srun(environ: Mapping[str, str]) -> Topology:

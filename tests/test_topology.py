@@ -212,7 +212,11 @@ def test_what_srun_cannot_have_said_is_refused(changed: dict[str, str]) -> None:
 
 
 def test_one_task_of_srun_is_a_world_of_one() -> None:
-    assert find_topology({"SLURM_STEP_NUM_TASKS": "1"}).size == 1
+    """Named after its job, as each of a sweep is; a command in a shell of an allocation is not."""
+    assert find_topology({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}) == Topology(
+        "none", 0, 1, 0, 1, 0, HOST, "7"
+    )
+    assert find_topology({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}) == Topology("none", 0, 1, 0, 1, 0, HOST)
 
 
 def test_srun_that_started_torchrun_is_no_contradiction() -> None:
