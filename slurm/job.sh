@@ -8,6 +8,10 @@ set -euo pipefail
 
 run_job() {
     cd "${checkout:?the folder of the project}"
+    # Signals come to this shell alone (sbatch --signal=B:), whatever it is doing.
+    srun_pid='' received=''
+    trap 'receive USR1' USR1
+    trap 'receive TERM' TERM
     load_site
     name_folder "$@"
     leave_if_over
@@ -21,6 +25,7 @@ run_job() {
     fi
     stage
     start_ranks
+    [[ -z $TSM_ENVIRONMENT_ARCHIVE && $TSM_STAGE_DATA != on ]] || unstage
     conclude
 }
 
@@ -55,7 +60,8 @@ load_site() {
         container=(--container-image="$TSM_CONTAINER_IMAGE" --container-workdir="$checkout"
             --container-mounts="$checkout:$checkout${TSM_CONTAINER_MOUNTS:+,$TSM_CONTAINER_MOUNTS}")
     fi
-    [[ -n $TSM_CONTAINER_IMAGE || -x $TSM_PYTHON ]] || refuse "no $TSM_PYTHON. Fix: make setup horovod, or TSM_PYTHON in slurm/site.sh"
+    [[ -n $TSM_CONTAINER_IMAGE || -x $TSM_PYTHON ]] ||
+        refuse "no $TSM_PYTHON. Fix: make setup horovod, or TSM_PYTHON in slurm/site.sh"
     export TSM_PYTHON TSM_LOCAL_DISK
 }
 
@@ -80,7 +86,7 @@ leave_if_over() {
         exit 0
     fi
     if ((restarts > TSM_MAX_RESTARTS)); then
-        say "error: queued again $restarts times already (TSM_MAX_RESTARTS=$TSM_MAX_RESTARTS). Fix: see $folder/log.txt; run_id=$run_id goes on" >&2
+        say "error: queued again $restarts times already (TSM_MAX_RESTARTS). See $folder/log.txt; run_id=$run_id goes on" >&2
         exit 5
     fi
 }
@@ -134,7 +140,7 @@ check_nodes() {
     [[ $TSM_PREFLIGHT != off ]] || return 0
     local code=0 bad=$folder/bad_nodes.txt
     rm -f "$bad"
-    slurm/preflight.sh --bad-nodes-file "$bad" || code=$?
+    slurm/preflight.sh --bad-nodes-file "$bad" -- "${container[@]}" ${TSM_CPU_BIND:+--cpu-bind="$TSM_CPU_BIND"} || code=$?
     ((code)) || return 0
     if [[ $TSM_PREFLIGHT == exclude && -s $bad ]]; then
         exclude_and_requeue "$(paste -sd, "$bad")"
@@ -168,19 +174,34 @@ start_ranks() {
     arguments+=($TSM_SRUN_ARGUMENTS)
     say "starting $SLURM_NTASKS ranks: srun ${arguments[*]} (backend $backend)"
 
+    [[ $mpi == none ]] || number_steps_anew
     outcome_before=$(cat "$folder/outcome.json" 2>/dev/null || true)
-    # Signals come to this shell alone (sbatch --signal=B:); srun hands them on to every rank, and the ranks save and end.
-    trap 'forward USR1' USR1
-    trap 'forward TERM' TERM
-    srun "${arguments[@]}" "${container[@]}" "$TSM_PYTHON" train.py --run "$folder" &
+    srun_code=75
+    [[ -z $received ]] || return 0
+    # shellcheck disable=SC2086  # blanks separate arguments
+    srun "${arguments[@]}" "${container[@]}" "$TSM_PYTHON" ${TSM_RANK_PROGRAM:-train.py --run} "$folder" &
     srun_pid=$!
-    srun_code=0
     while kill -0 "$srun_pid" 2>/dev/null; do # again, where a signal has interrupted the waiting
         wait "$srun_pid" && srun_code=0 || srun_code=$?
     done
 }
 
-forward() {
-    say "received SIG$1: telling the ranks to save and end"
-    kill -USR1 "$srun_pid" 2>/dev/null || true
+# Steps are numbered from 0 in each start of a job, and what PMIx keeps on a node under a step's number outlives a crash there: a later
+# start on that node would fail ("task launch failed", seen with Slurm 22.05). So each start uses other numbers.
+number_steps_anew() {
+    local start
+    for ((start = 0; start < restarts; start++)); do
+        srun --nodes=1 --ntasks=1 --mpi=none true || true
+    done
+}
+
+# srun hands it on to every rank; they save at the same step and end, with 75.
+receive() {
+    received=$1
+    if [[ -n $srun_pid ]]; then
+        say "received SIG$1: telling the ranks to save and end"
+        kill -USR1 "$srun_pid" 2>/dev/null || true
+    else
+        say "received SIG$1: not starting the ranks"
+    fi
 }

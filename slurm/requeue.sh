@@ -4,14 +4,23 @@
 
 # srun's exit code says little: 137 for any rank that was killed, and 0 for some lost nodes. The run folder knows.
 conclude() {
-    local outcome=$folder/outcome.json code reason
+    if slurm_ends_it; then
+        say "Slurm itself has ended this start: a lost node (it queues the job again) or scancel; run_id=$run_id goes on"
+        exit 75
+    fi
+    local outcome=$folder/outcome.json in_vain=$folder/starts_without_word.txt code reason
     if [[ -e $outcome && $(cat "$outcome") != "$outcome_before" ]]; then
         code=$(sed 's/.*"exit_code": \([0-9]*\).*/\1/' "$outcome")
         reason=$(sed 's/.*"reason": "\(.*\)", "time_s".*/\1/' "$outcome")
-    elif ((srun_code >= 1 && srun_code <= 5)); then # refused, or failed, before the run was told of
+        rm -f "$in_vain"
+    elif ((srun_code >= 2 && srun_code <= 5)); then # refused before the run was told of
         code=$srun_code reason="see above"
-    else
+    else # lost with the node of the batch script, or never started: a node that Slurm cannot start ranks on, a broken environment
+        say "start $((restarts + 1)) left no word; srun ended with $srun_code" >>"$in_vain"
         code=75 reason="nobody was left to say why; srun ended with $srun_code"
+        if (($(wc -l <"$in_vain") > 2)); then
+            code=5 reason="no word from three starts: see above, and $in_vain"
+        fi
     fi
     say "this start ended with $code: $reason"
     ((code == 75)) || exit "$code"
@@ -19,9 +28,7 @@ conclude() {
 }
 
 requeue() {
-    if slurm_ends_it; then
-        say "Slurm has ended job $SLURM_JOB_ID itself (cancelled, or its time is over), so it is not queued again; run_id=$run_id goes on"
-    elif ((restarts >= TSM_MAX_RESTARTS)); then
+    if ((restarts >= TSM_MAX_RESTARTS)); then
         say "not queued again: TSM_MAX_RESTARTS=$TSM_MAX_RESTARTS; run_id=$run_id goes on"
     elif scontrol requeue "$SLURM_JOB_ID"; then
         say "job $SLURM_JOB_ID is queued again"
@@ -39,9 +46,7 @@ slurm_ends_it() {
 # Queue the job again on other nodes than these; does not return.
 exclude_and_requeue() {
     local nodes=$1
-    if slurm_ends_it || ((restarts >= TSM_MAX_RESTARTS)); then
-        requeue
-    fi
+    ((restarts < TSM_MAX_RESTARTS)) || requeue
     say "queueing job $SLURM_JOB_ID again, without $nodes"
     # Nodes can be excluded from pending jobs alone, and requeueing ends this script: it ignores that until it is done.
     trap '' TERM

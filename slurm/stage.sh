@@ -2,12 +2,12 @@
 # Copies to the disk of every node, so that a thousand ranks do not read the same files of a shared file system at once: the
 # environment (an archive of slurm/pack_environment.sh, by sbcast) and the data set (a folder). Sourced by job.sh.
 # shellcheck disable=SC2154  # variables are job.sh's
+staged_on_node=$TSM_LOCAL_DISK/tsm-staged-$SLURM_JOB_ID
 
 # Each node unpacks the archive and starts its interpreter once; one that cannot ends the job, for ranks that differ in their
 # packages are worse than none.
 stage_environment() {
-    local target=$TSM_LOCAL_DISK/tsm-$USER/environment-$SLURM_JOB_ID archive=$TSM_LOCAL_DISK/tsm-$SLURM_JOB_ID.tar.gz
-    local started_s=$SECONDS
+    local target=$staged_on_node/environment archive=$staged_on_node.tar.gz started_s=$SECONDS
     if ! sbcast --force "$TSM_ENVIRONMENT_ARCHIVE" "$archive"; then
         refuse "cannot send $TSM_ENVIRONMENT_ARCHIVE to $TSM_LOCAL_DISK of all nodes. Fix: make room, or TSM_ENVIRONMENT_ARCHIVE="
     fi
@@ -22,11 +22,15 @@ stage_environment() {
 # Ranks of a node whose copy is not whole read the shared folder: slower, and the same clips.
 stage_data() {
     local source=$1 started_s=$SECONDS
-    export TSM_STAGED_DATA=$TSM_LOCAL_DISK/tsm-$USER/data-$SLURM_JOB_ID
+    export TSM_STAGED_DATA=$staged_on_node/data
     # shellcheck disable=SC2016
     on_each_node 'needed_kb=$(du --summarize --apparent-size --block-size=1K "$1" | cut -f 1)
-        free_kb=$(df --output=avail "$3" | tail -n 1)
-        ((free_kb > needed_kb + 1024)) || { echo "$(hostname): $1 needs $needed_kb KB, $3 has $free_kb: reading the shared folder"; exit 0; }
+        free_kb=$(($(df --output=avail "$3" | tail -n 1)))
+        if ((free_kb < needed_kb + 1024)); then
+            echo "$(hostname): $1 needs $needed_kb KB, $3 has $free_kb: reading the shared folder"
+            exit 0
+        fi
+        mkdir -p "${2%/*}"
         if cp --recursive --dereference "$1" "$2.part" && diff --brief --recursive "$1" "$2.part"; then
             mv "$2.part" "$2"
         else
@@ -34,6 +38,12 @@ stage_data() {
             echo "$(hostname): the copy of $1 is not whole: reading the shared folder"
         fi' "$source" "$TSM_STAGED_DATA" "$TSM_LOCAL_DISK" || say "staging failed on some nodes: they read the shared folder"
     say "staged $source ($((SECONDS - started_s)) s)"
+}
+
+# Behind the ranks: the next job finds the disk as this one did.
+unstage() {
+    # shellcheck disable=SC2016
+    on_each_node 'rm -rf "$1"' "$staged_on_node" || say "cannot remove $staged_on_node on some nodes"
 }
 
 # Run a bash program with arguments once on every node.

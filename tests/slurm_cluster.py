@@ -81,8 +81,14 @@ class SlurmCluster:
         return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd).stdout.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What Slurm knows of a job (JobState, Restarts, NodeList, ExitCode, ...)."""
-        text = self.run("scontrol", "--oneliner", "show", "job", str(job)).stdout
+        """What Slurm knows of a job (JobState, Restarts, NodeList, ExitCode, ...). On a busy machine it may not answer at once."""
+        ask = ("scontrol", "--oneliner", "show", "job", str(job))
+        for _ in range(5):
+            asked = self.run(*ask, check=False)
+            if asked.returncode == 0:
+                break
+            time.sleep(2)
+        text = asked.stdout or self.run(*ask).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait_for_state(self, job: int, *states: str, limit_s: float = 120) -> dict[str, str]:

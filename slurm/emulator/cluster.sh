@@ -151,6 +151,7 @@ make_folder() {
         echo "$controller_address $(hostname)"
         for ((number = 1; number <= nodes; number++)); do
             echo "$network.$number n$number"
+            echo "::ffff:$network.$number n$number" # so do programs see it that listen for both versions of IP
         done
     } >"$folder/etc/hosts"
     if [[ $mode != host && ! -d $local_disk ]]; then

@@ -44,7 +44,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=20
 MessageTimeout=$message_timeout_s
 TCPTimeout=$tcp_timeout_s
 UnkillableStepTimeout=600

@@ -39,5 +39,10 @@
 # Check all nodes before the job: on, off, or exclude (leave bad nodes out and queue the job again).
 : "${TSM_PREFLIGHT:=on}"
 
+# What each node must have (slurm/preflight.sh): an all-reduce between two nodes in MB/s (0: a tenth of what the quicker pairs have) and,
+# of 4 bytes, in microseconds (0: no limit); clocks that differ by so much; free space on its disk.
+: "${TSM_MIN_ALL_REDUCE_MB_S:=0}" "${TSM_MAX_LATENCY_US:=0}" "${TSM_MAX_CLOCK_SKEW_S:=1}" "${TSM_MIN_FREE_GIB:=1}"
+export TSM_MIN_ALL_REDUCE_MB_S TSM_MAX_LATENCY_US TSM_MAX_CLOCK_SKEW_S TSM_MIN_FREE_GIB
+
 # How often a job may be queued again.
 : "${TSM_MAX_RESTARTS:=20}"
