@@ -1,0 +1,156 @@
+"""How the start of a job grows from 64 to 1,536 ranks: the real launch script on a real Slurm, all nodes on this one machine.
+
+python benchmarks/slurm_scale.py --json FILE          needs root and Slurm (tools/install_system_packages.sh)
+
+launch/kinetics_1536.sh runs as it is, with preflight of all nodes but its all-reduce, which needs torch, and with slurm/rehearse.py
+in place of train.py: topology, configuration, layout, a manifest of 239,975 clips, the rows of each rank's first steps. The rows
+of all ranks together must be those of one process. Wall times are those of a machine with two cores for 1,536 ranks; CPU time and
+memory of a rank are what carries over.
+"""
+
+# ruff: noqa: E402  (started as a script, it finds the other modules only after the line that says where they are)
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+
+from benchmarks import common
+from pipelines.manifest import Manifest, write_manifest
+from pipelines.order import StreamOrder
+from slurm.rehearse import STEPS
+
+CHECKOUT = Path(__file__).parent.parent
+EMULATOR = CHECKOUT / "slurm" / "emulator" / "cluster.sh"
+CLIPS = 239_975  # Kinetics-400, as published
+TASKS_PER_NODE = 6
+LIMIT_S = 1800.0
+
+
+def make_manifests(shapes: Path, folder: Path) -> None:
+    """Manifests as long as Kinetics', whose rows are the shapes' over and over."""
+    folder.mkdir()
+    for split, clips in (("train", CLIPS), ("val", 1000)):
+        few = Manifest.open(shapes / f"{split}.arrow")
+        rows = (few.row(index % len(few)) for index in range(clips))
+        absolute = (type(row)(**{**vars(row), "path": str(few.root / row.path)}) for row in rows)
+        write_manifest(folder / f"{split}.arrow", absolute, few.classes, split=split)
+
+
+def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
+    """One job on so many nodes; what its log says."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environ |= {"TSM_CLUSTER": str(folder / f"cluster-{nodes}")}
+
+    def call(*command: str) -> str:
+        return subprocess.run(command, env=environ, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout
+
+    started_s = time.monotonic()
+    call(str(EMULATOR), "up", str(nodes), "--host")
+    up_s = time.monotonic() - started_s
+    environ |= {
+        "SLURM_CONF": str(folder / f"cluster-{nodes}" / "etc" / "slurm.conf"),
+        "TSM_SITE": "slurm/sites/emulated.sh",
+        "TSM_NETWORK_INTERFACE": "lo",
+        "MASTER_ADDR": "127.0.0.1",  # all nodes are this machine, which does not know their names
+        "TSM_LOCAL_DISK": str(folder),
+        "TSM_PREFLIGHT_ALL_REDUCE": "off",
+        "TSM_PREFLIGHT_LIMIT_S": "900",
+        "TSM_RANK_PROGRAM": "-m slurm.rehearse",
+        "TSM_SRUN_MPI": "none",
+    }
+    log = folder / f"{nodes}.log"
+    try:
+        global_batch = 8 * nodes * TASKS_PER_NODE
+        call(
+            "sbatch", "--wait", "--partition=emu", f"--nodes={nodes}", f"--output={log}", "launch/kinetics_1536.sh",
+            "data=shapes", f"data.root={data}", "pipeline.flip=off", "distributed.device=cpu", "model.init=random",
+            f"batch.global_batch={global_batch}", f"outputs={folder}", f"run_id=rehearsal-{nodes}",
+        )  # fmt: skip
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"the job failed: {error.stderr}\n{log.read_text()[-8000:] if log.exists() else ''}")
+    finally:
+        call(str(EMULATOR), "down")
+    return read_log(nodes, log, global_batch) | {"up_s": up_s}
+
+
+def read_log(nodes: int, log: Path, global_batch: int) -> dict[str, Any]:
+    """Times between the batch script's own lines, medians over ranks, and whether their rows are one process' rows."""
+    text = log.read_text()
+    ranks = [json.loads(line) for line in text.splitlines() if line.startswith('{"rehearsal"')]
+    size = nodes * TASKS_PER_NODE
+    order = StreamOrder(CLIPS, 0).at(np.arange(STEPS * global_batch))[1]
+    right = (
+        sorted(rank["rehearsal"] for rank in ranks) == list(range(size))
+        and sum(rank["row_sum"] for rank in ranks) == int(order.sum())
+        and all(rank["clips"] == STEPS * 8 for rank in ranks)
+    )
+
+    def at(mark: str) -> float:
+        found = re.search(rf"\[(\S+) \S+\] .*{mark}", text)
+        assert found, f"no {mark!r} in {text[-3000:]}"
+        return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
+
+    middle = {
+        name: common.median_interval([rank[name] for rank in ranks])
+        for name in ("place_s", "import_s", "config_s", "manifest_s", "order_s", "cpu_s", "private_mib")
+    }
+    return {
+        "nodes": nodes,
+        "ranks": size,
+        "right": right,
+        "compose_and_preflight_s": at("starting") - at("job "),
+        "ranks_s": at("this start ended") - at("starting"),
+        **middle,
+    }
+
+
+def main() -> int:
+    parser = common.argument_parser("Start-up of 64 to 1,536 ranks.")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[11, 64, 128, 256], help="of 6 ranks each")
+    options = parser.parse_args()
+    facts = common.machine_facts(1)
+    nodes = [2, 4] if options.quick else options.nodes
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
+        folder = Path(name)
+        make_manifests(CHECKOUT / "data" / "shapes", folder / "data")
+        rows = [rehearse(count, folder / "data", folder) for count in nodes]
+    titles = ("", *(f"{row['ranks']} ranks" for row in rows))
+    lines = [
+        ["slurmds up [s]", *(f"{row['up_s']:.0f}" for row in rows)],
+        ["compose, preflight of all nodes [s]", *(f"{row['compose_and_preflight_s']:.0f}" for row in rows)],
+        ["srun of all ranks [s]", *(f"{row['ranks_s']:.0f}" for row in rows)],
+        *(
+            [f"a rank: {what}", *(row[key].show(scale, digits) for row in rows)]
+            for what, key, scale, digits in (
+                ("place in the world [ms]", "place_s", 1000, 2),
+                ("imports [ms]", "import_s", 1000, 0),
+                ("configuration, layout [ms]", "config_s", 1000, 0),
+                ("manifest [ms]", "manifest_s", 1000, 1),
+                ("order and rows of 3 steps [ms]", "order_s", 1000, 1),
+                ("CPU time [s]", "cpu_s", 1, 2),
+                ("memory of its own [MiB]", "private_mib", 1, 0),
+            )
+        ),
+        ["rows of all ranks are one process' rows", *("yes" if row["right"] else "NO" for row in rows)],
+    ]
+    print(
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load']}; {facts['date']}\nmedian over ranks [its 95% interval]\n"
+    )
+    common.print_table(titles, lines)
+    if options.json:
+        common.write_rows(options.json, rows, facts)
+    return 0 if all(row["right"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What a rank does before it needs torch, on as many ranks as a real job has: its place, the configuration, its part of each batch,
+the manifest, its clips. In place of train.py in a launch script: TSM_RANK_PROGRAM='-m slurm.rehearse'.
+
+python -m slurm.rehearse RUN_FOLDER
+
+Prints a line of JSON: how long each part took, memory, and sums over the rows of the first steps, for benchmarks/slurm_scale.py.
+"""
+
+import fcntl
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from distributed.topology import choose_backend, find_topology
+
+SEATS = 4  # ranks of one machine that import NumPy and Arrow at once: more would only wait for its cores, and fill its memory
+STEPS = 3
+
+
+def main(folder: Path) -> None:
+    started_s = time.perf_counter()
+    topology = find_topology()
+    choose_backend("horovod", topology, int(os.environ["SLURM_NTASKS"]))
+    placed_s = time.perf_counter()
+    seat = os.open(f"/tmp/tsm-rehearsal-seat-{topology.rank % SEATS}", os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(seat, fcntl.LOCK_EX)  # until this process ends
+    seated_s = time.perf_counter()
+
+    import numpy as np
+    import yaml
+
+    from pipelines.manifest import Manifest
+    from pipelines.order import StreamOrder
+    from training.recipe import plan_execution
+
+    imported_s = time.perf_counter()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    batch = config["batch"]
+    execution = plan_execution(batch["global_batch"], batch["bn_group"], topology.size, batch["micro_batch"])
+    configured_s = time.perf_counter()
+    manifest = Manifest.open(Path(config["data"]["root"]) / config["data"]["train"])
+    opened_s = time.perf_counter()
+    positions = np.concatenate(list(execution.stream_positions(topology.rank, 0, STEPS)))
+    _, row_N = StreamOrder(len(manifest), config["seed"]).at(positions)
+    clips = [manifest.row(int(row)) for row in row_N]
+    ordered_s = time.perf_counter()
+    told = {
+        "rehearsal": topology.rank,
+        "node": topology.node,
+        "place_s": placed_s - started_s,
+        "import_s": imported_s - seated_s,
+        "config_s": configured_s - imported_s,
+        "manifest_s": opened_s - configured_s,
+        "order_s": ordered_s - opened_s,
+        "cpu_s": time.process_time(),
+        "private_mib": _private_mib(),
+        "clips": len(clips),
+        "position_sum": int(positions.sum()),
+        "row_sum": int(row_N.sum()),
+    }
+    print(json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in told.items()}))
+    if topology.rank == 0:  # the word that the batch script looks for
+        (folder / "outcome.json").write_text('{"exit_code": 0, "reason": "rehearsed", "time_s": 0}\n')
+
+
+def _private_mib() -> float:
+    """Memory that this process shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
