@@ -5,7 +5,7 @@
 # srun's exit code says little: 137 for any rank that was killed, and 0 for some lost nodes. The run folder knows.
 conclude() {
     if slurm_ends_it; then
-        say "Slurm itself has ended this start: a lost node (it queues the job again) or scancel; run_id=$run_id goes on"
+        say "Slurm itself has ended this start: a lost node (it queues the job again), scancel, or the end of its time; run_id=$run_id goes on"
         exit 75
     fi
     local outcome=$folder/outcome.json in_vain=$folder/starts_without_word.txt code reason

@@ -353,10 +353,11 @@ def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: Slurm
 
     job.wait_for_step(40)
     job.signal_rank(1, signal.SIGSTOP)  # or the run might end first: Slurm looks at limits every 30 s
-    slurm_cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
+    hours, minutes, _ = map(int, slurm_cluster.job(job.number)["RunTime"].split(":"))
+    slurm_cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + minutes + 2}")
     job.wait(lambda: job.log.read_text().count("received SIGUSR1") == 2)
     job.signal_rank(1, signal.SIGCONT)
-    slurm_cluster.wait_for_state(job.number, "PENDING", limit_s=60)
+    slurm_cluster.wait_for_state(job.number, "PENDING", limit_s=90)
     slurm_cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     with slurm_cluster.changed("n1", disk="full"):
         job.restarted(5, "BAD n1: ")
