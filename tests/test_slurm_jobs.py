@@ -172,10 +172,10 @@ def test_slurm_refuses_what_a_machine_has_not(options: str, slurm_cluster: Slurm
 
 @pytest.fixture(scope="module")
 def three_ways(launch: Launch) -> dict[str, Job]:
-    """launch/smoke.sh on 4 nodes x 2 ranks in float64, 10 steps, one way after the other."""
+    """launch/smoke.sh on 4 nodes x 2 ranks in float64, 5 steps, one way after the other."""
     jobs = {}
     for way in ("horovod", "horovod_gloo", "torch"):
-        overrides = [f"distributed={way}", "numerics.dtype=float64", "schedule.epochs=2"]
+        overrides = [f"distributed={way}", "numerics.dtype=float64", "schedule.epochs=1"]
         jobs[way] = launch(way, "smoke", overrides=overrides)
         assert jobs[way].ended()["JobState"] == "COMPLETED", jobs[way].log.read_text()[-6000:]
     return jobs
