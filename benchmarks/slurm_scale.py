@@ -13,6 +13,7 @@ memory of a rank are what carries over.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,9 @@ def main() -> int:
     parser = common.argument_parser("Start-up of 64 to 1,536 ranks.")
     parser.add_argument("--nodes", type=int, nargs="+", default=[11, 64, 128, 256], help="of 6 ranks each")
     options = parser.parse_args()
+    if os.geteuid() != 0 or shutil.which("slurmctld") is None:
+        print("SKIPPED: needs root and Slurm. Fix: tools/install_system_packages.sh, as root")
+        return 0
     facts = common.machine_facts(1)
     nodes = [2, 4] if options.quick else options.nodes
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
