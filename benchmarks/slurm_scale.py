@@ -1,4 +1,4 @@
-"""How the start of a job grows from 64 to 1,536 ranks: the real launch script on a real Slurm, all nodes on this one machine.
+"""How the start of a job grows with its ranks, up to 1,536 (--nodes 256): the real launch script on a real Slurm, all nodes on this one machine.
 
 python benchmarks/slurm_scale.py --json FILE          needs root and Slurm (tools/install_system_packages.sh)
 
@@ -116,8 +116,8 @@ def read_log(nodes: int, log: Path, global_batch: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = common.argument_parser("Start-up of 64 to 1,536 ranks.")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[11, 64, 128, 256], help="of 6 ranks each")
+    parser = common.argument_parser("The start of a job, by its ranks.")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[11, 64], help="of 6 ranks each")
     options = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("slurmctld") is None:
         print("SKIPPED: needs root and Slurm. Fix: tools/install_system_packages.sh, as root")
