@@ -1,6 +1,6 @@
-"""How the start of a job grows with its ranks, up to 1,536 (--nodes 256): the real launch script on a real Slurm, all nodes on this one machine.
+"""How the start of a job grows with its ranks: the real launch script on a real Slurm, all nodes on this one machine.
 
-python benchmarks/slurm_scale.py --json FILE          needs root and Slurm (tools/install_system_packages.sh)
+python benchmarks/slurm_scale.py --json FILE          needs root and Slurm; 1,536 ranks: --nodes 256
 
 launch/kinetics_1536.sh runs as it is, with preflight of all nodes but its all-reduce, which needs torch, and with slurm/rehearse.py
 in place of train.py: topology, configuration, layout, a manifest of 239,975 clips, the rows of each rank's first steps. The rows

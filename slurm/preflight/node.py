@@ -104,7 +104,8 @@ def clock_offset(host: str, port: int, limit_s: float) -> dict[str, float]:
                 raise
             time.sleep(0.1)
     best = {"round_trip_s": float("inf")}
-    connection.settimeout(max(1.0, deadline_s - time.monotonic()))  # a busy first node answers late, which the round trip tells
+    # A busy first node answers late, which the round trip tells.
+    connection.settimeout(max(1.0, deadline_s - time.monotonic()))
     with connection:
         for _ in range(_ROUND_TRIPS):
             before_s, started_s = time.time(), time.perf_counter()
