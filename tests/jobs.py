@@ -153,15 +153,15 @@ def wait_for_record(metrics: Path, kind: str, limit_s: float = 120, step: int = 
 
 def differing(one: Path, other: Path, step: int) -> list[str]:
     """What is not bit-equal in the last checkpoints of two runs, which must be of this step."""
-    ours, theirs = _last(one, step), _last(other, step)
+    ours, theirs = last_checkpoint(one, step), last_checkpoint(other, step)
     names = sorted(ours.keys() | theirs.keys())
     return [
         name for name in names if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     ]
 
 
-def _last(run: Path, step: int) -> dict[str, Tensor]:
-    """Everything that its last checkpoint holds."""
+def last_checkpoint(run: Path, step: int) -> dict[str, Tensor]:
+    """Everything that the last checkpoint of a run holds, which must be of this step."""
     checkpoint, broken = load_newest(run / "checkpoints")
     assert checkpoint is not None and not broken, broken
     assert checkpoint.state["step"] == step

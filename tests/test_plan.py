@@ -384,6 +384,16 @@ def test_train_prints_the_same_lines(folder: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_configuration_is_written_for_a_run_that_could_start_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("plan.write_config=true", f"outputs={tmp_path}", "data.root=/nowhere")
+    assert run_plan(compose(*SMALL, *wanted, "run_id=here")) == 3
+    assert list(tmp_path.iterdir()) == []
+    assert run_plan(compose(*SMALL, *wanted)) == 2
+    assert "plan.write_config=true needs the name of the run. Fix: run_id=NAME" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_of_another_recipe_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, found = problems(capsys, *of_run(folder), "optimizer.lr=0.5")

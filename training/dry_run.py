@@ -235,10 +235,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def _write(plan: Plan) -> None:
     config, recipe = plan.config, plan.recipe
-    if config.plan.write_config and config.run_id is None:
-        raise ConfigError("plan.write_config=true needs the name of the run. Fix: run_id=NAME")
-    if config.plan.write_config and config.run_id is not None and not plan.problems:
-        RunFolder(CHECKOUT / config.outputs / config.run_id).write_config(config)
+    if config.plan.write_config:
+        if config.run_id is None:
+            raise ConfigError("plan.write_config=true needs the name of the run. Fix: run_id=NAME")
+        if not plan.problems:
+            RunFolder(CHECKOUT / config.outputs / config.run_id).write_config(config)
     try:
         if config.plan.json is not None:
             Path(config.plan.json).write_text(json.dumps(as_dict(plan), indent=1) + "\n")

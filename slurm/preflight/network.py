@@ -62,10 +62,9 @@ def agree_on_plan(store: dist.Store, place: Topology, limit_s: float) -> Plan:
             time.sleep(0.1)
         came = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys) if store.check([key])}
         cuda = all(each["cuda"] for each in came.values())
-        if not cuda:
+        if any(each["cuda"] for each in came.values()):
             for node in {each["node"] for each in came.values() if not each["cuda"]}:
-                if any(each["cuda"] for each in came.values()):
-                    report("no-cuda", node=node)
+                report("no-cuda", node=node)
         ranks: dict[str, list[int]] = {}
         for rank, each in came.items():
             of_node = ranks.setdefault(each["node"], [])

@@ -30,16 +30,14 @@ CHECKS = ("clock", "disk", "versions", "gpus")
 """In the order in which a node makes them."""
 
 _PACKAGES = (
-    *(
-        "torch",
-        "horovod",
-        "mpi4py",
-        "nvidia-dali-cuda130",
-        "nvidia-dali-cuda120",
-        "nvidia-dali-cuda110",
-        "torchcodec",
-        "av",
-    ),
+    "torch",
+    "horovod",
+    "mpi4py",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda110",
+    "torchcodec",
+    "av",
     "numpy",
 )
 _ROUND_TRIPS = 10
