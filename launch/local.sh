@@ -16,7 +16,7 @@ bin=${bin%/*}
     exit 2
 }
 
-processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)} # without the program: 0
 ((processes)) || processes=2
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
