@@ -1,7 +1,6 @@
 """Chosen frames of a clip as pixels: of videos by torchcodec where FFmpeg's libraries are installed, else by PyAV; of folders
 of JPEG files by torchvision."""
 
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .frames import frame_file
 from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip
+from .storage import check_file, frame_bytes
 
 # path, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
 Decoder = Callable[[Path, ManifestRow, NDArray[np.int64]], Tensor]
@@ -30,13 +29,8 @@ def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.
     """
     path = root / row.path
     if row.codec == JPEG_FRAMES:
-        return _decode_frame_files(path, row, frame_T)
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise BadClip(f"{path}: {error.strerror}") from error
-    if size != row.length:
-        raise BadClip(f"{path}: {size} bytes, but {row.length} when the manifest was made: truncated or replaced since")
+        return _decode_frame_files(root, row, frame_T)
+    check_file(path, row)
     try:
         video_TCHW = _DECODERS[decoder](path, row, frame_T)
     except BadClip:
@@ -107,33 +101,27 @@ def _decode_pyav(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Te
     return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
 
 
-def _decode_frame_files(pattern: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """Only the files that are asked for are opened, each once; their size is checked, the bytes of the rest are not."""
+def _decode_frame_files(root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+    """Only the frames that are asked for are read, each once; their size is checked, the bytes of the rest are not."""
     images_CHW = {}
     for index in sorted(set(frame_T.tolist())):
-        path = frame_file(pattern, row.offset + index)
-        if not 0 <= index < row.num_frames:
-            raise BadClip(f"{path}: frame {index} of a clip of {row.num_frames}")
-        images_CHW[index] = decode_jpeg_file(path)
+        name, content = frame_bytes(root, row, index)
+        images_CHW[index] = decode_jpeg_bytes(name, content)
         height, width = images_CHW[index].shape[1:]
         if (width, height) != (row.width, row.height):
-            raise BadClip(f"{path}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")
+            raise BadClip(f"{name}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")
     return torch.stack([images_CHW[index] for index in frame_T.tolist()])
 
 
-def decode_jpeg_file(path: Path) -> Tensor:
-    """uint8 (3, H, W), RGB, whatever colours the file holds (grey, CMYK); BadClip when it is missing, cut short or no JPEG.
+def decode_jpeg_bytes(name: str, content: bytes) -> Tensor:
+    """uint8 (3, H, W), RGB, whatever colours the picture has (grey, CMYK); BadClip when it is cut short or no JPEG.
 
     Damage inside of a file that keeps its structure goes unseen, as in every decoder built on libjpeg.
     """
     from torchvision.io import ImageReadMode, decode_jpeg  # slow to import, and for folders of frames alone
 
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadClip(f"{path}: {error.strerror}") from error
     if not content:
-        raise BadClip(f"{path}: the file is empty")
+        raise BadClip(f"{name}: the file is empty")
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     with warnings.catch_warnings():
         # torchvision 0.29 warns with each call that torchcodec will take over; torchcodec needs FFmpeg's libraries, this not.
@@ -142,7 +130,7 @@ def decode_jpeg_file(path: Path) -> Tensor:
             return decode_jpeg(encoded, mode=ImageReadMode.RGB)
         except RuntimeError as error:
             reason = str(error).rpartition(", ")[2]
-            raise BadClip(f"{path}: does not decode ({reason})") from error
+            raise BadClip(f"{name}: does not decode ({reason})") from error
 
 
 _TIMED_CONTAINERS = frozenset((".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm"))

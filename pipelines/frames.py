@@ -64,15 +64,19 @@ def stat_frames(folder: Path) -> tuple[int, int]:
 
 def scan_frames(folder: str | Path) -> tuple[FrameSeries, ClipFacts]:
     """Decode every frame of a folder; BadClip where that is not possible, or where two frames differ in size."""
-    from .decode import decode_jpeg_file  # loads torch, which scanning of videos does without
+    from .decode import decode_jpeg_bytes  # loads torch, which scanning of videos does without
 
     folder = Path(folder)
     series = find_frames(folder)
     length, height, width = 0, 0, 0
     for number in range(series.first, series.first + series.count):
         path = folder / (series.pattern % number)
-        image_CHW = decode_jpeg_file(path)
-        length += os.stat(path).st_size
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BadClip(f"{path}: {error.strerror}") from error
+        image_CHW = decode_jpeg_bytes(str(path), content)
+        length += len(content)
         if number == series.first:
             height, width = image_CHW.shape[1:]
         if image_CHW.shape[1:] != (height, width):

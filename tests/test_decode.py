@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines import decode as decode_module
-from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_file
+from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_bytes
 from pipelines.frames import scan_frames
 from pipelines.manifest import ManifestRow
 from pipelines.scan import BadClip, scan_clip
@@ -349,7 +349,7 @@ def test_only_the_frames_asked_for_are_opened(tmp_path: Path, frames_row: Manife
 def test_jpeg_of_any_colours_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image_HWC = smooth_video(1)[0]
     Image.fromarray(image_HWC).convert(mode).save(tmp_path / "1.jpg", quality=95)
-    image_CHW = decode_jpeg_file(tmp_path / "1.jpg")
+    image_CHW = decode_jpeg_bytes("1.jpg", (tmp_path / "1.jpg").read_bytes())
     expected_HWC = np.asarray(Image.fromarray(image_HWC).convert(mode).convert("RGB")).astype(float)
     assert image_CHW.shape == (3, 48, 64) and image_CHW.dtype == torch.uint8
     assert np.abs(image_CHW.permute(1, 2, 0).numpy() - expected_HWC).mean() < 3
