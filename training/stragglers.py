@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distributed.backend import Backend
 
 WINDOW_STEPS = 20  # fewer say little on a busy node
-EXCESS = 0.2  # in parts of the median rank's busy time: less is the noise of a healthy job
+EXCESS = 0.3  # in parts of the median rank's busy time: less is the noise of a healthy job on a node of few cores
 WINDOWS = 2  # in a row
 
 _Moment = float | torch.cuda.Event
