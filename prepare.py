@@ -1,10 +1,11 @@
-"""Make a data set's manifests, one per split, from clips that are each decoded once from end to end.
+"""Make a data set's manifests, one per split, from clips that are each decoded once from end to end; and more data sets of them.
 
     python prepare.py shapes                           # draws 1,200 small clips on which only a sense of time wins
     python prepare.py kinetics --root data/kinetics400
     python prepare.py something-v2                     # likewise something-v1, jester, ucf101, hmdb51
     python prepare.py folder --root data/mine --val-fraction 0.1
     python prepare.py list --root data/mine --train train.txt --val val.txt --classes classes.txt
+    python prepare.py shard --root data/kinetics400 --to data/kinetics400_shards
 
 A second call scans only what is new or has changed; an interrupted one goes on where it stopped. docs/data.md says what each
 data set's folder must look like.
@@ -14,6 +15,7 @@ import argparse
 import sys
 
 from pipelines.commands.datasets import add_datasets
+from pipelines.commands.prepared import add_prepared
 from pipelines.commands.shapes import add_shapes
 from pipelines.datasets.annotations import DataSetError
 from pipelines.manifest import ManifestError
@@ -23,9 +25,10 @@ from pipelines.shapes import ShapesError
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="DATA_SET")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_shapes(commands)
     add_datasets(commands)
+    add_prepared(commands)
     return parser
 
 

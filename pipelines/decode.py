@@ -7,38 +7,37 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .containers import EncodedVideo, open_video
 from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip
-from .storage import check_file, frame_bytes
+from .storage import encoded_video, frame_bytes
 
-# path, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
-Decoder = Callable[[Path, ManifestRow, NDArray[np.int64]], Tensor]
+# the clip, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
+Decoder = Callable[[EncodedVideo, ManifestRow, NDArray[np.int64]], Tensor]
 
 
 def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     """The frames `frame_T` of the clip that a manifest's row describes, uint8 (T, 3, H, W), upright; `root`: its folder.
 
-    `decoder` is for videos; a row says itself that its clip is a folder of JPEG files. Raises BadClip, which says what is
-    wrong, when the file is missing, not as long as the row says, or cannot be decoded.
+    `decoder` is for videos; a row says itself that its clip is kept as JPEG pictures. Raises BadClip, which says what is
+    wrong, when the clip is missing, not as long as the row says, or cannot be decoded.
     """
-    path = root / row.path
     if row.codec == JPEG_FRAMES:
-        return _decode_frame_files(root, row, frame_T)
-    check_file(path, row)
+        return _decode_jpeg_frames(root, row, frame_T)
+    video = encoded_video(root, row)
     try:
-        video_TCHW = _DECODERS[decoder](path, row, frame_T)
+        video_TCHW = _DECODERS[decoder](video, row, frame_T)
     except BadClip:
         raise
     except Exception as error:  # a decoder fails in as many ways as a file can be broken
-        raise BadClip(f"{path}: {decoder} cannot decode it: {error}") from error
+        raise BadClip(f"{video.name}: {decoder} cannot decode it: {error}") from error
     if len(video_TCHW) != len(frame_T):
-        raise BadClip(f"{path}: {decoder} gave {len(video_TCHW)} of {len(frame_T)} frames")
+        raise BadClip(f"{video.name}: {decoder} gave {len(video_TCHW)} of {len(frame_T)} frames")
     return video_TCHW
 
 
@@ -65,27 +64,28 @@ def choose_decoder(wanted: str = "auto") -> str:
     return "torchcodec"
 
 
-def _decode_torchcodec(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+def _decode_torchcodec(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     """torchcodec finds frame i by the time of the i-th packet; PyAV, which made the manifest, counts. PyAV decodes where the
     two could differ: containers without a time for each frame (AVI, MPEG), and files with packets that show no frame (the
     hidden reference frames of VP8, damage)."""
     from torchcodec.decoders import VideoDecoder  # loads FFmpeg: only where it was chosen
 
-    if path.suffix.lower() in _TIMED_CONTAINERS:
+    if video.suffix in _TIMED_CONTAINERS:
         with suppress(RuntimeError, ValueError, IndexError):
             # One thread, because each worker process decodes clips of its own. Exact, because the approximate mode turns an
             # index into a time by the average frame rate: other frames, where the rate varies. It turns video upright itself.
-            decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
+            source = str(video.source) if isinstance(video.source, Path) else torch.from_numpy(video.source)
+            decoder = VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1)
             if len(decoder) == row.num_frames:
                 return decoder.get_frames_at(frame_T.tolist()).data
-    return _decode_pyav(path, row, frame_T)
+    return _decode_pyav(video, row, frame_T)
 
 
-def _decode_pyav(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     wanted = set(frame_T.tolist())
     last = max(wanted)
     pixels_HWC = {}
-    with av.open(str(path)) as container:
+    with open_video(video) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1
         for index, frame in enumerate(container.decode(stream)):
@@ -95,13 +95,13 @@ def _decode_pyav(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Te
                 break
     missing = wanted - pixels_HWC.keys()
     if missing:
-        raise BadClip(f"{path}: frame {min(missing)} is not there: truncated, or the manifest is of another file")
+        raise BadClip(f"{video.name}: frame {min(missing)} is not there: truncated, or the manifest is of another file")
     video_THWC = np.stack([pixels_HWC[index] for index in frame_T.tolist()])
     upright_THWC = np.rot90(video_THWC, row.rotation // 90, axes=(1, 2))
     return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
 
 
-def _decode_frame_files(root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+def _decode_jpeg_frames(root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     """Only the frames that are asked for are read, each once; their size is checked, the bytes of the rest are not."""
     images_CHW = {}
     for index in sorted(set(frame_T.tolist())):

@@ -9,12 +9,12 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int, what: str, unit: str = "clip") -> Iterator[Item]:
     """The items, while standard error says how many of `total` are done."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, unit="clip")
+        yield from tqdm(items, total=total, desc=what, unit=unit)
         return
     for count, item in enumerate(items, start=1):
         yield item
         if count * 10 // total > (count - 1) * 10 // total:
-            print(f"{what}: {count} of {total} clips", file=sys.stderr, flush=True)
+            print(f"{what}: {count} of {total} {unit}s", file=sys.stderr, flush=True)

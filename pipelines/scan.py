@@ -6,6 +6,8 @@ from pathlib import Path
 
 import av
 
+from .containers import EncodedVideo, open_video
+
 
 class BadClip(ValueError):
     """A file that cannot be trained on; the message names it and says why."""
@@ -46,10 +48,16 @@ def scan_clip(path: str | Path) -> ClipFacts:
         length = os.stat(path).st_size
     except FileNotFoundError:
         raise MissingClip(f"{path}: no such file") from None
+    return scan_video(EncodedVideo(str(path), path.suffix.lower(), path), length)
+
+
+def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
+    """Like `scan_clip`, of a video of `length` bytes wherever it is."""
+    path = video.name
     if length == 0:
         raise BadClip(f"{path}: the file is empty")
     try:
-        with av.open(str(path)) as container:
+        with open_video(video) as container:
             if not container.streams.video:
                 raise BadClip(f"{path}: no video stream")
             stream = container.streams.video[0]

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines import decode as decode_module
+from pipelines.containers import EncodedVideo
 from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_bytes
 from pipelines.frames import scan_frames
 from pipelines.manifest import ManifestRow
 from pipelines.scan import BadClip, scan_clip
+from pipelines.tar import TarWriter
 
 FRAMES, WIDTH, HEIGHT = 30, 64, 48
 Indices = NDArray[np.int64]
@@ -257,9 +259,21 @@ def test_every_kind_of_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixt
         assert video_TCHW.shape == expected_TCHW.shape
         assert (video_TCHW - expected_TCHW).abs().mean((1, 2, 3)).max() < 0.8 * step
     assert (decoded["pyav"] - decoded["torchcodec"]).abs().mean() < 1.5
+    packed = pack(tmp_path / "shard.tar", path, row)
+    for decoder, video_TCHW in decoded.items():
+        assert torch.equal(decode_clip(decoder, tmp_path, packed, indices(*frames)), video_TCHW.byte())
     for frame in frames:  # one at a time, torchcodec seeks another way
         one_TCHW = decode("torchcodec", path, indices(frame)).float()
         assert (one_TCHW[0] - expected_TCHW[frames.index(frame)]).abs().mean() < 0.8 * step
+
+
+def pack(shard: Path, path: Path, row: ManifestRow) -> ManifestRow:
+    """The clip as the second member of a shard."""
+    with open(shard, "wb") as file:
+        writer = TarWriter(file)
+        writer.add("first.cls", b"1")
+        offset = writer.add(f"second{path.suffix}", path.read_bytes())
+    return replace(row, path=shard.name, offset=offset)
 
 
 @pytest.mark.parametrize(("name", "by"), [("h264", "torchcodec"), ("vp9, odd", "torchcodec"), ("mjpeg", "pyav")])
@@ -277,9 +291,9 @@ def torchcodec_or_pyav(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of them decodes a file when torchcodec is asked."""
     used, real = ["torchcodec"], decode_module._decode_pyav
 
-    def spy(path: Path, row: ManifestRow, frame_T: Indices) -> torch.Tensor:
+    def spy(video: EncodedVideo, row: ManifestRow, frame_T: Indices) -> torch.Tensor:
         used.append("pyav")
-        return real(path, row, frame_T)
+        return real(video, row, frame_T)
 
     with monkeypatch.context() as patch:
         patch.setattr(decode_module, "_decode_pyav", spy)
