@@ -6,6 +6,7 @@
     python prepare.py folder --root data/mine --val-fraction 0.1
     python prepare.py list --root data/mine --train train.txt --val val.txt --classes classes.txt
     python prepare.py shard --root data/kinetics400 --to data/kinetics400_shards
+    python prepare.py verify --root data/kinetics400_shards
 
 A second call scans only what is new or has changed; an interrupted one goes on where it stopped. docs/data.md says what each
 data set's folder must look like.

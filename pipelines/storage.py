@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .containers import EncodedVideo
 from .frames import frame_file
-from .manifest import ManifestRow
+from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip
 from .tar import BLOCK_BYTES, read_header
 
@@ -76,6 +76,31 @@ def frame_bytes(root: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
     return str(path), content
 
 
+def check_clip(root: Path, row: ManifestRow) -> None:
+    """Raises BadClip unless the clip is where its row says, and as long; its bytes are not read."""
+    path = root / row.path
+    if in_shard(row):
+        shard = _open_shard(path)
+        if row.codec != JPEG_FRAMES:
+            shard.member_name(row.offset, row.length)
+            return
+        index = shard.frames(row.offset, row.num_frames)
+        for start, length in index.tolist():
+            shard.member_name(row.offset + start, length)
+        end = int(index[-1]["start"] + index[-1]["length"])
+        if end != row.length:
+            raise BadClip(f"{path}: frames of {end} bytes, but {row.length} when the manifest was made: replaced since")
+        return
+    if row.codec != JPEG_FRAMES:
+        encoded_video(root, row)
+        return
+    try:
+        size = sum(os.stat(frame_file(path, row.offset + index)).st_size for index in range(row.num_frames))
+    except OSError as error:
+        raise BadClip(f"{error.filename}: {error.strerror}") from error
+    _check_size(path, size, row)
+
+
 def close_shards() -> None:
     """Forget the shards that are open: what is read from now on is opened anew."""
     _open_shard.cache_clear()
@@ -104,7 +129,10 @@ class Shard:
         return self._check_header(content[:BLOCK_BYTES], offset, length), content[BLOCK_BYTES:]
 
     def member_name(self, offset: int, length: int) -> str:
-        """Like `member`, without its bytes."""
+        """Like `member`, without reading its bytes."""
+        assert self._descriptor is not None
+        if os.fstat(self._descriptor).st_size < offset + length:
+            raise BadClip(f"{self.path}: ends before byte {offset + length}, in the middle of a clip: truncated")
         return self._check_header(self._read(offset - BLOCK_BYTES, BLOCK_BYTES), offset, length)
 
     def frames(self, offset: int, num_frames: int) -> NDArray[np.void]:
