@@ -1,6 +1,7 @@
 """Chosen frames of a clip as pixels: of videos by torchcodec where FFmpeg's libraries are installed, else by PyAV; of folders
 of JPEG files by torchvision."""
 
+import struct
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .containers import EncodedVideo, open_video
+from .containers import EncodedVideo
 from .manifest import JPEG_FRAMES, ManifestRow
-from .scan import BadClip
+from .scan import BadClip, check_pixels, video_stream
 from .storage import encoded_video, frame_bytes
 
 # the clip, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
@@ -76,7 +77,9 @@ def _decode_torchcodec(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[n
             # index into a time by the average frame rate: other frames, where the rate varies. It turns video upright itself.
             source = str(video.source) if isinstance(video.source, Path) else torch.from_numpy(video.source)
             decoder = VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1)
-            if len(decoder) == row.num_frames:
+            shown = sorted((decoder.metadata.width or 0, decoder.metadata.height or 0))
+            # Of pictures of another size, which may take any amount of memory, none is decoded before PyAV has looked.
+            if len(decoder) == row.num_frames and shown == sorted((row.width, row.height)):
                 return decoder.get_frames_at(frame_T.tolist()).data
     return _decode_pyav(video, row, frame_T)
 
@@ -85,11 +88,10 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     wanted = set(frame_T.tolist())
     last = max(wanted)
     pixels_HWC = {}
-    with open_video(video) as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1
+    with video_stream(video) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
+                _check_picture(video.name, frame.width, frame.height, row)
                 pixels_HWC[index] = frame.to_ndarray(format="rgb24")
             if index == last:
                 break
@@ -106,22 +108,42 @@ def _decode_jpeg_frames(root: Path, row: ManifestRow, frame_T: NDArray[np.int64]
     images_CHW = {}
     for index in sorted(set(frame_T.tolist())):
         name, content = frame_bytes(root, row, index)
+        _check_picture(name, *jpeg_size(name, content), row)
         images_CHW[index] = decode_jpeg_bytes(name, content)
-        height, width = images_CHW[index].shape[1:]
-        if (width, height) != (row.width, row.height):
-            raise BadClip(f"{name}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")
     return torch.stack([images_CHW[index] for index in frame_T.tolist()])
 
 
+def _check_picture(name: str, width: int, height: int, row: ManifestRow) -> None:
+    """Before memory is taken for its pixels."""
+    if (width, height) != (row.width, row.height):
+        raise BadClip(f"{name}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")
+
+
+def jpeg_size(name: str, content: bytes) -> tuple[int, int]:
+    """(width, height) as a JPEG file's header has them (ITU-T T.81, B.2.2), with no pixel decoded; BadClip where it has none."""
+    if not content:
+        raise BadClip(f"{name}: the file is empty")
+    if content[:2] != b"\xff\xd8":
+        raise BadClip(f"{name}: not a JPEG file")
+    at = content.find(b"\xff", 2)
+    while 0 <= at <= len(content) - 9:
+        marker = content[at + 1]
+        if marker in _START_OF_FRAME:
+            height, width = struct.unpack_from(">HH", content, at + 5)
+            return width, height
+        has_length = marker not in _WITHOUT_LENGTH
+        at = content.find(b"\xff", at + 2 + struct.unpack_from(">H", content, at + 2)[0] if has_length else at + 1)
+    raise BadClip(f"{name}: no size of a picture in its head: cut short or damaged")
+
+
 def decode_jpeg_bytes(name: str, content: bytes) -> Tensor:
-    """uint8 (3, H, W), RGB, whatever colours the picture has (grey, CMYK); BadClip when it is cut short or no JPEG.
+    """uint8 (3, H, W), RGB, whatever colours the picture has (grey, CMYK); BadClip when it is cut short, too large or no JPEG.
 
     Damage inside of a file that keeps its structure goes unseen, as in every decoder built on libjpeg.
     """
     from torchvision.io import ImageReadMode, decode_jpeg  # slow to import, and for folders of frames alone
 
-    if not content:
-        raise BadClip(f"{name}: the file is empty")
+    check_pixels(name, *jpeg_size(name, content))
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     with warnings.catch_warnings():
         # torchvision 0.29 warns with each call that torchcodec will take over; torchcodec needs FFmpeg's libraries, this not.
@@ -133,5 +155,7 @@ def decode_jpeg_bytes(name: str, content: bytes) -> Tensor:
             raise BadClip(f"{name}: does not decode ({reason})") from error
 
 
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xDA), 0xFF))
 _TIMED_CONTAINERS = frozenset((".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm"))
 _DECODERS: dict[str, Decoder] = {"torchcodec": _decode_torchcodec, "pyav": _decode_pyav}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .manifest import JPEG_FRAMES
-from .scan import BadClip, ClipFacts, MissingClip
+from .scan import BadClip, ClipFacts, MissingClip, check_regular
 
 _FRAME_NAME = re.compile(r"(?P<prefix>.*?)(?P<digits>\d+)(?P<suffix>\.jpe?g)", re.IGNORECASE)
 
@@ -53,10 +53,14 @@ def find_frames(folder: Path) -> FrameSeries:
 
 
 def stat_frames(folder: Path) -> tuple[int, int]:
-    """(bytes of all frames, the newest change in nanoseconds of the folder or a frame): a cheap test for "unchanged"."""
+    """(bytes of all frames, the newest change in nanoseconds of the folder or a frame): a cheap test for "unchanged".
+
+    Raises BadClip when a frame is no regular file.
+    """
     size, newest_ns = 0, os.stat(folder).st_mtime_ns
     for name in _frame_names(folder):
         status = os.stat(folder / name)
+        check_regular(folder / name, status.st_mode)
         size += status.st_size
         newest_ns = max(newest_ns, status.st_mtime_ns)
     return size, newest_ns

@@ -1,12 +1,17 @@
 """What a video file really holds: decoded once from end to end, as containers are often wrong about their own length."""
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import av
+from typing import Any
 
 from .containers import EncodedVideo, open_video
+
+MAX_PIXELS = 1 << 24
+"""Of a picture, 4096 x 4096: 16 frames of that are 805 MB in each process that decodes, and a few kB of file can ask for more."""
 
 
 class BadClip(ValueError):
@@ -36,6 +41,39 @@ class ClipFacts:
 _TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names; decode.py has their endings
 
 
+@contextmanager
+def video_stream(video: EncodedVideo) -> Iterator[tuple[Any, Any]]:
+    """`(container, stream)` of PyAV, for one thread, since each process has clips of its own.
+
+    Raises BadClip where there is no video stream that decodes, or where its pictures are larger than MAX_PIXELS; FFmpeg ends with
+    an error where they become so later.
+    """
+    with open_video(video) as container:
+        if not container.streams.video:
+            raise BadClip(f"{video.name}: no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise BadClip(
+                f"{video.name}: its video is of no codec that FFmpeg knows here: damaged in its head, or a rare one"
+            )
+        check_pixels(video.name, stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield container, stream
+
+
+def check_pixels(name: str, width: int, height: int) -> None:
+    """Raises BadClip for a picture larger than MAX_PIXELS, whose frames could take all of the machine's memory."""
+    if width * height > MAX_PIXELS:
+        raise BadClip(f"{name}: pictures of {width}x{height}, more than {MAX_PIXELS} pixels: scale them down first")
+
+
+def check_regular(path: Path, mode: int) -> None:
+    """Raises BadClip for what is no file, by its `st_mode`: opening a pipe would wait for ever."""
+    if not stat.S_ISREG(mode):
+        raise BadClip(f"{path}: no regular file, but a folder, a pipe, a socket or a device")
+
+
 def scan_clip(path: str | Path) -> ClipFacts:
     """Decode every frame of the first video stream; BadClip where that is not possible.
 
@@ -45,10 +83,11 @@ def scan_clip(path: str | Path) -> ClipFacts:
     """
     path = Path(path)
     try:
-        length = os.stat(path).st_size
+        status = os.stat(path)
     except FileNotFoundError:
         raise MissingClip(f"{path}: no such file") from None
-    return scan_video(EncodedVideo(str(path), path.suffix.lower(), path), length)
+    check_regular(path, status.st_mode)
+    return scan_video(EncodedVideo(str(path), path.suffix.lower(), path), status.st_size)
 
 
 def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
@@ -57,11 +96,7 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
     if length == 0:
         raise BadClip(f"{path}: the file is empty")
     try:
-        with open_video(video) as container:
-            if not container.streams.video:
-                raise BadClip(f"{path}: no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # many files are scanned at once, one process each
+        with video_stream(video) as (container, stream):
             num_frames, rotation, last_pts = 0, 0, None
             has_times = container.format.name in _TIMED_FORMATS
             for frame in container.decode(stream):
@@ -73,7 +108,9 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
                 rotation = int(frame.rotation) % 360 if num_frames == 0 else rotation
                 num_frames += 1
             codec, width, height = stream.codec_context.name, stream.codec_context.width, stream.codec_context.height
-    except (av.FFmpegError, UnicodeDecodeError) as error:
+    except BadClip:
+        raise
+    except Exception as error:  # a decoder fails in as many ways as a file can be broken
         raise BadClip(f"{path}: does not decode ({getattr(error, 'strerror', None) or error})") from error
     if num_frames == 0:
         raise BadClip(f"{path}: holds no frame")

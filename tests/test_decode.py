@@ -1,24 +1,30 @@
 """Decoding chosen frames, told by their grey levels, and what is said of files that are not what they should be."""
 
+import io
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 from clips import smooth_video, turned, write_frames, write_video, write_video_apart
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines import decode as decode_module
+from pipelines import scan as scan_module
 from pipelines.containers import EncodedVideo
-from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_bytes
+from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_bytes, jpeg_size
 from pipelines.frames import scan_frames
 from pipelines.manifest import ManifestRow
 from pipelines.scan import BadClip, scan_clip
@@ -374,7 +380,7 @@ def test_jpeg_of_any_colours_becomes_rgb(tmp_path: Path, mode: str) -> None:
     [
         (lambda path: path.unlink(), "00004.jpg: No such file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "00004.jpg: does not decode .Image is incomplete"),
-        (lambda path: shutil.copyfile(__file__, path), "00004.jpg: does not decode .Not a JPEG file"),
+        (lambda path: shutil.copyfile(__file__, path), "00004.jpg: not a JPEG file"),
         (lambda path: Image.new("RGB", (32, 32)).save(path), "00004.jpg: 32x32, but 64x48 when the manifest was made"),
     ],
 )
@@ -430,7 +436,7 @@ def test_no_video_stream(decoder: str, tmp_path: Path) -> None:
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    check_bad(decoder, path, indices(0), "cannot decode")
+    check_bad(decoder, path, indices(0), "no video stream")
 
 
 def test_a_file_without_its_end(decoder: str, clip: Path, tmp_path: Path) -> None:
@@ -452,6 +458,60 @@ def test_a_file_without_its_last_frames(decoder: str, noisy: Path, tmp_path: Pat
 @pytest.mark.parametrize("frame", [FRAMES, FRAMES + 100])
 def test_a_frame_behind_the_last(decoder: str, clip: Path, frame: int) -> None:
     check_bad(decoder, clip, indices(0, frame), "grey.mp4: ")
+
+
+def test_pictures_of_another_size_take_no_memory_for_their_pixels(
+    decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the right length whose frames are ten times as wide: no frame of it becomes an array."""
+    monkeypatch.setattr("av.VideoFrame.to_ndarray", lambda *_, **__: pytest.fail("pixels were made"), raising=True)
+    path = write_video(tmp_path / "wide.mp4", smooth_video(FRAMES, HEIGHT, 10 * WIDTH))
+    check_bad(decoder, path, indices(0), "640x48, but 64x48 when the manifest was made")
+
+
+def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(
+    decoder: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = row_of(clip)
+    monkeypatch.setattr(scan_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(BadClip, match="grey.mp4: pictures of 64x48, more than 3071 pixels: scale them down first"):
+        scan_clip(clip)
+    monkeypatch.setattr(decode_module, "_TIMED_CONTAINERS", frozenset())
+    with pytest.raises(BadClip, match="pictures of 64x48"):
+        decode_clip(decoder, clip.parent, replace(row, path=clip.name), indices(0))
+    (path,) = write_frames(tmp_path / "frames", smooth_video(1)).iterdir()
+    with pytest.raises(BadClip, match="00001.jpg: pictures of 64x48"):
+        decode_jpeg_bytes(str(path), path.read_bytes())
+
+
+def test_pictures_that_outgrow_the_limit_later_are_refused(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By FFmpeg itself, which knows each picture's size before it takes memory for it."""
+    monkeypatch.setattr(scan_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(scan_module, "check_pixels", lambda *_: None)
+    with pytest.raises(BadClip, match="grey.mp4: does not decode"):
+        scan_clip(clip)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    options=st.fixed_dictionaries(
+        {"progressive": st.booleans(), "comment": st.binary(max_size=99), "exif": st.binary(max_size=99)}
+    ),
+)
+def test_the_size_of_a_jpeg_is_that_of_its_pixels(width: int, height: int, mode: str, options: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    Image.new(mode, (width, height)).save(content, format="JPEG", **options)
+    assert jpeg_size("a.jpg", content.getvalue()) == (width, height)
+
+
+@given(st.binary(max_size=400), st.booleans())
+def test_the_size_of_anything_is_a_size_or_a_bad_clip(content: bytes, head: bool) -> None:
+    with suppress(BadClip):
+        width, height = jpeg_size("a.jpg", b"\xff\xd8\xff" * head + content)
+        assert 0 <= width < 1 << 16 and 0 <= height < 1 << 16
 
 
 def test_pyav_names_the_frame_that_is_not_there(clip: Path) -> None:

@@ -267,7 +267,7 @@ def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
     plan = evaluation_rows(2, 2, rank=0, size=1)
     (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(plan)
     assert batch.real_N.tolist() == [False, True]
-    assert "(40, 64), the manifest says (40, 48)" in batch.bad_clips[0].reason
+    assert "64x40, but 48x40 when the manifest was made" in batch.bad_clips[0].reason
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------

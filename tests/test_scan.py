@@ -191,7 +191,7 @@ def spoil_kind(folder: Path) -> None:
     [
         (spoil_truncate, r"00003.jpg: does not decode \(Image is incomplete or truncated\)"),
         (spoil_size, "00003.jpg is 40x32, the first frame 48x32"),
-        (spoil_kind, "00003.jpg: does not decode .Not a JPEG file"),
+        (spoil_kind, "00003.jpg: not a JPEG file"),
         (lambda folder: (folder / "00004.jpg").write_bytes(b""), "00004.jpg: the file is empty"),
     ],
 )
@@ -296,6 +296,17 @@ def test_bad_and_missing_clips_are_left_out_and_named(root: Path) -> None:
     assert "does not decode" in bad["clips/5.mp4"][1] and "no such file" in bad["clips/7.mp4"][1]
     assert bad["clips/17"] == ("val", f"{root}/clips/17: frame 2 is missing: there is no 00002.jpg")
     assert (len(reports["train"].bad), len(reports["train"].missing), len(reports["val"].bad)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["c.mp4", "frames"])
+def test_a_pipe_is_no_clip(tmp_path: Path, name: str) -> None:
+    """Opening one waits for ever, so it must be known before."""
+    path = tmp_path / name
+    if name == "frames":
+        path.mkdir()
+    os.mkfifo(path / "00001.jpg" if name == "frames" else path)
+    scanned = scan_one((tmp_path, name, None))
+    assert "no regular file" in scanned.reason and scanned.facts is None
 
 
 def test_too_many_bad_clips_write_nothing(root: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from ..scan import ClipFacts
 from .annotations import DataSetError
 
-VERSION = 1  # raise it when the scan finds other facts in the same file: what an older one wrote is then scanned again
+VERSION = 2  # raise it when the scan finds other facts in the same file: what an older one wrote is then scanned again
 
 
 @dataclass(frozen=True)

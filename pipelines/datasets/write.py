@@ -14,7 +14,7 @@ from pathlib import Path
 from ..frames import scan_frames, stat_frames
 from ..manifest import ManifestRow, write_manifest
 from ..progress import progress
-from ..scan import BadClip, MissingClip, scan_clip
+from ..scan import BadClip, MissingClip, check_regular, scan_clip
 from .annotations import Annotations, Clip, DataSetError, check_annotations
 from .journal import Scanned, open_journal
 from .pool import Died, run_guarded
@@ -136,6 +136,7 @@ def scan_one(task: Task) -> Scanned:
         if known is not None and (known.size, known.mtime_ns) == (size, mtime_ns):
             return known
         if not is_folder:
+            check_regular(full_path, status.st_mode)
             open(full_path, "rb").close()  # whether it may be read at all is no fact about its content
             return Scanned(path, size, mtime_ns, scan_clip(full_path))
         series, facts = scan_frames(full_path)

@@ -1,0 +1,21 @@
+"""150 broken files, scanned, trained on and evaluated by both decoders; `make faults` takes 1,000 (tests/bad_corpus.py)."""
+
+from pathlib import Path
+
+import pytest
+from bad_corpus import KINDS, run
+
+from pipelines.decode import choose_decoder
+from pipelines.loader import start_worker_server
+
+pytestmark = pytest.mark.slow
+
+
+def test_no_broken_file_ends_stops_or_swells_what_reads_it(tmp_path: Path) -> None:
+    decoders = tuple(dict.fromkeys(("pyav", choose_decoder("auto"))))
+    start_worker_server()
+    outcome = run(tmp_path, num_files=150, decodes=700 * len(decoders), seed=1, decoders=decoders)
+    assert outcome.wrong == []
+    assert all(outcome.of_kind[kind] for kind in KINDS)
+    for decoder in decoders:
+        assert sum(outcome.missing[decoder].values()) > 50 and sum(outcome.replaced[decoder].values()) > 50, outcome
