@@ -1,4 +1,5 @@
-"""A read-only view of a folder, as a file system whose reads block for as long as a marker exists: a file server that is gone.
+"""A read-only view of a folder, as a file system whose reads block for as long as a marker exists: a file server that is gone. A
+marker with a number in it delays every opening of a file by so many seconds instead: one that is slow.
 
 `python tests/stalling_fs.py FOLDER MOUNT MARKER` serves it until it is unmounted.
 """
@@ -13,7 +14,7 @@ import mfusepy
 
 
 class StallingFiles(mfusepy.Operations):
-    """Passes everything through to `folder`; `read` waits while `marker` is there."""
+    """Passes everything through to `folder`; `read` waits while `marker` is there, `open` as long as it says."""
 
     use_ns = True
 
@@ -34,12 +35,21 @@ class StallingFiles(mfusepy.Operations):
         return [".", "..", *(entry.name for entry in self._path(path).iterdir())]
 
     def open(self, path: str, flags: int) -> int:
+        time.sleep(self._delay_s() or 0.0)
         return os.open(self._path(path), os.O_RDONLY)
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-        while self._marker.exists():
+        while self._delay_s() is None:
             time.sleep(0.05)
         return os.pread(fh, size, offset)
+
+    def _delay_s(self) -> float | None:
+        """None: for as long as the marker is as it is."""
+        try:
+            text = self._marker.read_text()
+        except FileNotFoundError:
+            return 0.0
+        return float(text) if text else None
 
     def release(self, path: str, fh: int) -> int:
         os.close(fh)

@@ -78,6 +78,7 @@ def train(job: Job, records: Records) -> int:
                 window.settle(records)
                 saves.save(taken, best, evaluation_owed=owed)
                 window.restart()
+        window.close(taken, records)
         failed = saves.finish()
         if stop is None:
             check_finished(failed, taken)

@@ -11,6 +11,7 @@ from pipelines.loader import ClipBatch
 
 from .bad_clips import BadClips
 from .bad_steps import BadStep, BadSteps
+from .input_watch import WARM_UP_STEPS, Feed, InputWatch
 from .job import Job
 from .records import Records
 from .stragglers import BusyClock, Stragglers
@@ -29,6 +30,7 @@ class Window:
         self._unsettled: list[tuple[int, list[Tensor], Tensor]] = []
         self._busy = BusyClock(job.trainer.network, job.backend)
         self._stragglers = Stragglers(job.backend.topology.size)
+        self._input = InputWatch(Feed.of(job.config.pipeline.workers, job.backend.topology))
         self.restart()
 
     def restart(self) -> None:
@@ -85,15 +87,19 @@ class Window:
         self.settle(records)
         job = self._job
         busy_s, messages_s, busy_steps = self._busy.read()
-        busy_R = self._totals.new_zeros(job.backend.topology.size)
-        busy_R[job.backend.topology.rank] = busy_s
+        times_2R = self._totals.new_zeros(2, job.backend.topology.size)
+        times_2R[:, job.backend.topology.rank] = self._totals.new_tensor([busy_s, self._input_s])
         counts = self._totals.new_tensor([float(self._bad_clips.noted), float(save_here)])
-        sums = torch.cat([self._totals, counts, busy_R]).to(job.backend.device)
+        sums = torch.cat([self._totals, counts, times_2R.flatten()]).to(job.backend.device)
         job.backend.all_reduce_(sums, "train.record")
         sums = sums.cpu()
-        loss, right, clips, bad, save_now = sums[: -len(busy_R)].tolist()
-        self._name_stragglers(step, sums[-len(busy_R) :], busy_steps, records)
+        loss, right, clips, bad, save_now = sums[: -times_2R.numel()].tolist()
+        busy_R, input_R = sums[-times_2R.numel() :].view_as(times_2R)
+        self._name_stragglers(step, busy_R, busy_steps, records)
         duration_s = time.monotonic() - self._started_s
+        said = self._input.add(self._steps, duration_s, input_R.max().item())
+        if said:
+            records.say(f"step {step:6d}  {said}")
         if clips:
             records.train(
                 step,
@@ -110,6 +116,13 @@ class Window:
             self._bad_clips.report(records)
         self.restart()
         return bool(save_now)
+
+    def close(self, step: int, records: Records) -> None:
+        """Say what the whole run waited for its clips."""
+        percent = self._input.wait_percent
+        if percent is not None:
+            records.write("input", step, wait_percent=percent)
+            records.say(f"after the first {WARM_UP_STEPS} steps the steps waited for clips {percent:.1f}% of the time")
 
     def _batch_norm_cost(self, messages_s: float, steps: int) -> dict[str, float]:
         """What this rank's messages of batch norm over ranks took; on GPUs the host does not see it."""
