@@ -5,6 +5,7 @@
     python prepare.py something-v2                     # likewise something-v1, jester, ucf101, hmdb51
     python prepare.py folder --root data/mine --val-fraction 0.1
     python prepare.py list --root data/mine --train train.txt --val val.txt --classes classes.txt
+    python prepare.py transcode --root data/kinetics400 --to data/kinetics400_256
     python prepare.py shard --root data/kinetics400 --to data/kinetics400_shards
     python prepare.py verify --root data/kinetics400_shards
 

@@ -371,8 +371,8 @@ def test_frames_that_have_changed_since(files: Path, tmp_path: Path, capsys: pyt
 def test_what_may_not_be_mixed(files: Path, spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for target, size, says in (
         (files, "1GB", "is the folder of the data set itself"),
-        (spoiled, "1GB", "of another --shard-size"),
-        (tmp_path, "1GB", "is not empty and holds no shards"),
+        (spoiled, "1GB", "was made of other manifests, or with other options"),
+        (tmp_path, "1GB", "is not empty, and not of this command"),
         (tmp_path / "new", "1 apple", "'1 apple' is no size"),
     ):
         assert shard(files, target, size) == 2

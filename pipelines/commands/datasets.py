@@ -10,9 +10,10 @@ from ..datasets.annotations import Annotations
 from ..datasets.class_folders import read_class_folders
 from ..datasets.kinetics import read_kinetics
 from ..datasets.lists import DELIMITER_NAMES, read_lists
+from ..datasets.report import BAD_FILES_NAME, SplitReport
 from ..datasets.twentybn import CLASS_ORDERS, read_something_v2, read_twentybn_csv
 from ..datasets.ucf101 import SPLITS, read_hmdb51, read_ucf101
-from ..datasets.write import BAD_FILES_NAME, SplitReport, write_manifests
+from ..datasets.write import write_manifests
 
 Reader = Callable[[argparse.Namespace], Annotations]
 

@@ -1,4 +1,4 @@
-"""`prepare.py shard` and `verify`: what is made of a data set's manifests."""
+"""`prepare.py transcode`, `shard` and `verify`: what is made of a data set's manifests."""
 
 import argparse
 import os
@@ -6,8 +6,12 @@ import time
 from pathlib import Path
 
 from ..datasets.annotations import DataSetError
+from ..datasets.report import BAD_FILES_NAME
+from ..prepared.encoders import ENCODERS
 from ..prepared.parts import find_part
 from ..prepared.shard import parse_bytes, write_shards
+from ..prepared.transcode import transcode
+from ..prepared.transcode_clip import Settings
 from ..prepared.verify import verify
 
 _PART_HELP = (
@@ -16,8 +20,23 @@ _PART_HELP = (
 
 
 def add_prepared(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    _add_transcode(commands)
     _add_shard(commands)
     _add_verify(commands)
+
+
+def _add_transcode(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    what = "encode the clips of a data set anew: smaller, with key frames close together, the same frames"
+    parser = _add(commands, "transcode", what)
+    parser.add_argument("--to", type=Path, required=True, help="folder of the new clips and their manifests")
+    parser.add_argument("--codec", choices=list(ENCODERS), default="h264", help="jpeg: a picture for each frame (h264)")
+    parser.add_argument("--short-side", type=int, default=256, help="pixels of the shorter side; never enlarged (256)")
+    parser.add_argument("--gop", type=int, default=16, help="frames from one key frame to the next (16)")
+    qualities = ", ".join(f"{name} {each.quality} of 1 to {each.worst}" for name, each in ENCODERS.items())
+    parser.add_argument("--quality", type=int, help=f"the encoder's own number, a lower one is better ({qualities})")
+    parser.add_argument("--max-bad", type=float, default=0.05, help="part of a split's clips that may fail (0.05)")
+    parser.add_argument("--part", metavar="I/N", help=_PART_HELP)
+    parser.set_defaults(run=run_transcode)
 
 
 def _add_shard(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,6 +62,28 @@ def _add(
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help=f"processes ({cores}); 0: work in this process")
     return parser
+
+
+def run_transcode(args: argparse.Namespace) -> None:
+    start_s = time.perf_counter()
+    quality = ENCODERS[args.codec].quality if args.quality is None else args.quality
+    settings = Settings(args.codec, args.short_side, args.gop, quality)
+    done = transcode(args.root, args.to, settings, args.workers, find_part(args.part), args.max_bad)
+    took = f"{done.new} encoded in {time.perf_counter() - start_s:.1f} s" if done.new else "already there"
+    if done.missing:
+        print(f"{args.to}: {took}; {done.missing} clips are left to other parts, or to a further call")
+        return
+    print(f"{args.to}: {took}")
+    for name, report in done.splits.items():
+        before, after = done.bytes_before[name], done.bytes_after[name]
+        bad = f", {len(report.bad)} BAD ({len(report.bad) / report.listed:.2%})" if report.bad else ""
+        print(
+            f"  {args.to / name}.arrow: {report.written} of {report.listed} clips{bad}, {before / 1e6:.1f} MB before, "
+            f"{after / 1e6:.1f} MB after ({after / before:.2f}), {after / report.written / 1e3:.1f} KB a clip"
+        )
+    lost = sum(len(report.bad) for report in done.splits.values())
+    if lost:
+        print(f"  LEFT OUT: {lost} clips; which and why: {args.to / BAD_FILES_NAME}")
 
 
 def run_shard(args: argparse.Namespace) -> None:

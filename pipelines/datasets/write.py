@@ -1,13 +1,9 @@
 """From annotations to manifests: every clip is decoded once, in parallel, and what does not decode is left out and named."""
 
-import csv
-import io
-import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,22 +14,9 @@ from ..scan import BadClip, MissingClip, check_regular, scan_clip
 from .annotations import Annotations, Clip, DataSetError, check_annotations
 from .journal import Scanned, open_journal
 from .pool import Died, run_guarded
+from .report import BAD_FILES_NAME, SplitReport, refuse_bad, write_bad_files
 
-JOURNAL_NAME, BAD_FILES_NAME = "scan.jsonl", "bad_files.csv"
-
-
-@dataclass
-class SplitReport:
-    listed: int
-    written: int = 0
-    unchanged: int = 0
-    """Not scanned again."""
-    missing: list[tuple[str, str]] = field(default_factory=list)
-    """(path, reason)."""
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    miscounted: list[str] = field(default_factory=list)
-    """Clips with another number of frames than their list says."""
-    codecs: Counter[str] = field(default_factory=Counter)
+JOURNAL_NAME = "scan.jsonl"
 
 
 def write_manifests(
@@ -57,9 +40,9 @@ def write_manifests(
             paths = [row_path(root, clip.path) for clip in clips]
             reports[split], rows[split] = _sort_out(clips, paths, scanned)
             reports[split].unchanged = sum(path in unchanged for path in paths)
-        _write_bad_files(root / BAD_FILES_NAME, reports)
+        write_bad_files(root / BAD_FILES_NAME, reports)
         for split, report in reports.items():
-            _refuse_bad(root, split, report, max_bad, max_missing)
+            refuse_bad(root, split, report, max_bad, max_missing)
         for split, split_rows in rows.items():
             write_manifest(root / f"{split}.arrow", split_rows, annotations.classes, split=split)
     except OSError as error:
@@ -172,31 +155,3 @@ def _sort_out(
         rows.append(ManifestRow(full_path, found.first, label=clip.label, **asdict(found.facts)))
     report.written = len(rows)
     return report, rows
-
-
-def _write_bad_files(path: Path, reports: dict[str, SplitReport]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "reason", "split"])
-    for split, report in reports.items():
-        writer.writerows([name, reason, split] for name, reason in [*report.bad, *report.missing])
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
-    os.replace(aside, path)
-
-
-def _refuse_bad(root: Path, split: str, report: SplitReport, max_bad: float, max_missing: float) -> None:
-    for unusable, limit, option, what in (
-        (report.missing, max_missing, "--max-missing", "are not there"),
-        (report.bad, max_bad, "--max-bad", "cannot be decoded"),
-    ):
-        part = len(unusable) / report.listed
-        if part > limit or part == 1:
-            more = f"Mend them, or allow more with {option} {math.ceil(part * 1000) / 1000}"
-            raise DataSetError(
-                f"{split}: {len(unusable)} of {report.listed} clips {what}, more than {limit:.2%} of them, so no "
-                f"manifest is written. The first: {unusable[0][1]}. All: {root / BAD_FILES_NAME}. "
-                f"{'Check --videos and --annotations' if part == 1 else more}"
-            )
-    if not report.written:
-        raise DataSetError(f"{split}: no clip is left; all reasons are in {root / BAD_FILES_NAME}")

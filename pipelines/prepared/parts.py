@@ -1,10 +1,13 @@
 """Work that is dealt out to the tasks of a Slurm array, or to calls by hand."""
 
+import fcntl
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import IO, TypeVar
 
 from ..datasets.annotations import DataSetError
 
@@ -37,3 +40,27 @@ def find_part(said: str | None, environment: Mapping[str, str] = os.environ) -> 
     if most - least != (count - 1) * step:
         raise DataSetError("the numbers of this job array have gaps; submit it with --array=1-N, or give --part I/N")
     return Part((task - least) // step + 1, count)
+
+
+@contextmanager
+def alone_on(part: Part, folder: Path) -> Iterator[None]:
+    """While it lasts, no other call works on the same part in `folder`, or on parts that are cut in another way."""
+    with open(folder / f"part-{part.number}-of-{part.count}.lock", "ab") as ours:
+        if not _locked(ours):
+            raise DataSetError(f"part {part.number}/{part.count} of {folder} is at work already; wait for its end")
+        for path in folder.glob("part-*-of-*.lock"):
+            if path.name.endswith(f"-of-{part.count}.lock"):
+                continue
+            with open(path, "ab") as other:
+                if not _locked(other):
+                    raise DataSetError(f"{folder} is at work in other parts ({path.name}); wait for their end")
+        yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """The system unlocks what a process held that dies."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -5,22 +5,19 @@ work, and a call that was interrupted goes on with the shards that are missing. 
 manifests, then the index. The same clips make the same shards, so one that is lost or bad can be made again.
 """
 
-import fcntl
-import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..aside import written_aside
 from ..datasets.annotations import DataSetError
 from ..datasets.pool import Died, run_guarded
 from ..manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
 from ..progress import progress
 from ..tar import member_space
+from .claim import claim, locked
 from .parts import Part
 from .shard_file import ShardRecord, ShardTask, find_record, write_shard
 from .shard_index import ShardFacts, ShardIndex, read_shard_index, write_shard_index
@@ -28,7 +25,6 @@ from .sources import open_manifests, require_apart
 
 RECORDS_NAME = ".sharding"
 """Folder of what is known of each finished shard, with which a further call makes the manifests."""
-_PLAN_NAME, _LOCK_NAME = "plan.json", "lock"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,7 +56,7 @@ def write_shards(root: Path, target: Path, shard_bytes: int, workers: int, part:
     manifests = open_manifests(root)
     made_of = {"shard_bytes": shard_bytes, "manifests": {name: each.digest for name, each in manifests.items()}}
     try:
-        _claim(target, made_of)
+        claim(target, target / RECORDS_NAME, made_of)
         tasks = [task for name, each in manifests.items() for task in plan_shards(name, each, target, shard_bytes)]
         waiting = [task for task in part.of(tasks) if find_record(task) is None]
         _require_room(target, sum(task.size_bytes for task in waiting))
@@ -94,25 +90,6 @@ def _space(row: ManifestRow) -> int:
     return member_space(row.length) + around + member_space(1)
 
 
-def _claim(target: Path, made_of: dict[str, Any]) -> None:
-    """Make the folder ours: no shard of other data, or cut in another way, may be taken for one of these."""
-    target.mkdir(parents=True, exist_ok=True)
-    records = target / RECORDS_NAME
-    if not records.exists() and any(target.iterdir()):
-        raise DataSetError(f"{target} is not empty and holds no shards. Fix: choose another folder with --to")
-    records.mkdir(exist_ok=True)
-    plan = records / _PLAN_NAME
-    with _locked(target):
-        if not plan.exists():
-            with written_aside(plan) as file:
-                file.write(json.dumps(made_of).encode())
-        if json.loads(plan.read_text()) != made_of:
-            raise DataSetError(
-                f"{target} holds shards of other manifests, or of another --shard-size ({plan}). "
-                "Fix: remove the folder, or choose another one with --to"
-            )
-
-
 def _require_room(target: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(target).free
     if free_bytes < needed_bytes:
@@ -134,7 +111,7 @@ def _written(tasks: list[ShardTask], workers: int) -> Iterator[ShardTask]:
 
 def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask], new: int) -> Sharded:
     """Whoever finds all shards there writes the rest."""
-    with _locked(target):
+    with locked(target / RECORDS_NAME):
         records = {task.name: find_record(task) for task in tasks}
         missing = sum(record is None for record in records.values())
         if missing:
@@ -159,11 +136,3 @@ def _rows(manifest: Manifest, shards: list[tuple[ShardTask, ShardRecord]]) -> It
     for task, record in shards:
         for number, offset, length in zip(range(task.first, task.last), record.offsets, record.lengths, strict=True):
             yield replace(manifest.row(number), path=task.path.name, offset=offset, length=length)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """One process at a time; the system unlocks what a process held that dies."""
-    with open(target / RECORDS_NAME / _LOCK_NAME, "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
