@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +70,10 @@ class ClipBatch:
         )
 
 
+Clips = tuple[list[tuple[Any, int, int]], NDArray[np.bool_], list[BadClipRecord]]
+"""Of a batch: (pixels, or what a source gives instead; label; row) of each clip, which are real, and which were bad."""
+
+
 @dataclass(frozen=True)
 class ClipSource:
     """Decodes clips of one manifest; travels to worker processes, each of which maps the manifest itself."""
@@ -90,10 +94,8 @@ class ClipSource:
         """All views of a clip, which are scaled alike, uint8 (V, T, 3, H, W); each frame is decoded once. Raises BadClip."""
         assert views[0].scaled is not None
         width, height = views[0].scaled
-        needed_F, where_X = np.unique(np.concatenate([view.frame_T for view in views]), return_inverse=True)
-        frames_FCHW = _resized(self._frames(row, needed_F), width, height)
-        where_VT = where_X.reshape(len(views), -1)
-        return torch.stack([_crop(frames_FCHW, view)[where_VT[number]] for number, view in enumerate(views)])
+        needed_F = frames_needed(views)
+        return cut_views(_resized(self._frames(row, needed_F), width, height), needed_F, views)
 
     def _frames(self, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
         """Whole upright frames, uint8 (T, 3, H, W)."""
@@ -105,6 +107,16 @@ class ClipSource:
                 f"the manifest says {(upright_height, upright_width)}"
             )
         return video_TCHW
+
+
+def frames_needed(views: list[Draw]) -> NDArray[np.int64]:
+    """The frames that the views of a clip look at, in ascending order, each there once."""
+    return np.unique(np.concatenate([view.frame_T for view in views]))
+
+
+def cut_views(frames_FCHW: Tensor, needed_F: NDArray[Any], views: list[Draw]) -> Tensor:
+    """All views, (V, T, 3, H, W), from the frames `needed_F` of a clip, upright and scaled."""
+    return torch.stack([_crop(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)] for view in views])
 
 
 def _crop(video_TCHW: Tensor, draw: Draw) -> Tensor:
@@ -146,12 +158,16 @@ class TrainingClips(Dataset[ClipBatch]):
         object.__setattr__(self, "_mirrored_labels", labels)
 
     def __getitem__(self, position_N: NDArray[np.int64]) -> ClipBatch:
+        return _collate(*self.clips(position_N))
+
+    def clips(self, position_N: NDArray[np.int64]) -> Clips:
+        """The clips at these positions of the stream, all of them real."""
         bad_clips: list[BadClipRecord] = []
         epoch_N, row_N = self._order.at(position_N)
         clips = [self._clip(int(epoch), int(row), bad_clips) for epoch, row in zip(epoch_N, row_N, strict=True)]
-        return _collate(clips, np.ones(len(clips), dtype=np.bool_), bad_clips)
+        return clips, np.ones(len(clips), dtype=np.bool_), bad_clips
 
-    def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> tuple[Tensor, int, int]:
+    def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> tuple[Any, int, int]:
         """`(video_TCHW, label, row)` of a row, or of the first replacement that decodes."""
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
@@ -179,6 +195,11 @@ class EvaluationClips(Dataset[ClipBatch]):
     protocol: Protocol
 
     def __getitem__(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> ClipBatch:
+        batch = _collate(*self.clips(rows))
+        return replace(batch, video_NTCHW=batch.video_NTCHW.flatten(0, 1))
+
+    def clips(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> Clips:
+        """The clips of these rows; which of them are real, after what could not be decoded."""
         row_N, real_N = rows
         real_N = real_N.copy()
         bad_clips: list[BadClipRecord] = []
@@ -198,8 +219,7 @@ class EvaluationClips(Dataset[ClipBatch]):
                     bad_clips.append(BadClipRecord(row, 0, str(error)))
                     real_N[slot] = False
             clips.append((video_VTCHW, entry.label, row))
-        batch = _collate(clips, real_N, bad_clips)
-        return replace(batch, video_NTCHW=batch.video_NTCHW.flatten(0, 1))
+        return clips, real_N, bad_clips
 
 
 def _collate(
@@ -241,10 +261,13 @@ def _kill_workers() -> None:
         child.kill()
 
 
-class ClipLoader:
+_Batch = TypeVar("_Batch")
+
+
+class ClipLoader(Generic[_Batch]):
     """Yields `dataset[item]` for each item of a plan, in order, decoded ahead by `workers` processes (0: in this one)."""
 
-    def __init__(self, dataset: Dataset[ClipBatch], workers: int, prefetch: int, pin_memory: bool = False) -> None:
+    def __init__(self, dataset: Dataset[_Batch], workers: int, prefetch: int, pin_memory: bool = False) -> None:
         self._dataset = dataset
         self._options: dict[str, Any] = {"batch_size": None, "collate_fn": _as_is, "pin_memory": pin_memory}
         if workers > 0:
@@ -255,22 +278,28 @@ class ClipLoader:
                 "worker_init_fn": _prepare_worker,
             }
 
-    def batches(self, plan: Iterable[Any]) -> Iterator[ClipBatch]:
+    def batches(self, plan: Iterable[Any]) -> Iterator[_Batch]:
         """Batches of the plan's items; worker processes live until the iterator is exhausted or dropped.
 
         Raises WorkerLostError within seconds of a worker's death.
         """
+        with _main_unknown():
+            batches = iter(DataLoader(self._dataset, sampler=plan, **self._options))  # type: ignore[arg-type]
         try:
-            with _main_unknown():
-                batches = iter(DataLoader(self._dataset, sampler=plan, **self._options))  # type: ignore[arg-type]
             yield from batches
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # The last three: it died while a batch was on its way. What is raised in a worker says that it was caught there.
+            connection = not isinstance(error, RuntimeError) and self._options.get("num_workers", 0) > 0
+            if "in DataLoader worker process" in str(error) or not (connection or "DataLoader worker" in str(error)):
                 raise
             raise WorkerLostError(
                 f"a process that decodes clips was killed: {error}. The kernel does so when memory runs out: "
                 "see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
             ) from error
+        finally:
+            if "num_workers" in self._options:
+                # An error's traceback holds it in a cycle, out of which it can no longer tell its processes to end.
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -288,7 +317,7 @@ def _main_unknown() -> Iterator[None]:
         main.__file__, main.__spec__ = known
 
 
-def _as_is(batch: ClipBatch) -> ClipBatch:
+def _as_is(batch: _Batch) -> _Batch:
     return batch
 
 

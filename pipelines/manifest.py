@@ -116,6 +116,20 @@ class Manifest:
         """label_N, int32 (a copy where the manifest has several blocks)."""
         return self._table.column("label").to_numpy()
 
+    def codecs(self) -> dict[str, int]:
+        """How many clips each codec has."""
+        counts = pc.value_counts(self._table.column("codec"))
+        return {count["values"]: count["counts"] for count in counts.to_pylist()}
+
+    def rows_of(self, codec: str, most: int) -> list[int]:
+        """The first rows of a codec, at most so many."""
+        column, start = self._table.column("codec"), 0
+        rows: list[int] = []
+        while len(rows) < most and (row := pc.index(column, codec, start=start).as_py()) >= 0:
+            rows.append(row)
+            start = row + 1
+        return rows
+
     def validate(self) -> None:
         _check(str(self.path), self._table, self.classes, self.order_groups)
 

@@ -130,6 +130,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("pipeline.crop_scales", []),
     ("pipeline.crop_scales", [1.0, 0.0]),
     ("pipeline.crop_scales", [1.1]),
+    ("pipeline.loader", "decord"),
+    ("pipeline.dali_threads", 0),
     ("pipeline.sampling", "random"),
     ("pipeline.flip", "sometimes"),
     ("data.mirrored_words", [["left"]]),

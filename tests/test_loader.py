@@ -242,6 +242,7 @@ def test_nothing_but_broken_clips_is_an_error(folder: Path, workers: int) -> Non
     batches = ClipLoader(training_clips(folder), workers, 2).batches(positions(2))
     with pytest.raises(BadClip, match="9 replacements cannot be decoded"):
         next(batches)
+    assert wait_until_no_children()
 
 
 def test_a_clip_and_nine_replacements_are_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

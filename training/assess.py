@@ -9,8 +9,7 @@ import torch
 from distributed.backend import Backend, broadcast_network
 from distributed.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint
 from distributed.control import ControlChannel
-from pipelines.decode import choose_decoder
-from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
+from pipelines.loader import EvaluationClips
 from pipelines.manifest import Manifest
 from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys
@@ -18,6 +17,7 @@ from tsm.official import WeightsError, check_keys
 from .errors import EXIT_DATA, EXIT_DONE, ConfigError
 from .evaluation import Evaluation, assess
 from .initial import RANDOM, find_initial_weights, load_initial_weights
+from .input import make_loader, source_of
 from .job import CHECKOUT, check_agreement, network_of, newest_checkpoint, open_manifest, protocol_of
 from .recipe import fingerprint_of
 from .run_folder import RunFolder
@@ -51,9 +51,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     if config.numerics.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    clips = EvaluationClips(ClipSource(validation.path, choose_decoder(config.pipeline.decoder)), protocol_of(config))
-    on_gpu = backend.device.type == "cuda"
-    loader = ClipLoader(clips, config.pipeline.workers, config.pipeline.prefetch, pin_memory=on_gpu)
+    clips = EvaluationClips(source_of(config, validation, backend.device), protocol_of(config))
+    loader = make_loader(config, clips, backend.device)
     normalise = Normaliser(backend.device, config.numerics)
     evaluation = assess(
         network,

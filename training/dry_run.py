@@ -21,10 +21,11 @@ from .code_version import code_version
 from .errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
 from .figures import NetworkFigures, Rates, clip_bytes, network_figures, rates_of, ring_bytes
 from .initial import find_initial_weights
+from .input import find_decoder
 from .job import CHECKOUT, check_same, find_start, open_manifest, recipe_of, training_clips_of
 from .memory import LEFT_OUT, StepCosts, step_costs
 from .plan import describe_execution, describe_gradients, describe_network, describe_recipe
-from .readiness import check_alone, check_files, check_folder, find_decoder, looked_at
+from .readiness import check_alone, check_files, check_folder, looked_at
 from .recipe import Execution, Recipe, fitting_worlds, plan_execution
 from .run_folder import RunFolder
 from .schema import Config, from_composed

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distributed.backend import Backend
-from pipelines.loader import BadClipRecord, ClipLoader, EvaluationClips
+from pipelines.loader import BadClipRecord, EvaluationClips
 from pipelines.order import evaluation_rows
 
+from .input import Loader
 from .metrics import ClipLogits, Scores, scores_of
 
 
@@ -30,7 +31,7 @@ def assess(
     network: nn.Module,
     normalise: Callable[[Tensor], Tensor],
     clips: EvaluationClips,
-    loader: ClipLoader,
+    loader: Loader,
     backend: Backend,
     batch: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -48,7 +49,7 @@ def evaluate(
     network: nn.Module,
     normalise: Callable[[Tensor], Tensor],
     clips: EvaluationClips,
-    loader: ClipLoader,
+    loader: Loader,
     backend: Backend,
     batch: int,
     progress: Callable[[int], None] = lambda _: None,

@@ -15,9 +15,8 @@ from distributed.batch_norm import convert_batch_norm, set_running_statistics
 from distributed.checkpoint import Checkpoint, load_newest
 from distributed.control import ControlChannel
 from distributed.optim.schedule import Schedule, scaled_rate
-from pipelines.decode import choose_decoder
 from pipelines.draw import Augmentation
-from pipelines.loader import ClipLoader, ClipSource, EvaluationClips, TrainingClips
+from pipelines.loader import ClipSource, EvaluationClips, TrainingClips
 from pipelines.manifest import Manifest, ManifestError
 from pipelines.views import Protocol
 from tsm.networks import TemporalNetwork, build_network
@@ -25,6 +24,7 @@ from tsm.networks import TemporalNetwork, build_network
 from .code_version import check_code, code_version
 from .errors import ConfigError, DataError
 from .initial import InitialWeights, find_initial_weights, load_initial_weights
+from .input import Loader, make_loader, source_of
 from .optimizers import make_optimizer, optimizer_tensors, set_step_counts
 from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
@@ -60,9 +60,8 @@ class Job:
     evaluation_owed: bool = False
     """The start before was stopped in front of the evaluation behind `first_step`, or within it."""
 
-    def loader(self, dataset: TrainingClips | EvaluationClips) -> ClipLoader:
-        pipeline = self.config.pipeline
-        return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=self.backend.device.type == "cuda")
+    def loader(self, dataset: TrainingClips | EvaluationClips) -> Loader:
+        return make_loader(self.config, dataset, self.backend.device)
 
 
 def set_numerics(config: Config) -> None:
@@ -250,7 +249,6 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         label_smoothing=config.optimizer.label_smoothing,
         average=average,
     )
-    decoder = choose_decoder(config.pipeline.decoder)
     job = Job(
         config=config,
         backend=backend,
@@ -259,8 +257,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         execution=execution,
         folder=folder,
         trainer=trainer,
-        training_clips=training_clips_of(config, ClipSource(training.path, decoder)),
-        validation_clips=EvaluationClips(ClipSource(validation.path, decoder), protocol_of(config)),
+        training_clips=training_clips_of(config, source_of(config, training, backend.device)),
+        validation_clips=EvaluationClips(source_of(config, validation, backend.device), protocol_of(config)),
         first_weights=first_weights,
         code=code,
     )

@@ -6,6 +6,7 @@ from distributed.optim.schedule import Schedule
 from distributed.synchronized_norm import message_bytes
 
 from .figures import NetworkFigures, network_figures
+from .input import describe_input
 from .job import Job
 from .optimizers import describe_optimizer
 from .recipe import Execution, Recipe
@@ -23,8 +24,8 @@ def describe_plan(job: Job) -> str:
         describe_network(job.config, figures),
         f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
         *([f"weights    {job.first_weights}"] if job.first_weights else []),
-        f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}, "
-        f"decoder {source.decoder} in {job.config.pipeline.workers} workers a process",
+        f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
+        f"input      {describe_input(job.config, source, job.backend.device)}",
         *describe_execution(job.execution),
         *describe_batch_norm(job.trainer.network, job.execution),
         describe_gradients(job.config, figures),

@@ -3,7 +3,6 @@
 import os
 
 from distributed.topology import find_topology
-from pipelines.decode import choose_decoder
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
 
 from .errors import ConfigError, DataError
@@ -20,13 +19,6 @@ def check_alone() -> None:
             f"plan.py is the work of one process, and {topology.launcher} started {topology.size}. Fix: python plan.py, "
             f"without a launcher, with distributed.world_size={topology.size}"
         )
-
-
-def find_decoder(config: Config) -> str:
-    try:
-        return choose_decoder(config.pipeline.decoder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def check_files(config: Config, manifest: Manifest) -> None:

@@ -63,8 +63,12 @@ class DataConfig:
 
 @dataclass
 class PipelineConfig:
+    loader: str = "torch"
+    """torch (processes that decode) or dali (NVIDIA DALI, on the device that trains)."""
+    dali_threads: int | None = None
+    """DALI's threads in each training process; null: half of the cores that the process may use."""
     decoder: str = "auto"
-    """auto (torchcodec where it loads, else pyav), torchcodec or pyav."""
+    """auto (torchcodec where it loads, else pyav), torchcodec or pyav; under DALI for what it does not know."""
     workers: int = 2
     """Decoding processes for each training process; 0 decodes in the training process."""
     prefetch: int = 2
@@ -312,6 +316,7 @@ _CHOICES = {
     "model.backbone": ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
     "model.shift": ("residual", "block", "none"),
     "model.direction": ("both", "past"),
+    "pipeline.loader": ("torch", "dali"),
     "pipeline.sampling": ("uniform", "dense"),
     "pipeline.flip": ("off", "on", "relabel"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense"),
@@ -386,7 +391,7 @@ def check(config: Config) -> None:
     nullable = (
         "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
         "data.train_clips", "distributed.hang_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
-        "checkpoint.every_steps", "checkpoint.every_minutes",
+        "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads",
     )  # fmt: skip
     for key in nullable:
         if value(key) is not None and not value(key) > 0:
