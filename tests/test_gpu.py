@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import make_clips, start_training
 from torch import nn
+from worlds import World
 
 from distributed.backend import SingleBackend, pick_device
 from distributed.batch_norm import convert_batch_norm
@@ -99,3 +101,17 @@ def test_mixed_precision_takes_a_step(amp: torch.dtype) -> None:
     scaler.step(optimizer)
     assert loss.isfinite()
     assert not network.classifier.weight.equal(before)
+
+
+@pytest.mark.slow
+def test_a_job_with_a_process_for_each_gpu_decodes_and_reduces_there(tmp_path: Path) -> None:
+    """NCCL, NVDEC and a step, in as many processes as there are GPUs."""
+    world = World("torchrun", torch.cuda.device_count())
+    arguments = (
+        "experiment=smoke pipeline=dali distributed.device=cuda logger=disabled batch.bn_group=2 max_steps=3".split()
+    )
+    paths = [f"data.root={make_clips(tmp_path / 'clips')}", f"outputs={tmp_path}"]
+    ended = start_training(world, tmp_path / "console.txt", *arguments, *paths).wait(300)
+    assert ended.exit_code == 0, ended.output[-5000:]
+    assert f"{world.size} x cuda, backend torch" in ended.output
+    assert "decodes h264 on cuda" in ended.output
