@@ -89,10 +89,11 @@ test:  ## everything but the GPU tests; installs system packages first where it 
 test-gpu: $(DEV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-faults: $(DEV) horovod  ## kill jobs at 50 random moments; each must end bit-equal to one left alone; about 40 minutes
+faults: $(DEV) horovod  ## kill jobs at 50 random moments, which must end bit-equal to one left alone; 1,000 broken files; 45 minutes
 	@mkdir -p outputs
 	$(BIN)/python tests/kill_runs.py --kills 50 --json outputs/faults.json $(ARGS)
 	$(BIN)/python tests/clean_run.py --json outputs/clean.json
+	$(BIN)/python tests/bad_corpus.py --files 1000 --decodes 20000 --json outputs/bad_corpus.json
 
 bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmarks/*.json
 	@mkdir -p outputs/benchmarks

@@ -105,12 +105,12 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
 
 def _decode_jpeg_frames(root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     """Only the frames that are asked for are read, each once; their size is checked, the bytes of the rest are not."""
-    images_CHW = {}
+    images_HWC = {}
     for index in sorted(set(frame_T.tolist())):
         name, content = frame_bytes(root, row, index)
         _check_picture(name, *jpeg_size(name, content), row)
-        images_CHW[index] = decode_jpeg_bytes(name, content)
-    return torch.stack([images_CHW[index] for index in frame_T.tolist()])
+        images_HWC[index] = decode_jpeg_bytes(name, content).permute(1, 2, 0)  # as it lies in memory: copied at once
+    return torch.stack([images_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)
 
 
 def _check_picture(name: str, width: int, height: int, row: ManifestRow) -> None:
