@@ -66,5 +66,11 @@ def test_the_advice_knows_the_nodes_cores(cores: int, words: str) -> None:
     assert ("transcode" in advice) == (cores == 4)
 
 
+def test_under_dali_its_threads_are_advised_and_on_a_gpu_other_clips() -> None:
+    assert "Fix: pipeline.dali_threads=4 would do" in Feed(2, 8, "pipeline.dali_threads").advice(step_s=1.0, wait_s=0.5)
+    advice = Feed(2, 8, None).advice(step_s=1.0, wait_s=0.5)
+    assert "prepare.py transcode" in advice and "dali_threads" not in advice
+
+
 def test_a_step_that_does_nothing_but_wait_has_an_advice() -> None:
     assert math.isfinite(Feed(1, 1).workers_needed(1.0, 1.0))

@@ -36,7 +36,7 @@ def source_of(config: Config, manifest: Manifest, device: torch.device) -> ClipS
 def make_loader(config: Config, dataset: TrainingClips | EvaluationClips, device: torch.device) -> Loader:
     pipeline = config.pipeline
     if pipeline.loader == "dali":
-        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, device, _dali_threads(config))
+        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, device, dali_threads(config))
     return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=device.type == "cuda")
 
 
@@ -45,10 +45,10 @@ def describe_input(config: Config, source: ClipSource, device: torch.device) -> 
     if config.pipeline.loader == "torch":
         return f"decoder {source.decoder} in {workers}"
     feed = describe(choose_feed(source.manifest_path, device), device, source.decoder)
-    return f"{feed}; {_dali_threads(config)} threads and {workers}"
+    return f"{feed}; {dali_threads(config)} threads and {workers}"
 
 
-def _dali_threads(config: Config) -> int:
+def dali_threads(config: Config) -> int:
     """Half of the cores that this process may use, where nothing else is said: the loader's processes and the step have the rest.
 
     A launcher that binds ranks to cores, as Slurm does with --cpus-per-task, thereby decides.

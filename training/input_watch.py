@@ -4,7 +4,10 @@ import math
 import os
 from dataclasses import dataclass
 
-from distributed.topology import Topology
+from distributed.backend import Backend
+
+from .input import dali_threads
+from .schema import Config
 
 WARM_UP_STEPS = 20  # workers start, caches fill and the first batches are waited for
 TOLERATED = 0.02  # of the time
@@ -17,15 +20,20 @@ class Feed:
     """What decodes for a rank."""
 
     workers: int
-    """Processes; 0: the rank itself."""
+    """Processes, or threads of DALI; 0: the rank itself."""
     cores: float
     """Of the node, for each of its ranks."""
+    key: str | None = "pipeline.workers"
+    """What sets their number; None: a GPU decodes."""
 
     @classmethod
-    def of(cls, workers: int, topology: Topology) -> "Feed":
+    def of(cls, config: Config, backend: Backend) -> "Feed":
         """As this process finds it: a launcher may have bound each rank to cores of its own."""
         mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-        return cls(workers, mine / topology.local_size if mine == all_cores else mine)
+        cores = mine / backend.topology.local_size if mine == all_cores else mine
+        if config.pipeline.loader == "torch":
+            return cls(config.pipeline.workers, cores)
+        return cls(dali_threads(config), cores, "pipeline.dali_threads" if backend.device.type == "cpu" else None)
 
     def workers_needed(self, step_s: float, wait_s: float) -> int:
         """For steps that wait `wait_s` of their `step_s`: workers that are waited for are always busy, so the clips of a step take
@@ -35,8 +43,10 @@ class Feed:
 
     def advice(self, step_s: float, wait_s: float) -> str:
         """What to do about it."""
+        if self.key is None:
+            return "Fix: `prepare.py transcode`, whose clips a GPU decodes faster, too; or pipeline=torch, if cores are idle"
         needed = self.workers_needed(step_s, wait_s)
-        told = f"pipeline.workers={needed} would do, where {self.workers} are, and each rank has {self.cores:g} cores of its node"
+        told = f"{self.key}={needed} would do, where {self.workers} are, and each rank has {self.cores:g} cores of its node"
         if needed + 1 <= self.cores:
             return f"Fix: {told}"
         return (

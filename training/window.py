@@ -30,7 +30,7 @@ class Window:
         self._unsettled: list[tuple[int, list[Tensor], Tensor]] = []
         self._busy = BusyClock(job.trainer.network, job.backend)
         self._stragglers = Stragglers(job.backend.topology.size)
-        self._input = InputWatch(Feed.of(job.config.pipeline.workers, job.backend.topology))
+        self._input = InputWatch(Feed.of(job.config, job.backend))
         self.restart()
 
     def restart(self) -> None:
