@@ -287,21 +287,26 @@ class _Run:
 
     def results(self) -> Iterator[tuple[EncodedBatch, tuple[Any, Any] | None]]:
         """Each batch with its outputs: None when it has nothing for DALI, or when DALI has failed with it, which is the end."""
-        while True:
-            try:
-                outputs = self._pipeline.run()
-            except StopIteration:
-                break
-            except Exception as error:
-                if self._raised is not None:
-                    raise self._raised from None
+        try:
+            while True:
+                try:
+                    outputs = self._pipeline.run()
+                except StopIteration:
+                    break
+                except Exception as error:
+                    if self._raised is not None:
+                        raise self._raised from None
+                    yield from self._without_samples()
+                    self.failure = _reason(error)
+                    yield self.fed.popleft(), None
+                    return
                 yield from self._without_samples()
-                self.failure = _reason(error)
-                yield self.fed.popleft(), None
-                return
+                yield self.fed.popleft(), outputs
             yield from self._without_samples()
-            yield self.fed.popleft(), outputs
-        yield from self._without_samples()
+        finally:
+            self._pipeline = (
+                None  # which knows this object: apart they end now, with their threads and memory on the GPU
+            )
 
     def _without_samples(self) -> Iterator[tuple[EncodedBatch, None]]:
         while self.fed and not self.fed[0].shapes:

@@ -5,6 +5,7 @@ its scaling filter in a table: means of 1 to 2 levels, and up to 8 at an edge of
 one; and on the CPU with a version that no longer decodes H.264 there.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -261,6 +262,25 @@ def test_ranks_see_each_clip_once_in_as_many_steps(made: Path) -> None:
     for batch, *parts in zip(whole, *halves, strict=True):
         assert torch.equal(torch.cat([part.video_NTCHW for part in parts]), batch.video_NTCHW)
         assert torch.equal(torch.cat([part.row_N for part in parts]), batch.row_N)
+
+
+def test_nothing_of_a_loader_is_left_behind_its_plan(made: Path) -> None:
+    """Nor of one that was left early: each evaluation is a pipeline with threads, and on a GPU memory, of its own."""
+
+    def threads_and_files() -> tuple[int, int]:
+        return len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
+
+    loader = DaliLoader(training(made / "train.arrow"), 0, 2, CPU, 2)
+    list(loader.batches(positions(3, 2)))
+    before = threads_and_files()
+    gc.disable()  # what only the collector of cycles frees, nobody knows when
+    try:
+        for _ in range(3):
+            list(loader.batches(positions(3, 2)))
+            next(loader.batches(positions(9, 2)))
+        assert threads_and_files() == before
+    finally:
+        gc.enable()
 
 
 # --- What is broken ---------------------------------------------------------------------------------------------------
