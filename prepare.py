@@ -8,6 +8,7 @@
     python prepare.py transcode --root data/kinetics400 --to data/kinetics400_256
     python prepare.py shard --root data/kinetics400 --to data/kinetics400_shards
     python prepare.py verify --root data/kinetics400_shards
+    python prepare.py stage --root data/kinetics400_shards --to /local/disk/staged
 
 A second call scans only what is new or has changed; an interrupted one goes on where it stopped. docs/data.md says what each
 data set's folder must look like.

@@ -8,19 +8,24 @@ from typing import BinaryIO
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; once the block is left it is synced and takes its place. After an exception nothing of it is left."""
+def written_aside(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, which takes its place once the block is left; after an exception nothing of it is left.
+
+    `lasting`: synced first, so that it outlives the machine's end; what can be copied again need not be.
+    """
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if lasting:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

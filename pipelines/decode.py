@@ -16,7 +16,7 @@ from torch import Tensor
 from .containers import EncodedVideo
 from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip, check_pixels, video_stream
-from .storage import encoded_video, frame_bytes
+from .storage import frame_at, from_nearest, video_at
 
 # the clip, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
 Decoder = Callable[[EncodedVideo, ManifestRow, NDArray[np.int64]], Tensor]
@@ -28,9 +28,13 @@ def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.
     `decoder` is for videos; a row says itself that its clip is kept as JPEG pictures. Raises BadClip, which says what is
     wrong, when the clip is missing, not as long as the row says, or cannot be decoded.
     """
+    return from_nearest(root, row, lambda path: _decode_at(path, decoder, row, frame_T))
+
+
+def _decode_at(path: Path, decoder: str, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     if row.codec == JPEG_FRAMES:
-        return _decode_jpeg_frames(root, row, frame_T)
-    video = encoded_video(root, row)
+        return _decode_jpeg_frames(path, row, frame_T)
+    video = video_at(path, row)
     try:
         video_TCHW = _DECODERS[decoder](video, row, frame_T)
     except BadClip:
@@ -103,11 +107,11 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
 
 
-def _decode_jpeg_frames(root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+def _decode_jpeg_frames(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
     """Only the frames that are asked for are read, each once; their size is checked, the bytes of the rest are not."""
     images_HWC = {}
     for index in sorted(set(frame_T.tolist())):
-        name, content = frame_bytes(root, row, index)
+        name, content = frame_at(path, row, index)
         _check_picture(name, *jpeg_size(name, content), row)
         images_HWC[index] = decode_jpeg_bytes(name, content).permute(1, 2, 0)  # as it lies in memory: copied at once
     return torch.stack([images_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)

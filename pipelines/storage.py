@@ -1,35 +1,68 @@
 """The encoded bytes of a clip, wherever it is kept: in a file of its own, as a folder of JPEG files, or in a shard."""
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .containers import EncodedVideo
+from .copies import find_copy, give_up, in_shard
 from .frames import frame_file
 from .manifest import JPEG_FRAMES, ManifestRow
 from .scan import BadClip
 from .tar import BLOCK_BYTES, read_header
 
-SHARD_SUFFIX = ".tar"
-"""A row whose path ends so is of a clip in a shard."""
-
 INDEX_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
 """An entry of the index in front of a clip of JPEG frames in a shard: where a frame's bytes are, in bytes behind the index'
 own first byte."""
 
+Read = TypeVar("Read")
+
 _OPEN_SHARDS = 128  # of each process; a system allows 1,024 open files or more
 
 
-def in_shard(row: ManifestRow) -> bool:
-    return row.path.endswith(SHARD_SUFFIX)
+def clip_bytes(root: Path, row: ManifestRow) -> NDArray[np.uint8]:
+    """All bytes of a clip that is one video, of the manifest in `root`.
+
+    Raises BadClip when the clip is missing, or is not the one that the manifest was made of; so do the functions below.
+    """
+    return from_nearest(root, row, lambda path: read_video(video_at(path, row), row))
+
+
+def frame_bytes(root: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
+    """(what it is called in messages, the encoded bytes) of a frame of a clip of JPEG_FRAMES."""
+    return from_nearest(root, row, lambda path: frame_at(path, row, index))
 
 
 def encoded_video(root: Path, row: ManifestRow) -> EncodedVideo:
-    """Raises BadClip when the clip is missing, or is not the one that the manifest was made of."""
+    """A clip that is one video, for a decoder to open."""
+    return from_nearest(root, row, lambda path: video_at(path, row))
+
+
+def from_nearest(root: Path, row: ManifestRow, read: Callable[[Path], Read]) -> Read:
+    """`read` what the row's path leads to: the copy on this node's disk where there is one (pipelines/copies.py).
+
+    What is bad there and good where it was copied from makes this process leave the copy alone from then on, with a line on
+    standard error.
+    """
     path = root / row.path
+    copy = find_copy(root, row)
+    if copy is None:
+        return read(path)
+    try:
+        return read(copy)
+    except BadClip as error:
+        result = read(path)
+        give_up(copy, f"{error}; reading {path}")
+        return result
+
+
+def video_at(path: Path, row: ManifestRow) -> EncodedVideo:
+    """`path`: the file itself, or the shard."""
     if in_shard(row):
         member, content = _open_shard(path).member(row.offset, row.length)
         return EncodedVideo(f"{path}, {member}", Path(member).suffix, content)
@@ -41,13 +74,8 @@ def encoded_video(root: Path, row: ManifestRow) -> EncodedVideo:
     return EncodedVideo(str(path), path.suffix.lower(), path)
 
 
-def clip_bytes(root: Path, row: ManifestRow) -> NDArray[np.uint8]:
-    """All bytes of a clip that is one video. Raises BadClip like `encoded_video`."""
-    return read_video(encoded_video(root, row), row)
-
-
 def read_video(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
-    """The bytes of what `encoded_video` found."""
+    """The bytes of what `video_at` found."""
     if isinstance(video.source, np.ndarray):
         return video.source
     try:
@@ -58,9 +86,8 @@ def read_video(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
     return content
 
 
-def frame_bytes(root: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
-    """(what it is called in messages, the encoded bytes) of a frame of a clip of JPEG_FRAMES. Raises BadClip."""
-    path = root / row.path
+def frame_at(path: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
+    """`path`: the pattern of the frames' files, or the shard."""
     if not 0 <= index < row.num_frames:
         raise BadClip(f"{path}: frame {index} of a clip of {row.num_frames}")
     if in_shard(row):
@@ -92,7 +119,7 @@ def check_clip(root: Path, row: ManifestRow) -> None:
             raise BadClip(f"{path}: frames of {end} bytes, but {row.length} when the manifest was made: replaced since")
         return
     if row.codec != JPEG_FRAMES:
-        encoded_video(root, row)
+        video_at(path, row)
         return
     try:
         size = sum(os.stat(frame_file(path, row.offset + index)).st_size for index in range(row.num_frames))

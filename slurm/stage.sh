@@ -19,24 +19,13 @@ stage_environment() {
     say "the environment is on each node's disk ($((SECONDS - started_s)) s): $target"
 }
 
-# Ranks of a node whose copy is not whole read the shared folder: slower, and the same clips.
+# Each node copies as much as it has room for; its ranks read the rest from the shared folder: slower, and the same clips.
 stage_data() {
     local source=$1 started_s=$SECONDS
-    export TSM_STAGED_DATA=$staged_on_node/data
-    # shellcheck disable=SC2016
-    on_each_node 'needed_kb=$(du --summarize --apparent-size --block-size=1K "$1" | cut -f 1)
-        free_kb=$(($(df --output=avail "$3" | tail -n 1)))
-        if ((free_kb < needed_kb + 1024)); then
-            echo "$(hostname): $1 needs $needed_kb KB, $3 has $free_kb: reading the shared folder"
-            exit 0
-        fi
-        mkdir -p "${2%/*}"
-        if cp --recursive --dereference "$1" "$2.part" && diff --brief --recursive "$1" "$2.part"; then
-            mv "$2.part" "$2"
-        else
-            rm -rf "$2.part"
-            echo "$(hostname): the copy of $1 is not whole: reading the shared folder"
-        fi' "$source" "$TSM_STAGED_DATA" "$TSM_LOCAL_DISK" || say "staging failed on some nodes: they read the shared folder"
+    export TSM_STAGED_FILES=$staged_on_node/data
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --mpi=none "${container[@]}" \
+        "$TSM_PYTHON" "$checkout/prepare.py" stage --root "$source" --to "$TSM_STAGED_FILES" ||
+        say "staging failed on some nodes: they read the shared folder"
     say "staged $source ($((SECONDS - started_s)) s)"
 }
 

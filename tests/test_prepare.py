@@ -35,7 +35,7 @@ def documented() -> list[str]:
 def test_documented_commands_are_found() -> None:
     assert {command.split()[0] for command in documented()} >= {
         "shapes", "kinetics", "something-v1", "something-v2", "jester", "ucf101", "hmdb51", "folder", "list", "frames",
-        "transcode", "shard", "verify",
+        "transcode", "shard", "verify", "stage",
     }  # fmt: skip
 
 

@@ -294,26 +294,28 @@ def test_what_is_staged_is_whole_or_not_there(
         source $checkout/slurm/job.sh
         load_site
         TSM_ENVIRONMENT_ARCHIVE={archive}
+        stage_data {clips} # first: it needs packages, and the environment has none
         stage_environment
-        stage_data {clips}
-        show='echo "$(hostname): $("$1" -c "import sys; print(sys.prefix)") $(ls "$2" 2>&1 | head -1)"'
-        on_each_node "$show" "$TSM_PYTHON" "$TSM_STAGED_DATA"
+        show='echo "$(hostname): $("$1" -c "import sys; print(sys.prefix)") $(find "$2" -name "*.mp4" | wc -l)"'
+        on_each_node "$show" "$TSM_PYTHON" "$TSM_STAGED_FILES"
         unstage
         on_each_node 'echo "$(hostname) left: $(ls /mnt/local | grep staged)"'
     """)
     filler = slurm_cluster.folder / "nodes" / "n3" / "disk" / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 1_000_000))  # room for the environment alone
+    files = len(list(clips.rglob("*.mp4")))
     number = slurm_cluster.sbatch("--nodes=4", "--ntasks-per-node=1", f"--output={tmp_path / 'log'}", str(script))
-    ended = slurm_cluster.wait_for_state(number, limit_s=60)
+    ended = slurm_cluster.wait_for_state(number, limit_s=120)
     filler.unlink()
     text = (tmp_path / "log").read_text()
     assert ended["JobState"] == "COMPLETED", text
+    prefix = f"/mnt/local/tsm-staged-{number}"
     for node in slurm_cluster.nodes:
-        prefix = f"/mnt/local/tsm-staged-{number}"
-        data = "dataset.json" if node != "n3" else "ls: cannot access"
-        assert f"{node}: {prefix}/environment {data}" in text, text
+        assert f"{node}: {prefix}/environment {files if node != 'n3' else 0}\n" in text, text
         assert f"{node} left: \n" in text
-    assert re.search(r"n3: \S+ needs \d+ KB, /mnt/local has \d+: reading the shared folder", text)
+        copied = f"{node}: {clips}: {files if node != 'n3' else 0} files copied to {prefix}/data"
+        assert copied in text
+    assert f"n3: no room in {prefix}/data for {files} of {files} files of {clips}: reading the shared ones" in text
 
 
 FAULTY = [

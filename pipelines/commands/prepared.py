@@ -1,15 +1,18 @@
-"""`prepare.py transcode`, `shard` and `verify`: what is made of a data set's manifests."""
+"""`prepare.py transcode`, `shard`, `verify` and `stage`: what is made of a data set's manifests."""
 
 import argparse
 import os
+import socket
 import time
 from pathlib import Path
 
+from ..copies import VARIABLE
 from ..datasets.annotations import DataSetError
 from ..datasets.report import BAD_FILES_NAME
 from ..prepared.encoders import ENCODERS
 from ..prepared.parts import find_part
 from ..prepared.shard import parse_bytes, write_shards
+from ..prepared.stage import Steps, parse_range, stage
 from ..prepared.transcode import transcode
 from ..prepared.transcode_clip import Settings
 from ..prepared.verify import verify
@@ -23,6 +26,7 @@ def add_prepared(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_transcode(commands)
     _add_shard(commands)
     _add_verify(commands)
+    _add_stage(commands)
 
 
 def _add_transcode(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,6 +56,17 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = _add(commands, "verify", "look whether every shard and every clip is what the manifests of a folder say")
     parser.add_argument("--decode", action="store_true", help="decode every frame of every clip as well")
     parser.set_defaults(run=run_verify)
+
+
+def _add_stage(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _add(commands, "stage", "copy a data set's shards or files to this node's disk, as many as fit")
+    parser.add_argument("--to", type=Path, required=True, help=f"folder of the copies; training is told by {VARIABLE}")
+    parser.add_argument("--shards", metavar="A:B", help="only these shards, in the order of shards.json")
+    parser.add_argument("--steps", type=int, help="only the training clips of so many steps")
+    parser.add_argument("--first-step", type=int, default=0, help="the first of them (0)")
+    parser.add_argument("--global-batch", type=int, help="of the run, for --steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the run, for --steps (0)")
+    parser.set_defaults(run=run_stage)
 
 
 def _add(
@@ -111,3 +126,34 @@ def run_verify(args: argparse.Namespace) -> None:
     if verified.bad:
         raise DataSetError(f"{args.root}: {len(verified.bad)} faults in {looked_at}; each has a line above")
     print(f"{args.root}: {looked_at}, all as they should be; {time.perf_counter() - start_s:.1f} s")
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """A copy that cannot be made is no error: training reads the shared file."""
+    start_s = time.perf_counter()
+    try:
+        shards = None if args.shards is None else parse_range(args.shards)
+    except ValueError as error:
+        raise DataSetError(f"--shards: {error}") from None
+    staged = stage(args.root, args.to, args.workers, shards, _steps(args))
+    here = socket.gethostname()
+    for reason in staged.bad:
+        print(f"{here}: {reason}: reading the shared file")
+    if staged.left:
+        print(
+            f"{here}: no room in {args.to} for {staged.left} of {staged.wanted} files of {args.root}: reading the shared ones"
+        )
+    print(
+        f"{here}: {args.root}: {staged.copied} files copied to {args.to} ({staged.copied_bytes / 1e9:.3g} GB, "
+        f"{time.perf_counter() - start_s:.1f} s), {staged.present} there already, of {staged.wanted}"
+    )
+
+
+def _steps(args: argparse.Namespace) -> Steps | None:
+    if args.steps is None:
+        return None
+    if args.shards is not None:
+        raise DataSetError("--steps and --shards are two ways to say what is wanted; give one of them")
+    if args.global_batch is None or min(args.steps, args.global_batch) < 1 or args.first_step < 0:
+        raise DataSetError("--steps needs the run's --global-batch; both count from 1, and --first-step from 0")
+    return Steps(args.first_step, args.steps, args.global_batch, args.seed)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..aside import written_aside
+from ..copies import SHARD_SUFFIX, in_shard
 from ..manifest import JPEG_FRAMES, Manifest, ManifestRow
 from ..scan import BadClip
-from ..storage import INDEX_DTYPE, SHARD_SUFFIX, close_shards, encoded_video, frame_bytes, in_shard, read_video
+from ..storage import INDEX_DTYPE, close_shards, encoded_video, frame_bytes, read_video
 from ..tar import TarWriter, member_space
 
 

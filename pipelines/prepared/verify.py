@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..copies import in_shard
 from ..datasets.pool import Died, run_guarded
 from ..manifest import JPEG_FRAMES, Manifest, ManifestRow
 from ..progress import progress
 from ..scan import BadClip, scan_video
-from ..storage import check_clip, close_shards, encoded_video, frame_bytes, in_shard
+from ..storage import check_clip, close_shards, encoded_video, frame_bytes
 from .shard_index import INDEX_NAME, ShardFacts, ShardIndex, read_shard_index
 from .sources import open_manifests
 

@@ -33,7 +33,7 @@
 # A .tar.gz of the environment (slurm/pack_environment.sh) to send to each node's disk before the ranks start; empty: none.
 : "${TSM_ENVIRONMENT_ARCHIVE:=}"
 
-# Copy the data set (data.root, a folder) to each node's disk first: on or off. A node without room reads the shared one.
+# Copy the data set (data.root) to each node's disk first, as much as fits: on or off. The rest is read where it is.
 : "${TSM_STAGE_DATA:=off}"
 
 # Check all nodes before the job: on, off, or exclude (leave bad nodes out and queue the job again).
