@@ -9,19 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from .frames import frame_file
-from .manifest import JPEG_FRAMES, ManifestRow
+from .manifest import JPEG_FRAMES, ManifestRow, in_shard
 
 VARIABLE = "TSM_STAGED_FILES"
 """The environment variable that names the folder of the copies."""
 
-SHARD_SUFFIX = ".tar"
-"""A row whose path ends so is of a clip in a shard."""
-
 _given_up: set[Path] = set()
-
-
-def in_shard(row: ManifestRow) -> bool:
-    return row.path.endswith(SHARD_SUFFIX)
 
 
 def find_copy(root: Path, row: ManifestRow) -> Path | None:

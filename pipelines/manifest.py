@@ -6,7 +6,6 @@ The rows lie in blocks of BLOCK_ROWS; what is said once (classes, split, digest)
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -17,11 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .aside import written_aside
+
 VERSION = 1
 BLOCK_ROWS = 1 << 18
 HINT = "prepare.py makes one"
 JPEG_FRAMES = "jpeg-frames"
-"""The codec of a clip that is a folder with one JPEG file for each frame."""
+"""The codec of a clip that is kept as one JPEG picture for each frame."""
+SHARD_SUFFIX = ".tar"
+"""A row whose path ends so is of a clip in a shard."""
 
 
 class ManifestError(ValueError):
@@ -30,14 +33,20 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class ManifestRow:
+    """A clip in a file of its own, in a folder of JPEG files, or in a shard: a plain tar file, whose name ends in SHARD_SUFFIX.
+
+    In a shard a video is one member, and `offset` and `length` are those of its bytes. A clip of JPEG_FRAMES is an index
+    (storage.INDEX_DTYPE) and one member for each frame, and its bytes reach from the index to the last frame.
+    """
+
     path: str
-    """Relative to the manifest's folder, or absolute. Of JPEG_FRAMES: the folder, and the printf pattern of the files' names
-    (`20bn-something-something-v1/1/%05d.jpg`); the folder part is no pattern, a percent sign in a file's name is doubled."""
+    """Relative to the manifest's folder, or absolute. Of JPEG_FRAMES in files: the folder, and the printf pattern of the files'
+    names (`20bn-something-something-v1/1/%05d.jpg`); the folder part is no pattern, a percent sign in a file's name is doubled."""
     offset: int
-    """Where the clip begins in that file, in bytes. Of JPEG_FRAMES: the number of the first frame's file (0 or 1)."""
+    """Where the clip begins in that file, in bytes. Of JPEG_FRAMES in files: the number of the first frame's file (0 or 1)."""
     length: int
     """Bytes of the clip; for a clip with a file of its own the file's size, so that fstat recognises another file. Of
-    JPEG_FRAMES: the bytes of all frames together."""
+    JPEG_FRAMES in files: the bytes of all frames together."""
     label: int
     num_frames: int
     """Frames that decode."""
@@ -48,6 +57,10 @@ class ManifestRow:
     """As stored, before the rotation."""
     rotation: int
     """Degrees."""
+
+
+def in_shard(row: ManifestRow) -> bool:
+    return row.path.endswith(SHARD_SUFFIX)
 
 
 _TYPES = {
@@ -130,6 +143,11 @@ class Manifest:
             start = row + 1
         return rows
 
+    def is_as_written(self) -> bool:
+        """Whether the rows still give the digest that was taken when they were written."""
+        said = {"version": VERSION, "classes": self.classes, "order_groups": self.order_groups, "split": self.split}
+        return _digest(said, self._blocks) == self.digest
+
     def validate(self) -> None:
         _check(str(self.path), self._table, self.classes, self.order_groups)
 
@@ -159,19 +177,9 @@ def write_manifest(
     digest = _digest(said, blocks)
     schema = _SCHEMA.with_metadata({b"tsm": json.dumps({**said, "digest": digest}).encode()})
 
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for block in blocks:
-                writer.write_batch(block.replace_schema_metadata(schema.metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself lasts only once its folder is on the disk
-    finally:
-        os.close(folder)
+    with written_aside(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for block in blocks:
+            writer.write_batch(block.replace_schema_metadata(schema.metadata))
     return digest
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .containers import EncodedVideo
-from .copies import find_copy, give_up, in_shard
+from .copies import find_copy, give_up
 from .frames import frame_file
-from .manifest import JPEG_FRAMES, ManifestRow
+from .manifest import JPEG_FRAMES, ManifestRow, in_shard
 from .scan import BadClip
 from .tar import BLOCK_BYTES, read_header
 

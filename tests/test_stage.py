@@ -132,6 +132,7 @@ def test_another_data_set_of_the_same_names(shared: Path, local: Path, tmp_path:
     other = Path(shutil.copytree(shared / "shards", tmp_path / "other"))
     assert stage(shared / "shards", local) == 0
     hide(tmp_path / "other")
+    storage.close_shards()
     assert readable(other) == []
 
 
@@ -255,6 +256,7 @@ def test_as_much_as_fits(shared: Path, small_disk: Path, kind: str, capsys: pyte
     assert shutil.disk_usage(small_disk).free >= 2000
     assert len(readable(root)) + len(readable(root, "val")) == 16
     hide(shared)
+    storage.close_shards()
     assert 0 < len(readable(root)) + len(readable(root, "val")) < 16
 
 

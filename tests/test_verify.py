@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clips import smooth_video, write_frames, write_video
 
@@ -123,6 +124,16 @@ def test_a_shard_that_is_gone_or_cut_short(folder: Path, capsys: pytest.CaptureF
     manifest = Manifest.open(root / "train.arrow")
     lost = [number for number in range(6) if manifest.row(number).path in ("train-000000.tar", "train-000001.tar")]
     assert [int(match[1]) for line in lines if (match := re.search(r"row (\d+):", line))] == lost
+
+
+def test_a_bit_of_a_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A label that has become another one."""
+    path = folder / "files" / "train.arrow"
+    content = path.read_bytes()
+    labels = np.array([0, 0, 0, 1, 1, 1], dtype="<i4").tobytes()
+    assert content.count(labels) == 1
+    path.write_bytes(content.replace(labels, labels[:20] + bytes(4)))
+    assert faults(folder / "files", capsys) == [f"{path}: its rows are others than were written"]
 
 
 @pytest.mark.parametrize("change", ["offset", "length", "frames"])

@@ -76,15 +76,9 @@ def set_numerics(config: Config) -> None:
     torch.manual_seed(config.seed)
 
 
-def _data_root(config: Config) -> Path:
-    """The data set's folder, or its copy on this node's disk where the batch script has made a whole one (slurm/stage.sh)."""
-    staged = os.environ.get("TSM_STAGED_DATA")
-    return Path(staged) if staged and Path(staged).is_dir() else CHECKOUT / config.data.root
-
-
 def open_manifest(config: Config, split: str) -> Manifest:
     """A split's manifest, checked against the configuration. Raises DataError that says how to mend it."""
-    path = _data_root(config) / getattr(config.data, split)
+    path = CHECKOUT / config.data.root / getattr(config.data, split)
     remedy = f" Fix: {config.data.prepare}" if config.data.prepare else ""
     try:
         manifest = Manifest.open(path)

@@ -3,7 +3,7 @@
 import os
 
 from distributed.topology import find_topology
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
+from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, in_shard
 
 from .errors import ConfigError, DataError
 from .run_folder import RunFolder
@@ -25,9 +25,10 @@ def check_files(config: Config, manifest: Manifest) -> None:
     """Look for the files of some clips. Raises DataError for more missing ones than a run tolerates."""
     rows, missing = looked_at(manifest), []
     for row in rows:
-        path = manifest.root / (row.path.rsplit("/", 1)[0] if row.codec == JPEG_FRAMES else row.path)
+        is_folder = row.codec == JPEG_FRAMES and not in_shard(row)
+        path = manifest.root / (row.path.rsplit("/", 1)[0] if is_folder else row.path)
         try:
-            cut_short = row.codec != JPEG_FRAMES and path.stat().st_size < row.offset + row.length
+            cut_short = not is_folder and path.stat().st_size < row.offset + row.length
             if cut_short or not path.exists():
                 missing.append(f"{path} is shorter than its manifest says" if cut_short else f"{path}: no such folder")
         except OSError as error:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..aside import written_aside
-from ..copies import SHARD_SUFFIX, in_shard
-from ..manifest import JPEG_FRAMES, Manifest, ManifestRow
+from ..manifest import JPEG_FRAMES, SHARD_SUFFIX, Manifest, ManifestRow, in_shard
 from ..scan import BadClip
 from ..storage import INDEX_DTYPE, close_shards, encoded_video, frame_bytes, read_video
 from ..tar import TarWriter, member_space

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from ..aside import written_aside
-from ..copies import copy_path, in_shard
+from ..copies import copy_path
 from ..datasets.annotations import DataSetError
 from ..datasets.pool import Died, run_guarded
 from ..frames import frame_file
-from ..manifest import JPEG_FRAMES, Manifest, ManifestRow
+from ..manifest import JPEG_FRAMES, Manifest, ManifestRow, in_shard
 from ..order import StreamOrder
 from ..progress import progress
 from .shard_index import INDEX_NAME, ShardFacts, read_shard_index

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..copies import in_shard
 from ..datasets.pool import Died, run_guarded
-from ..manifest import JPEG_FRAMES, Manifest, ManifestRow
+from ..manifest import JPEG_FRAMES, Manifest, ManifestRow, in_shard
 from ..progress import progress
 from ..scan import BadClip, scan_video
 from ..storage import check_clip, close_shards, encoded_video, frame_bytes
@@ -47,7 +46,10 @@ class RowsCheck:
 def verify(root: Path, workers: int, decode: bool) -> Verified:
     """Look at every shard and every clip of the manifests in `root`. Raises DataSetError where there is nothing to look at."""
     manifests, index = open_manifests(root), read_shard_index(root)
-    bad = _check_index(root, manifests, index)
+    bad = [
+        f"{each.path}: its rows are others than were written" for each in manifests.values() if not each.is_as_written()
+    ]
+    bad += _check_index(root, manifests, index)
     shards = {} if index is None else index.shards
     tasks: list[ShardCheck | RowsCheck] = [ShardCheck(root / name, facts) for name, facts in shards.items()]
     at_once = 1 if decode else _ROWS_AT_ONCE  # a clip that crashes its decoder must be told from its neighbours
