@@ -231,10 +231,10 @@ class DaliLoader:
         decoded = batch.decodable()
         videos: Iterator[Tensor] = iter(())
         if outputs is not None:
-            if not self._as_expected(batch, decoded, outputs[1]):
+            if not _as_expected(batch, decoded, outputs[1]):
                 return self._on_host(batch)
             pixels = _whole(outputs[0], self._device)
-            if pixels is not None and self._is_plain(batch, decoded):
+            if pixels is not None and _is_plain(batch, decoded):
                 if self._feed.kind == IMAGES:
                     pixels = pixels.unflatten(0, (len(decoded), -1))
                 return batch.with_pixels(pixels.permute(0, 1, 4, 2, 3))  # the view costs nothing, and is channels_last
@@ -242,16 +242,6 @@ class DaliLoader:
         clips = [next(videos) if isinstance(clip, EncodedClip) else clip.to(self._device) for clip in batch.clips]
         video = torch.stack(clips)
         return batch.with_pixels(video.flatten(0, 1) if isinstance(self._dataset, EvaluationClips) else video)
-
-    def _is_plain(self, batch: EncodedBatch, decoded: list[EncodedClip]) -> bool:
-        """Nothing is left to do but to look at DALI's output as the batch."""
-        return len(decoded) == len(batch.clips) and not any(clip.quarter_turns or clip.views for clip in decoded)
-
-    def _as_expected(self, batch: EncodedBatch, decoded: list[EncodedClip], shapes: Any) -> bool:
-        """Are all frames as large as the manifest says?"""
-        height_width = [tuple(np.array(shape)[-3:-1].tolist()) for shape in shapes]
-        expected = [clip.stored for clip, parts in zip(decoded, batch.shapes, strict=True) for _ in range(len(parts))]
-        return height_width == expected
 
     def _finished(self, batch: EncodedBatch, decoded: list[EncodedClip], output: Any) -> Iterator[Tensor]:
         """Upright and mirrored, (T, 3, H, W), or (V, T, 3, H, W) of an evaluation's views, clip by clip."""
@@ -325,6 +315,18 @@ class _Run:
             self.fed.append(batch)
             if batch.shapes:
                 return samples_of(self._kind, batch.decodable(), batch.parts())
+
+
+def _is_plain(batch: EncodedBatch, decoded: list[EncodedClip]) -> bool:
+    """Nothing is left to do but to look at DALI's output as the batch."""
+    return len(decoded) == len(batch.clips) and not any(clip.quarter_turns or clip.views for clip in decoded)
+
+
+def _as_expected(batch: EncodedBatch, decoded: list[EncodedClip], shapes: Any) -> bool:
+    """Are all frames as large as the manifest says?"""
+    height_width = [tuple(np.array(shape)[-3:-1].tolist()) for shape in shapes]
+    expected = [clip.stored for clip, parts in zip(decoded, batch.shapes, strict=True) for _ in range(len(parts))]
+    return height_width == expected
 
 
 def _whole(output: Any, device: torch.device) -> Tensor | None:
