@@ -188,7 +188,7 @@ def test_a_clip_that_fails_is_left_out_and_named(
     found = reasons(tmp_path / "made")
     assert set(found) == {"train/b/odd.mkv", "train/b/frames/%05d.jpg"}
     assert "No such file" in found["train/b/odd.mkv"]
-    assert "00005.jpg: does not decode" in found["train/b/frames/%05d.jpg"]
+    assert "00005.jpg: not a JPEG file" in found["train/b/frames/%05d.jpg"]
 
 
 def test_a_picture_that_has_become_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
