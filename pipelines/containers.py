@@ -24,12 +24,4 @@ def open_video(video: EncodedVideo) -> Any:
     """PyAV's container."""
     if isinstance(video.source, Path):
         return av.open(str(video.source))
-    return av.open(_NamedBytes(video.source, f"clip{video.suffix}"))
-
-
-class _NamedBytes(io.BytesIO):
-    """FFmpeg looks at a file's name, too, to find out what it is."""
-
-    def __init__(self, content: NDArray[np.uint8], name: str) -> None:
-        super().__init__(content)  # type: ignore[arg-type]
-        self.name = name
+    return av.open(io.BytesIO(video.source))  # type: ignore[arg-type]  # FFmpeg knows a container by its bytes

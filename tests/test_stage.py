@@ -218,12 +218,15 @@ def test_chosen_shards(shared: Path, local: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
-def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str) -> None:
+def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Steps 3 and 4 of a run of 2 clips a step: the stream's positions 6 to 9."""
     root = shared / kind
     assert stage(root, local, "--first-step", "3", "--steps", "2", "--global-batch", "2", "--seed", "5") == 0
     wanted = set(StreamOrder(12, seed=5).at(np.arange(6, 10))[1].tolist())
+    assert len(readable(root)) == 12
+    assert "gone bad" not in capsys.readouterr().err  # nothing is said of what was never copied
     hide(shared)
+    storage.close_shards()
     found = set(readable(root))
     assert found == wanted if kind == "files" else found >= wanted
     assert len(wanted) == 4
