@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 import venv
 from collections.abc import Callable
@@ -316,6 +317,22 @@ def test_what_is_staged_is_whole_or_not_there(
         copied = f"{node}: {clips}: {files if node != 'n3' else 0} files copied to {prefix}/data"
         assert copied in text
     assert f"n3: no room in {prefix}/data for {files} of {files} files of {clips}: reading the shared ones" in text
+
+
+def test_the_tasks_of_a_job_array_share_the_shards(clips: Path, slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Each writes its part, and the last to finish the index."""
+    target, logs = tmp_path / "shards", tmp_path / "task-%a"
+    command = f"{sys.executable} prepare.py shard --root {clips} --to {target} --shard-size 200KB --workers 1"
+    slurm_cluster.sbatch("--array=1-3", "--ntasks=1", f"--output={logs}", f"--wrap={command}")
+    deadline_s = time.monotonic() + 60
+    while not (target / "shards.json").exists():
+        said = "".join(path.read_text() for path in tmp_path.glob("task-*"))
+        assert time.monotonic() < deadline_s, said
+        time.sleep(0.2)
+    slurm_cluster.wait_until_idle()
+    written = [int(re.findall(r"(\d+) written in", path.read_text())[0]) for path in sorted(tmp_path.glob("task-*"))]
+    names = list(json.loads((target / "shards.json").read_text())["shards"])
+    assert sum(written) == len(names) > 3 and min(written) > 0
 
 
 FAULTY = [
