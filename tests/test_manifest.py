@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.manifest_node import on_a_node, write_large
 from pipelines import manifest as manifest_module
 from pipelines.manifest import Manifest, ManifestError, ManifestRow, write_manifest
 
@@ -188,3 +189,11 @@ def test_other_files(tmp_path: Path) -> None:
     rewrite(path, table.replace_schema_metadata({b"tsm": b'{"version": 1, "classes": ["a"]}'}))
     with pytest.raises(ManifestError, match="no order_groups, split, digest"):
         Manifest.open(path)
+
+
+@pytest.mark.slow
+def test_a_further_process_of_a_node_keeps_little_for_itself(tmp_path: Path) -> None:
+    """A column of a million numbers would be 4 MB or more."""
+    write_large(tmp_path / "train.arrow", 1_000_000)
+    seen = on_a_node(tmp_path / "train.arrow", processes=2)
+    assert all(process.shared_mib > 30 and process.own_mib < 2.5 for process in seen), seen

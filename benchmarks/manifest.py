@@ -1,0 +1,77 @@
+"""What a manifest costs the processes of a node: opening it, memory that each has for itself and that they share, and the order.
+
+python benchmarks/manifest.py                    1 and 10 million rows, 1 to 8 processes
+python benchmarks/manifest.py --quick --json FILE
+
+A process' own memory is what the kernel would get back at its end (USS: private pages); the pages of the mapped file are there
+once for all processes of the node, and the kernel may drop them.
+"""
+# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+
+from benchmarks import common
+from benchmarks.manifest_node import CLIPS_A_RANK, RANKS, on_a_node, write_large
+
+TARGET = "target: less than 5 MB of its own for each further process at 10 million rows"
+
+
+def main() -> int:
+    parser = common.argument_parser(__doc__.splitlines()[0])
+    options = parser.parse_args()
+    facts = common.machine_facts(threads=1)
+    rows: list[dict[str, Any]] = []
+    for num_rows in [100_000] if options.quick else [1_000_000, 10_000_000]:
+        with tempfile.TemporaryDirectory(prefix="manifest-") as folder:
+            path = Path(folder) / "train.arrow"
+            write_large(path, num_rows)
+            file_mib = path.stat().st_size / (1 << 20)
+            for processes in [2] if options.quick else [1, 2, 4, 8]:
+                seen = on_a_node(path, processes)
+                rows += [
+                    {"rows": num_rows, "file_mib": file_mib, "processes": processes, "number": number, **vars(one)}
+                    for number, one in enumerate(seen)
+                ]
+    titles = (
+        "rows",
+        "processes",
+        "which",
+        "open ms",
+        "own MiB",
+        "shared MiB",
+        "peak of Arrow MiB",
+        "order ms",
+        "rows ms",
+    )
+    common.print_table(
+        titles,
+        [
+            (
+                f"{row['rows']:,} ({row['file_mib']:.0f} MiB)",
+                str(row["processes"]),
+                "first" if row["number"] == 0 else "last",
+                f"{1e3 * row['open_s']:.1f}",
+                f"{row['own_mib']:.1f}",
+                f"{row['shared_mib']:.1f}",
+                f"{row['peak_mib']:.2f}",
+                f"{row['order_ms']:.2f}",
+                f"{row['rows_ms']:.2f}",
+            )
+            for row in rows
+            if row["number"] in (0, row["processes"] - 1)
+        ],
+    )
+    print(f"order: all {RANKS * CLIPS_A_RANK} positions of a step of {RANKS} ranks; rows: one rank's {CLIPS_A_RANK}")
+    print(TARGET)
+    if options.json:
+        common.write_rows(options.json, rows, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
