@@ -27,7 +27,7 @@ NOT_WHAT_THEY_SEEM = {"apex", "nvidia-dali"}
 # Where this project's Python lies ("" is the top), what it may import that the operator installs, and packages that are
 # imported under another name than they are installed.
 CODE = ("", "benchmarks", "distributed", "launch", "pipelines", "slurm", "tests", "tools", "training", "tsm")
-OPERATORS_OWN = {"apex", "nvidia"}
+OPERATORS_OWN = {"apex", "nvidia", "cv2", "decord"}
 DISTRIBUTION = {"PIL": "pillow", "hydra": "hydra-core", "yaml": "pyyaml"}
 
 

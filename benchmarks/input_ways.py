@@ -1,0 +1,170 @@
+"""Ways to turn a clip's file into the pixels of a training step: ours, and what others do, on the same draws.
+
+A way takes (root, rows, draws) of a batch and returns uint8 (N, T, 3, SIDE, SIDE), or the same laid out otherwise. Peers also
+normalise to float on the CPU; that is left out here, to their advantage. Each peer is written anew from how its project decodes
+and scales.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pipelines.decode import decode_clip
+from pipelines.draw import Augmentation, Draw
+from pipelines.frames import frame_file
+from pipelines.loader import ClipSource
+from pipelines.manifest import ManifestRow
+
+SIDE = 224
+AUGMENTATION = Augmentation(num_frames=8, size=SIDE, flip="on")
+
+Way = Callable[[Path, list[ManifestRow], list[Draw]], Any]
+
+
+def ours(decoder: str) -> Way:
+    def batch(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+        source = _source(root, decoder)
+        return torch.stack([source.pixels(row, draw, SIDE) for row, draw in zip(rows, draws, strict=True)])
+
+    return batch
+
+
+@cache
+def _source(root: Path, decoder: str) -> ClipSource:
+    """As in a worker process, which opens the manifest once."""
+    return ClipSource(root / "train.arrow", decoder)
+
+
+def decode_alone(decoder: str) -> Way:
+    """The bound of `ours`: the frames as they are."""
+
+    def batch(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> list[Tensor]:
+        return [decode_clip(decoder, root, row, draw.frame_T) for row, draw in zip(rows, draws, strict=True)]
+
+    return batch
+
+
+def pytorchvideo(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+    """All frames of the clip by PyAV, of which some are taken (its encoded_video and UniformTemporalSubsample); torch scales."""
+    videos = []
+    for row, draw in zip(rows, draws, strict=True):
+        with av.open(str(root / row.path)) as container:
+            container.streams.video[0].thread_count = 1
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        video_TCHW = torch.from_numpy(np.stack([frames[index] for index in draw.frame_T])).permute(0, 3, 1, 2)
+        videos.append(_scaled_by_torch(cut(video_TCHW, draw)))
+    return torch.stack(videos)
+
+
+def mmaction2(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+    """decord and OpenCV, frame by frame (its DecordDecode, MultiScaleCrop, Resize and Flip)."""
+    import cv2
+    import decord
+
+    cv2.setNumThreads(1)
+    videos = []
+    for row, draw in zip(rows, draws, strict=True):
+        reader = decord.VideoReader(str(root / row.path), num_threads=1)
+        images = reader.get_batch(draw.frame_T.tolist()).asnumpy()
+        cuts = [image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width] for image in images]
+        scaled = [cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR) for image in cuts]
+        video_THWC = np.stack([cv2.flip(image, 1) for image in scaled] if draw.flip else scaled)
+        videos.append(torch.from_numpy(video_THWC.transpose(0, 3, 1, 2)))
+    return torch.stack(videos)
+
+
+def torchvision_and_torchcodec(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+    """As both document it: the approximate index, and transforms v2."""
+    from torchcodec.decoders import VideoDecoder
+    from torchvision.transforms.v2 import functional
+
+    videos = []
+    for row, draw in zip(rows, draws, strict=True):
+        decoder = VideoDecoder(str(root / row.path), seek_mode="approximate", num_ffmpeg_threads=1)
+        video_TCHW = decoder.get_frames_at(draw.frame_T.tolist()).data
+        place = (draw.top, draw.left, draw.height, draw.width)
+        scaled_TCHW = functional.resized_crop(video_TCHW, *place, [SIDE, SIDE], antialias=True)
+        videos.append(functional.horizontal_flip(scaled_TCHW) if draw.flip else scaled_TCHW)
+    return torch.stack(videos)
+
+
+def pillow_frames(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+    """Folders of JPEG files by Pillow, as the official TSM code."""
+    from PIL import Image
+
+    videos = []
+    for row, draw in zip(rows, draws, strict=True):
+        images = []
+        for index in draw.frame_T.tolist():
+            image = Image.open(frame_file(root / row.path, row.offset + index)).convert("RGB")
+            place = (draw.left, draw.top, draw.left + draw.width, draw.top + draw.height)
+            image = image.crop(place).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            images.append(np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image))
+        videos.append(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    return torch.stack(videos)
+
+
+def dali(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Any:
+    """DALI's CPU operators in one graph with one thread, as pipelines/dali.py has them; by itself, as our loader works ahead, on
+    other ways' time. It decodes every frame and keeps those that are asked for."""
+    graph = _dali_graph(len(rows))
+    graph.feed_input("data", [np.fromfile(root / row.path, dtype=np.uint8) for row in rows])
+    graph.feed_input("frame_T", [draw.frame_T.astype(np.int32) for draw in draws])
+    graph.feed_input("corner", [np.array([draw.top, draw.left], dtype=np.int32) for draw in draws])
+    graph.feed_input("shape", [np.array([draw.height, draw.width], dtype=np.int32) for draw in draws])
+    graph.feed_input("flip", [np.array(draw.flip, dtype=np.int32) for draw in draws])
+    (videos,) = graph.run()
+    return videos
+
+
+@cache
+def _dali_graph(batch: int) -> Any:
+    import nvidia.dali
+
+    fn: Any = nvidia.dali.fn
+    types: Any = nvidia.dali.types
+    graph: Any = nvidia.dali.Pipeline(
+        batch_size=batch, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False, prefetch_queue_depth=1
+    )
+    with graph:
+        data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+        frame_T = fn.external_source(name="frame_T", dtype=types.INT32, ndim=1)
+        corner, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("corner", "shape"))
+        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+        video = fn.decoders.video(data, frames=frame_T, pad_mode="edge", device="cpu")
+        video = fn.reshape(video, layout="FHWC")
+        video = fn.slice(video, start=corner, shape=shape, axis_names="HW")
+        video = fn.resize(video, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)
+        video = fn.crop_mirror_normalize(video, mirror=flip, dtype=types.UINT8, output_layout="FCHW")
+        graph.set_outputs(video)
+    graph.build()
+    return graph
+
+
+def cut(video_TCHW: Tensor, draw: Draw) -> Tensor:
+    crop_TCHW = video_TCHW[:, :, draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
+    return crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+
+
+def _scaled_by_torch(video_TCHW: Tensor) -> Tensor:
+    """PyTorchVideo's transforms work on floats."""
+    return interpolate(video_TCHW.float(), (SIDE, SIDE), mode="bilinear").byte()
+
+
+OURS = "ours, torchcodec"
+RAW_WAYS: dict[str, Way] = {
+    OURS: ours("torchcodec"),
+    "its decoding alone": decode_alone("torchcodec"),
+    "ours, PyAV": ours("pyav"),
+    "torchvision + torchcodec": torchvision_and_torchcodec,
+    "PyTorchVideo's (PyAV)": pytorchvideo,
+    "mmaction2's (decord, OpenCV)": mmaction2,
+    "DALI's CPU operators": dali,
+}
