@@ -379,6 +379,12 @@ def test_what_may_not_be_mixed(files: Path, spoiled: Path, tmp_path: Path, capsy
         assert says in capsys.readouterr().err
 
 
+def test_a_number_of_processes_that_cannot_be(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        shard(files, tmp_path, "1GB", "--workers", "-1")
+    assert "'-1' is no number of processes" in capsys.readouterr().err
+
+
 def test_sizes() -> None:
     assert [parse_bytes(text) for text in ("1GB", "1.5 MiB", "2kb", "17")] == [10**9, 3 * 2**19, 2000, 17]
     for text in ("", "0", "-1", "GB", "1TB "):

@@ -189,6 +189,9 @@ def test_a_clip_that_fails_is_left_out_and_named(
     assert set(found) == {"train/b/odd.mkv", "train/b/frames/%05d.jpg"}
     assert "No such file" in found["train/b/odd.mkv"]
     assert "00005.jpg: not a JPEG file" in found["train/b/frames/%05d.jpg"]
+    shutil.copy(source / "train" / "b" / "odd.mkv", spoiled / "train" / "b" / "odd.mkv")
+    assert transcode(spoiled, tmp_path / "made", "--short-side", "48", "--max-bad", "0.3") == 0
+    assert re.search("1 encoded in .*\n.* 6 of 7 clips, 1 BAD", capsys.readouterr().out)
 
 
 def test_a_picture_that_has_become_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

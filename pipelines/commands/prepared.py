@@ -75,8 +75,16 @@ def _add(
     parser = commands.add_parser(name, help=what, description=what)
     parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes ({cores}); 0: work in this process")
+    parser.add_argument(
+        "--workers", type=_processes, default=cores, help=f"processes ({cores}); 0: work in this process"
+    )
     return parser
+
+
+def _processes(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: give 0 (work in this one) or more")
+    return int(text)
 
 
 def run_transcode(args: argparse.Namespace) -> None:

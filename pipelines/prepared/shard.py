@@ -25,7 +25,7 @@ from .sources import open_manifests, require_apart
 
 RECORDS_NAME = ".sharding"
 """Folder of what is known of each finished shard, with which a further call makes the manifests."""
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Sharded:
 def parse_bytes(text: str) -> int:
     """`1GB` and `950 MiB` as bytes. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip().upper())
-    if not match or (match[2] or "") not in _UNITS | {"B": 1} or not float(match[1]):
+    if not match or (match[2] or "") not in _UNITS or not float(match[1]):
         raise ValueError(f"{text!r} is no size: give a number of bytes, or one with a unit, like 1GB")
-    return int(float(match[1]) * (_UNITS | {"B": 1})[match[2] or ""])
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def write_shards(root: Path, target: Path, shard_bytes: int, workers: int, part: Part) -> Sharded:

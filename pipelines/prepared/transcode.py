@@ -67,11 +67,11 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
             tasks = {name: plan_clips(name, each, target, settings) for name, each in manifests.items()}
             ours = [(task, manifests[name].row(task.number)) for name in tasks for task in part.of(tasks[name])]
             waiting = [task for task, row in ours if find_row(task, row) is None and find_reason(task) is None]
-            died = {}
+            failed = {}
             for task, reason in progress(_encoded(waiting, workers), len(waiting), "transcode"):
                 if reason:
-                    died[task] = reason
-            return _finish(target, manifests, tasks, died, len(waiting), max_bad)
+                    failed[task] = reason
+            return _finish(target, manifests, tasks, failed, len(waiting), max_bad)
     except OSError as error:
         raise DataSetError(
             f"cannot write {error.filename or target}: {error.strerror or error}. Fix: choose another folder with --to"
@@ -87,7 +87,7 @@ def plan_clips(name: str, manifest: Manifest, target: Path, settings: Settings) 
 
 
 def _encoded(tasks: list[ClipTask], workers: int) -> Iterator[tuple[ClipTask, str]]:
-    """Each task, and how the process died that worked on it."""
+    """Each task, and why its clip is not there."""
     with closing(run_guarded(transcode_clip, tasks, workers)) as results:  # type: ignore[type-var]
         for number, result in results:
             if isinstance(result, Died):
@@ -95,21 +95,21 @@ def _encoded(tasks: list[ClipTask], workers: int) -> Iterator[tuple[ClipTask, st
                 continue
             if result.fatal:
                 raise DataSetError(result.fatal)
-            yield tasks[number], ""
+            yield tasks[number], result.bad
 
 
 def _finish(
     target: Path,
     manifests: dict[str, Manifest],
     tasks: dict[str, list[ClipTask]],
-    died: dict[ClipTask, str],
+    failed: dict[ClipTask, str],
     new: int,
     max_bad: float,
 ) -> Transcoded:
     """Whoever finds every clip there, or a reason why it is not, writes the rest."""
     with locked(target / RECORDS_NAME):
         done = Transcoded(new, 0)
-        rows = {name: _collect(name, manifest, tasks[name], died, done) for name, manifest in manifests.items()}
+        rows = {name: _collect(name, manifest, tasks[name], failed, done) for name, manifest in manifests.items()}
         if done.missing:
             return Transcoded(new, done.missing)
         write_bad_files(target / BAD_FILES_NAME, done.splits)
@@ -122,7 +122,7 @@ def _finish(
 
 
 def _collect(
-    name: str, manifest: Manifest, tasks: list[ClipTask], died: dict[ClipTask, str], done: Transcoded
+    name: str, manifest: Manifest, tasks: list[ClipTask], failed: dict[ClipTask, str], done: Transcoded
 ) -> list[ManifestRow]:
     """The new rows of a split; notes in `done` what they are and what is not there."""
     report, rows, before = SplitReport(listed=len(manifest)), [], 0
@@ -132,7 +132,7 @@ def _collect(
         if row is not None:
             rows.append(row)
             before += source.length
-        elif (reason := died.get(task) or find_reason(task)) is not None:
+        elif (reason := failed.get(task) or find_reason(task)) is not None:
             report.bad.append((source.path, reason))
         else:
             done.missing += 1

@@ -94,8 +94,11 @@ def transcode_clip(task: ClipTask) -> Outcome:
         try:
             (_write_frames if task.settings.codec == "jpeg" else _write_video)(task, root, row, path)
         except BadClip as error:
-            with written_aside(_reason_path(task)) as file:
-                file.write(str(error).encode(errors="surrogateescape"))
+            if not isinstance(
+                error.__cause__, OSError
+            ):  # a file that cannot be read now may be there for the next call
+                with written_aside(_reason_path(task)) as file:
+                    file.write(str(error).encode(errors="surrogateescape"))
             return Outcome(bad=str(error))
     except OSError as error:
         return Outcome(
