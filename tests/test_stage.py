@@ -312,5 +312,11 @@ def test_shards_of_files(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no shards to choose from" in capsys.readouterr().err
 
 
+def test_a_disk_that_is_none(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert stage(made / "shards", tmp_path / "file" / "local") == 2
+    assert "file/local: Not a directory. Fix: choose another folder with --to" in capsys.readouterr().err
+
+
 def test_ranges() -> None:
     assert [parse_range(text) for text in ("0:100", ":7", "7:")] == [slice(0, 100), slice(None, 7), slice(7, None)]

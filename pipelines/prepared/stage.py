@@ -81,9 +81,14 @@ def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: S
     """
     manifests = open_manifests(root)
     tasks = list(_plan(root, target, manifests, shards, steps))
-    target.mkdir(parents=True, exist_ok=True)
     staged = Staged(len(tasks))
-    chosen = list(_fitting(target, tasks, staged))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        chosen = list(_fitting(target, tasks, staged))
+    except OSError as error:
+        raise DataSetError(
+            f"cannot write {target}: {error.strerror or error}. Fix: choose another folder with --to"
+        ) from error
     results = _copied(chosen, workers)
     if sys.stderr.isatty():  # in a job, a thousand nodes would tell
         results = progress(results, len(chosen), "stage", "file")
