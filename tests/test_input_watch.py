@@ -35,6 +35,10 @@ def test_a_wait_is_said_once_and_again_when_it_changes_much() -> None:
     assert said[6] is not None and "no longer" in said[6]
 
 
+def test_a_share_about_the_limit_is_said_once() -> None:
+    assert [line is not None for line in watch(0.021, 0.019, 0.022, 0.015, 0.021, 0.009)] == [True, *[False] * 4, True]
+
+
 def test_short_stretches_are_judged_together() -> None:
     assert [line is not None for line in watch(*[0.2] * 8, steps=5)] == [False] * 3 + [True] + [False] * 4
 

@@ -83,8 +83,10 @@ class InputWatch:
         wait_s, steps = self._wait_s / self._steps, self._steps
         self._steps, self._duration_s, self._wait_s = 0, 0.0, 0.0
         if share <= TOLERATED:
-            relieved, self._said = self._said > 0, 0.0
-            return f"the steps wait for clips no longer: {share:.1%} of the last {steps} steps" if relieved else None
+            if not self._said or share > TOLERATED / _MUCH:
+                return None
+            self._said = 0.0
+            return f"the steps wait for clips no longer: {share:.1%} of the time of the last {steps}"
         if self._said and self._said / _MUCH < share < self._said * _MUCH:
             return None
         self._said = share
