@@ -63,7 +63,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     write_unsteady(folder / "unsteady.mp4", smooth_video(FRAMES, 96, 128, seed=2))
     turned(write_video(folder / "turned.mp4", smooth_video(FRAMES, 80, 128, seed=3)), 90)
-    write_video(folder / "odd.mkv", smooth_video(FRAMES, 47, 63, seed=4), pix_fmt="yuv444p")
+    write_video(folder / "odd.mkv", smooth_video(FRAMES, 95, 127, seed=4), pix_fmt="yuv444p")
     write_video(folder / "deep.mp4", smooth_video(FRAMES, 96, 128, seed=5), pix_fmt="yuv420p10le")
     write_video(folder / "mjpeg.avi", smooth_video(FRAMES, 96, 128, seed=6), "mjpeg", "yuvj420p")
     write_frames(folder / "frames", smooth_video(FRAMES, 95, 127, seed=7), first=0)
@@ -99,13 +99,13 @@ def encoded_files(root: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("codec", ENCODERS)
 def test_every_frame_shows_what_it_showed(source: Path, tmp_path: Path, codec: str) -> None:
     """Each is nearest to the frame of its own number, in its upright form; by both decoders."""
-    assert transcode(source, tmp_path / "made", "--codec", codec, "--short-side", "48", "--gop", "5") == 0
+    assert transcode(source, tmp_path / "made", "--codec", codec, "--short-side", "64", "--gop", "5") == 0
     before, after = rows_of(source), rows_of(tmp_path / "made")
     assert [(row.label, row.num_frames) for row in before] == [(row.label, row.num_frames) for row in after]
     assert Manifest.open(source / "train.arrow").classes == Manifest.open(tmp_path / "made" / "train.arrow").classes
     for old, new in zip(before, after, strict=True):
         assert (new.codec, new.rotation) == (ENCODERS[codec].codec, 0)
-        assert (new.width, new.height) == scaled_size(old, 48)
+        assert (new.width, new.height) == scaled_size(old, 64)
         made_TCHW = whole(tmp_path / "made", new)
         expected_TCHW = torch.nn.functional.interpolate(
             whole(source, old), (new.height, new.width), mode="bicubic", antialias=True
@@ -123,7 +123,7 @@ def test_every_frame_shows_what_it_showed(source: Path, tmp_path: Path, codec: s
 @pytest.mark.parametrize("codec", [codec for codec in ENCODERS if codec != "jpeg"])
 def test_what_is_in_the_files(source: Path, tmp_path: Path, codec: str) -> None:
     """One stream, 8 bits, 4:2:0, tags of its colours, and a key frame every so many frames."""
-    assert transcode(source, tmp_path / "made", "--codec", codec, "--short-side", "48", "--gop", "5") == 0
+    assert transcode(source, tmp_path / "made", "--codec", codec, "--short-side", "64", "--gop", "5") == 0
     for row in rows_of(tmp_path / "made"):
         with av.open(str(tmp_path / "made" / row.path)) as container:
             assert len(container.streams) == 1
@@ -204,6 +204,14 @@ def test_a_picture_that_has_become_another_one(tmp_path: Path, capsys: pytest.Ca
         assert transcode(tmp_path / "noise", tmp_path / codec, "--codec", codec, "--quality", poorest) == 2
         assert re.search(r"frame 0 differs by \d\d\.\d grey levels", capsys.readouterr().err)
         assert not any(path.suffix in (".mp4", ".jpg", ".tmp") for path in (tmp_path / codec).rglob("*"))
+
+
+def test_a_clip_that_is_too_small_for_x265(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        write_video(tmp_path / "small" / split / "one" / "clip.mp4", smooth_video(FRAMES, 76, 48))
+    assert prepare.main(["folder", "--root", str(tmp_path / "small"), "--workers", "0"]) == 0
+    assert transcode(tmp_path / "small", tmp_path / "made", "--codec", "hevc") == 2
+    assert "libx265 needs 64 pixels a side, and it has 48" in capsys.readouterr().err
 
 
 # --- What befalls the writing -----------------------------------------------------------------------------------------
@@ -318,6 +326,7 @@ def test_a_full_disk(source: Path, small_disk: Path, codec: str, capsys: pytest.
     ("options", "says"),
     [
         (["--short-side", "8"], "--short-side is 8: give 16 to 4096"),
+        (["--codec", "hevc", "--short-side", "48"], "--short-side is 48: give 64 to 4096 with --codec hevc"),
         (["--gop", "0"], "--gop is 0"),
         (["--codec", "jpeg", "--quality", "40"], "--quality is 40: give 1 to 31 with --codec jpeg"),
         (["--max-bad", "5"], "--max-bad is 5.0"),

@@ -36,6 +36,8 @@ class Encoder:
     quality: int
     worst: int
     pix_fmt: str = "yuv420p"
+    least_side: int = 2
+    """Pixels. x265 writes beyond its memory for pictures that are less than 64 wide (seen in PyAV 18.1)."""
 
 
 def _h264(quality: int, gop: int) -> dict[str, str]:
@@ -60,7 +62,7 @@ def _jpeg(quality: int, gop: int) -> dict[str, str]:
 
 ENCODERS = {
     "h264": Encoder("libx264", "h264", ".mp4", "mp4", _h264, quality=20, worst=51),
-    "hevc": Encoder("libx265", "hevc", ".mp4", "mp4", _hevc, quality=22, worst=51),
+    "hevc": Encoder("libx265", "hevc", ".mp4", "mp4", _hevc, quality=22, worst=51, least_side=64),
     "vp9": Encoder("libvpx-vp9", "vp9", ".webm", "webm", _vp9, quality=28, worst=63),
     "mjpeg": Encoder("mjpeg", "mjpeg", ".mp4", "mp4", _jpeg, quality=3, worst=31, pix_fmt="yuvj420p"),
     "jpeg": Encoder("mjpeg", JPEG_FRAMES, "", "", _jpeg, quality=3, worst=31, pix_fmt="yuvj420p"),

@@ -39,11 +39,11 @@ class Transcoded:
 
 
 def check_settings(settings: Settings) -> None:
-    worst = ENCODERS[settings.codec].worst
+    encoder = ENCODERS[settings.codec]
     for option, value, least, most in (
-        ("--short-side", settings.short_side, 16, 4096),
+        ("--short-side", settings.short_side, max(16, encoder.least_side), 4096),
         ("--gop", settings.gop, 1, 1000),
-        ("--quality", settings.quality, 1, worst),
+        ("--quality", settings.quality, 1, encoder.worst),
     ):
         if not least <= value <= most:
             raise DataSetError(f"{option} is {value}: give {least} to {most} with --codec {settings.codec}")

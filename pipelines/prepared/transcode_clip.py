@@ -117,6 +117,10 @@ def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> No
     """Encode in memory, look at it, write it down."""
     settings, encoder = task.settings, ENCODERS[task.settings.codec]
     size, rate, kept = scaled_size(row, settings.short_side), frame_rate(root, row), _Kept(row.num_frames)
+    if min(size) < encoder.least_side:
+        raise BadClip(
+            f"{root / row.path}: {encoder.name} needs {encoder.least_side} pixels a side, and it has {min(size)}"
+        )
     pictures = kept.watch(scaled_pictures(root, row, size))
     try:
         content = encode_video(encoder, pictures, rate, settings.quality, settings.gop)
