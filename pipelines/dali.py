@@ -6,6 +6,7 @@ that a resumed run would need. What differs between the two devices is the opera
 Shapes: N clips, F frames, S samples of DALI's batch (a video is one sample; of a clip of JPEG frames each frame is one).
 """
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -214,6 +215,9 @@ class DaliLoader:
                     )
                 yield on_host
             again = [*run.fed, *islice(encoded, 1)]
+            if again:
+                del run
+                gc.collect()  # what a failed pipeline was fed with, in shared memory, hangs on to objects of DALI in cycles
 
     def _pipeline_for(self, first: EncodedBatch) -> Callable[[Callable[[], Samples]], Any]:
         """Makes the pipeline for batches of as many clips as this one, around what feeds it."""
@@ -270,7 +274,7 @@ class _Run:
     ) -> None:
         self._kind, self._batches = kind, batches
         self.fed: deque[EncodedBatch] = deque()
-        """Taken, and not yet in the results."""
+        """Taken, and not yet in a result."""
         self.failure = ""
         self._raised: Exception | None = None
         self._pipeline = make(self._next_samples)

@@ -95,7 +95,7 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     with video_stream(video) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
-                _check_picture(video.name, frame.width, frame.height, row)
+                check_picture(video.name, frame.width, frame.height, row)
                 pixels_HWC[index] = frame.to_ndarray(format="rgb24")
             if index == last:
                 break
@@ -112,12 +112,12 @@ def _decode_jpeg_frames(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]
     images_HWC = {}
     for index in sorted(set(frame_T.tolist())):
         name, content = frame_at(path, row, index)
-        _check_picture(name, *jpeg_size(name, content), row)
+        check_picture(name, *jpeg_size(name, content), row)
         images_HWC[index] = decode_jpeg_bytes(name, content).permute(1, 2, 0)  # as it lies in memory: copied at once
     return torch.stack([images_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)
 
 
-def _check_picture(name: str, width: int, height: int, row: ManifestRow) -> None:
+def check_picture(name: str, width: int, height: int, row: ManifestRow) -> None:
     """Before memory is taken for its pixels."""
     if (width, height) != (row.width, row.height):
         raise BadClip(f"{name}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")

@@ -4,6 +4,7 @@ Shapes: N clips, F frames of a clip, B bytes, P parts (a video is one, a clip of
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .decode import decode_clip
+from .decode import check_picture, decode_clip, jpeg_size
 from .draw import Draw
 from .loader import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 from .manifest import ManifestRow
@@ -132,8 +133,15 @@ class EncodedSource(ClipSource):
         if self.feed == VIDEOS:
             return [clip_bytes(root, row)]
         if self.feed == IMAGES:
-            return [np.frombuffer(frame_bytes(root, row, index)[1], np.uint8) for index in frame_F.tolist()]
+            return [_picture_bytes(root, row, index) for index in frame_F.tolist()]
         return [decode_clip(self.decoder, root, row, frame_F).permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def _picture_bytes(root: Path, row: ManifestRow, index: int) -> NDArray[np.uint8]:
+    """Of a JPEG frame of the size that the manifest says."""
+    name, content = frame_bytes(root, row, index)
+    check_picture(name, *jpeg_size(name, content), row)
+    return np.frombuffer(content, np.uint8)
 
 
 def stored_window(draw: Draw, turns: int, height: int, width: int) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from .containers import EncodedVideo
 from .copies import find_copy, give_up
 from .frames import frame_file
 from .manifest import JPEG_FRAMES, ManifestRow, in_shard
-from .scan import BadClip
+from .scan import BadClip, video_stream
 from .tar import BLOCK_BYTES, read_header
 
 INDEX_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
@@ -26,11 +26,22 @@ _OPEN_SHARDS = 128  # of each process; a system allows 1,024 open files or more
 
 
 def clip_bytes(root: Path, row: ManifestRow) -> NDArray[np.uint8]:
-    """All bytes of a clip that is one video, of the manifest in `root`.
+    """All bytes of a clip that is one video, of the manifest in `root`, for a decoder that takes nothing else.
 
-    Raises BadClip when the clip is missing, or is not the one that the manifest was made of; so do the functions below.
+    Raises BadClip when the clip is missing, or is not the one that the manifest was made of; so do the functions below. Here also
+    when its head cannot be read, or asks for pictures larger than the scan allows: DALI would end its pipeline, or take all memory.
     """
-    return from_nearest(root, row, lambda path: read_video(video_at(path, row), row))
+    return from_nearest(root, row, lambda path: _checked_bytes(video_at(path, row), row))
+
+
+def _checked_bytes(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
+    try:
+        with video_stream(video):
+            return read_video(video, row)
+    except BadClip:
+        raise
+    except Exception as error:  # as many as there are ways to be broken
+        raise BadClip(f"{video.name}: cannot be opened: {error}") from error
 
 
 def frame_bytes(root: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:

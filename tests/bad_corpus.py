@@ -1,4 +1,5 @@
-"""A corpus of broken files, scanned as prepare.py does and then decoded as training and evaluation do, by both decoders.
+"""A corpus of broken files, scanned as prepare.py does and then decoded as training and evaluation do, by PyAV, torchcodec and
+DALI, which decodes in the training process itself.
 
 python tests/bad_corpus.py --files 1000 --decodes 20000 --json FILE      part of `make faults`
 
@@ -15,6 +16,7 @@ import argparse
 import csv
 import json
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -30,6 +32,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np
+import torch
 from broken_files import (
     DAMAGE,
     FORMS,
@@ -44,6 +47,7 @@ from broken_files import (
     remove,
 )
 
+from pipelines.dali import DaliLoader
 from pipelines.datasets.annotations import Annotations, Clip
 from pipelines.datasets.write import BAD_FILES_NAME, write_manifests
 from pipelines.draw import Augmentation, replacement_row
@@ -51,6 +55,7 @@ from pipelines.loader import ClipBatch, ClipLoader, ClipSource, EvaluationClips,
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.order import StreamOrder, evaluation_rows
 from pipelines.views import Protocol
+from training.input import Loader
 
 LIMIT_S = 60.0  # of a batch of 4 clips, the start of workers included, on a busy machine
 BATCH, WORKERS, SEED = 4, 2, 7
@@ -58,7 +63,11 @@ WHOLE_ROWS = 2  # for each row of the corpus
 # What a worker may grow by from a run's second third to its last: for 20,000 decodes 8 KiB in each of its own.
 RSS_MIB, RSS_FROM = 12.0, 5000  # with fewer decodes of a decoder, workers are still warming up
 RSS_GROWTH_MIB = 200.0  # of a scanning process, at its peak, by the damage: pictures of 96 MB are in it
-FILES_GROWTH, THREADS_GROWTH = 2, 0
+FILES_GROWTH, THREADS_GROWTH = (
+    (2, 40),
+    0,
+)  # of workers, and with DALI: what workers read ahead is in shared memory, a file each
+DALI = "dali"
 
 WHOLE, BROKEN, EITHER = "whole", "broken", "either"
 
@@ -200,17 +209,19 @@ Sample = tuple[int, dict[int, tuple[float, int, int]]]
 
 @dataclass
 class Watch:
-    """Workers' memory, open files and threads over the decodes of a run."""
+    """Memory, open files and threads of what decodes, over the decodes of a run: the workers, or with DALI this process."""
 
+    decoder: str
     samples: list[Sample] = field(default_factory=list)
 
     def sample(self, decodes: int) -> None:
         workers = {}
-        for child in multiprocessing.active_children():
-            assert child.pid is not None
-            open_files = len(list(Path(f"/proc/{child.pid}/fd").iterdir()))
-            threads = int(status_of(child.pid)["Threads"])
-            workers[child.pid] = (status_mib(child.pid, "VmRSS"), open_files, threads)
+        watched = [os.getpid()] if self.decoder == DALI else [child.pid for child in multiprocessing.active_children()]
+        for pid in watched:
+            assert pid is not None
+            open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            threads = int(status_of(pid)["Threads"])
+            workers[pid] = (status_mib(pid, "VmRSS"), open_files, threads)
         self.samples.append((decodes, workers))
 
     def growth(self) -> dict[str, float]:
@@ -349,11 +360,11 @@ def run(root: Path, num_files: int, decodes: int, seed: int, decoders: tuple[str
                     remove(file.path)
                 put_whole(corpus, file)
         outcome.missing[decoder], outcome.replaced[decoder] = Counter(), Counter()
-        source = ClipSource(root / "damaged.arrow", decoder)
-        watch = Watch()
+        source = ClipSource(root / "damaged.arrow", "pyav" if decoder == DALI else decoder)
+        watch = Watch(decoder)
         with time_limit(decoder) as alive:
             train(outcome, source, files, corpus, decodes // len(decoders) - num_files, watch, alive)
-            evaluate(outcome, source, files, alive)
+            evaluate(outcome, decoder, source, files, alive)
         outcome.growth[decoder] = watch.growth()
         check_growth(outcome, decoder, decodes // len(decoders))
     return outcome
@@ -379,6 +390,12 @@ def check_scan(outcome: Outcome, root: Path, files: list[BrokenFile], reasons: d
     outcome.check(growth_mib < RSS_GROWTH_MIB, f"a scanning process grew by {growth_mib:.0f} MiB")
 
 
+def make_loader(decoder: str, clips: TrainingClips | EvaluationClips) -> Loader:
+    if decoder == DALI:
+        return DaliLoader(clips, WORKERS, 2, torch.device("cpu"), 1)
+    return ClipLoader(clips, WORKERS, 2)
+
+
 def train(
     outcome: Outcome,
     source: ClipSource,
@@ -389,12 +406,13 @@ def train(
     alive: Callable[[], None],
 ) -> None:
     """One stream of clips through one set of workers; a third of the way on, files are swapped under them."""
+    decoder = watch.decoder
     num_rows = len(source.manifest)
     plan = [np.arange(first, first + BATCH) for first in range(0, decodes, BATCH)]
     clips = TrainingClips(source, Augmentation(num_frames=4, size=64), SEED)
     order = StreamOrder(num_rows, SEED)
     seen: set[int] = set()
-    for number, batch in enumerate(ClipLoader(clips, WORKERS, 2).batches(plan)):
+    for number, batch in enumerate(make_loader(decoder, clips).batches(plan)):
         alive()
         if number == len(plan) // 3:
             for file in files:
@@ -403,9 +421,9 @@ def train(
         check_rule(outcome, batch, epoch_N.tolist(), row_N.tolist(), num_rows)
         for record in batch.bad_clips:
             broken = files[record.row] if record.row < len(files) else None
-            check_record(outcome, source.decoder, broken, record.row, record.reason)
+            check_record(outcome, decoder, broken, record.row, record.reason)
             if broken is not None:
-                outcome.replaced[source.decoder][broken.kind] += 1
+                outcome.replaced[decoder][broken.kind] += 1
         seen.update(batch.row_N.tolist())
         if number % 20 == 0 or number == len(plan) - 1:
             watch.sample(number * BATCH)
@@ -413,7 +431,7 @@ def train(
     if decodes > 2 * num_rows:
         for row, file in enumerate(files):
             wanted = file.decode_says == BROKEN and not KINDS[file.kind].running
-            outcome.check(not (wanted and row in seen), f"{source.decoder} trained on {file.path.name}")
+            outcome.check(not (wanted and row in seen), f"{decoder} trained on {file.path.name}")
 
 
 def check_record(outcome: Outcome, decoder: str, file: BrokenFile | None, row: int, reason: str) -> None:
@@ -441,9 +459,11 @@ def check_rule(outcome: Outcome, batch: ClipBatch, epochs: list[int], rows: list
     outcome.check(next(records, None) is None, "a record of a clip that was not replaced")
 
 
-def evaluate(outcome: Outcome, source: ClipSource, files: list[BrokenFile], alive: Callable[[], None]) -> None:
+def evaluate(
+    outcome: Outcome, decoder: str, source: ClipSource, files: list[BrokenFile], alive: Callable[[], None]
+) -> None:
     clips = EvaluationClips(source, Protocol(num_frames=4, size=64))
-    for batch in ClipLoader(clips, WORKERS, 2).batches(evaluation_rows(len(files), BATCH, 0, 1)):
+    for batch in make_loader(decoder, clips).batches(evaluation_rows(len(files), BATCH, 0, 1)):
         alive()
         failed = {record.row: record.reason for record in batch.bad_clips}
         for slot, (row, real) in enumerate(zip(batch.row_N.tolist(), batch.real_N.tolist(), strict=True)):
@@ -452,17 +472,17 @@ def evaluate(outcome: Outcome, source: ClipSource, files: list[BrokenFile], aliv
                 outcome.wrong.append(f"row {row} is missing, and no reason is given")
             if real:
                 says = files[row].decode_says
-                outcome.check(says != BROKEN, f"{source.decoder} evaluated {files[row].path.name}")
+                outcome.check(says != BROKEN, f"{decoder} evaluated {files[row].path.name}")
             elif row in failed:
                 outcome.check(not batch.video_NTCHW[slot].any(), f"row {row} is missing, and has pixels")
-                check_record(outcome, source.decoder, files[row], row, failed[row])
-                outcome.missing[source.decoder][files[row].kind] += 1
+                check_record(outcome, decoder, files[row], row, failed[row])
+                outcome.missing[decoder][files[row].kind] += 1
     outcome.decodes += len(files)
 
 
 def check_growth(outcome: Outcome, decoder: str, decodes: int) -> None:
     growth = outcome.growth[decoder]
-    outcome.check(growth["open_files"] <= FILES_GROWTH, f"{decoder}: open files grew: {growth}")
+    outcome.check(growth["open_files"] <= FILES_GROWTH[decoder == DALI], f"{decoder}: open files grew: {growth}")
     outcome.check(growth["threads"] <= THREADS_GROWTH, f"{decoder}: threads grew: {growth}")
     if decodes >= RSS_FROM:
         outcome.check(growth["rss_growth_mib"] <= RSS_MIB, f"{decoder}: memory grew: {growth}")
@@ -492,7 +512,7 @@ def main() -> int:
     start_worker_server()
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bad-corpus-") as name:
-        outcome = run(Path(name), options.files, options.decodes, options.seed, ("pyav", "torchcodec"))
+        outcome = run(Path(name), options.files, options.decodes, options.seed, ("pyav", "torchcodec", DALI))
     show(outcome)
     print(f"{time.monotonic() - started_s:.0f} s")
     if options.json:

@@ -1,10 +1,11 @@
-"""150 broken files, scanned, trained on and evaluated by both decoders; `make faults` takes 1,000 (tests/bad_corpus.py)."""
+"""150 broken files, scanned, trained on and evaluated by every decoder; `make faults` takes 1,000 (tests/bad_corpus.py)."""
 
 from pathlib import Path
 
 import pytest
-from bad_corpus import KINDS, run
+from bad_corpus import DALI, KINDS, run
 
+from pipelines.dali import DaliError, import_dali
 from pipelines.decode import choose_decoder
 from pipelines.loader import start_worker_server
 
@@ -12,7 +13,11 @@ pytestmark = pytest.mark.slow
 
 
 def test_no_broken_file_ends_stops_or_swells_what_reads_it(tmp_path: Path) -> None:
-    decoders = tuple(dict.fromkeys(("pyav", choose_decoder("auto"))))
+    try:
+        import_dali()
+    except DaliError as error:
+        pytest.skip(str(error))
+    decoders = tuple(dict.fromkeys(("pyav", choose_decoder("auto"), DALI)))
     start_worker_server()
     outcome = run(tmp_path, num_files=150, decodes=700 * len(decoders), seed=1, decoders=decoders)
     assert outcome.wrong == []

@@ -123,7 +123,8 @@ def positions(batches: int, size: int, first: int = 0) -> list[NDArray[np.int64]
 def check_same_clips(ours: ClipBatch, theirs: ClipBatch) -> None:
     for name in ("label_N", "row_N", "real_N"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.bad_clips == theirs.bad_clips
+    bad = [[replace(record, reason="") for record in batch.bad_clips] for batch in (ours, theirs)]
+    assert bad[0] == bad[1] and all(record.reason for record in ours.bad_clips)  # each decoder has its own words
     assert ours.video_NTCHW.shape == theirs.video_NTCHW.shape
 
 
