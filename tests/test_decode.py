@@ -313,7 +313,8 @@ def test_packets_that_show_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     usable("torchcodec")
     video_THWC = smooth_video(96)
     video_THWC[48:] = video_THWC[48:, ::-1]
-    path = write_video(tmp_path / "clip.mp4", video_THWC, options={"crf": "6"})
+    # Without loss, since x264 does not always give the same pixels.
+    path = write_video(tmp_path / "clip.mkv", video_THWC, "ffv1")
     for number in ("1", "2"):
         output = ["-f", "null", "-"] if number == "1" else [str(tmp_path / "clip.webm")]
         two_pass = ["-pass", number, "-passlogfile", str(tmp_path / "log")]
