@@ -42,11 +42,6 @@ def test_a_single_slow_window_names_nobody() -> None:
     assert named_after([healthy, slow, healthy, slow, healthy]) == []
 
 
-def test_windows_are_judged_together_and_each_has_to_stand_out_a_little() -> None:
-    assert named_after([[1.0, 1.4, 1.0], [1.0, 1.15, 1.0]]) == [(1, 1)]
-    assert named_after([[1.0, 1.9, 1.0], [1.0, 1.05, 1.0]]) == []
-
-
 def test_two_of_four_can_be_named_together() -> None:
     assert named_after([[1.0, 2.0, 1.0, 2.0]] * 2) == [(1, 1), (1, 3)]
 
@@ -72,7 +67,7 @@ def test_a_rank_is_named_within_50_steps_wherever_in_a_window_it_begins() -> Non
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0.5, 0.62), min_size=2, max_size=64), st.integers(1, 6))
+@given(st.lists(st.floats(0.5, 0.59), min_size=2, max_size=64), st.integers(1, 6))
 def test_ranks_within_the_noise_are_never_named(seconds: list[float], windows: int) -> None:
     assert named_after([seconds] * windows) == []
 

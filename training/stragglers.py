@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from distributed.backend import Backend
 
 WINDOW_STEPS = 20  # fewer say little on a busy node
-EXCESS = 0.25  # in parts of the median rank's busy time: less is the noise of a healthy job on a node of few cores
-EXCESS_EACH = 0.1  # of each window by itself, so that one bad moment names nobody
+EXCESS = 0.2  # in parts of the median rank's busy time: less is the noise of a healthy job
 WINDOWS = 2  # in a row
 
 _Moment = float | torch.cuda.Event
@@ -89,17 +88,16 @@ class Stragglers:
     def add(self, busy_R: Tensor, steps: int) -> list[tuple[int, float, float]]:
         """Busy seconds of each rank in so many further steps. Returns (rank, seconds a step, median rank's) of those newly named.
 
-        A rank is named when it has EXCESS over the median in the last WINDOWS windows together, which end with this record and do
-        not overlap, and EXCESS_EACH in each of them; and not again until it has been below that.
+        A rank stands out in a window with EXCESS over the median. It is named when it does so in each of the last WINDOWS windows,
+        which end with this record and do not overlap, and not again until it no longer does.
         """
         self._records.append((busy_R, steps))
         windows = self._windows()
         if self._size < 2 or windows is None:
             return []
         # Of two ranks the faster is the measure; of more, the middle one, or the lower of two in the middle.
-        out_WR = torch.stack([busy_R > (1 + EXCESS_EACH) * busy_R.median() for busy_R in windows])
-        together_R = torch.stack(windows).sum(0)
-        out_R = out_WR.all(0) & (together_R > (1 + EXCESS) * together_R.median())
+        out_WR = torch.stack([busy_R > (1 + EXCESS) * busy_R.median() for busy_R in windows])
+        out_R = out_WR.all(0)
         new_R = out_R & ~self._named_R
         self._named_R = out_R | (self._named_R & out_WR[0])
         newest_R = windows[0]
