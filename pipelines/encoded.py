@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .decode import check_picture, decode_clip, jpeg_size
 from .draw import Draw
-from .loader import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
+from .loader import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed, upright_size
 from .manifest import ManifestRow
 from .storage import clip_bytes, frame_bytes
 
@@ -87,46 +87,41 @@ class EncodedSource(ClipSource):
     codecs: frozenset[str] = frozenset()
 
     def pixels(self, row: ManifestRow, draw: Draw, size: int) -> Tensor | EncodedClip:  # type: ignore[override]
-        if row.codec not in self.codecs:
+        if not self._is_known(row):
             return super().pixels(row, draw, size)
         turns, stored = self._orientation(row)
         window = stored_window(draw, turns, *stored)
-        return self._clip(row, draw.frame_T, window, (size, size), draw.flip, [])
+        parts = self._parts(row, draw.frame_T)
+        return EncodedClip(parts, draw.frame_T.astype(np.int32), stored, window, (size, size), turns, draw.flip)
 
     def view_pixels(self, row: ManifestRow, views: list[Draw]) -> Tensor | EncodedClip:  # type: ignore[override]
-        if row.codec not in self.codecs:
+        if not self._is_known(row):
             return super().view_pixels(row, views)
         turns, stored = self._orientation(row)
         assert views[0].scaled is not None
         width, height = views[0].scaled
         size = (width, height) if turns % 2 else (height, width)
-        return self._clip(row, frames_needed(views), (0, 0, *stored), size, False, views)
+        frame_F = frames_needed(views)
+        parts = self._parts(row, frame_F)
+        return EncodedClip(parts, frame_F.astype(np.int32), stored, (0, 0, *stored), size, turns, False, views)
 
     def first_frame(self, row: ManifestRow) -> EncodedClip:
-        """The whole of a clip's first frame."""
-        stored = (row.height, row.width)
-        return self._clip(row, np.zeros(1, np.int64), (0, 0, *stored), stored, False, [])
+        """The whole of a clip's first frame, as it is stored."""
+        frame_F, stored = np.zeros(1, np.int64), (row.height, row.width)
+        return EncodedClip(
+            self._parts(row, frame_F), frame_F.astype(np.int32), stored, (0, 0, *stored), stored, 0, False
+        )
+
+    def _is_known(self, row: ManifestRow) -> bool:
+        """A frame that is turned by another angle has no upright one: the host's decoders say so."""
+        return row.codec in self.codecs and row.rotation % 90 == 0
 
     def _orientation(self, row: ManifestRow) -> tuple[int, tuple[int, int]]:
         """(quarter turns that are left to do, (height, width) as fed): frames from the host are upright already."""
-        turns = row.rotation // 90 % 4
-        if self.feed != FRAMES:
-            return turns, (row.height, row.width)
-        return 0, ((row.width, row.height) if turns % 2 else (row.height, row.width))
-
-    def _clip(
-        self,
-        row: ManifestRow,
-        frame_F: NDArray[np.int64],
-        window: tuple[int, int, int, int],
-        size: tuple[int, int],
-        flip: bool,
-        views: list[Draw],
-    ) -> EncodedClip:
-        turns, stored = self._orientation(row)
-        return EncodedClip(
-            self._parts(row, frame_F), frame_F.astype(np.int32), stored, window, size, turns, flip, views
-        )
+        if self.feed == FRAMES:
+            width, height = upright_size(row)
+            return 0, (height, width)
+        return row.rotation // 90 % 4, (row.height, row.width)
 
     def _parts(self, row: ManifestRow, frame_F: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         root = self.manifest.root

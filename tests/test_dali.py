@@ -201,6 +201,16 @@ def test_turned_videos(tmp_path: Path, device: torch.device, codec: str) -> None
     check_alike(*both(evaluation(tmp_path / "train.arrow", 3), evaluation_rows(CLIPS, 3, 0, 1), device))
 
 
+def test_a_video_that_is_turned_by_half_a_right_angle_is_as_bad_as_for_the_host(tmp_path: Path) -> None:
+    """Its crop would lie elsewhere, and partly outside."""
+    rows = [write_clip(tmp_path, number, "vp9") for number in range(CLIPS)]
+    rows[2] = replace(rows[2], rotation=45)
+    write_manifest(tmp_path / "train.arrow", rows, ["a", "b"])
+    ours, theirs = both(training(tmp_path / "train.arrow"), positions(4, 3))
+    check_alike(ours, theirs)
+    assert {record.row for batch in ours for record in batch.bad_clips} == {2}
+
+
 @given(st.integers(0, 3), st.data())
 def test_the_window_of_a_turned_frame(turns: int, data: st.DataObject) -> None:
     """Cut from the stored frame and turned is the same as turned and cut."""
