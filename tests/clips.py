@@ -75,6 +75,15 @@ def write_frames(folder: Path, video_THWC: Video, name: str = "%05d.jpg", first:
     return folder
 
 
+def write_both_kinds(folder: Path, clips: dict[str, int]) -> None:
+    """A folder for prepare.py folder: of each split so many videos in class `one`, and the same as JPEG frames in class `two`."""
+    for split, count in clips.items():
+        for number in range(count):
+            video_THWC = smooth_video(8, seed=number)
+            write_video(folder / split / "one" / f"{number}.mp4", video_THWC)
+            write_frames(folder / split / "two" / f"{number}", video_THWC)
+
+
 def turned(path: Path, degrees: int) -> Path:
     """Write into the track header that players turn the picture by `degrees` clockwise (ISO 14496-12, 8.3.2)."""
     cosine, sine = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]

@@ -19,6 +19,7 @@ import torch
 from clips import plain_video, smooth_video, turned, write_frames, write_mp4, write_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_disk import mounted
 
 import prepare
 from pipelines import storage
@@ -322,13 +323,8 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small file system can be mounted by root alone")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "100k") as disk:
+        yield disk
 
 
 def test_no_room_is_said_before_anything_is_written(

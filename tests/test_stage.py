@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import smooth_video, write_frames, write_video
+from clips import write_both_kinds
+from small_disk import mounted
 
 import prepare
 from pipelines import copies, storage
@@ -30,11 +30,7 @@ KINDS = ("files", "shards", "elsewhere")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same clips as `files`, in `shards`, and in a data set `elsewhere` whose manifests lead to `files`."""
     root = tmp_path_factory.mktemp("made")
-    for split, count in (("train", 6), ("val", 2)):
-        for number in range(count):
-            video_THWC = smooth_video(8, seed=number)
-            write_video(root / "files" / split / "one" / f"{number}.mp4", video_THWC)
-            write_frames(root / "files" / split / "two" / f"{number}", video_THWC)
+    write_both_kinds(root / "files", {"train": 6, "val": 2})
     assert prepare.main(["folder", "--root", str(root / "files"), "--workers", "0"]) == 0
     shard = ["--root", str(root / "files"), "--to", str(root / "shards"), "--shard-size", "40KB", "--workers", "0"]
     assert prepare.main(["shard", *shard]) == 0
@@ -234,15 +230,10 @@ def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: p
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small file system can be mounted by root alone")
-    monkeypatch.setenv(copies.VARIABLE, str(disk))
-    yield disk
-    storage.close_shards()
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "200k") as disk:
+        monkeypatch.setenv(copies.VARIABLE, str(disk))
+        yield disk
+        storage.close_shards()
 
 
 @pytest.mark.parametrize("kind", ["files", "shards"])

@@ -1,7 +1,6 @@
 """prepare.py transcode: the same frames, smaller; and what befalls the writing."""
 
 import csv
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import torch
 from clips import smooth_video, turned, write_frames, write_video
 from hypothesis import given
 from hypothesis import strategies as st
+from small_disk import mounted
 
 import prepare
 from pipelines.containers import EncodedVideo, open_video
@@ -301,13 +301,8 @@ def test_killed_and_started_again(tmp_path: Path, codec: str, workers: int, kill
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small file system can be mounted by root alone")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "40k") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("codec", ["mjpeg", "jpeg"])

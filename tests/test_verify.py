@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import smooth_video, write_frames, write_video
+from clips import smooth_video, write_both_kinds, write_video
 
 import prepare
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
@@ -22,11 +22,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`files`, and the same clips in `shards`, two clips each or so."""
     root = tmp_path_factory.mktemp("made")
-    for split in ("train", "val"):
-        for number in range(3):
-            video_THWC = smooth_video(8, seed=number)
-            write_video(root / "files" / split / "one" / f"{number}.mp4", video_THWC)
-            write_frames(root / "files" / split / "two" / f"{number}", video_THWC)
+    write_both_kinds(root / "files", {"train": 3, "val": 3})
     assert prepare.main(["folder", "--root", str(root / "files"), "--workers", "0"]) == 0
     shard = ["--root", str(root / "files"), "--to", str(root / "shards"), "--shard-size", "32KB", "--workers", "0"]
     assert prepare.main(["shard", *shard]) == 0

@@ -5,16 +5,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from ..aside import written_aside
-from ..manifest import JPEG_FRAMES, SHARD_SUFFIX, Manifest, ManifestRow, in_shard
+from ..manifest import JPEG_FRAMES, SHARD_SUFFIX, ManifestRow, in_shard
 from ..scan import BadClip
 from ..storage import INDEX_DTYPE, close_shards, encoded_video, frame_bytes, read_video
 from ..tar import TarWriter, member_space
+from .sources import open_once
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _record_path(task: ShardTask) -> Path:
 
 
 def _write(task: ShardTask) -> ShardRecord:
-    manifest = _open_manifest(task.manifest)
+    manifest = open_once(task.manifest)
     offsets, lengths = [], []
     with written_aside(task.path) as file:
         writer = TarWriter(file)
@@ -106,11 +106,6 @@ def _write(task: ShardTask) -> ShardRecord:
             lengths.append(length)
         sha256 = writer.finish()
     return ShardRecord(writer.size_bytes, sha256, offsets, lengths)
-
-
-@lru_cache(maxsize=4)
-def _open_manifest(path: Path) -> Manifest:
-    return Manifest.open(path)
 
 
 def _add_video(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The manifests of a data set that something is made of."""
 
+from functools import lru_cache
 from pathlib import Path
 
 from ..datasets.annotations import DataSetError
@@ -14,6 +15,12 @@ def open_manifests(root: Path) -> dict[str, Manifest]:
     if not paths:
         raise DataSetError(f"{root}: no manifest (*.arrow) is there; make one first, as with prepare.py kinetics")
     return {path.stem: Manifest.open(path) for path in paths}
+
+
+@lru_cache(maxsize=4)
+def open_once(path: Path) -> Manifest:
+    """A manifest that stays open for the next task of the same process."""
+    return Manifest.open(path)
 
 
 def require_apart(root: Path, target: Path) -> None:

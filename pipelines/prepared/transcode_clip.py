@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 
 from ..aside import written_aside
 from ..containers import EncodedVideo
-from ..manifest import JPEG_FRAMES, Manifest, ManifestRow
+from ..manifest import JPEG_FRAMES, ManifestRow
 from ..scan import BadClip, scan_video
 from .encoders import ENCODERS, encode_jpeg, encode_video
 from .pictures import Image, frame_rate, pictures_of_video, scaled_pictures, scaled_size
+from .sources import open_once
 
 _PICTURES_COMPARED = 5
 _MAX_DIFFERENCE = 12.0
@@ -86,7 +86,7 @@ def _reason_path(task: ClipTask) -> Path:
 
 
 def transcode_clip(task: ClipTask) -> Outcome:
-    manifest = _open_manifest(task.manifest)
+    manifest = open_once(task.manifest)
     root, row = manifest.root, manifest.row(task.number)
     path = task.target / (task.stem + ENCODERS[task.settings.codec].suffix)
     try:
@@ -106,11 +106,6 @@ def transcode_clip(task: ClipTask) -> Outcome:
             "--to, then run the same command, which goes on where it stopped"
         )
     return Outcome()
-
-
-@lru_cache(maxsize=4)
-def _open_manifest(path: Path) -> Manifest:
-    return Manifest.open(path)
 
 
 def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> None:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from ..datasets.pool import Died, run_guarded
@@ -13,7 +12,7 @@ from ..progress import progress
 from ..scan import BadClip, scan_video
 from ..storage import check_clip, close_shards, encoded_video, frame_bytes
 from .shard_index import INDEX_NAME, ShardFacts, ShardIndex, read_shard_index
-from .sources import open_manifests
+from .sources import open_manifests, open_once
 
 _ROWS_AT_ONCE = 500  # of which only the places are looked at
 _READ_BYTES = 1 << 22
@@ -89,7 +88,7 @@ def check(task: ShardCheck | RowsCheck) -> list[str]:
     """What is wrong, in words."""
     if isinstance(task, ShardCheck):
         return _check_shard(task)
-    manifest, bad = _open_manifest(task.manifest), []
+    manifest, bad = open_once(task.manifest), []
     for number in range(task.first, task.last):
         row = manifest.row(number)
         try:
@@ -100,11 +99,6 @@ def check(task: ShardCheck | RowsCheck) -> list[str]:
             bad.append(f"{task.manifest}, row {number}: {error}")
     close_shards()
     return bad
-
-
-@lru_cache(maxsize=4)
-def _open_manifest(path: Path) -> Manifest:
-    return Manifest.open(path)
 
 
 def _check_shard(task: ShardCheck) -> list[str]:
@@ -140,10 +134,9 @@ def _decode(root: Path, row: ManifestRow) -> None:
 
 
 def _decode_frames(root: Path, row: ManifestRow) -> None:
-    from ..decode import decode_jpeg_bytes  # loads torch, which everything else does without
+    from ..decode import check_picture, decode_jpeg_bytes  # loads torch, which everything else does without
 
     for number in range(row.num_frames):
         name, content = frame_bytes(root, row, number)
         height, width = decode_jpeg_bytes(name, content).shape[1:]
-        if (width, height) != (row.width, row.height):
-            raise BadClip(f"{name}: {width}x{height}, but {row.width}x{row.height} when the manifest was made")
+        check_picture(name, width, height, row)
