@@ -26,7 +26,6 @@ from benchmarks import common
 from benchmarks.input_data import FORMS, HEIGHT, RAW, Form, decoded, footage, prepared, write_clips
 from benchmarks.input_ways import AUGMENTATION, OURS, RAW_WAYS, Way, decode_alone, ours, pillow_frames
 from pipelines.draw import Draw, training_draw
-from pipelines.loader import upright_size
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
 
 GPUS_A_NODE, NODES = 6, 256
@@ -58,7 +57,7 @@ class Clips:
 
     def draws(self, epoch: int) -> list[Draw]:
         return [
-            training_draw(AUGMENTATION, row.num_frames, *upright_size(row), 0, epoch, number)
+            training_draw(AUGMENTATION, row.num_frames, *row.upright_size, 0, epoch, number)
             for number, row in enumerate(self.rows)
         ]
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .decode import check_picture, decode_clip, jpeg_size
 from .draw import Draw
-from .loader import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed, upright_size
+from .loader import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 from .manifest import ManifestRow
 from .storage import clip_bytes, frame_bytes
 
@@ -119,7 +119,7 @@ class EncodedSource(ClipSource):
     def _orientation(self, row: ManifestRow) -> tuple[int, tuple[int, int]]:
         """(quarter turns that are left to do, (height, width) as fed): frames from the host are upright already."""
         if self.feed == FRAMES:
-            width, height = upright_size(row)
+            width, height = row.upright_size
             return 0, (height, width)
         return row.rotation // 90 % 4, (row.height, row.width)
 

@@ -100,7 +100,7 @@ class ClipSource:
     def _frames(self, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
         """Whole upright frames, uint8 (T, 3, H, W)."""
         video_TCHW = decode_clip(self.decoder, self.manifest.root, row, frame_T)
-        upright_width, upright_height = upright_size(row)
+        upright_width, upright_height = row.upright_size
         if video_TCHW.shape[2:] != (upright_height, upright_width):
             raise BadClip(
                 f"{self.manifest.root / row.path}: frames are {tuple(video_TCHW.shape[2:])}, "
@@ -129,11 +129,6 @@ def _resized(video_TCHW: Tensor, width: int, height: int) -> Tensor:
     if video_TCHW.shape[2:] == (height, width):
         return video_TCHW
     return interpolate(video_TCHW, (height, width), mode="bilinear", antialias=True)
-
-
-def upright_size(row: ManifestRow) -> tuple[int, int]:
-    """(width, height) of a row's frames as they are shown."""
-    return (row.height, row.width) if row.rotation % 180 else (row.width, row.height)
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ class TrainingClips(Dataset[ClipBatch]):
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
-            draw = training_draw(self.augmentation, entry.num_frames, *upright_size(entry), self.seed, epoch, candidate)
+            draw = training_draw(self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate)
             try:
                 video_TCHW = source.pixels(entry, draw, self.augmentation.size)
             except BadClip as error:
@@ -212,7 +207,7 @@ class EvaluationClips(Dataset[ClipBatch]):
             entry = self.source.manifest.row(row)
             video_VTCHW = blank_VTCHW
             if real_N[slot]:
-                views = evaluation_views(protocol, entry.num_frames, *upright_size(entry))
+                views = evaluation_views(protocol, entry.num_frames, *entry.upright_size)
                 try:
                     video_VTCHW = self.source.view_pixels(entry, views)
                 except BadClip as error:

@@ -56,7 +56,12 @@ class ManifestRow:
     height: int
     """As stored, before the rotation."""
     rotation: int
-    """Degrees."""
+    """Degrees; only of quarter turns is there an upright frame."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(width, height) of the frames as they are shown."""
+        return (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
 
 
 def in_shard(row: ManifestRow) -> bool:

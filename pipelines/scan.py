@@ -114,4 +114,6 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
         raise BadClip(f"{path}: does not decode ({getattr(error, 'strerror', None) or error})") from error
     if num_frames == 0:
         raise BadClip(f"{path}: holds no frame")
+    if rotation % 90:
+        raise BadClip(f"{path}: turned by {rotation} degrees, which is no quarter turn")
     return ClipFacts(length, num_frames, codec, width, height, rotation)

@@ -1,5 +1,6 @@
 """Small clips for tests: frames that can be told apart, in files of any codec."""
 
+import math
 import multiprocessing
 import struct
 from concurrent.futures import ProcessPoolExecutor
@@ -86,12 +87,12 @@ def write_both_kinds(folder: Path, clips: dict[str, int]) -> None:
 
 def turned(path: Path, degrees: int) -> Path:
     """Write into the track header that players turn the picture by `degrees` clockwise (ISO 14496-12, 8.3.2)."""
-    cosine, sine = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     content = bytearray(path.read_bytes())
     matrix_at = content.index(b"tkhd") + 4 + 40
     one = 1 << 16
     content[matrix_at : matrix_at + 36] = struct.pack(
-        ">9i", cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30
+        ">9i", *(round(part * one) for part in (cosine, sine, 0, -sine, cosine, 0, 0, 0)), 1 << 30
     )
     path.write_bytes(content)
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import plain_video, smooth_video, write_frames, write_mp4
+from clips import plain_video, smooth_video, turned, write_frames, write_mp4
 from PIL import Image
 from scan_faults import die_on_bad
 
@@ -307,6 +307,14 @@ def test_a_pipe_is_no_clip(tmp_path: Path, name: str) -> None:
     os.mkfifo(path / "00001.jpg" if name == "frames" else path)
     scanned = scan_one((tmp_path, name, None))
     assert "no regular file" in scanned.reason and scanned.facts is None
+
+
+def test_only_quarter_turns_are_known(tmp_path: Path) -> None:
+    for degrees in (0, 90, 180, 270):
+        path = turned(write_mp4(tmp_path / f"{degrees}.mp4", plain_video(4)), degrees)
+        assert scan_clip(path).rotation == -degrees % 360 or scan_clip(path).rotation == degrees
+    with pytest.raises(BadClip, match="degrees, which is no quarter turn"):
+        scan_clip(turned(write_mp4(tmp_path / "odd.mp4", plain_video(4)), 45))
 
 
 def test_too_many_bad_clips_write_nothing(root: Path) -> None:

@@ -52,7 +52,7 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     clips = EvaluationClips(source_of(config, validation, backend.device), protocol_of(config))
-    loader = make_loader(config, clips, backend.device)
+    loader = make_loader(config, clips, backend)
     normalise = Normaliser(backend.device, config.numerics)
     evaluation = assess(
         network,

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from distributed.backend import Backend
+from distributed.topology import Topology
 from pipelines.dali import DaliError, DaliLoader, choose_feed, describe, import_dali
 from pipelines.decode import choose_decoder
 from pipelines.loader import ClipBatch, ClipLoader, ClipSource, EvaluationClips, TrainingClips
@@ -33,24 +35,28 @@ def source_of(config: Config, manifest: Manifest, device: torch.device) -> ClipS
     return ClipSource(manifest.path, decoder)
 
 
-def make_loader(config: Config, dataset: TrainingClips | EvaluationClips, device: torch.device) -> Loader:
+def make_loader(config: Config, dataset: TrainingClips | EvaluationClips, backend: Backend) -> Loader:
     pipeline = config.pipeline
     if pipeline.loader == "dali":
-        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, device, dali_threads(config))
-    return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=device.type == "cuda")
+        threads = dali_threads(config, backend.topology)
+        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, backend.device, threads)
+    return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=backend.device.type == "cuda")
 
 
-def describe_input(config: Config, source: ClipSource, device: torch.device) -> str:
+def describe_input(config: Config, source: ClipSource, backend: Backend) -> str:
     workers = f"{config.pipeline.workers} workers a process"
     if config.pipeline.loader == "torch":
         return f"decoder {source.decoder} in {workers}"
-    feed = describe(choose_feed(source.manifest_path, device), device, source.decoder)
-    return f"{feed}; {dali_threads(config)} threads and {workers}"
+    feed = describe(choose_feed(source.manifest_path, backend.device), backend.device, source.decoder)
+    return f"{feed}; {dali_threads(config, backend.topology)} threads and {workers}"
 
 
-def dali_threads(config: Config) -> int:
-    """Half of the cores that this process may use, where nothing else is said: the loader's processes and the step have the rest.
+def dali_threads(config: Config, topology: Topology) -> int:
+    """Half of a rank's cores, where nothing else is said: the loader's processes and the step have the rest."""
+    return config.pipeline.dali_threads or max(1, int(cores_of_rank(topology) / 2))
 
-    A launcher that binds ranks to cores, as Slurm does with --cpus-per-task, thereby decides.
-    """
-    return config.pipeline.dali_threads or max(1, len(os.sched_getaffinity(0)) // 2)
+
+def cores_of_rank(topology: Topology) -> float:
+    """Those that the launcher has bound this rank to, as Slurm does with --cpus-per-task; else its part of the node's."""
+    mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return mine / topology.local_size if mine == all_cores else mine

@@ -1,12 +1,11 @@
 """Whether the steps wait for clips: said in the log when it begins, when it changes much, and at the end of the run."""
 
 import math
-import os
 from dataclasses import dataclass
 
 from distributed.backend import Backend
 
-from .input import dali_threads
+from .input import cores_of_rank, dali_threads
 from .schema import Config
 
 WARM_UP_STEPS = 20  # workers start, caches fill and the first batches are waited for
@@ -16,7 +15,7 @@ _MUCH = 2.0  # a share so many times the one that was said, or so many times les
 
 
 @dataclass(frozen=True)
-class Feed:
+class ClipWorkers:
     """What decodes for a rank."""
 
     workers: int
@@ -27,13 +26,13 @@ class Feed:
     """What sets their number; None: a GPU decodes."""
 
     @classmethod
-    def of(cls, config: Config, backend: Backend) -> "Feed":
-        """As this process finds it: a launcher may have bound each rank to cores of its own."""
-        mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-        cores = mine / backend.topology.local_size if mine == all_cores else mine
+    def of(cls, config: Config, backend: Backend) -> "ClipWorkers":
+        """As this process finds it."""
+        cores = cores_of_rank(backend.topology)
         if config.pipeline.loader == "torch":
             return cls(config.pipeline.workers, cores)
-        return cls(dali_threads(config), cores, "pipeline.dali_threads" if backend.device.type == "cpu" else None)
+        threads = dali_threads(config, backend.topology)
+        return cls(threads, cores, "pipeline.dali_threads" if backend.device.type == "cpu" else None)
 
     def workers_needed(self, step_s: float, wait_s: float) -> int:
         """For steps that wait `wait_s` of their `step_s`: workers that are waited for are always busy, so the clips of a step take
@@ -58,8 +57,8 @@ class Feed:
 class InputWatch:
     """Hears of every stretch of steps what it took, and how long the rank that waited most for its clips did so."""
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
+    def __init__(self, workers: ClipWorkers) -> None:
+        self._workers = workers
         self._seen_steps = 0
         self._steps, self._duration_s, self._wait_s = 0, 0.0, 0.0  # not yet judged
         self._total_s, self._total_wait_s = 0.0, 0.0
@@ -92,7 +91,7 @@ class InputWatch:
         self._said = share
         return (
             f"the steps wait for clips {share:.0%} of the time: {wait_s:.3f} s of {step_s:.3f} s in each of the last {steps}. "
-            f"{self._feed.advice(step_s, wait_s)}"
+            f"{self._workers.advice(step_s, wait_s)}"
         )
 
     @property

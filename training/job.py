@@ -61,7 +61,7 @@ class Job:
     """The start before was stopped in front of the evaluation behind `first_step`, or within it."""
 
     def loader(self, dataset: TrainingClips | EvaluationClips) -> Loader:
-        return make_loader(self.config, dataset, self.backend.device)
+        return make_loader(self.config, dataset, self.backend)
 
 
 def set_numerics(config: Config) -> None:

@@ -11,7 +11,7 @@ from pipelines.loader import ClipBatch
 
 from .bad_clips import BadClips
 from .bad_steps import BadStep, BadSteps
-from .input_watch import WARM_UP_STEPS, Feed, InputWatch
+from .input_watch import WARM_UP_STEPS, ClipWorkers, InputWatch
 from .job import Job
 from .records import Records
 from .stragglers import BusyClock, Stragglers
@@ -30,7 +30,7 @@ class Window:
         self._unsettled: list[tuple[int, list[Tensor], Tensor]] = []
         self._busy = BusyClock(job.trainer.network, job.backend)
         self._stragglers = Stragglers(job.backend.topology.size)
-        self._input = InputWatch(Feed.of(job.config, job.backend))
+        self._input = InputWatch(ClipWorkers.of(job.config, job.backend))
         self.restart()
 
     def restart(self) -> None:

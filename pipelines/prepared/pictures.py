@@ -20,7 +20,7 @@ _PLAIN_RATE = Fraction(24)  # of what has none of its own
 
 def scaled_size(row: ManifestRow, short_side: int) -> tuple[int, int]:
     """(width, height), upright and even, with a shorter side of `short_side` pixels or of its own where that is less."""
-    width, height = (row.height, row.width) if row.rotation // 90 % 2 else (row.width, row.height)
+    width, height = row.upright_size
     scale = min(1.0, short_side / min(width, height))
     if scale == 1.0:
         return max(2, width // 2 * 2), max(2, height // 2 * 2)
@@ -56,6 +56,8 @@ def pictures_of_video(video: EncodedVideo, row: ManifestRow, size: tuple[int, in
 
 
 def _scaled(name: str, frames: Iterator[av.VideoFrame], row: ManifestRow, size: tuple[int, int]) -> Iterator[Image]:
+    if row.rotation % 90:
+        raise BadClip(f"{name}: turned by {row.rotation} degrees, which is no quarter turn")
     turned = row.rotation // 90 % 4
     width, height = reversed(size) if turned % 2 else size
     count = 0
