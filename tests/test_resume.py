@@ -1,10 +1,8 @@
 """What a run goes on from, and what it goes on over: other code, another recipe, a full disk, a folder that is gone."""
 
 import dataclasses
-import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +13,7 @@ import pytest
 import torch
 from bodies import EQUIVALENCE, VARIANTS, Context, compose_config, job_of
 from jobs import Ended, make_clips, start_training
+from small_disk import mounted
 from torch import Tensor
 from worlds import CHECKOUT, World, available
 
@@ -222,11 +221,6 @@ def test_training_goes_on_over_a_folder_that_is_gone(
 def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Records have no room either: what was lost is missing in them, and said."""
     disk = alone.folder
-    disk.mkdir()
-    size = "size=240m"  # a checkpoint has 90 MB, and there are two at a time
-    command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small file system can be mounted by root alone")
     filler, checkpoints = disk / "filler", disk / "run" / "checkpoints"
 
     def fill() -> None:
@@ -238,7 +232,7 @@ def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: py
             while file.write(bytes(4096)):
                 pass
 
-    try:
+    with mounted(disk, "240m"):  # a checkpoint has 90 MB, and there are two at a time
         job = run_with(alone, clips, {2: fill, 5: filler.unlink}, "max_steps=7", "logger.every_steps=1")
         output = capsys.readouterr().out
         assert "NO CHECKPOINT at step 3: cannot write" in output and "No space left" in output
@@ -248,8 +242,6 @@ def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: py
         assert newest is not None and newest.state["step"] == 7
         assert {1, 2, 6, 7} <= set(steps_of(job, "train", "loss"))
         assert 4 not in steps_of(job, "train", "loss")
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded tensors still lie in its files
 
 
 @pytest.mark.parametrize(("minutes", "saved"), [("0.0001", [5, 10]), ("1000", [10]), ("null", [10])])
