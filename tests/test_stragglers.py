@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,25 +14,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import make_clips, start_training, wait_for_record
-from worlds import World
+from worlds import CHECKOUT, World
 
 from training.records import read_metrics
-from training.stragglers import EXCESS, WINDOW_STEPS, WINDOWS, Stragglers
+from training.stragglers import CROWDED_WINDOWS, EXCESS, SLOW_WINDOWS, WINDOW_STEPS, Straggler, Stragglers
 
 
-def named_after(busy: list[list[float]], steps: int = WINDOW_STEPS) -> list[tuple[int, int]]:
-    """(window, rank) of each naming, when each of these windows holds seconds by rank."""
-    stragglers = Stragglers(len(busy[0]))
-    return [
-        (window, rank)
-        for window, seconds in enumerate(busy)
-        for rank, _, _ in stragglers.add(torch.tensor(seconds, dtype=torch.float64) * steps, steps)
-    ]
+def stragglers_after(
+    own: list[list[float]], queued: list[list[float]], steps: int = WINDOW_STEPS
+) -> list[tuple[int, Straggler]]:
+    """(window, straggler) of each naming, when each of these windows holds seconds by rank."""
+    stragglers = Stragglers(len(own[0]))
+    found = []
+    for window, (own_s, queued_s) in enumerate(zip(own, queued, strict=True)):
+        own_R, queued_R = (torch.tensor(values, dtype=torch.float64) * steps for values in (own_s, queued_s))
+        found += [(window, straggler) for straggler in stragglers.add(own_R, queued_R, steps)]
+    return found
+
+
+def named_after(own: list[list[float]], steps: int = WINDOW_STEPS) -> list[tuple[int, int]]:
+    """(window, rank) of each naming, when no rank waits for a core."""
+    found = stragglers_after(own, [[0.0] * len(own[0])] * len(own), steps)
+    return [(window, straggler.rank) for window, straggler in found if not straggler.queued]
 
 
 def test_a_rank_is_named_once_behind_the_last_window_in_a_row() -> None:
     slow = [1.0, 1.0, 1.0 + EXCESS + 0.01, 1.0]
-    assert named_after([slow] * 5) == [(WINDOWS - 1, 2)]
+    assert named_after([slow] * 5) == [(SLOW_WINDOWS - 1, 2)]
 
 
 def test_a_rank_that_recovers_can_be_named_again() -> None:
@@ -64,6 +75,71 @@ def test_a_rank_is_named_within_50_steps_wherever_in_a_window_it_begins() -> Non
         seconds = [[1.0] * 4] * healthy + [[1.0, 1.0, 1.0, 1.43]] * 5
         ((record, rank),) = named_after(seconds, steps=10)
         assert rank == 3 and (record + 1 - healthy) * 10 <= 50
+
+
+def test_a_rank_without_a_core_is_named_later_and_why() -> None:
+    """Programs that come and go beside it hold nobody up for long."""
+    own, queued = [1.0] * 4, [0.1, 0.9, 0.1, 0.1]
+    ((window, straggler),) = stragglers_after([own] * 9, [queued] * 9)
+    assert window == CROWDED_WINDOWS - 1
+    assert (straggler.rank, straggler.queued) == (1, True)
+    assert straggler.busy_s == pytest.approx(1.9) and straggler.median_busy_s == pytest.approx(1.1)
+    spared = [*[queued] * (CROWDED_WINDOWS - 1), [0.1] * 4]
+    assert stragglers_after([own] * 15, spared * 3) == []
+
+
+def test_a_rank_that_is_slow_by_itself_is_named_for_that_alone() -> None:
+    found = stragglers_after([[1.0, 1.0, 2.0]] * 9, [[0.1] * 3] * 9)
+    assert [(window, straggler.rank, straggler.queued) for window, straggler in found] == [(SLOW_WINDOWS - 1, 2, False)]
+
+
+COMPUTE = """
+import sys, time
+import torch
+from torch import nn
+from distributed.backend import SingleBackend
+from distributed.topology import find_topology
+from training.stragglers import BusyClock
+network = nn.Linear(4, 1)
+clock = BusyClock(network, SingleBackend(find_topology({}), torch.device("cpu")))
+clock.ask()
+clock.start()
+print("began", flush=True)
+until_s = time.thread_time() + 0.5
+while time.thread_time() < until_s:
+    pass
+network(torch.ones(1, 4)).sum().backward()
+clock.stop()
+busy = clock.read()
+print(busy.own_s, busy.queued_s)
+"""
+
+
+@pytest.mark.parametrize("fault", ["none", "other program", "stopped"])
+def test_a_stop_counts_and_other_programs_do_not(fault: str) -> None:
+    """Half a second of work on one core, alone, beside two programs that want the same core, and stopped for a second."""
+    core = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    with ExitStack() as stack:
+
+        def start(program: str) -> subprocess.Popen[str]:
+            command = [*core, sys.executable, "-c", program]
+            process = stack.enter_context(subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            return process
+
+        rank = start(COMPUTE)
+        assert rank.stdout is not None and rank.stdout.readline() == "began\n"
+        if fault == "other program":
+            start("while True: pass")
+            start("while True: pass")
+        elif fault == "stopped":
+            rank.send_signal(signal.SIGSTOP)
+            time.sleep(1)
+            rank.send_signal(signal.SIGCONT)
+        own_s, queued_s = map(float, rank.stdout.readline().split())
+    assert own_s == pytest.approx(1.5 if fault == "stopped" else 0.5, abs=0.2)
+    if fault == "other program":
+        assert queued_s > 0.3
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,13 +1,15 @@
 """Which rank holds the others up: in a step that ends for all together, all are as slow as the slowest.
 
 Measured is how long each rank was busy with its own part of a step, from waiting for its clips to its last gradient, without the
-time that it waited for others.
+time that it waited for others; and, on CPUs, how much of it went by while it was ready and other programs had the cores.
 
-Shapes: R ranks.
+Shapes: R ranks, W windows.
 """
 
+import os
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,27 @@ from distributed.backend import Backend
 
 WINDOW_STEPS = 20  # fewer say little on a busy node
 EXCESS = 0.2  # in parts of the median rank's busy time: less is the noise of a healthy job
-WINDOWS = 2  # in a row
+SLOW_WINDOWS = 2  # in a row, of what a rank takes by itself
+CROWDED_WINDOWS = 5  # in a row, with its wait for a core: another program's burst of seconds is no fault
 
 _Moment = float | torch.cuda.Event
 
 
+@dataclass(frozen=True)
+class Busy:
+    """One rank's time in some steps, in seconds."""
+
+    own_s: float
+    """For its clips, forward and backward; without the two below."""
+    queued_s: float
+    """Ready to run, without a core."""
+    messages_s: float
+    """In messages of batch norm over ranks."""
+    steps: int
+
+
 class BusyClock:
-    """One rank's own time, summed over steps; reading it waits for the device.
+    """One rank's own time, summed over steps; reading it waits for the device. For use in one thread.
 
     Waiting for other ranks inside a step (batch norm over ranks) is left out on CPUs. On GPUs the device waits there, unseen by
     the host, and it is counted; the published recipe's batch norm is local, and has no such wait.
@@ -30,28 +46,37 @@ class BusyClock:
 
     def __init__(self, network: nn.Module, backend: Backend) -> None:
         self._backend = backend
+        self._core_queue = _CoreQueue(backend.device)
         self._spans: list[tuple[_Moment, _Moment]] = []
-        self._input_s = self._messages_s = 0.0
+        self._input_s = self._messages_s = self._queued_s = 0.0
+        self._asked_s = 0.0
         self._began: _Moment = 0.0
-        self._waited_s = 0.0
         self._ready: _Moment = 0.0
+        self._ready_waited_s = self._ready_queued_s = 0.0
         # The first layer's gradient is the last; what comes behind it is the wait for the reduction.
         first = next(parameter for parameter in network.parameters() if parameter.requires_grad)
         first.register_post_accumulate_grad_hook(self._note_ready)
 
-    def start(self, input_s: float) -> None:
-        """A step begins; its clips were waited for so long."""
-        self._input_s += input_s
+    def ask(self) -> None:
+        """A step's clips are asked for."""
+        self._queued_s -= self._core_queue.waited_s()
+        self._asked_s = time.perf_counter()
+
+    def start(self) -> None:
+        """They are there: the step begins."""
+        self._input_s += time.perf_counter() - self._asked_s
         self._messages_s -= self._backend.waited_s
         self._began = self._now()
 
     def _note_ready(self, _: Tensor) -> None:
-        self._ready, self._waited_s = self._now(), self._backend.waited_s
+        self._ready, self._ready_waited_s = self._now(), self._backend.waited_s
+        self._ready_queued_s = self._core_queue.waited_s()
 
     def stop(self) -> None:
         """The step's last backward pass is done."""
         self._spans.append((self._began, self._ready))
-        self._messages_s += self._waited_s
+        self._messages_s += self._ready_waited_s
+        self._queued_s += self._ready_queued_s
 
     def _now(self) -> _Moment:
         if self._backend.device.type != "cuda":
@@ -60,13 +85,34 @@ class BusyClock:
         event.record()
         return event
 
-    def read(self) -> tuple[float, float, int]:
-        """Seconds since the last time: busy, and in messages of batch norm over ranks; and in how many steps."""
-        messages_s, steps = self._messages_s, len(self._spans)
-        busy_s = self._input_s + sum(_seconds(*span) for span in self._spans) - messages_s
+    def read(self) -> Busy:
+        """What has come together since the last time."""
+        spent_s = self._input_s + sum(_seconds(*span) for span in self._spans)
+        own_s = spent_s - self._messages_s - self._queued_s
+        busy = Busy(own_s, self._queued_s, self._messages_s, len(self._spans))
         self._spans.clear()
-        self._input_s = self._messages_s = 0.0
-        return busy_s, messages_s, steps
+        self._input_s = self._messages_s = self._queued_s = 0.0
+        return busy
+
+
+class _CoreQueue:
+    """How long this thread has been ready to run while others had the cores, by Linux' own count (sched-stats.rst in its
+    documentation). A process that is stopped, or waits for a disk, is not ready. Nothing on GPUs, where the device's time counts,
+    and where the kernel keeps no such count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._file: int | None = None
+        if device.type == "cpu":
+            try:
+                self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return
+
+    def waited_s(self) -> float:
+        if self._file is None:
+            return 0.0
+        _, waited_ns, _ = os.pread(self._file, 64, 0).split()
+        return int(waited_ns) / 1e9
 
 
 def _seconds(began: _Moment, ready: _Moment) -> float:
@@ -77,19 +123,48 @@ def _seconds(began: _Moment, ready: _Moment) -> float:
     return began.elapsed_time(ready) / 1000  # type: ignore[no-any-return, no-untyped-call]
 
 
+@dataclass(frozen=True)
+class Straggler:
+    """Who holds the others up, by the newest window."""
+
+    rank: int
+    busy_s: float
+    """A step, with the wait for a core where that is what makes it one."""
+    median_busy_s: float
+    """The median rank's."""
+    queued: bool
+    """Only with its wait for a core does it stand out: other programs have the cores of its node."""
+
+
 class Stragglers:
     """Takes in how busy all ranks were, and names those that stand out for a while."""
 
     def __init__(self, size: int) -> None:
+        self._slow = _Standouts(size, SLOW_WINDOWS)
+        self._crowded = _Standouts(size, CROWDED_WINDOWS)
+
+    def add(self, own_R: Tensor, queued_R: Tensor, steps: int) -> list[Straggler]:
+        """Each rank's own seconds and its seconds without a core in so many further steps. Returns those that are newly named."""
+        slow = self._slow.add(own_R, steps)
+        crowded = [named for named in self._crowded.add(own_R + queued_R, steps) if not self._slow.names(named[0])]
+        return [Straggler(*named, queued=False) for named in slow] + [
+            Straggler(*named, queued=True) for named in crowded
+        ]
+
+
+class _Standouts:
+    """Ranks of which something is EXCESS over the median rank's in each of several windows in a row."""
+
+    def __init__(self, size: int, windows: int) -> None:
         self._size = size
+        self._count = windows
         self._records: deque[tuple[Tensor, int]] = deque()
         self._named_R = torch.zeros(size, dtype=torch.bool)
 
     def add(self, busy_R: Tensor, steps: int) -> list[tuple[int, float, float]]:
-        """Busy seconds of each rank in so many further steps. Returns (rank, seconds a step, median rank's) of those newly named.
+        """Seconds of each rank in so many further steps. Returns (rank, seconds a step, median rank's) of those newly named.
 
-        A rank stands out in a window with EXCESS over the median. It is named when it does so in each of the last WINDOWS windows,
-        which end with this record and do not overlap, and not again until it no longer does.
+        The windows end with this record and do not overlap. A rank is not named again until it no longer stands out.
         """
         self._records.append((busy_R, steps))
         windows = self._windows()
@@ -103,15 +178,19 @@ class Stragglers:
         newest_R = windows[0]
         return [(rank, newest_R[rank].item(), newest_R.median().item()) for rank in new_R.nonzero().flatten().tolist()]
 
+    def names(self, rank: int) -> bool:
+        """Has this rank been named, and not recovered since?"""
+        return bool(self._named_R[rank])
+
     def _windows(self) -> list[Tensor] | None:
-        """Busy seconds a step by rank in the last windows, newest first; older records are dropped."""
+        """Seconds a step by rank in the last windows, newest first; older records are dropped."""
         windows, busy_R, steps = [], torch.zeros(self._size, dtype=torch.float64), 0
         for used, (more_R, more) in enumerate(reversed(self._records), start=1):
             busy_R, steps = busy_R + more_R, steps + more
             if steps >= WINDOW_STEPS:
                 windows.append(busy_R / steps)
                 busy_R, steps = torch.zeros_like(busy_R), 0
-            if len(windows) == WINDOWS:
+            if len(windows) == self._count:
                 while len(self._records) > used:
                     self._records.popleft()
                 return windows

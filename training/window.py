@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -42,16 +43,16 @@ class Window:
 
     def timed_input(self, step: int, fetch: Callable[[], list[ClipBatch]]) -> list[ClipBatch]:
         """The micro-batches that `fetch` waits for. Raises DataError when too many of their clips had to be replaced."""
+        self._busy.ask()
         started_s = time.monotonic()
         micro_batches = fetch()
-        self._waited_s = time.monotonic() - started_s
-        self._input_s += self._waited_s
+        self._input_s += time.monotonic() - started_s
         self._bad_clips.note(step, micro_batches)
         return micro_batches
 
     @contextmanager
     def timed_step(self) -> Iterator[None]:
-        self._busy.start(self._waited_s)
+        self._busy.start()
         yield
         self._busy.stop()
 
@@ -86,16 +87,16 @@ class Window:
         """
         self.settle(records)
         job = self._job
-        busy_s, messages_s, busy_steps = self._busy.read()
-        times_2R = self._totals.new_zeros(2, job.backend.topology.size)
-        times_2R[:, job.backend.topology.rank] = self._totals.new_tensor([busy_s, self._input_s])
+        busy = self._busy.read()
+        times_3R = self._totals.new_zeros(3, job.backend.topology.size)
+        times_3R[:, job.backend.topology.rank] = self._totals.new_tensor([busy.own_s, busy.queued_s, self._input_s])
         counts = self._totals.new_tensor([float(self._bad_clips.noted), float(save_here)])
-        sums = torch.cat([self._totals, counts, times_2R.flatten()]).to(job.backend.device)
+        sums = torch.cat([self._totals, counts, times_3R.flatten()]).to(job.backend.device)
         job.backend.all_reduce_(sums, "train.record")
         sums = sums.cpu()
-        loss, right, clips, bad, save_now = sums[: -times_2R.numel()].tolist()
-        busy_R, input_R = sums[-times_2R.numel() :].view_as(times_2R)
-        self._name_stragglers(step, busy_R, busy_steps, records)
+        loss, right, clips, bad, save_now = sums[: -times_3R.numel()].tolist()
+        own_R, queued_R, input_R = sums[-times_3R.numel() :].view_as(times_3R)
+        self._name_stragglers(step, own_R, queued_R, busy.steps, records)
         duration_s = time.monotonic() - self._started_s
         said = self._input.add(self._steps, duration_s, input_R.max().item())
         if said:
@@ -110,7 +111,7 @@ class Window:
                 step_s=duration_s / max(1, self._steps),
                 clips_per_s=clips / duration_s,
                 input_wait_percent=100 * self._input_s / duration_s,
-                **self._batch_norm_cost(messages_s, busy_steps),
+                **self._batch_norm_cost(busy.messages_s, busy.steps),
             )
         if bad:
             self._bad_clips.report(records)
@@ -130,14 +131,16 @@ class Window:
             return {}
         return {"batch_norm_messages_s": messages_s / max(1, steps)}
 
-    def _name_stragglers(self, step: int, busy_R: Tensor, steps: int, records: Records) -> None:
-        named = self._stragglers.add(busy_R, steps)
-        if not named:
+    def _name_stragglers(self, step: int, own_R: Tensor, queued_R: Tensor, steps: int, records: Records) -> None:
+        stragglers = self._stragglers.add(own_R, queued_R, steps)
+        if not stragglers:
             return
         hosts = self._job.backend.all_gather_objects(self._job.backend.topology.host)
-        for rank, busy_s, median_s in named:
+        for straggler in stragglers:
+            host = hosts[straggler.rank]
+            why = f"; it waits for cores of {host}, which other programs have" if straggler.queued else ""
             records.say(
-                f"rank {rank} on {hosts[rank]} holds the others up: it is busy for {busy_s:.3f} s a step, the median rank for "
-                f"{median_s:.3f} s"
+                f"rank {straggler.rank} on {host} holds the others up: it is busy for {straggler.busy_s:.3f} s a step, the median "
+                f"rank for {straggler.median_busy_s:.3f} s{why}"
             )
-            records.write("straggler", step, rank=rank, host=hosts[rank], busy_s=busy_s, median_busy_s=median_s)
+            records.write("straggler", step, host=host, **asdict(straggler))
