@@ -59,7 +59,8 @@ class Backend(Protocol):
         """Every rank's small picklable object, by rank."""
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
-        """This rank's one of several disjoint groups; all ranks call it with the same list."""
+        """This rank's one of several disjoint groups; all ranks call it with the same list. Over Horovod these are among those
+        that it was made with (ValueError)."""
 
     def reducer(self, network: nn.Module, options: "ReducerOptions") -> Reducer: ...
 
@@ -137,9 +138,15 @@ class _LocalReducer:
 
 
 def make_backend(
-    name: str, topology: Topology, device: torch.device, timeout_s: float, controller: str = "auto"
+    name: str,
+    topology: Topology,
+    device: torch.device,
+    timeout_s: float,
+    controller: str = "auto",
+    rank_groups: Sequence[Sequence[int]] = (),
 ) -> Backend:
-    """Join the world; `controller` is Horovod's. Raises TopologyError when the processes found are not those promised."""
+    """Join the world; `controller` is Horovod's, and so are `rank_groups`, all groups that are going to be asked for, the same
+    list on all ranks. Raises TopologyError when the processes found are not those promised."""
     if name == "single":
         return SingleBackend(topology, device)
     if name == "torch":
@@ -152,7 +159,7 @@ def make_backend(
         raise TopologyError(
             f"distributed.backend=horovod, but Horovod does not load here ({error}). Fix: make horovod"
         ) from error
-    return HorovodBackend(topology, device, timeout_s, controller)
+    return HorovodBackend(topology, device, timeout_s, controller, rank_groups)
 
 
 def broadcast_network(backend: Backend, network: nn.Module) -> None:

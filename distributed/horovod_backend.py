@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Both are read by hvd.init(): groups of ranks are made after it, and a group of gradients is never fused with another,
-# so that the order of a sum does not depend on which gradient was ready first (see ReducerOptions.deterministic).
-os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+# Read by hvd.init(): a group of gradients is never fused with another, so that the order of a sum does not depend on which
+# gradient was ready first (see ReducerOptions.deterministic).
 os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
 
 import horovod.torch as hvd
@@ -32,7 +31,14 @@ class HorovodBackend:
     name = "horovod"
     waited_s = 0.0
 
-    def __init__(self, topology: Topology, device: torch.device, timeout_s: float, controller: str = "auto") -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device,
+        timeout_s: float,
+        controller: str = "auto",
+        rank_groups: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.topology = topology
         self.device = device
         self._rendezvous = None
@@ -43,8 +49,15 @@ class HorovodBackend:
             self._rendezvous = prepare_gloo(topology, timeout_s)
         # Its own limit is 30 s: less than a busy node may take, and less than the monitor needs to say who hangs.
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(round(timeout_s)))
-        hvd.init()
-        self._process_sets: dict[tuple[int, ...], Any] = {tuple(range(hvd.size())): hvd.global_process_set}
+        # No dynamic process sets: with them all ranks meet in each of its cycles, and while one does not come, another that hands
+        # in a tensor waits for Horovod's lock with Python's in its hands, and its control channel falls silent.
+        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "0"
+        everyone = tuple(range(topology.size))
+        self._process_sets = {
+            ranks: hvd.ProcessSet(list(ranks)) for ranks in map(tuple, rank_groups) if ranks != everyone
+        }
+        hvd.init(process_sets=list(self._process_sets.values()))
+        self._process_sets[everyone] = hvd.global_process_set
         if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):
             raise TopologyError(
                 f"{topology.launcher} promised rank {topology.rank} of {topology.size}, Horovod has rank {hvd.rank()} of "
@@ -74,13 +87,13 @@ class HorovodBackend:
         return values
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
-        mine = None
-        for ranks in map(tuple, rank_groups):
-            if ranks not in self._process_sets:  # Horovod refuses a second one of the same ranks
-                self._process_sets[ranks] = hvd.add_process_set(list(ranks))
-            if self.topology.rank in ranks:
-                mine = Group(ranks, self._process_sets[ranks])
-        return mine
+        unknown = [ranks for ranks in map(tuple, rank_groups) if ranks not in self._process_sets]
+        if unknown:
+            raise ValueError(
+                f"Horovod learns of its groups when it starts, and not of {unknown[0]}. Fix: make_backend(rank_groups=)"
+            )
+        mine = next((ranks for ranks in map(tuple, rank_groups) if self.topology.rank in ranks), None)
+        return None if mine is None else Group(mine, self._process_sets[mine])
 
     def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
         return _HorovodReducer(network, options)

@@ -81,8 +81,16 @@ def start(folder: Path) -> Context:
     schema.register()
     training.job.code_version = functools.cache(training.job.code_version)  # a second of each job that is built
     torch.set_num_threads(1)
-    backend = join_world(compose_config("experiment=smoke"), find_topology())
+    topology = find_topology()
+    backend = join_world(
+        compose_config("experiment=smoke", "pipeline.workers=0"), topology, rank_groups=halves(topology.size)
+    )
     return Context(folder, backend, ControlChannel(backend))
+
+
+def halves(size: int) -> list[list[int]]:
+    """The groups that all bodies do with, beside the whole world."""
+    return [list(range(size // 2)), list(range(size // 2, size))] if size > 1 else [[0]]
 
 
 def config_for(context: Context, run_id: str, *overrides: str) -> Config:
@@ -198,8 +206,7 @@ def collectives(context: Context) -> dict[str, Any]:
     backend.all_reduce_(total, "test.sum")
     sent = torch.full((2,), float(rank + 5))
     backend.broadcast_(sent, "test.broadcast")
-    halves = [list(range(size // 2)), list(range(size // 2, size))] if size > 1 else [[0]]
-    group = backend.group(halves)
+    group = backend.group(halves(size))
     assert group is not None
     within = torch.ones(1) * (rank + 1)
     backend.all_reduce_(within, "test.group", group)

@@ -357,3 +357,13 @@ def test_a_rank_that_is_done_first_waits_for_the_others(name: str, tmp_path: Pat
     done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reduced while rank 0 was closing" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["horovodrun-2", "mpirun-2"])
+def test_a_rank_that_others_wait_for_leaves_them_their_other_threads(name: str) -> None:
+    """Horovod's dynamic process sets would hold rank 0, and Python's lock with it: its control channel would fall silent."""
+    (world,) = (available(world) for world in WORLDS if world.name == name)
+    command = world.command(str(CHECKOUT / "tests" / "stopped_peer.py"))
+    done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the other thread of rank 0 went on" in done.stdout

@@ -122,9 +122,9 @@ def make_plan(config: Config) -> Plan:
 def _derive(plan: Plan) -> None:
     config, batch = plan.config, plan.config.batch
     plan.network = plan.noting(lambda: network_figures(config))
-    bn_group = batch.bn_group or batch.global_batch
-    plan.execution = plan.noting(lambda: plan_execution(batch.global_batch, bn_group, plan.world, batch.micro_batch))
-    plan.worlds = fitting_worlds(batch.global_batch, bn_group, batch.micro_batch)
+    wanted = batch.global_batch, batch.bn_clips
+    plan.execution = plan.noting(lambda: plan_execution(*wanted, plan.world, batch.micro_batch))
+    plan.worlds = fitting_worlds(*wanted, batch.micro_batch)
     if plan.network is not None and plan.execution is not None:
         execution = plan.execution
         plan.costs = plan.noting(lambda: step_costs(config, execution))

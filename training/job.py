@@ -143,7 +143,7 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, first_weights
     return Recipe(
         seed=config.seed,
         global_batch=batch.global_batch,
-        bn_group=batch.global_batch if batch.bn_group is None else batch.bn_group,
+        bn_group=batch.bn_clips,
         total_steps=total_steps,
         num_rows=num_rows,
         manifest_digest=manifest_digest,

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import FrameType
 
@@ -30,6 +30,7 @@ from .errors import (
 from .job import Job, build_job, set_numerics
 from .loop import train
 from .plan import describe_plan
+from .recipe import plan_execution
 from .records import Records
 from .report import write_report
 from .schema import Config
@@ -84,13 +85,29 @@ def _leave_before_first_step(number: int, frame: FrameType | None) -> None:
     os._exit(EXIT_REQUEUE)
 
 
-def join_world(config: Config, topology: Topology) -> Backend:
-    """The backend that the configuration and the launcher agree on; loader workers' server starts before it."""
+def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequence[int]] | None = None) -> Backend:
+    """The backend that the configuration and the launcher agree on; loader workers' server starts before it.
+
+    `rank_groups`: as make_backend's; None: those of the configuration's batch norm.
+    """
     name = choose_backend(config.distributed.backend, topology, config.distributed.world_size)
+    if rank_groups is None:
+        rank_groups = _batch_norm_groups(config, topology.size)
     device = pick_device(config.distributed.device, topology)
-    start_worker_server()
+    if config.pipeline.workers:  # it imports torch: seconds of a core that no one waits for, but that others could use
+        start_worker_server()
     set_numerics(config)
-    return make_backend(name, topology, device, config.distributed.timeout_s, config.distributed.controller)
+    distributed = config.distributed
+    return make_backend(name, topology, device, distributed.timeout_s, distributed.controller, rank_groups)
+
+
+def _batch_norm_groups(config: Config, size: int) -> list[list[int]]:
+    """None where the batch does not divide: that is said later, by a rank that can tell the others."""
+    batch = config.batch
+    try:
+        return plan_execution(batch.global_batch, batch.bn_clips, size, batch.micro_batch).bn_rank_groups()
+    except ConfigError:
+        return []
 
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:

@@ -94,6 +94,11 @@ class BatchConfig:
     precise_bn_steps: int = 0
     """Steps of training clips over which an evaluation averages batch-norm statistics anew; 0: keep the running averages."""
 
+    @property
+    def bn_clips(self) -> int:
+        """`bn_group` as a number."""
+        return self.global_batch if self.bn_group is None else self.bn_group
+
 
 @dataclass
 class OptimizerConfig:
