@@ -31,6 +31,7 @@ _TICK_S = 0.25
 _ECHO_S = 1.0  # an error of one rank may be the echo of another's death, which becomes known a moment later
 _STACKS_S = 45.0  # for all ranks to say where they are; py-spy may take 20
 _FAREWELL_S = 3.0  # for all ranks to hear that it is over
+_OBEY_S = 15.0  # for the ranks beside it to end once they have been told to
 _SEND_S = 1.0
 
 
@@ -139,6 +140,22 @@ class Monitor:
         deadline_s = time.monotonic() + _FAREWELL_S
         while self._peers and time.monotonic() < deadline_s:
             self._hear(0.05)
+        if self._verdict is not None:
+            self._end_the_deaf(deadline_s - _FAREWELL_S + _OBEY_S)
+
+    def _end_the_deaf(self, deadline_s: float) -> None:
+        """A rank that is stopped, or held in a library that holds Python's lock, does not hear that it is to end; and where no rank
+        ends, no launcher ends the job. Rank 0 is always beside the monitor."""
+
+        def beside() -> list[_Peer]:
+            return [peer for peer in self._peers.values() if peer.host == self._host]
+
+        while beside() and time.monotonic() < deadline_s:
+            self._hear(0.05)
+        for peer in beside():
+            self._journal.warn(f"{self._name(peer.rank)} does not end by itself: killed")
+            with suppress(OSError):
+                os.kill(peer.pid, signal.SIGKILL)
 
     # ------------------------------------------------------------------------------------------------------------- hearing
 

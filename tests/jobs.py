@@ -35,7 +35,7 @@ class RunningJob:
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self._mark = uuid.uuid4().hex
-        self._log = log
+        self.log = log
         self._started_s = time.monotonic()
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -82,7 +82,7 @@ class RunningJob:
             exit_code = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"still running after {limit_s} s:\n{self._log.read_text()[-5000:]}") from None
+            raise AssertionError(f"still running after {limit_s} s:\n{self.log.read_text()[-5000:]}") from None
         duration_s = time.monotonic() - started_s
         # The server of loader workers notices the end of its job when it has imported torch, seconds later on a busy machine.
         deadline_s = time.monotonic() + 30
@@ -90,7 +90,7 @@ class RunningJob:
             time.sleep(0.1)
         left = [command for _, command in self._processes()]
         self.kill()
-        return Ended(exit_code, self._log.read_text(), duration_s, left)
+        return Ended(exit_code, self.log.read_text(), duration_s, left)
 
     def kill(self) -> None:
         for pid, _ in self._processes():

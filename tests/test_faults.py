@@ -229,19 +229,35 @@ def assert_hang_is_named(run: Path, ended: Ended, size: int, culprit: int, where
     return stacks
 
 
-@pytest.mark.parametrize(
-    ("stopped_world", "victim"),
-    [(World("torchrun", 4), 2), (World("horovodrun", 2), 0), (World("mpirun", 2), 1)],
-    ids=name_of,
-)
+STOPPED = {World("torchrun", 4): 2, World("horovodrun", 2): 0, World("mpirun", 2): 1}
+
+
+@pytest.fixture(scope="module")
+def stopped_jobs(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Iterator[dict[World, RunningJob]]:
+    """Jobs of which a rank is stopped: they wait for their limits beside each other."""
+    folder = tmp_path_factory.mktemp("stopped")
+    jobs = {}
+    for world, victim in STOPPED.items():
+        if world.missing is None:
+            jobs[world] = start(
+                world, folder / f"fault-{os.getpid()}-{world.name}", clips, f"distributed.hang_s={HANG_S}"
+            )
+            os.kill(jobs[world].ranks()[victim], signal.SIGSTOP)
+    yield jobs
+    for job in jobs.values():
+        job.kill()
+
+
+@pytest.mark.parametrize(("stopped_world", "victim"), STOPPED.items(), ids=name_of)
 def test_a_stopped_rank_is_named_with_the_stacks_of_all(
-    stopped_world: World, run: Path, clips: Path, victim: int
+    stopped_world: World, victim: int, stopped_jobs: dict[World, RunningJob]
 ) -> None:
-    job = start(available(stopped_world), run, clips, f"distributed.hang_s={HANG_S}")
-    os.kill(job.ranks()[victim], signal.SIGSTOP)
-    ended = job.wait(HANG_END_S)
+    job = stopped_jobs[available(stopped_world)]
+    ended, run = job.wait(HANG_END_S), job.log.parent
     stacks = assert_hang_is_named(run, ended, stopped_world.size, victim, "silent for")
     assert "T (stopped)" in stacks.split("==== ")[1], stacks
+    if stopped_world.launcher == "torchrun":  # it gives a stopped process half a minute
+        assert f"rank {victim} on {os.uname().nodename} does not end by itself: killed" in log_of(run)
     assert "training/loop.py" in stacks.split("==== ")[2], stacks
 
 

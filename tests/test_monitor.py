@@ -18,6 +18,8 @@ from distributed.liveness import PHASES, Place, Seen, patience_s, stuck_ranks
 from distributed.monitor import REQUEUE, Settings, start_monitor
 
 LIMIT_S, SILENT_S = 10.0, 5.0
+NOBODY = 1 << 24
+"""A process that cannot be: the monitor kills ranks that do not end."""
 
 
 # --- Who is stuck -----------------------------------------------------------------------------------------------------
@@ -93,11 +95,11 @@ class Rank:
 
     connected: ClassVar[list["Rank"]] = []
 
-    def __init__(self, port: int, rank: int, token: str = "right") -> None:
+    def __init__(self, port: int, rank: int, token: str = "right", pid: int = NOBODY) -> None:
         self.connected.append(self)
         self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
         self.lines = self.connection.makefile()
-        self.say({"hello": [rank, "here", os.getpid()], "token": token})
+        self.say({"hello": [rank, "here", pid], "token": token})
 
     def say(self, message: dict[str, Any]) -> None:
         self.connection.sendall(json.dumps(message).encode() + b"\n")
