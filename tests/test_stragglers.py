@@ -143,7 +143,7 @@ def test_a_stop_counts_and_other_programs_do_not(fault: str) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0.5, 0.59), min_size=2, max_size=64), st.integers(1, 6))
+@given(st.lists(st.floats(0.5, 0.64), min_size=2, max_size=64), st.integers(1, 6))
 def test_ranks_within_the_noise_are_never_named(seconds: list[float], windows: int) -> None:
     assert named_after([seconds] * windows) == []
 

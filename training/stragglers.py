@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from distributed.backend import Backend
 
 WINDOW_STEPS = 20  # fewer say little on a busy node
-EXCESS = 0.2  # in parts of the median rank's busy time: less is the noise of a healthy job
-SLOW_WINDOWS = 2  # in a row, of what a rank takes by itself
-CROWDED_WINDOWS = 5  # in a row, with its wait for a core: another program's burst of seconds is no fault
+# In parts of the median rank's time, over windows in a row: less is the noise of a healthy job.
+EXCESS = 0.3  # of all of them together
+LEAST_EXCESS = 0.1  # of each: a single bad moment is no fault
+SLOW_WINDOWS = 2  # of what a rank takes by itself
+CROWDED_WINDOWS = 5  # with its wait for a core, which another program's burst of seconds brings about
 
 _Moment = float | torch.cuda.Event
 
@@ -153,7 +155,7 @@ class Stragglers:
 
 
 class _Standouts:
-    """Ranks of which something is EXCESS over the median rank's in each of several windows in a row."""
+    """Ranks that are EXCESS over the median rank in several windows in a row together, and LEAST_EXCESS in each."""
 
     def __init__(self, size: int, windows: int) -> None:
         self._size = size
@@ -170,9 +172,8 @@ class _Standouts:
         windows = self._windows()
         if self._size < 2 or windows is None:
             return []
-        # Of two ranks the faster is the measure; of more, the middle one, or the lower of two in the middle.
-        out_WR = torch.stack([busy_R > (1 + EXCESS) * busy_R.median() for busy_R in windows])
-        out_R = out_WR.all(0)
+        out_WR = torch.stack([_excess(busy_R) > LEAST_EXCESS for busy_R in windows])
+        out_R = out_WR.all(0) & (_excess(torch.stack(windows).mean(0)) > EXCESS)
         new_R = out_R & ~self._named_R
         self._named_R = out_R | (self._named_R & out_WR[0])
         newest_R = windows[0]
@@ -195,3 +196,8 @@ class _Standouts:
                     self._records.popleft()
                 return windows
         return None
+
+
+def _excess(busy_R: Tensor) -> Tensor:
+    """Over the median rank: of two ranks the faster is the measure; of more, the middle one, or the lower of two in the middle."""
+    return busy_R / busy_R.median() - 1
