@@ -50,8 +50,8 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Inter
     which has probability `2 * P(Binomial(n, 1/2) < r)`. Fewer than 6 samples cannot give 95%: their whole range is returned.
     """
     ordered = sorted(samples)
-    n, rank, outside = len(ordered), 1, 2.0 / 2.0 ** len(ordered)
-    while rank < n / 2 and outside + (more := 2.0 * math.comb(n, rank) / 2.0**n) <= 1.0 - confidence:
+    n, rank, outside = len(ordered), 1, 2 / 2 ** len(ordered)  # whole numbers: floats end at 2^1024
+    while rank < n / 2 and outside + (more := 2 * math.comb(n, rank) / 2**n) <= 1.0 - confidence:
         outside, rank = outside + more, rank + 1
     return Interval(statistics.median(ordered), ordered[rank - 1], ordered[n - rank])
 

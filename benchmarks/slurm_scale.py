@@ -66,6 +66,8 @@ def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
         "TSM_LOCAL_DISK": str(folder),
         "TSM_PREFLIGHT_ALL_REDUCE": "off",
         "TSM_PREFLIGHT_LIMIT_S": "900",
+        "TSM_PYTHON": str(EMULATOR.with_name("seated_python.sh")),
+        "TSM_SRUN_ARGUMENTS": f"--wait={LIMIT_S:.0f}",  # a few ranks at a time: the last ends long after the first
         "TSM_RANK_PROGRAM": "-m slurm.rehearse",
         "TSM_SRUN_MPI": "none",
     }
@@ -78,7 +80,8 @@ def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
             f"batch.global_batch={global_batch}", f"outputs={folder}", f"run_id=rehearsal-{nodes}",
         )  # fmt: skip
     except subprocess.CalledProcessError as error:
-        sys.exit(f"the job failed: {error.stderr}\n{log.read_text()[-8000:] if log.exists() else ''}")
+        said = log.read_text() if log.exists() else ""
+        sys.exit(f"the job failed: {error.stderr}\n{said[:4000]}\n...\n{said[-4000:]}")
     finally:
         call(str(EMULATOR), "down")
     return read_log(nodes, log, global_batch) | {"up_s": up_s}

@@ -96,10 +96,10 @@ read_up_options() {
         esac
         shift 2
     done
-    message_timeout_s=10 tcp_timeout_s=2
+    message_timeout_s=10 tcp_timeout_s=2 credential_s=5
     if [[ $mode == host ]]; then
         # Hundreds of daemons and a thousand tasks start on a few cores.
-        message_timeout_s=100 tcp_timeout_s=30
+        message_timeout_s=100 tcp_timeout_s=30 credential_s=600
         ((node_timeout_s >= 300)) || node_timeout_s=300
     elif ((nodes > 100)); then
         die "$nodes nodes are too many for namespaces. Fix: --host"

@@ -17,7 +17,7 @@ SlurmctldPort=$controller_port
 SlurmUser=root
 SlurmdUser=root
 # Slurm holds a requeued job back until its old credential has expired: two minutes by default.
-AuthInfo=socket=$folder/run/munge.sock,cred_expire=5
+AuthInfo=socket=$folder/run/munge.sock,cred_expire=$credential_s
 
 # Slurm puts a node's name for %n.
 StateSaveLocation=$folder/state
