@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from jobs import make_clips, start_training, wait_for_record
 from worlds import CHECKOUT, World
 
+from distributed.backend import SingleBackend
+from distributed.topology import find_topology
 from training.records import read_metrics
-from training.stragglers import CROWDED_WINDOWS, EXCESS, SLOW_WINDOWS, WINDOW_STEPS, Straggler, Stragglers
+from training.stragglers import CROWDED_WINDOWS, EXCESS, SLOW_WINDOWS, WINDOW_STEPS, BusyClock, Straggler, Stragglers
 
 
 def stragglers_after(
@@ -140,6 +142,22 @@ def test_a_stop_counts_and_other_programs_do_not(fault: str) -> None:
     assert own_s == pytest.approx(1.5 if fault == "stopped" else 0.5, abs=0.2)
     if fault == "other program":
         assert queued_s > 0.3
+
+
+def test_beside_messages_the_wait_for_a_core_is_not_taken_off_twice() -> None:
+    backend = SingleBackend(find_topology({}), torch.device("cpu"))
+    network = torch.nn.Linear(4, 1)
+    clock = BusyClock(network, backend)
+    began_s = time.perf_counter()
+    clock.ask()
+    clock.start()
+    backend.waited_s += 0.001
+    time.sleep(0.01)
+    network(torch.ones(1, 4)).sum().backward()
+    clock.stop()
+    busy, took_s = clock.read(), time.perf_counter() - began_s
+    assert busy.messages_s == pytest.approx(0.001) and busy.queued_s == 0
+    assert 0.009 <= busy.own_s <= took_s - 0.001
 
 
 @settings(max_examples=50, deadline=None)

@@ -33,7 +33,7 @@ class Busy:
     own_s: float
     """For its clips, forward and backward; without the two below."""
     queued_s: float
-    """Ready to run, without a core."""
+    """Ready to run, without a core; 0 where there are messages."""
     messages_s: float
     """In messages of batch norm over ranks."""
     steps: int
@@ -90,8 +90,9 @@ class BusyClock:
     def read(self) -> Busy:
         """What has come together since the last time."""
         spent_s = self._input_s + sum(_seconds(*span) for span in self._spans)
-        own_s = spent_s - self._messages_s - self._queued_s
-        busy = Busy(own_s, self._queued_s, self._messages_s, len(self._spans))
+        # Who waits for a message also waits for a core when it has come, and that is counted in both.
+        queued_s = self._queued_s if self._messages_s == 0 else 0.0
+        busy = Busy(spent_s - self._messages_s - queued_s, queued_s, self._messages_s, len(self._spans))
         self._spans.clear()
         self._input_s = self._messages_s = self._queued_s = 0.0
         return busy
