@@ -1,5 +1,6 @@
 """The world over Horovod: NCCL on GPUs, MPI or Gloo on CPUs. Only this file and horovod_rendezvous.py import horovod."""
 
+import atexit
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,17 @@ class HorovodBackend:
         self._process_sets = {
             ranks: hvd.ProcessSet(list(ranks)) for ranks in map(tuple, rank_groups) if ranks != everyone
         }
-        hvd.init(process_sets=list(self._process_sets.values()))
+        try:
+            hvd.init(process_sets=list(self._process_sets.values()))
+        except ValueError as error:
+            atexit.register(
+                os._exit, 2
+            )  # a wrong start; Horovod's own end would wait for ranks that have got through theirs
+            raise TopologyError(
+                f"Horovod does not start among {topology.size} processes of {topology.launcher}: its words are above. Where a rank "
+                "is invalid, it was built without what this launcher speaks. Fix: make horovod, with MPI installed for mpirun. "
+                "Where process sets are mismatching, ranks have other groups of batch norm. Fix: one configuration for all ranks"
+            ) from error
         self._process_sets[everyone] = hvd.global_process_set
         if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):
             raise TopologyError(

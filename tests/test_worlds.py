@@ -367,3 +367,27 @@ def test_a_rank_that_others_wait_for_leaves_them_their_other_threads(name: str) 
     done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the other thread of rank 0 went on" in done.stdout
+
+
+DISAGREEING = """
+import sys
+import torch
+from distributed.backend import make_backend
+from distributed.topology import TopologyError, find_topology
+topology = find_topology()
+groups = {"number": [[[0], [1]], []], "ranks": [[[0]], [[1]]]}[sys.argv[1]][topology.rank]
+try:
+    make_backend("horovod", topology, torch.device("cpu"), timeout_s=20.0, rank_groups=groups)
+except TopologyError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["horovodrun-2", "mpirun-2"])
+@pytest.mark.parametrize("difference", ["number", "ranks"])
+def test_ranks_with_other_groups_are_refused(name: str, difference: str) -> None:
+    (world,) = (available(world) for world in WORLDS if world.name == name)
+    command = world.command("-c", DISAGREEING, difference)
+    done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "Fix: one configuration for all ranks" in done.stdout, done.stdout + done.stderr
