@@ -137,11 +137,11 @@ class Monitor:
                     self._judge_progress(self._hang_s)
             if not self._peers and os.getppid() != parent:
                 return  # rank 0 ended before any rank came
-        deadline_s = time.monotonic() + _FAREWELL_S
-        while self._peers and time.monotonic() < deadline_s:
+        told_s = time.monotonic()
+        while self._peers and time.monotonic() < told_s + _FAREWELL_S:
             self._hear(0.05)
         if self._verdict is not None:
-            self._end_the_deaf(deadline_s - _FAREWELL_S + _OBEY_S)
+            self._end_the_deaf(told_s + _OBEY_S)
 
     def _end_the_deaf(self, deadline_s: float) -> None:
         """A rank that is stopped, or held in a library that holds Python's lock, does not hear that it is to end; and where no rank

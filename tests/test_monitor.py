@@ -95,11 +95,11 @@ class Rank:
 
     connected: ClassVar[list["Rank"]] = []
 
-    def __init__(self, port: int, rank: int, token: str = "right", pid: int = NOBODY) -> None:
+    def __init__(self, port: int, rank: int, token: str = "right") -> None:
         self.connected.append(self)
         self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
         self.lines = self.connection.makefile()
-        self.say({"hello": [rank, "here", pid], "token": token})
+        self.say({"hello": [rank, "here", NOBODY], "token": token})
 
     def say(self, message: dict[str, Any]) -> None:
         self.connection.sendall(json.dumps(message).encode() + b"\n")

@@ -6,10 +6,10 @@ time that it waited for others; and, on CPUs, how much of it went by while it wa
 Shapes: R ranks, W windows.
 """
 
-import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ LEAST_EXCESS = 0.1  # of each: a single bad moment is no fault
 SLOW_WINDOWS = 2  # of what a rank takes by itself
 CROWDED_WINDOWS = 5  # with its wait for a core, which another program's burst of seconds brings about
 
+_SCHEDSTAT = Path("/proc/thread-self/schedstat")
 _Moment = float | torch.cuda.Event
 
 
@@ -48,7 +49,8 @@ class BusyClock:
 
     def __init__(self, network: nn.Module, backend: Backend) -> None:
         self._backend = backend
-        self._core_queue = _CoreQueue(backend.device)
+        # On GPUs the device's time counts; and not every kernel keeps the count.
+        self._counts_queue = backend.device.type == "cpu" and _SCHEDSTAT.exists()
         self._spans: list[tuple[_Moment, _Moment]] = []
         self._input_s = self._messages_s = self._queued_s = 0.0
         self._asked_s = 0.0
@@ -61,7 +63,7 @@ class BusyClock:
 
     def ask(self) -> None:
         """A step's clips are asked for."""
-        self._queued_s -= self._core_queue.waited_s()
+        self._queued_s -= self._queue_s()
         self._asked_s = time.perf_counter()
 
     def start(self) -> None:
@@ -72,13 +74,16 @@ class BusyClock:
 
     def _note_ready(self, _: Tensor) -> None:
         self._ready, self._ready_waited_s = self._now(), self._backend.waited_s
-        self._ready_queued_s = self._core_queue.waited_s()
+        self._ready_queued_s = self._queue_s()
 
     def stop(self) -> None:
         """The step's last backward pass is done."""
         self._spans.append((self._began, self._ready))
         self._messages_s += self._ready_waited_s
         self._queued_s += self._ready_queued_s
+
+    def _queue_s(self) -> float:
+        return _core_queue_s() if self._counts_queue else 0.0
 
     def _now(self) -> _Moment:
         if self._backend.device.type != "cuda":
@@ -98,24 +103,11 @@ class BusyClock:
         return busy
 
 
-class _CoreQueue:
-    """How long this thread has been ready to run while others had the cores, by Linux' own count (sched-stats.rst in its
-    documentation). A process that is stopped, or waits for a disk, is not ready. Nothing on GPUs, where the device's time counts,
-    and where the kernel keeps no such count."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._file: int | None = None
-        if device.type == "cpu":
-            try:
-                self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                return
-
-    def waited_s(self) -> float:
-        if self._file is None:
-            return 0.0
-        _, waited_ns, _ = os.pread(self._file, 64, 0).split()
-        return int(waited_ns) / 1e9
+def _core_queue_s() -> float:
+    """How long this thread has been ready to run while others had the cores, so far, by Linux' own count (sched-stats.rst in its
+    documentation). A process that is stopped, or waits for a disk, is not ready."""
+    _, waited_ns, _ = _SCHEDSTAT.read_bytes().split()
+    return int(waited_ns) / 1e9
 
 
 def _seconds(began: _Moment, ready: _Moment) -> float:
