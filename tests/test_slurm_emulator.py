@@ -1,5 +1,7 @@
 """The emulated cluster is a cluster: nodes apart from each other, which can be slowed down, crash and come back."""
 
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -200,22 +202,56 @@ def test_down_leaves_nothing_and_another_cluster_alone(slurm_cluster: SlurmClust
     assert slurm_cluster.srun("--nodes=4", "hostname") == slurm_cluster.nodes
 
 
-def test_a_failed_start_is_cleared_up(tmp_path: Path) -> None:
+def up_with(program: str, script: str, folder: Path, nodes: int) -> "subprocess.CompletedProcess[str]":
+    """`cluster.sh up` in folder/cluster, where a shell script takes the place of one of the programs that it calls."""
     if (reason := why_no_cluster()) is not None:
         pytest.skip(reason)
-    before = networks()
-    broken = tmp_path / "bin"
+    broken = folder / "bin"
     broken.mkdir()
-    (broken / "slurmd").write_text("#!/bin/sh\nexit 1\n")
-    (broken / "slurmd").chmod(0o755)
-    ended = subprocess.run(
-        ["bash", "-c", f"TSM_CLUSTER={tmp_path}/cluster PATH={broken}:$PATH slurm/emulator/cluster.sh up 2"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    (broken / program).write_text(f"#!/bin/sh\n{script}\n")
+    (broken / program).chmod(0o755)
+    environment = os.environ | {"TSM_CLUSTER": str(folder / "cluster"), "PATH": f"{broken}:{os.environ['PATH']}"}
+    command = ["slurm/emulator/cluster.sh", "up", str(nodes)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_failed_start_is_cleared_up(tmp_path: Path) -> None:
+    before = networks()
+    ended = up_with("slurmd", "exit 1", tmp_path, 2)
     assert ended.returncode == 1
-    assert "up failed" in ended.stderr
+    assert "up failed at 'nsenter" in ended.stderr
     assert (tmp_path / "cluster" / "log" / "slurmctld.log").exists()  # it came as far as the nodes
+    assert leftovers(tmp_path) == []
+    assert networks() == before
+
+
+def refusing_links(folder: Path, times: int) -> str:
+    """A script for `ip` that makes no link for node n2, as often as told."""
+    return f"""
+        case "$*" in "link add tsm"*-n2*)
+            echo refused >>{folder}/refused
+            [ $(wc -l <{folder}/refused) -gt {times} ] || {{ echo "RTNETLINK answers: File exists" >&2; exit 2; }}
+        esac
+        exec {shutil.which("ip")} "$@"
+    """
+
+
+def test_a_link_that_was_refused_is_tried_again(tmp_path: Path) -> None:
+    before = networks()
+    ended = up_with("ip", refusing_links(tmp_path, times=2), tmp_path, 2)
+    environment = os.environ | {"TSM_CLUSTER": str(tmp_path / "cluster")}
+    subprocess.run(["slurm/emulator/cluster.sh", "down"], env=environment, check=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 nodes are up" in ended.stdout
+    assert "try 2 to link tsm" in ended.stderr
+    assert networks() == before
+
+
+def test_links_that_stay_refused_are_reported(tmp_path: Path) -> None:
+    before = networks()
+    ended = up_with("ip", refusing_links(tmp_path, times=3), tmp_path, 2)
+    assert ended.returncode == 1
+    assert "File exists" in ended.stderr
+    assert "the kernel makes no link for tsm" in ended.stderr
     assert leftovers(tmp_path) == []
     assert networks() == before

@@ -57,7 +57,7 @@ up() {
         die "$folder holds something else. Fix: TSM_CLUSTER=AN_EMPTY_FOLDER"
     fi
     claim_number
-    trap 'failed_up $?' EXIT
+    trap 'failed_up $? "$BASH_COMMAND"' EXIT
     make_folder
     share_cores_fairly
     start_munged
@@ -193,7 +193,7 @@ wait_until_idle() {
 }
 
 failed_up() {
-    echo "cluster: up failed, taking down what was started" >&2
+    echo "cluster: up failed at '$2', taking down what was started" >&2
     down || true
     exit "$1"
 }

@@ -5,14 +5,13 @@
 
 make_network() {
     local number node
-    for ((number = 1; number <= nodes; number++)); do
-        ip netns add "${prefix}n$number"
-        ip -n "${prefix}n$number" link set lo up
-    done
     if [[ $mode == switch ]]; then
         local ports=(":$bridge:$controller_address/24")
         for ((number = 1; number <= nodes; number++)); do
-            ports+=("${prefix}n$number:eth0:$network.$number/24")
+            node=${prefix}n$number
+            ip netns add "$node"
+            ip -n "$node" link set lo up
+            ports+=("$node:eth0:$network.$number/24")
         done
         python3 "$here/switch.py" --delay-us "$delay_us" --rate-mbit "$rate_mbit" --pid-file "$folder/run/switch.pid" \
             "${ports[@]}" >"$folder/log/switch.log" 2>&1 || die "the switch did not start: $(cat "$folder/log/switch.log")"
@@ -23,11 +22,27 @@ make_network() {
     ip link set "$bridge" up
     for ((number = 1; number <= nodes; number++)); do
         node=${prefix}n$number
-        ip link add "$node" type veth peer name eth0 netns "$node"
+        add_linked_namespace "$node"
         ip link set "$node" master "$bridge" up
+        ip -n "$node" link set lo up
         ip -n "$node" addr add "$network.$number/24" dev eth0
         ip -n "$node" link set eth0 up
     done
+}
+
+# A kernel was seen to refuse such a link ("File exists"), once in thousands and for no reason that was found: it is tried again, and the
+# reader sees what was in the way.
+add_linked_namespace() {
+    local node=$1 try
+    for try in 1 2 3; do
+        ip netns add "$node" && ip link add "$node" type veth peer name eth0 netns "$node" && return
+        echo "cluster: try $try to link $node failed; links beside it: $(ip -brief link show | awk '{ printf "%s ", $1 }')" \
+            "and in it: $(ip -n "$node" -brief link show | awk '{ printf "%s ", $1 }')" >&2
+        ip link del "$node" 2>/dev/null || true
+        ip netns del "$node" || true
+        sleep 0.5
+    done
+    die "the kernel makes no link for $node"
 }
 
 start_node() {
