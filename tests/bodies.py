@@ -169,29 +169,28 @@ def equivalence(context: Context) -> dict[str, Any]:
 
 
 def resumed(context: Context) -> bool:
-    """Go on from the checkpoint at step 10 of `whole_world`, as if that run had ended there; and save with every record."""
+    """Go on from the checkpoint at step 10 of `groups_of_4`, as if that run had ended there; and save with every record."""
     if context.backend.topology.rank == 0:
         half_way = "checkpoints/step-00000010"
-        shutil.copytree(context.folder / "whole_world" / half_way, context.folder / "resumed" / half_way)
+        shutil.copytree(context.folder / "groups_of_4" / half_way, context.folder / "resumed" / half_way)
     context.backend.barrier()
     minutes = "checkpoint.every_minutes=0.0001"
-    return trained(context, "resumed", *VARIANTS["whole_world"], minutes).first_step == 10
+    return trained(context, "resumed", *VARIANTS["groups_of_4"], minutes, narrow=True).first_step == 10
 
 
 def deterministic(context: Context) -> list[str]:
     """Runs of 7 steps in the deterministic mode: which tensors differ in any bit when one saves on the way, and stops, and goes on.
 
-    With batch norm over all ranks and, in a narrow network, within each where there are several. The run that is left alone saves
-    nothing before its end; the other saves behind steps 2, 4 and 6 too, and its first start ends behind step 3, within an epoch.
+    With batch norm over all ranks and within each where there are several. The run that is left alone saves nothing before its end;
+    the other saves behind steps 2, 4 and 6 too, and its first start ends behind step 3, within an epoch.
     """
     options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
     differing = []
     for kind, group in (("whole", []), ("local", ["batch.bn_group=2"])):
         run_id, left_alone = f"deterministic-{kind}", f"deterministic-{kind}-alone"
-        narrow = kind == "local"
-        expected = state_of(trained(context, left_alone, *options, *group, "max_steps=7", narrow=narrow))
+        expected = state_of(trained(context, left_alone, *options, *group, "max_steps=7", narrow=True))
         for stop in ("max_steps=3", "max_steps=7"):
-            job = trained(context, run_id, *options, *group, "checkpoint.every_steps=2", stop, narrow=narrow)
+            job = trained(context, run_id, *options, *group, "checkpoint.every_steps=2", stop, narrow=True)
         found = state_of(job)
         differing += [f"{kind}: {key}" for key in expected if not expected[key].equal(found[key])]
     torch.use_deterministic_algorithms(False)

@@ -150,7 +150,7 @@ def test_scores_do_not_depend_on_the_world(results: Results, launches: dict[Any,
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(results: Results) -> None:
     assert all(results.of("resumed"))
-    assert largest_difference(final_weights(results, "resumed"), final_weights(results, "whole_world")) < 1e-9
+    assert largest_difference(final_weights(results, "resumed"), final_weights(results, "groups_of_4")) < 1e-9
 
 
 def test_all_ranks_save_when_the_clock_of_rank_0_says_so(results: Results) -> None:
