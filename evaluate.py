@@ -11,10 +11,13 @@ evaluation= chooses a protocol (conf/evaluation). The last command averages logi
 
 import sys
 
-import hydra
-from omegaconf import DictConfig
+from pipelines.lasting import lasting_objects
 
-from training import assess, ensemble, main, schema
+with lasting_objects():
+    import hydra
+    from omegaconf import DictConfig
+
+    from training import assess, ensemble, main, schema
 
 schema.register()
 

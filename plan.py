@@ -9,10 +9,13 @@ Seconds on one process, with no GPU and no data. Exits as train.py would: 0, 2 (
 
 import sys
 
-import hydra
-from omegaconf import DictConfig
+from pipelines.lasting import lasting_objects
 
-from training import dry_run, schema
+with lasting_objects():
+    import hydra
+    from omegaconf import DictConfig
+
+    from training import dry_run, schema
 
 schema.register()
 

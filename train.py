@@ -11,11 +11,14 @@ The last form composes nothing: batch scripts do that once, before ranks start (
 import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
+from pipelines.lasting import lasting_objects
 
-from training import main, schema
-from training.run_folder import read_config
+with lasting_objects():
+    import hydra
+    from omegaconf import DictConfig
+
+    from training import main, schema
+    from training.run_folder import read_config
 
 schema.register()
 

@@ -240,7 +240,7 @@ def start_worker_server() -> None:
     (Ctrl-C) or of a Slurm step: the training process decides when workers end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([f"{__package__}.worker_server"])
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         forkserver.ensure_running()

@@ -44,9 +44,8 @@ class SkipReport:
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Tests that `-m` left out."""
         for item in items:
-            for marker in ("gpu", "slow"):
-                if item.get_closest_marker(marker):
-                    self.left_out[marker] += 1
+            if marker := next((name for name in ("gpu", "slow") if item.get_closest_marker(name)), None):
+                self.left_out[marker] += 1
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -125,7 +125,10 @@ def launch(world: World, folder: Path) -> Results:
 def main(folder: Path) -> int:
     """Run every body on this rank; the first that raises ends the launch, since the ranks are out of step then."""
     sys.path.insert(0, str(CHECKOUT))
-    from bodies import BODIES, start
+    from pipelines.lasting import lasting_objects
+
+    with lasting_objects():
+        from bodies import BODIES, start
 
     context = start(folder)
     results: dict[str, Any] = {}
