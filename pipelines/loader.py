@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -287,14 +289,21 @@ class ClipLoader(Generic[_Batch]):
             connection = not isinstance(error, RuntimeError) and self._options.get("num_workers", 0) > 0
             if "in DataLoader worker process" in str(error) or not (connection or "DataLoader worker" in str(error)):
                 raise
+            which = f"pid {_ended(batches._workers)}, {error}" if connection else str(error)  # type: ignore[attr-defined]
             raise WorkerLostError(
-                f"a process that decodes clips was killed: {error}. The kernel does so when memory runs out: "
+                f"a process that decodes clips was killed: {which}. The kernel does so when memory runs out: "
                 "see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
             ) from error
         finally:
             if "num_workers" in self._options:
                 # An error's traceback holds it in a cycle, out of which it can no longer tell its processes to end.
                 batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _ended(workers: list[BaseProcess]) -> str:
+    """Which of them have ended; the end of a connection to one may be known a moment before its own."""
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
+    return " and ".join(str(worker.pid) for worker in workers if not worker.is_alive()) or "unknown"
 
 
 @contextmanager

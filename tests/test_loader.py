@@ -6,14 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from pipelines.decode import decode_clip
 from pipelines.draw import Augmentation, replacement_row, training_draw
@@ -24,6 +27,7 @@ from pipelines.loader import (
     ClipSource,
     EvaluationClips,
     TrainingClips,
+    WorkerLostError,
     start_worker_server,
 )
 from pipelines.manifest import ManifestRow, write_manifest
@@ -387,6 +391,42 @@ def test_workers_end_when_the_iterator_is_dropped(made: Path) -> None:
     next(batches)
     del batches
     assert wait_until_no_children()
+
+
+class KillsItsSender:
+    """Where it arrives, the process that it comes from is killed, and the server that reports deaths is held up for a moment."""
+
+    def __reduce__(self) -> tuple[Callable[[int, int], int], tuple[int, int]]:
+        return kill_unreported, (os.getpid(), os.getppid())
+
+
+def kill_unreported(worker: int, server: int) -> int:
+    os.kill(server, signal.SIGSTOP)
+    os.kill(worker, signal.SIGKILL)
+    while state_of(worker) != "Z":
+        time.sleep(0.01)
+    threading.Timer(1, os.kill, (server, signal.SIGCONT)).start()
+    return worker
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+class LostOnTheWay(Dataset[tuple[KillsItsSender, Tensor]]):
+    def __init__(self, note: Path) -> None:
+        self.note = note
+
+    def __getitem__(self, item: int) -> tuple[KillsItsSender, Tensor]:
+        self.note.write_text(str(os.getpid()))
+        return KillsItsSender(), torch.zeros(1000)
+
+
+def test_a_worker_that_is_killed_while_its_batch_is_on_the_way_is_named(tmp_path: Path) -> None:
+    """The kernel's words of a connection that has ended do not say whose it was."""
+    with pytest.raises(WorkerLostError, match="was killed: pid [0-9]+, ") as caught:
+        list(ClipLoader(LostOnTheWay(tmp_path / "worker"), 1, 2).batches([0, 1]))
+    assert f"pid {(tmp_path / 'worker').read_text()}, " in str(caught.value)
 
 
 PARENT = """
