@@ -29,7 +29,7 @@ class Normaliser:
     """Moves uint8 clips to the device and to normalised numbers there: an eighth of float64's, a quarter of float32's traffic."""
 
     def __init__(self, device: torch.device, numerics: NumericsConfig) -> None:
-        self._device = device
+        self.device = device
         self._dtype = torch.float64 if numerics.dtype == "float64" else torch.float32
         self._channels_last = numerics.channels_last
         self._scale_C11 = (1 / torch.tensor(_STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
@@ -40,7 +40,7 @@ class Normaliser:
         )
 
     def __call__(self, video_NTCHW: Tensor) -> Tensor:
-        video_NTCHW = video_NTCHW.to(self._device, non_blocking=True)
+        video_NTCHW = video_NTCHW.to(self.device, non_blocking=True)
         if self._channels_last:
             frames_BCHW = video_NTCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
             video_NTCHW = frames_BCHW.unflatten(0, video_NTCHW.shape[:2])
@@ -71,7 +71,7 @@ class Trainer:
     def autocast(self) -> AbstractContextManager[object]:
         if self.amp == "off":
             return nullcontext()
-        return torch.autocast(self.normalise._device.type, _AMP_TYPES[self.amp])
+        return torch.autocast(self.normalise.device.type, _AMP_TYPES[self.amp])
 
     def step(self, step: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
@@ -84,12 +84,20 @@ class Trainer:
         totals = []
         for micro_step, batch in enumerate(batches):
             slot_N = self.execution.slots(self.rank, micro_step)
-            self.network.dropout.seed_N = torch.from_numpy(dropout_seeds(self.recipe.seed, step, slot_N))
+            self.network.dropout.seed_N = self._to_device(
+                torch.from_numpy(dropout_seeds(self.recipe.seed, step, slot_N))
+            )
             with diagnostics.first_micro_step() if diagnostics and micro_step == 0 else nullcontext():
                 totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
         self.reducer.finish()
         bad = self._update(self.recipe.schedule.learning_rate(step), diagnostics)
         return torch.cat([torch.stack(totals).sum(0), bad.double()[None]])
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        """Copy a host tensor through pinned memory: a copy from pageable memory would wait for all that the GPU has queued."""
+        return (
+            x.pin_memory().to(self.normalise.device, non_blocking=True) if self.normalise.device.type == "cuda" else x
+        )
 
     def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gradients add up to the mean over all micro-steps."""
