@@ -166,7 +166,9 @@ class _FlatGroup:
         rows = [-(-parameter.numel() // CHUNK) for parameter in parameters]
         device = parameters[0].device
         self.rows_P = torch.tensor(rows, device=device)
-        self.owner_R = torch.repeat_interleave(torch.arange(len(rows), device=device), self.rows_P)
+        self.owner_R = torch.repeat_interleave(
+            torch.arange(len(rows), device=device), self.rows_P, output_size=sum(rows)
+        )
         buffer_KRC = torch.zeros(3, sum(rows), CHUNK, dtype=parameters[0].dtype, device=device)
         self.weight_RC, self.gradient_RC, self.velocity_RC = buffer_KRC
         weights, self.gradients, self.velocities = (_views(flat_RC, parameters, rows) for flat_RC in buffer_KRC)
@@ -177,7 +179,8 @@ class _FlatGroup:
     def norms(self, flat_RC: Tensor) -> Tensor:
         """The 2-norm of each tensor; the same bits every time, as no addition depends on who comes first."""
         square_R = torch.linalg.vector_norm(flat_RC, dim=1).square()
-        return torch.segment_reduce(square_R, "sum", lengths=self.rows_P).sqrt()
+        # unsafe: without it torch checks the lengths on the host, and waits for the device twice.
+        return torch.segment_reduce(square_R, "sum", lengths=self.rows_P, unsafe=True).sqrt()
 
 
 def _norm_of_each(tensors: list[Tensor]) -> list[Tensor]:
