@@ -12,6 +12,7 @@ from distributed.batch_norm import convert_batch_norm
 from distributed.topology import Topology
 from training.errors import ConfigError
 from training.optimizers import (
+    DeviceStepCount,
     describe_optimizer,
     make_optimizer,
     optimizer_tensors,
@@ -143,11 +144,15 @@ def test_lars_adapts_weights_alone_with_the_official_factors() -> None:
     }
 
 
-def test_lamb_is_the_published_rule_where_it_adapts() -> None:
+@pytest.mark.parametrize("counts_on_device", [False, True])
+def test_lamb_is_the_published_rule_where_it_adapts(counts_on_device: bool) -> None:
     """arXiv:1904.00962, algorithm 2: r = m/(sqrt(v)+eps) + wd w; w <- w - lr |w|/|r| r, with bias correction."""
     network = small_network()
     config = OptimizerConfig(name="lamb", momentum=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01)
     optimizer = make_optimizer(network, config)
+    if counts_on_device:
+        for group in optimizer.param_groups:
+            group["step"] = DeviceStepCount(torch.device("cpu"))
     weight = network.get_parameter("backbone.layer1.0.conv1.weight")
     expected = weight.detach().double().clone()
     m, v = torch.zeros_like(expected), torch.zeros_like(expected)

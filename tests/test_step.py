@@ -1,95 +1,28 @@
 """A training step in one process: its order, and that a gradient that is not finite changes nothing."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainers import CLASSES, CLIPS, FRAMES, batches_of, trainer_of
 
-from distributed.backend import ReducerOptions, SingleBackend
-from distributed.batch_norm import convert_batch_norm
+from distributed.backend import SingleBackend
 from distributed.optim.lars import Lars
-from distributed.optim.schedule import Schedule
 from distributed.topology import Topology
 from pipelines.draw import dropout_seeds
-from pipelines.loader import ClipBatch
 from training.diagnostics import Diagnostics, noise_and_signal
 from training.guard import clip_, gradient_norms
-from training.optimizers import make_optimizer, parameter_groups
-from training.recipe import Recipe, plan_execution
-from training.schema import NumericsConfig, OptimizerConfig
-from training.step import Normaliser, Trainer
+from training.optimizers import step_counts
+from training.step import Trainer
 from tsm.networks import TemporalNetwork, build_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-CLIPS, CLASSES, FRAMES = 4, 5, 2
-OPTIMIZERS = ["sgd", "nesterov", "lars", "lars flat", "lamb"]
-
-
-def optimizer_of(network: nn.Module, name: str) -> torch.optim.Optimizer:
-    config = OptimizerConfig(name=name.split()[0], weight_decay=1e-2, lr=1.0)
-    if name == "nesterov":
-        config = replace(config, name="sgd", nesterov=True)
-    if name == "lamb":
-        pytest.importorskip("timm", reason="LAMB is timm's: make dev installs it")
-    if name == "lars flat":
-        groups = parameter_groups(network, config)
-        for group in groups:
-            group["adapt"] = group["name"].endswith(".weight")
-        return Lars(groups, flat=True)
-    return make_optimizer(network, config)
-
-
-def trainer_of(name: str = "sgd", micro_batch: int = CLIPS, **changes: Any) -> Trainer:
-    backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
-    schedule = Schedule(
-        "constant", peak=0.1, total_steps=9, warmup_steps=0, warmup_start=0.0, milestone_steps=(), factor=1.0, end=0.0
-    )
-    recipe = Recipe(
-        seed=0, global_batch=CLIPS, bn_group=micro_batch, total_steps=9, num_rows=99, manifest_digest="", schedule=schedule,
-        model={}, optimizer={}, augmentation={}, numerics={},
-    )  # fmt: skip
-    execution = plan_execution(CLIPS, micro_batch, 1, micro_batch)
-    torch.manual_seed(0)
-    network = build_network("resnet18", CLASSES, num_frames=FRAMES)
-    convert_batch_norm(network, backend, execution.bn_ghosts, [], execution.accumulation)
-    settings: dict[str, Any] = {
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "amp": "off",
-        "clip_norm": None,
-        "label_smoothing": 0.0,
-        "average": None,
-    }
-    return Trainer(
-        recipe=recipe,
-        execution=execution,
-        rank=0,
-        network=network,
-        optimizer=optimizer_of(network, name),
-        reducer=backend.reducer(network, ReducerOptions(execution.accumulation)),
-        normalise=Normaliser(backend.device, NumericsConfig()),
-        **settings | changes,
-    )
-
-
-def batches_of(trainer: Trainer, step: int, damage: float | None = None, micro_step: int = 0) -> list[ClipBatch]:
-    """Random clips; `damage` goes into one number of the micro-step's video, so that its gradient or statistics overflow."""
-    generator = torch.Generator().manual_seed(step)
-    batches = []
-    for number in range(trainer.execution.accumulation):
-        clips = trainer.execution.micro_batch
-        video_NTCHW = torch.randint(256, (clips, FRAMES, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        if damage is not None and number == micro_step:
-            video_NTCHW = video_NTCHW.float()
-            video_NTCHW[0, 0, 0, 5, 5] = damage
-        label_N = torch.randint(CLASSES, (clips,), generator=generator)
-        batches.append(ClipBatch(video_NTCHW, label_N, torch.arange(clips), torch.ones(clips, dtype=torch.bool)))
-    return batches
+OPTIMIZERS = ["sgd", "nesterov", "lars", "lars flat", "lamb", "lamb on a device"]
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -98,9 +31,8 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     for name, parameter in trainer.network.named_parameters():
         for kind, tensor in trainer.optimizer.state[parameter].items():
             state[f"{name}.{kind}"] = tensor.clone()
-    for group in trainer.optimizer.param_groups:
-        if "step" in group:
-            state[f"{group['name']}.step"] = group["step"].clone()
+    for name, count in step_counts(trainer.optimizer).items():
+        state[f"{name}.step"] = torch.tensor(count)
     return state
 
 

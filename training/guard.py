@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .optimizers import DeviceStepCount
+
 
 class StepGuard:
     """Around one step: `begin`, each forward pass, `checked` on the last one's loss, the reduction, then `update`.
@@ -78,7 +80,8 @@ class StepGuard:
 def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Parameters, their state, and what the groups count in tensors."""
     for group in optimizer.param_groups:
-        yield from (value for value in group.values() if isinstance(value, Tensor))
+        values = (value.count if isinstance(value, DeviceStepCount) else value for value in group.values())
+        yield from (value for value in values if isinstance(value, Tensor))
         for parameter in group["params"]:
             yield parameter
             yield from (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))

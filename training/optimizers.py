@@ -84,11 +84,39 @@ def _make_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
             ) from error
         optimizer = Lamb(groups, **options, max_grad_norm=None)
     for group in optimizer.param_groups:
-        group["step"] = 0 if fused is not None else torch.zeros(())
+        if fused is not None:
+            group["step"] = 0
+        else:
+            group["step"] = DeviceStepCount(group["params"][0].device) if on_gpu else torch.zeros(())
         for parameter in group["params"]:
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             optimizer.state[parameter].update(state)
     return optimizer  # type: ignore[no-any-return]
+
+
+class DeviceStepCount:
+    """The number of steps that a group has taken, as a tensor on the device (`count`, float64).
+
+    timm's LAMB computes its bias corrections as `1 - beta ** step`. With a tensor on the CPU they are floats, but whether a step
+    counts is known on the device, and the host would have to wait for it. With this in the tensor's place the corrections are
+    tensors on the device, which timm's LAMB takes too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add_(self, steps: int) -> None:
+        self.count.add_(steps)
+
+    def fill_(self, steps: int) -> None:
+        self.count.fill_(steps)
+
+    def __rpow__(self, beta: float) -> Tensor:
+        return beta**self.count
+
+    def __int__(self) -> int:
+        """Waits for the device."""
+        return int(self.count)
 
 
 def _apex_fused_lamb() -> Any:
@@ -136,7 +164,7 @@ def set_step_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) ->
     for group in optimizer.param_groups:
         if group["name"] not in counts:
             continue
-        if isinstance(group.get("step"), Tensor):
+        if isinstance(group.get("step"), Tensor | DeviceStepCount):
             group["step"].fill_(counts[group["name"]])
         elif "step" in group:
             group["step"] = counts[group["name"]]
