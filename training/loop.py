@@ -105,7 +105,7 @@ class _StepsInFlight:
     def wait(self) -> None:
         if self._events is None:
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # the core is for decoders meanwhile
         event.record()
         self._events.append(event)
         if len(self._events) > STEPS_IN_FLIGHT:

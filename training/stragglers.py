@@ -88,7 +88,7 @@ class BusyClock:
     def _now(self) -> _Moment:
         if self._backend.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record()
         return event
 
