@@ -71,12 +71,14 @@ class _SynchronizedNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BC: Tensor, *unused: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BC: Tensor, *no_grads: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_BC, weight_C, mean_C, var_C, count = ctx.saved_tensors
         grad_BC = grad_BC.contiguous(memory_format=_memory_format(x_BC))
-        # Told that the statistics are constants, torch's kernel leaves this rank's two sums as gradients of weight and bias.
+        # In evaluation mode torch's kernel returns this rank's two sums as the gradients of weight and bias. The saved statistics
+        # are unused there, but the CUDA kernel asserts that they are defined.
+        unused = mean_C.new_empty(0)
         _, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
-            grad_BC, x_BC, weight_C, mean_C, var_C, None, None, False, ctx.eps, [False, True, True]
+            grad_BC, x_BC, weight_C, mean_C, var_C, unused, unused, False, ctx.eps, [False, True, True]
         )
         grad_x_BC = None
         if ctx.needs_input_grad[0]:

@@ -420,8 +420,9 @@ def test_a_gpu_never_makes_the_host_wait(dtype: torch.dtype) -> None:
     grad = torch.randn_like(x)
     passed(ours, x, grad)
     ours.running_var.fill_(1.0)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        # Inside the try: setting the mode warns, and a warning that is an error must not leave the mode on.
+        torch.cuda.set_sync_debug_mode("error")
         out, grad_x = passed(ours, x, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
