@@ -32,6 +32,7 @@ from benchmarks import common
 from distributed.backend import Backend, make_backend, pick_device
 from distributed.control import ControlChannel
 from distributed.topology import find_topology
+from distributed.torch_backend import without_buffer_sync
 from pipelines.loader import ClipBatch, ClipLoader
 from pipelines.manifest import ManifestRow, write_manifest
 from training import schema
@@ -137,7 +138,7 @@ def make_plain_step(config: schema.Config, setting: Setting, backend: Backend) -
     device = backend.device
     network: nn.Module = build_network(config.model.backbone, NUM_CLASSES, setting.frames).to(device).train()
     if backend.topology.size > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, **without_buffer_sync())
     optimizer = torch.optim.SGD(
         network.parameters(), lr=config.optimizer.lr, momentum=0.9, weight_decay=1e-4, fused=True
     )

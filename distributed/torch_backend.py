@@ -1,8 +1,9 @@
 """The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun or srun."""
 
+import inspect
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -81,6 +82,15 @@ class TorchBackend:
         dist.destroy_process_group()
 
 
+def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:
+    """Keyword arguments that keep DistributedDataParallel from broadcasting buffers before each forward pass.
+
+    The argument is `broadcast_buffers` in torch 2.11 and `forward_sync_buffers` in torch 2.14, which warns about the old name.
+    """
+    names = inspect.signature(ddp).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+
+
 class _DdpReducer:
     """DistributedDataParallel inside the Reducer protocol: buckets and overlap with backward are DDP's own."""
 
@@ -91,11 +101,12 @@ class _DdpReducer:
         self._ddp = DistributedDataParallel(
             network,
             device_ids=[device.index] if device.type == "cuda" else None,
-            forward_sync_buffers=False,  # batch-norm statistics are averaged by our own rule
             gradient_as_bucket_view=True,
             # DDP lays its buckets out anew after the first step, by arrival; a resumed run would then sum its first step in
             # other parts than the run that it resumes. It leaves them alone when it has to look for unused parameters.
             find_unused_parameters=options.deterministic,
+            # Batch-norm statistics are averaged by our own rule.
+            **without_buffer_sync(),
         )
         self.network: nn.Module = self._ddp
         if options.half_wire:

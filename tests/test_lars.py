@@ -138,7 +138,7 @@ def test_the_number_of_kernels_does_not_grow_with_the_number_of_tensors() -> Non
         for parameter in parameters:
             parameter.grad = torch.ones(10)
         optimizer = Lars(parameters, lr=0.1, flat=True)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:  # torch 2.11 warns without it
             optimizer.step()
         # A foreach operator is a handful of kernels on a GPU; on a CPU, which has none, it calls one for each tensor inside.
         outer = [event for event in profile.events() if event.cpu_parent is None or "step" in event.cpu_parent.name]

@@ -19,6 +19,7 @@ from tools.requirements import name_of, normalized, requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINNED_PYTHON = (3, 11)
 GROUPS = ["core", *PROJECT["project"]["optional-dependencies"]]
 
 # Names that mean something else on PyPI than they seem to.
@@ -63,9 +64,22 @@ def test_the_environment_is_the_pinned_one() -> None:
     """Another version than the pinned one here would test something that nobody else installs."""
     from importlib.metadata import version
 
+    if sys.version_info[:2] != PINNED_PYTHON:
+        pytest.skip(f"constraints.txt pins versions for Python {'.'.join(map(str, PINNED_PYTHON))}")
     core = {name_of(line) for line in requirements(["core"])}
     here = {name: version(name).split("+")[0] for name in core}  # without a tag such as +cpu
     assert here == {name: pins()[name] for name in core}
+
+
+def test_the_environment_lies_in_the_declared_ranges() -> None:
+    """On any Python, also where other versions than the pinned ones are installed."""
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+
+    for line in requirements(["core"]):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(version(requirement.name).split("+")[0], prereleases=True), line
 
 
 def test_nothing_is_ever_installed_into_site_packages() -> None:

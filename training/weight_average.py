@@ -35,7 +35,6 @@ class WeightAverage:
         return {PREFIX + name: tensor for name, tensor in self._average.items()}
 
     @contextmanager
-    @torch.no_grad()
     def in_place_of_weights(self) -> Iterator[None]:
         """Within it the network computes with the average; the weights come back, bit for bit."""
         kept = [weight.detach().clone() for weight in self._weights.values()]

@@ -1,0 +1,28 @@
+"""The torch backend's use of DistributedDataParallel, whose arguments differ between the versions that pyproject.toml allows."""
+
+import inspect
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed.torch_backend import without_buffer_sync
+
+
+def of_torch_2_11(module: Any, broadcast_buffers: bool = True) -> None:
+    """The old name alone."""
+
+
+def of_torch_2_14(
+    module: Any, broadcast_buffers: bool | None = None, *, forward_sync_buffers: bool | None = None
+) -> None:
+    """Both names; torch warns about the old one."""
+
+
+def test_buffers_are_left_alone_under_the_name_that_this_torch_knows() -> None:
+    assert without_buffer_sync(of_torch_2_11) == {"broadcast_buffers": False}
+    assert without_buffer_sync(of_torch_2_14) == {"forward_sync_buffers": False}
+
+
+def test_the_installed_torch_takes_the_argument() -> None:
+    (name,) = without_buffer_sync()
+    assert name in inspect.signature(DistributedDataParallel.__init__).parameters
