@@ -251,6 +251,17 @@ def test_a_source_that_is_not_the_known_one_is_refused(tmp_path: Path) -> None:
         build_horovod.edit_source(tmp_path, plan)
 
 
+def test_every_edit_is_made(tmp_path: Path) -> None:
+    """Also the one for the driver's library: compute nodes have libcuda.so.1 and often no libcuda.so."""
+    for name, old, _ in build_horovod.SOURCE_EDITS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"before\n  {old}\nafter\n")
+    toolkit = build_horovod.Toolkit("machine", "machine 13.0", tmp_path, "")
+    build_horovod.edit_source(tmp_path, build_horovod.Plan(example_key(), cuda_torch(tmp_path), toolkit, toolkit, None))
+    assert 'dlopen("libcuda.so.1", RTLD_LAZY)' in (tmp_path / "horovod/torch/cuda_util.cc").read_text()
+    assert "set(CMAKE_CXX_STANDARD 20)" in (tmp_path / "CMakeLists.txt").read_text()
+
+
 def test_a_failed_command_shows_log_and_fix(tmp_path: Path) -> None:
     log = tmp_path / "build.log"
     script = "print('fatal error: Python.h: No such file or directory'); raise SystemExit(3)"
@@ -309,6 +320,20 @@ def test_installed_horovod_reduces_over_two_processes() -> None:
         pytest.skip("Horovod is not installed; make horovod")
     proof = build_horovod.prove(build_horovod.make_plan())
     assert "gloo ok (2 processes)" in proof
+
+
+@pytest.mark.slow
+def test_installed_horovod_opens_the_drivers_own_library() -> None:
+    """The edit of horovod/torch/cuda_util.cc has reached the binary."""
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        pytest.skip("Horovod is not installed; make horovod")
+    (library,) = (Path(spec.origin).parent / "torch").glob("mpi_lib_v2*.so")
+    compiled = library.read_bytes()
+    if b"cuCtxGetDevice\0" not in compiled:
+        pytest.skip("Horovod is built for CPUs only")
+    assert b"libcuda.so.1\0" in compiled
+    assert b"\0libcuda.so\0" not in compiled
 
 
 # --- Report of skipped tests ------------------------------------------------------------------------------------------

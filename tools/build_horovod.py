@@ -52,6 +52,9 @@ SOURCE_EDITS = (
     ("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD {cxx})"),
     # Horovod's own kernels are plain C++11, but the newest nvcc's headers are not.
     ("horovod/common/ops/cuda/CMakeLists.txt", "set(CMAKE_CUDA_STANDARD 11)", "set(CMAKE_CUDA_STANDARD 17)"),
+    # The driver installs libcuda.so.1. The plain name is a development link, which compute nodes and containers often lack:
+    # without it every reduction ends with "Could not dlopen libcuda.so".
+    ("horovod/torch/cuda_util.cc", 'dlopen("libcuda.so", RTLD_LAZY)', 'dlopen("libcuda.so.1", RTLD_LAZY)'),
 )
 # CPU only beside a CUDA torch: otherwise any nvcc in sight switches the CUDA build on again.
 CPU_ONLY_EDIT = ("cmake/Modules/FindPytorch.cmake", "(CUDA_HOME is not None)", "False")
