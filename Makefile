@@ -26,10 +26,10 @@ HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu lint format faults bench cluster clean
+.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu test-fake-gpu lint format faults bench cluster clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(BASE)  ## .venv with the pinned dependencies: no root, no Horovod, no DALI, no system FFmpeg
 
@@ -77,17 +77,21 @@ format: $(DEV)  ## rewrite what lint would complain about, where that is safe
 	$(BIN)/ruff format .
 
 check: lint  ## lint and the fast tests: minutes
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not fake_gpu"
 
 # One after the other, even under make -j: each step uses the whole machine.
 test:  ## everything but the GPU tests; installs system packages first where it may; FORBID_SKIPS=1 fails on a skipped test
 	tools/install_system_packages.sh
 	$(MAKE) lint
 	$(MAKE) horovod
-	$(PYTEST) -m "not gpu"
+	$(MAKE) test-fake-gpu
+	$(PYTEST) -m "not gpu and not fake_gpu"
 
 test-gpu: $(DEV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+test-fake-gpu: $(DEV)  ## the host code of torch's CUDA build, on a GPU that computes nothing (tests/fake_gpu): no GPU needed
+	tests/fake_gpu/run.sh $(BIN)/python -m pytest -m fake_gpu
 
 faults: $(DEV) horovod  ## kill jobs at 50 random moments, which must end bit-equal to one left alone; 1,000 broken files; 45 minutes
 	@mkdir -p outputs

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from fake_gpu.counters import is_loaded as fake_gpu_is_loaded
 
 pytest_plugins = ["skip_report", "slurm_cluster"]
 
@@ -37,13 +38,20 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip, with a reason, where there is no CUDA device."""
-    if not any(item.get_closest_marker("gpu") for item in items):
+    """Tests marked `gpu` skip, with a reason, where there is no CUDA device; those marked `fake_gpu`, off the fake one."""
+    if fake_gpu_is_loaded():
+        wanted, reason = "fake_gpu", "a GPU that computes nothing is no place for it"
+    elif not any(item.get_closest_marker("gpu") or item.get_closest_marker("fake_gpu") for item in items):
         return
+    else:
+        wanted, reason = "gpu", "it runs on the fake GPU (make test-fake-gpu)"
     import torch
 
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        marks = {name for name in ("gpu", "fake_gpu") if item.get_closest_marker(name)}
+        if not marks:
+            continue
+        if wanted not in marks:
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

@@ -44,7 +44,7 @@ class SkipReport:
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Tests that `-m` left out."""
         for item in items:
-            if marker := next((name for name in ("gpu", "slow") if item.get_closest_marker(name)), None):
+            if marker := next((name for name in ("gpu", "fake_gpu", "slow") if item.get_closest_marker(name)), None):
                 self.left_out[marker] += 1
 
     @pytest.hookimpl(tryfirst=True)
@@ -58,6 +58,10 @@ class SkipReport:
         lines = [f"{test}: {reason}" for test, reason in self.reasons]
         if self.left_out["gpu"]:
             lines.append(f"{self.left_out['gpu']} GPU tests: {gpu_line()}")
+        if self.left_out["fake_gpu"]:
+            lines.append(
+                f"{self.left_out['fake_gpu']} tests on the fake GPU: left out by -m; make test-fake-gpu runs them"
+            )
         if self.left_out["slow"]:
             lines.append(f"{self.left_out['slow']} slow tests: left out by -m; make test runs them")
         if not lines:

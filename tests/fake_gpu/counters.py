@@ -1,0 +1,58 @@
+"""What the fake GPU has counted in this process."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+COUNTERS = (
+    "kernels", "convolutions", "batch_norms", "matrix_products", "collectives", "copies_to_device", "copies_to_host",
+    "copies_on_device", "pageable_copies", "memsets", "stream_waits", "event_waits", "spinning_waits", "graph_launches",
+)  # fmt: skip
+WAITS = ("pageable_copies", "stream_waits", "event_waits", "spinning_waits")
+"""Counters of calls in which the host waits for the device."""
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.fake_gpu_count.argtypes = [ctypes.c_char_p]
+    library.fake_gpu_count.restype = ctypes.c_long
+    library.fake_gpu_write_kernels.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def is_loaded() -> bool:
+    """Whether this process runs on the fake GPU (tests/fake_gpu/run.sh)."""
+    return hasattr(ctypes.CDLL(None), "fake_gpu_count")
+
+
+def counts() -> dict[str, int]:
+    """All counters since the process started or since `counted` began."""
+    return {name: _library().fake_gpu_count(name.encode()) for name in COUNTERS}
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Within it the counters start at 0; the dict is filled when it ends."""
+    _library().fake_gpu_reset()
+    found: dict[str, int] = {}
+    yield found
+    found |= counts()
+
+
+def kernels_by_name() -> dict[str, int]:
+    """How often each of torch's kernels was launched, by its mangled name."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels"
+        _library().fake_gpu_write_kernels(str(path).encode())
+        lines = [line.split("\t", 1) for line in path.read_text().splitlines()]
+    return {name: int(count) for count, name in lines}
+
+
+def calls(found: dict[str, int]) -> int:
+    """All that the host had to start on the device: launches, library calls, copies and memsets."""
+    started = ("kernels", "convolutions", "batch_norms", "matrix_products", "collectives", "memsets")
+    return sum(found[name] for name in (*started, "copies_to_device", "copies_to_host", "copies_on_device"))
