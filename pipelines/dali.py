@@ -340,12 +340,25 @@ def _whole(output: Any, device: torch.device) -> Tensor | None:
 
 
 def _to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy, as DALI uses its memory again; on torch's stream."""
+    """A copy of DALI's pixels, because DALI uses its memory again."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    pixels = torch.empty(output.shape(), dtype=torch.uint8, device=device)
-    feed_ndarray(output, pixels, cuda_stream=torch.cuda.current_stream(device) if device.type == "cuda" else None)
+    if device.type != "cuda":
+        return feed_ndarray(output, torch.empty(output.shape(), dtype=torch.uint8))
+    # feed_ndarray only queues the copy. Behind the steps that torch's stream holds it could come after DALI has given the memory
+    # to another batch. On a stream of its own it is done at once, as `run` has waited for the pixels, and waiting for it is cheap.
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        pixels = torch.empty(output.shape(), dtype=torch.uint8, device=device)
+        feed_ndarray(output, pixels, cuda_stream=stream)
+    stream.synchronize()
+    pixels.record_stream(torch.cuda.current_stream(device))
     return pixels
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _reason(error: Exception) -> str:

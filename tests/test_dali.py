@@ -163,6 +163,22 @@ def test_training_batches(tmp_path: Path, device: torch.device, codec: str) -> N
         assert ("knows none of these codecs" in said) == on_host and codec in said
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_batches_are_whole_behind_a_full_queue(tmp_path: Path, codec: str) -> None:
+    """DALI uses its memory again; what torch's stream still holds must not have made a copy of it late."""
+    device = torch.device("cuda")
+    dataset, plan = training(write_clips(tmp_path, [codec])), positions(20, 3)
+    busy_NN = torch.randn(8192, 8192, device=device)
+    ours = []
+    for batch in DaliLoader(dataset, 0, 2, device, 2).batches(plan):
+        ours.append(replace(batch, video_NTCHW=batch.video_NTCHW.clone()))  # queued too
+        for _ in range(4):  # 50 ms or more on any GPU of today
+            busy_NN = torch.nn.functional.normalize(busy_NN @ busy_NN)
+    torch.cuda.synchronize()
+    check_alike(ours, list(ClipLoader(dataset, 0, 2).batches(plan)))
+
+
 @pytest.mark.parametrize("crops", [1, 10])
 @pytest.mark.parametrize("codec", ["vp9", "mpeg4", JPEG_FRAMES])
 def test_evaluation_views(tmp_path: Path, device: torch.device, codec: str, crops: int) -> None:

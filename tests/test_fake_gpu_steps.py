@@ -29,6 +29,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "past": {"network_options": {"direction": "past"}},
     "partial_bn": {"network_options": {"partial_bn": True}},
     "temporal_pool": {"network_options": {"temporal_pool": True}},
+    "non_local": {"backbone": "resnet50", "network_options": {"non_local": True}},
     "zero_init_gamma": {"network_options": {"zero_init_gamma": True}},
 }
 

@@ -71,7 +71,7 @@ def evaluate(
     double = next(network.parameters()).dtype == torch.float64
     shape = (len(manifest), len(manifest.classes))
     logit_NK = torch.zeros(shape, dtype=torch.float64 if double else torch.float32, device=backend.device)
-    times_seen_N = torch.zeros(len(manifest), dtype=torch.int32, device=backend.device)
+    times_seen_N = torch.zeros(len(manifest), dtype=torch.int32)  # on the host, which knows the rows
     missing: list[BadClipRecord] = []
     was_training, left = network.training, False
     network.eval()
@@ -84,18 +84,20 @@ def evaluate(
         ]
         mean_NK = torch.cat(parts).unflatten(0, (-1, views)).mean(1)
         real_M = clip_batch.real_N.nonzero().flatten()  # on the CPU, where it costs no wait for the device
-        row_M = clip_batch.row_N[real_M].to(backend.device)
-        logit_NK[row_M] = mean_NK[real_M.to(backend.device)]
+        row_M = clip_batch.row_N[real_M]
+        logit_NK[row_M.to(backend.device)] = mean_NK[real_M.to(backend.device)]
         times_seen_N[row_M] += 1
         missing.extend(clip_batch.bad_clips)
         progress(done)
     network.train(was_training)
     leave_together(backend, left)
     backend.all_reduce_(logit_NK, "evaluation.logits")
-    backend.all_reduce_(times_seen_N, "evaluation.seen")
+    seen_N = times_seen_N.to(backend.device)
+    backend.all_reduce_(seen_N, "evaluation.seen")
+    times_seen_N = seen_N.cpu()
     assert times_seen_N.max() <= 1, "a clip was evaluated twice"
     label_N = torch.from_numpy(manifest.labels().astype("int64")).to(backend.device)
-    return ClipLogits(logit_NK, label_N, times_seen_N > 0), missing
+    return ClipLogits(logit_NK, label_N, (times_seen_N > 0).to(backend.device)), missing
 
 
 def leave_together(backend: Backend, unwanted: bool) -> None:

@@ -23,7 +23,8 @@ class ClipLogits:
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """`(logit_MK, label_M)` of the clips that count, on the CPU."""
-        return self.logit_NK[self.seen_N].cpu(), self.label_N[self.seen_N].cpu()
+        seen_N = self.seen_N.cpu()
+        return self.logit_NK.cpu()[seen_N], self.label_N.cpu()[seen_N]
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,13 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuLogsRegisterCallback(CUlogsCallback callback, void *data, CUlogsCallbackHandle *handle) {
+    *handle = fake_gpu_handle();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle handle) { return CUDA_SUCCESS; }
+
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
     if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return fake_gpu_unimplemented(__func__, CUDA_ERROR_NOT_SUPPORTED);
     *(CUdeviceptr *)value = pointer;
