@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .backend import Backend, Group
+from .norm_messages import RunningUpdate
 from .synchronized_norm import synchronized_norm
 
 
@@ -63,8 +64,11 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return functional.batch_norm(x_BC, *statistics, *affine, False, 0.0, self.eps)
         if layout.group is not None:
-            out_BC, mean_C, var_C, count = synchronized_norm(x_BC, *affine, self.eps, self._sum_over_group)
-            self._follow(mean_C[None], var_C[None], count)
+            population = self.population
+            running = self._running_update(*statistics) if population is None else None
+            out_BC, mean_C, var_C, count = synchronized_norm(x_BC, *affine, self.eps, self._sum_over_group, running)
+            if population is not None:
+                population.add(mean_C[None], var_C[None], count)
             return out_BC
         if layout.ghosts == layout.accumulation == 1 and self.population is None:
             assert self.momentum is not None
@@ -86,30 +90,23 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
             functional.batch_norm(part_BC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps)
             for part_BC, mean_C, var_C in zip(parts, mean_GC, var_GC, strict=True)
         ]
-        self._follow(mean_GC, var_GC, parts[0].numel() // self.num_features)
+        if self.population is not None:
+            self.population.add(mean_GC, var_GC, parts[0].numel() // self.num_features)
+        else:
+            update = self._running_update(self.running_mean, self.running_var)
+            update.apply_(*((mean_GC.mean(0), var_GC.mean(0)) if ghosts > 1 else (mean_GC[0], var_GC[0])))
         return torch.cat(outs) if ghosts > 1 else outs[0]
 
-    @torch.no_grad()
-    def _follow(self, mean_GC: Tensor, var_GC: Tensor, count: int | Tensor) -> None:
-        """Take note of the means and unbiased variances of this rank's groups of `count` values a channel.
+    def _running_update(self, mean_C: Tensor | None, var_C: Tensor | None) -> RunningUpdate:
+        """Return this micro-step's update of the running statistics.
 
-        One exponential step per training step, towards the mean of its micro-steps' statistics.
+        The micro-steps of a training step add up to one exponential step, towards the mean of their statistics.
         """
-        if self.population is not None:
-            self.population.add(mean_GC, var_GC, count)
-            return
-        assert self.momentum is not None
+        assert mean_C is not None and var_C is not None and self.momentum is not None
         accumulation = self.layout.accumulation
-        for running_C, new_GC in ((self.running_mean, mean_GC), (self.running_var, var_GC)):
-            assert running_C is not None
-            new_C = new_GC[0] if len(new_GC) == 1 else new_GC.mean(0)
-            if accumulation == 1:
-                running_C.lerp_(new_C, self.momentum)
-                continue
-            if self._micro_step == 0:
-                running_C.mul_(1 - self.momentum)
-            running_C.add_(new_C, alpha=self.momentum / accumulation)
+        decay = 1 - self.momentum if self._micro_step == 0 else 1.0
         self._micro_step = (self._micro_step + 1) % accumulation
+        return RunningUpdate(mean_C, var_C, decay, self.momentum / accumulation)
 
 
 def convert_batch_norm(

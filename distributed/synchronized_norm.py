@@ -11,7 +11,8 @@ costs var a relative error of 2e-16 * (1 + m^2 / var), which is below float32's 
 deviations, and the message grows with neither the group nor its batches. (The same sum in float32 would lose half its digits at
 |m| = 50 standard deviations.) Counts travel along, so that parts may differ in size.
 
-Backward, one more message carries the sums of the gradient and of the gradient times the normalised input.
+Backward, one more message carries the sums of the gradient and of the gradient times the normalised input (on CUDA: times the
+centered one, as torch's kernels take it). This module computes on CPUs; `synchronized_norm_cuda` does the same in few kernels.
 
 What cannot be fused: a layer's statistics depend on the layer before it, so each layer costs two messages a micro-step. The two
 norms at the end of a residual block with a downsampling path could share theirs, 4 of 53 layers in a ResNet-50, at the price of
@@ -19,15 +20,15 @@ a forward pass of our own for these blocks. The host never waits for its device 
 backend (Horovod's do).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SumOverGroup = Callable[[Tensor, str], None]
-"""Sums a tensor over the ranks of a group, in place; the text tells the messages of a layer apart."""
+from .layouts import dense, in_layout_of
+from .norm_messages import RunningUpdate, SumOverGroup, pack_moments, unpack_moments
+from .synchronized_norm_cuda import synchronized_norm_cuda
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -38,14 +39,25 @@ def message_bytes(channels: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def synchronized_norm(
-    x_BC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, sum_over_group: SumOverGroup
+    x_BC: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    eps: float,
+    sum_over_group: SumOverGroup,
+    running: RunningUpdate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Batch norm of this rank's part (B, C, ...) of a group by the statistics of the whole group.
 
-    Returns `(out_BC, mean_C, unbiased_var_C, count)`; the last three carry no gradient. Statistics are float32, or float64 for
-    float64 inputs, whatever autocast says. Every rank of the group must have a part that is not empty.
+    Returns `(out_BC, mean_C, unbiased_var_C, count)`; the last three carry no gradient. Applies `running` to these statistics.
+    They are float32, or float64 for float64 inputs, whatever autocast says. Every rank of the group must have a part that is not
+    empty.
     """
+    if x_BC.is_cuda:
+        return synchronized_norm_cuda(x_BC, weight_C, bias_C, eps, sum_over_group, running)
     out: tuple[Tensor, Tensor, Tensor, Tensor] = _SynchronizedNorm.apply(x_BC, weight_C, bias_C, eps, sum_over_group)
+    if running is not None:
+        _, mean_C, unbiased_var_C, _ = out
+        running.apply_(mean_C, unbiased_var_C)
     return out
 
 
@@ -59,7 +71,7 @@ class _SynchronizedNorm(torch.autograd.Function):
         eps: float,
         sum_over_group: SumOverGroup,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x_BC = _dense(x_BC)
+        x_BC = dense(x_BC)
         mean_C, var_C, count = group_statistics(x_BC, sum_over_group)
         out_BC = torch.nn.functional.batch_norm(x_BC, mean_C, var_C, weight_C, bias_C, False, 0.0, eps)
         unbiased_var_C = var_C * (count / (count - 1))
@@ -73,19 +85,16 @@ class _SynchronizedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BC: Tensor, *no_grads: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_BC, weight_C, mean_C, var_C, count = ctx.saved_tensors
-        grad_BC = grad_BC.contiguous(memory_format=_memory_format(x_BC))
-        # In evaluation mode torch's kernel returns this rank's two sums as the gradients of weight and bias. The saved statistics
-        # are unused there, but the CUDA kernel asserts that they are defined.
-        unused = mean_C.new_empty(0)
+        grad_BC = in_layout_of(x_BC, grad_BC)
+        # In evaluation mode torch's kernel returns this rank's two sums as the gradients of weight and bias.
         _, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
-            grad_BC, x_BC, weight_C, mean_C, var_C, unused, unused, False, ctx.eps, [False, True, True]
+            grad_BC, x_BC, weight_C, mean_C, var_C, None, None, False, ctx.eps, [False, True, True]
         )
         grad_x_BC = None
         if ctx.needs_input_grad[0]:
             sums = torch.cat([grad_weight_C, grad_bias_C])
             ctx.sum_over_group(sums, "gradients")
-            input_gradient = _input_gradient_cuda if x_BC.is_cuda else _input_gradient
-            grad_x_BC = input_gradient(grad_BC, x_BC, weight_C, mean_C, var_C, ctx.eps, sums, count)
+            grad_x_BC = _input_gradient(grad_BC, x_BC, weight_C, mean_C, var_C, ctx.eps, sums, count)
         if weight_C is None:
             grad_weight_C = grad_bias_C = None
         return grad_x_BC, grad_weight_C, grad_bias_C, None, None
@@ -94,19 +103,9 @@ class _SynchronizedNorm(torch.autograd.Function):
 def group_statistics(x_BC: Tensor, sum_over_group: SumOverGroup) -> tuple[Tensor, Tensor, Tensor]:
     """`(mean_C, var_C, count)` over the group, with the biased variance, from this rank's part: the message forward."""
     dtype = _statistics_dtype(x_BC.dtype)
-    channels, count = x_BC.shape[1], x_BC.numel() // x_BC.shape[1]
-    mean_C, var_C = _local_statistics(x_BC, dtype)
-    message = torch.empty(2 * channels + 1, dtype=torch.float64, device=x_BC.device)
-    first_C, second_C, total = message[:channels], message[channels:-1], message[-1]
-    first_C.copy_(mean_C)
-    second_C.copy_(var_C).addcmul_(first_C, first_C)
-    total.fill_(1.0)
-    message.mul_(count)
+    message = pack_moments(*_local_statistics(x_BC, dtype), x_BC.numel() // x_BC.shape[1])
     sum_over_group(message, "statistics")
-    message[:-1].div_(total)
-    mean_C = first_C.to(dtype, copy=True)
-    var_C = second_C.addcmul_(first_C, first_C, value=-1).clamp_(min=0).to(dtype, copy=True)
-    return mean_C, var_C, total.clone()
+    return unpack_moments(message, dtype)
 
 
 def _local_statistics(x_BC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -142,42 +141,5 @@ def _input_gradient(
     return grad_x_BC.addcmul_(x_BC, slope_C.view(shape)).to(x_BC.dtype)
 
 
-def _input_gradient_cuda(
-    grad_BC: Tensor,
-    x_BC: Tensor,
-    weight_C: Tensor | None,
-    mean_C: Tensor,
-    var_C: Tensor,
-    eps: float,
-    sums: Tensor,
-    count: Tensor,
-) -> Tensor:
-    """The same in the one kernel that torch has for it, on GPUs alone."""
-    inverse_std_C = (var_C + eps).rsqrt()
-    sum_xhat_grad_C, sum_grad_C = sums.chunk(2)
-    return torch.batch_norm_backward_elemt(
-        grad_BC,
-        x_BC,
-        mean_C,
-        inverse_std_C,
-        weight_C,
-        sum_grad_C,
-        sum_xhat_grad_C / inverse_std_C,
-        count.to(torch.int32).view(1),
-    )
-
-
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _dense(x_BC: Tensor) -> Tensor:
-    """The tensor in a layout that torch's kernels read in one go."""
-    return x_BC.contiguous(memory_format=_memory_format(x_BC))
-
-
-def _memory_format(x_BC: Tensor) -> torch.memory_format:
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x_BC.dim())
-    if channels_last is None or x_BC.is_contiguous() or not x_BC.is_contiguous(memory_format=channels_last):
-        return torch.contiguous_format
-    return channels_last

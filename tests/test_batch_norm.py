@@ -398,35 +398,71 @@ def test_networks_without_batch_norm_need_nothing() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_gpu_gives_what_a_cpu_gives(shape: str, affine: bool) -> None:
+def test_a_gpu_gives_what_a_cpu_gives(shape: str, affine: bool, dtype: torch.dtype) -> None:
     size, kind, memory_format = SHAPES[shape]
-    ours = synchronized(random_norm(kind, size[1], affine=affine))
-    x = (3 * torch.randn(size, dtype=torch.float64) + 2).contiguous(memory_format=memory_format)
-    grad = torch.randn(size, dtype=torch.float64).contiguous(memory_format=memory_format)
-    on_cpu = passed(copy.deepcopy(ours), x, grad)
-    on_gpu = passed(ours.cuda(), x.cuda(), grad.cuda())
-    for mine, theirs in zip(on_gpu, on_cpu, strict=True):
-        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-10, atol=1e-12)
+    on_cpu = synchronized(random_norm(kind, size[1], affine=affine))
+    on_gpu = copy.deepcopy(on_cpu).to("cuda", dtype)
+    x = (3 * torch.randn(size, dtype=dtype) + 2).contiguous(memory_format=memory_format)
+    grad = torch.randn(size, dtype=dtype).contiguous(memory_format=memory_format)
+    expected = passed(on_cpu, x.double(), grad.double())
+    found = passed(on_gpu, x.cuda(), grad.cuda())
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.stride() == x.stride()
+        torch.testing.assert_close(mine.cpu().double(), theirs, rtol=tolerance, atol=tolerance)
+    tensors = [[*(p.grad for p in norm.parameters()), norm.running_mean, norm.running_var] for norm in (on_gpu, on_cpu)]
+    for mine, theirs in zip(*tensors, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), theirs, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_gpu_never_makes_the_host_wait(dtype: torch.dtype) -> None:
-    norm = random_norm(nn.BatchNorm2d, 8).float().cuda()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_on_a_gpu_is_as_near_as_its_rounding(shape: str, dtype: torch.dtype) -> None:
+    size, kind, memory_format = SHAPES[shape]
+    norm = random_norm(kind, size[1]).float().cuda()
     ours, exact = synchronized(norm), copy.deepcopy(norm).double()
-    x = torch.randn(16, 8, 7, 7, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(size, device="cuda").to(dtype).contiguous(memory_format=memory_format)
+    grad = torch.randn(size, device="cuda").to(dtype)
+    out, grad_x = passed(ours, x, grad)
+    expected, expected_grad_x = passed(exact, x.double(), grad.double())
+    step = torch.finfo(dtype).eps
+    assert out.dtype == grad_x.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=step, atol=step)
+    torch.testing.assert_close(grad_x.double(), expected_grad_x, rtol=2 * step, atol=2 * step)
+    torch.testing.assert_close(ours.running_var.double(), exact.running_var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpu_never_makes_the_host_wait(shape: str, dtype: torch.dtype) -> None:
+    size, kind, memory_format = SHAPES[shape]
+    ours = synchronized(
+        random_norm(kind, size[1]).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
+    )
+    x = torch.randn(size, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
     grad = torch.randn_like(x)
-    passed(ours, x, grad)
-    ours.running_var.fill_(1.0)
+    passed(ours, x, grad)  # compiles kernels
     try:
         # Inside the try: setting the mode warns, and a warning that is an error must not leave the mode on.
         torch.cuda.set_sync_debug_mode("error")
         out, grad_x = passed(ours, x, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected, expected_grad_x = passed(exact, x.double(), grad.double())
-    step = max(torch.finfo(dtype).eps, 1e-5)
-    torch.testing.assert_close(out.double(), expected, rtol=step, atol=step)
-    torch.testing.assert_close(grad_x.double(), expected_grad_x, rtol=2 * step, atol=2 * step)
+    assert out.dtype == grad_x.dtype == dtype
+    assert out.stride() == grad_x.stride() == x.stride()
+
+
+@pytest.mark.gpu
+def test_recomputing_on_a_gpu_gives_what_a_cpu_gives() -> None:
+    network = small_network()
+    convert_batch_norm(network, CountingBackend(), 1, [[0]], accumulation=2)
+    twin, batches = copy.deepcopy(network).cuda(), [torch.randn(4, 3, 9, 9, dtype=torch.float64) for _ in range(2)]
+    recompute_running_statistics(network, CountingBackend(), batches)
+    recompute_running_statistics(twin, CountingBackend("cuda"), [batch.cuda() for batch in batches])
+    for name, buffer_C in network.named_buffers():
+        torch.testing.assert_close(twin.get_buffer(name).cpu(), buffer_C, rtol=1e-10, atol=1e-12)
