@@ -310,6 +310,50 @@ def test_temporal_pool_is_the_maximum_of_three_frames() -> None:
     assert torch.equal(pooled, torch.stack(expected))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frames", [1, 2, 3, 7, 8])
+def test_temporal_pool_is_max_pool3d_to_the_bit(
+    frames: int, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """With ties: most numbers are zeros, as behind a ReLU, and many others are equal."""
+    torch.manual_seed(frames)
+    values_BCHW = torch.randn(3 * frames, 4, 5, 6).relu().round(decimals=0)
+    ours_BCHW, theirs_BCHW = (
+        values_BCHW.to(dtype).contiguous(memory_format=memory_format).requires_grad_() for _ in range(2)
+    )
+    x_NCTHW = theirs_BCHW.unflatten(0, (-1, frames)).transpose(1, 2)
+    expected_NCTHW = nn.functional.max_pool3d(x_NCTHW, (3, 1, 1), (2, 1, 1), (1, 0, 0))
+    expected_BCHW = expected_NCTHW.transpose(1, 2).flatten(0, 1)
+    (pooled_BCHW,) = PoolInput(frames)(nn.Identity(), (ours_BCHW,))
+    gradient_BCHW = torch.randn(pooled_BCHW.shape).to(dtype)
+    pooled_BCHW.backward(gradient_BCHW)
+    expected_BCHW.backward(gradient_BCHW)
+    assert pooled_BCHW.equal(expected_BCHW)
+    assert ours_BCHW.grad is not None and theirs_BCHW.grad is not None
+    assert ours_BCHW.grad.equal(theirs_BCHW.grad)
+    assert pooled_BCHW.is_contiguous(memory_format=memory_format)
+    assert ours_BCHW.grad.is_contiguous(memory_format=memory_format)
+
+
+def test_the_earliest_frame_of_a_tie_has_the_gradient() -> None:
+    x_TCHW = torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 1.0]).view(6, 1, 1, 1).requires_grad_()
+    (pooled_TCHW,) = PoolInput(6)(nn.Identity(), (x_TCHW,))
+    assert pooled_TCHW.flatten().tolist() == [0.0, 2.0, 2.0]
+    pooled_TCHW.backward(torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1, 1))
+    assert x_TCHW.grad is not None
+    # Frames 0 and 1 tie in the first window, 3 alone is the second's maximum, and 3 and 4 tie in the third.
+    assert x_TCHW.grad.flatten().tolist() == [1.0, 0.0, 0.0, 110.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("frame", range(5))
+def test_temporal_pool_hides_no_nan(frame: int) -> None:
+    x_TCHW = torch.zeros(5, 1, 1, 1)
+    x_TCHW[frame] = torch.nan
+    (pooled_TCHW,) = PoolInput(5)(nn.Identity(), (x_TCHW,))
+    assert pooled_TCHW.isnan().any()
+
+
 def test_temporal_pool_stands_in_front_of_layer2() -> None:
     names = [name for name, _ in hooks_of(empty(temporal_pool=True), PoolInput)]
     assert names == ["backbone.layer2"]
@@ -331,6 +375,25 @@ def test_non_local_blocks_stand_where_the_authors_put_them() -> None:
     names = [name for name, module in network.named_modules() if isinstance(module, NonLocalBlock)]
     assert names == [f"backbone.{stage}.{index}.non_local" for stage, index in PLACES]
     assert PLACES == (("layer2", 0), ("layer2", 2), ("layer3", 0), ("layer3", 2), ("layer3", 4))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_non_local_blocks_subsample_as_max_pool3d_does(memory_format: torch.memory_format) -> None:
+    """Values and gradients; the sides are odd and even."""
+    torch.manual_seed(0)
+    values_NCTHW = torch.randn(2, 4, 3, 7, 6).relu().round(decimals=0)
+    ours_NCTHW, theirs_NCTHW = (
+        values_NCTHW.clone(memory_format=torch.preserve_format).contiguous(memory_format=memory_format).requires_grad_()
+        for _ in range(2)
+    )
+    subsample = NonLocalBlock(8, 3).phi[1]
+    pooled_NCTHW, expected_NCTHW = subsample(ours_NCTHW), nn.functional.max_pool3d(theirs_NCTHW, (1, 2, 2))
+    gradient_NCTHW = torch.randn(expected_NCTHW.shape)
+    pooled_NCTHW.backward(gradient_NCTHW)
+    expected_NCTHW.backward(gradient_NCTHW)
+    assert pooled_NCTHW.equal(expected_NCTHW)
+    assert ours_NCTHW.grad is not None and theirs_NCTHW.grad is not None
+    assert ours_NCTHW.grad.equal(theirs_NCTHW.grad)
 
 
 @torch.no_grad()

@@ -176,7 +176,10 @@ class _OnRealTensors(LiveBytes):
         self.gradients: list[Tensor | None] = [parameter.grad for parameter in network.parameters()]
 
 
-@pytest.mark.parametrize("overrides", [[], ["batch.bn_group=2"], ["numerics.amp=bfloat16"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["batch.bn_group=2"], ["numerics.amp=bfloat16"], ["model.temporal_pool=true", "numerics.channels_last=false"]],
+)
 def test_memory_of_shapes_is_that_of_numbers(overrides: list[str]) -> None:
     config = small(*overrides)
     batch = config.batch

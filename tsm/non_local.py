@@ -16,7 +16,7 @@ class NonLocalBlock(nn.Module):
         super().__init__()
         self.num_frames = num_frames
         inner = channels // 2
-        subsample = nn.MaxPool3d((1, 2, 2))
+        subsample = _PoolFrames()
         self.theta = nn.Conv3d(channels, inner, 1)
         self.phi = nn.Sequential(nn.Conv3d(channels, inner, 1), subsample)
         self.g = nn.Sequential(nn.Conv3d(channels, inner, 1), subsample)
@@ -31,6 +31,17 @@ class NonLocalBlock(nn.Module):
         mixed_NCL = value_NCM @ weight_NLM.transpose(1, 2)
         out_NCTHW = x_NCTHW + self.W(mixed_NCL.unflatten(2, x_NCTHW.shape[2:]))
         return out_NCTHW.transpose(1, 2).flatten(0, 1)
+
+
+class _PoolFrames(nn.Module):
+    """Maximum over 2 x 2 positions of each frame: (N, C, T, H, W) -> (N, C, T, H // 2, W // 2).
+
+    The values and gradients of MaxPool3d((1, 2, 2)), whose backward pass on GPUs is not deterministic; max_pool2d's is.
+    """
+
+    def forward(self, x_NCTHW: Tensor) -> Tensor:
+        pooled_BCHW = nn.functional.max_pool2d(x_NCTHW.transpose(1, 2).flatten(0, 1), 2)
+        return pooled_BCHW.unflatten(0, (len(x_NCTHW), -1)).transpose(1, 2)
 
 
 def add_non_local_blocks(resnet: nn.Module, num_frames: int) -> None:
