@@ -53,6 +53,10 @@ class HorovodBackend:
         # No dynamic process sets: with them all ranks meet in each of its cycles, and while one does not come, another that hands
         # in a tensor waits for Horovod's lock with Python's in its hands, and its control channel falls silent.
         os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "0"
+        if device.type == "cuda":
+            # For the host a reduction is done when it is queued, and torch's stream waits for it on the GPU. Without this the host
+            # waits for the end of each one, and queues no step ahead. The stream that waits is the default one: we use no other.
+            os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
         everyone = tuple(range(topology.size))
         self._process_sets = {
             ranks: hvd.ProcessSet(list(ranks)) for ranks in map(tuple, rank_groups) if ranks != everyone

@@ -27,12 +27,11 @@ class TorchBackend:
     def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         self.topology = topology
         self.device = device
-        if topology.launcher == "none":
-            store = dist.HashStore()
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-            return
         # Gloo beside NCCL carries the small objects, which live on the CPU.
         transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if topology.launcher == "none":
+            dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
+            return
         timeout = timedelta(seconds=timeout_s)
         if topology.launcher.startswith("srun"):
             host, port = rendezvous()
@@ -76,7 +75,9 @@ class TorchBackend:
         return _DdpReducer(network, self.device, options)
 
     def barrier(self) -> None:
-        dist.barrier()
+        # NCCL has to be told the device. Bound to the world instead (init_process_group's device_id), it would also make every
+        # group of ranks by a split in which all ranks take part: 192 collectives at start for 192 groups of batch norm.
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -20,6 +20,8 @@ set_environment() {
     export PYTHONDONTWRITEBYTECODE=1
     # Temporary files and logs of ranks: on the node.
     export TMPDIR=$TSM_LOCAL_DISK
+    # Kernels that Triton compiles, once a node. The default is in the home folder, which all ranks would write at once.
+    export TRITON_CACHE_DIR=$TSM_LOCAL_DISK/triton
 
     if [[ -n $TSM_NETWORK_INTERFACE ]]; then
         # Each picks an interface by itself, and not all the same one: management networks lead nowhere fast.
