@@ -1,12 +1,14 @@
-"""The temporal shift against its definition written as loops, its gradients, and its memory layouts."""
+"""The temporal shift against its definition written as loops, its gradients, its memory layouts, and its tracing."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from tsm.shift import Direction, check_fold_div, temporal_shift
+from tsm.shift import OFFSETS, Direction, check_fold_div, temporal_shift
 
 DIRECTIONS: tuple[Direction, ...] = ("both", "past")
 
@@ -144,6 +146,84 @@ def test_no_gradient_for_what_falls_off_an_end() -> None:
     expected_TC[0, 0] = 0  # would have moved in front of the first frame
     expected_TC[2, 1] = 0  # behind the last
     assert torch.equal(x_NTC.grad[0], expected_TC)
+
+
+# --- torch.compile, torch.export and the operator for them on CUDA, which takes CPU tensors too -------------------------
+
+
+def by_operator(x_NTC: Tensor, fold_div: int = 8, direction: Direction = "both") -> Tensor:
+    return torch.ops.tsm.temporal_shift(x_NTC, x_NTC.shape[2] // fold_div, OFFSETS[direction])
+
+
+class Shifted(nn.Module):
+    def __init__(self, shift: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x_NTC: Tensor) -> Tensor:
+        return self.shift(x_NTC) * 2
+
+
+SHIFTS = pytest.mark.parametrize("shift", [temporal_shift, by_operator])
+# torch 2.11's Dynamo instantiates autograd functions, of which torch warns.
+DYNAMO = pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
+)
+
+
+@DYNAMO
+@SHIFTS
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_traces_it_whole(shift: Callable[[Tensor], Tensor], backend: str) -> None:
+    torch._dynamo.reset()
+    x_NTC = torch.randn(2, 3, 16, requires_grad=True)
+    grad_NTC = torch.randn(2, 3, 16)
+    out_NTC = torch.compile(shift, fullgraph=True, backend=backend)(x_NTC)
+    (x_grad_NTC,) = torch.autograd.grad(out_NTC, x_NTC, grad_NTC)
+    assert torch.equal(out_NTC, temporal_shift(x_NTC))
+    assert torch.equal(x_grad_NTC, torch.autograd.grad(temporal_shift(x_NTC), x_NTC, grad_NTC)[0])
+
+
+@DYNAMO
+@SHIFTS
+@pytest.mark.parametrize("strict", [True, False])
+def test_torch_export_traces_it_for_any_number_of_clips(shift: Callable[[Tensor], Tensor], strict: bool) -> None:
+    sizes = {"x_NTC": {0: torch.export.Dim("n", min=1)}}
+    program = torch.export.export(Shifted(shift), (torch.randn(2, 3, 16),), dynamic_shapes=sizes, strict=strict)
+    x_NTC = torch.randn(5, 3, 16)
+    assert torch.equal(program.module()(x_NTC), 2 * temporal_shift(x_NTC))
+    has_operator = any(node.target is torch.ops.tsm.temporal_shift.default for node in program.graph.nodes)
+    assert has_operator == (shift is by_operator)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_operator_has_the_same_gradients(direction: Direction) -> None:
+    x_NTC = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(by_operator(x_NTC, 4, direction), temporal_shift(x_NTC, 4, direction))
+    assert torch.autograd.gradcheck(lambda x_NTC: by_operator(x_NTC, 4, direction) ** 3, x_NTC)
+    assert torch.autograd.gradgradcheck(lambda x_NTC: by_operator(x_NTC, 4, direction) ** 3, x_NTC)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch's own accesses
+def test_the_operator_passes_the_checks_of_torch() -> None:
+    x_NTCHW = (
+        torch.randn(6, 16, 3, 4).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3)).requires_grad_()
+    )
+    torch.library.opcheck(torch.ops.tsm.temporal_shift.default, (x_NTCHW, 2, [1, -1]))
+
+
+@SHIFTS
+def test_meta_tensors_have_the_right_layout(shift: Callable[[Tensor], Tensor]) -> None:
+    x_NTCHW = torch.empty(6, 16, 3, 4, device="meta").contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3))
+    assert shift(x_NTCHW).stride() == x_NTCHW.stride()
+
+
+@SHIFTS
+def test_autocast_leaves_the_dtype_alone(shift: Callable[[Tensor], Tensor]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert shift(torch.randn(2, 3, 16)).dtype == torch.float32
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

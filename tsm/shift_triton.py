@@ -1,0 +1,114 @@
+"""The temporal shift as one Triton kernel: every element is read once and written once, 16 bytes at a time where folds allow.
+
+`tsm.shift` imports this module at the first CUDA tensor, and only where Triton is installed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACCESS_BYTES = 16  # the widest load and store of a GPU's thread
+BLOCK_BYTES = 8192  # what one program copies: 4 accesses by each of 4 x 32 threads
+MAX_FRAME_ELEMENTS = 2**30  # offsets within two neighbouring frames fit into 32 bits
+MAX_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
+
+# Sizes stay out of the compiled code, so that all layers of a network share few kernels.
+SIZES = ("frames", "frame_chunks", "row_chunks", "fold_chunks", "first_offset", "second_offset")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def shift_kernel(
+    x_ptr,
+    out_ptr,
+    frames,
+    frame_chunks,
+    row_chunks,
+    fold_chunks,
+    first_offset,
+    second_offset,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy BLOCK chunks of one frame, each from its own frame or a neighbouring one, or write zeros where the clip ends.
+
+    A chunk is WIDTH elements next to each other in memory, all of one fold. `frames`: T. A frame is `frame_chunks` chunks: rows of
+    `row_chunks`, each of which begins with two folds of `fold_chunks`.
+    """
+    frame_blocks = (frame_chunks + BLOCK - 1) // BLOCK
+    frame = tl.program_id(0) // frame_blocks
+    chunk_B = (tl.program_id(0) % frame_blocks) * BLOCK + tl.arange(0, BLOCK)
+    row_chunk_B = chunk_B % row_chunks
+    later_offset_B = tl.where(row_chunk_B < 2 * fold_chunks, second_offset, 0)
+    offset_B = tl.where(row_chunk_B < fold_chunks, first_offset, later_offset_B)
+    source_B = frame % frames + offset_B
+    is_in_frame_B = chunk_B < frame_chunks
+    is_in_clip_B = (source_B >= 0) & (source_B < frames)
+
+    # A batch may hold more than 2**31 elements: a frame's start takes 64 bits. The factor WIDTH comes last, which tells
+    # Triton's analysis that each chunk is aligned.
+    frame_start = frame.to(tl.int64) * frame_chunks * WIDTH
+    element_W = tl.arange(0, WIDTH)[None, :]
+    to_BW = chunk_B[:, None] * WIDTH + element_W
+    from_BW = (chunk_B + offset_B * frame_chunks)[:, None] * WIDTH + element_W
+    value_BW = tl.load(x_ptr + frame_start + from_BW, mask=(is_in_frame_B & is_in_clip_B)[:, None], other=0.0)
+    tl.store(out_ptr + frame_start + to_BW, value_BW, mask=is_in_frame_B[:, None])
+
+
+class Launch(NamedTuple):
+    """Arguments of `shift_kernel`: programs of the grid, sizes in the order of `SIZES`, and its constants."""
+
+    programs: int
+    sizes: tuple[int, ...]
+    width: int
+    block: int
+
+
+def plan_launch(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Launch | None:
+    """Return how to shift `x_NTCHW` (of which only shape, strides and dtype count), or None where the kernel does not serve.
+
+    It serves contiguous tensors and channels_last frames of `DTYPES`, with one or two `offsets`.
+    """
+    if x_NTCHW.dtype not in DTYPES:
+        return None
+    frames, channels = x_NTCHW.shape[1:3]
+    frame_elements = x_NTCHW.shape[2:].numel()
+    # Both layouts are rows that begin with the folds: a contiguous frame is one row, a channels_last frame is one row per pixel.
+    if x_NTCHW.is_contiguous():
+        row_elements, fold_elements = frame_elements, fold * (frame_elements // channels)
+    elif x_NTCHW.movedim(2, -1).is_contiguous():
+        row_elements, fold_elements = channels, fold
+    else:
+        return None
+    # The greatest power of two that divides the folds: a chunk across their boundary would come from two frames.
+    width = math.gcd(row_elements, fold_elements, ACCESS_BYTES // x_NTCHW.element_size())
+    block = BLOCK_BYTES // (width * x_NTCHW.element_size())
+    frame_chunks = frame_elements // width
+    programs = x_NTCHW.shape[:2].numel() * triton.cdiv(frame_chunks, block)
+    if frame_elements > MAX_FRAME_ELEMENTS or programs > MAX_PROGRAMS:
+        return None
+    first_offset, second_offset = (*offsets, 0)[:2]
+    sizes = (frames, frame_chunks, row_elements // width, fold_elements // width, first_offset, second_offset)
+    return Launch(programs, sizes, width, block)
+
+
+def fused_shift(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor | None:
+    """Return what `tsm.shift.shift_by_slices` returns, to the bit and in the same layout; None where the kernel does not serve."""
+    launch = plan_launch(x_NTCHW, fold, offsets)
+    if launch is None:
+        return None
+    out_NTCHW = torch.empty_like(x_NTCHW)
+    if launch.programs > 0:
+        with torch.cuda.device_of(x_NTCHW):
+            shift_kernel[(launch.programs,)](x_NTCHW, out_NTCHW, *launch.sizes, WIDTH=launch.width, BLOCK=launch.block)
+    return out_NTCHW
+
+
+def start_driver() -> None:
+    """Raise where Triton is installed but cannot launch: it builds its launcher with a C compiler, once per machine."""
+    triton.runtime.driver.active.get_current_target()
