@@ -4,14 +4,15 @@ python benchmarks/shift.py                           ResNet-50, both memory layo
 python benchmarks/shift.py --only training
 python benchmarks/shift.py --quick --json FILE       a minute, for a look
 
-One network takes turns with four functions in the place of `temporal_shift`:
+One network takes turns with these functions in the place of `temporal_shift`:
 
 - none: the input itself, which makes it a TSN;
 - naive: zeros and three slice assignments, as autograd differentiates them (the usual way to write a shift);
 - copy: a plain copy of the input, and of its gradient. A shift that leaves its input alone, as the identity path beside it
   needs, writes its output at least once, and so does its gradient: this is the bound of every shift that is an operation of
   its own. A shift below it would have to be a part of the convolution behind it;
-- ours: `tsm.shift.temporal_shift`.
+- ours: `tsm.shift.temporal_shift`;
+- slices (on CUDA): ours without its Triton kernel, one copy for each slice of channels.
 """
 # ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from tsm import networks
 from tsm.networks import TemporalNetwork, build_network
-from tsm.shift import temporal_shift
+from tsm.shift import OFFSETS, Direction, shift_by_slices, temporal_shift
 
 NUM_CLASSES = 400
 TARGET = 1.10  # of a training step, against the network without a shift
@@ -66,6 +67,22 @@ class _Copy(torch.autograd.Function):
         return grad_NTCHW.clone()
 
 
+class _Slices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NTCHW: Tensor, fold: int, offsets: tuple[int, ...]) -> Tensor:
+        ctx.fold, ctx.offsets = fold, offsets
+        return shift_by_slices(x_NTCHW, fold, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NTCHW: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return shift_by_slices(grad_NTCHW, ctx.fold, tuple(-offset for offset in ctx.offsets)), None, None
+
+
+def sliced_shift(x_NTCHW: Tensor, fold_div: int = 8, direction: Direction = "both") -> Tensor:
+    shifted: Tensor = _Slices.apply(x_NTCHW, x_NTCHW.shape[2] // fold_div, OFFSETS[direction])
+    return shifted
+
+
 def naive_shift(x_NTCHW: Tensor, fold_div: int = 8, direction: str = "both") -> Tensor:
     fold = x_NTCHW.shape[2] // fold_div
     out_NTCHW = torch.zeros_like(x_NTCHW)
@@ -80,7 +97,13 @@ FUNCTIONS: dict[str, ShiftFunction] = {
     "naive": naive_shift,
     "copy": lambda x_NTCHW, *_: _Copy.apply(x_NTCHW),
     "ours": temporal_shift,
+    "slices": sliced_shift,
 }
+
+
+def names_of(device: str) -> list[str]:
+    """Names of the functions that differ on `device`: on a CPU ours takes slices."""
+    return [name for name in FUNCTIONS if device == "cuda" or name != "slices"]
 
 
 class Bench:
@@ -115,7 +138,7 @@ class Bench:
 def take_turns(setting: Setting, layout: str, mode: str) -> dict[str, list[common.Clock]]:
     """Clocks of each function, one a round; the order turns, so that none always follows the same one."""
     bench = Bench(setting, layout, training=mode == "training")
-    names = list(FUNCTIONS)
+    names = names_of(setting.device)
     for name in names:
         bench.run(name)
     clocks: dict[str, list[common.Clock]] = {name: [] for name in names}
