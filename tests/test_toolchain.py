@@ -218,6 +218,19 @@ def test_cpu_only(cuda: str | None, setting: str, tmp_path: Path, monkeypatch: p
     assert build_horovod.choose_nccl(torch, choice).kind == "none"
 
 
+def test_mpi_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_horovod.shutil, "which", lambda name: f"/opt/bin/{name}")
+    monkeypatch.setattr(build_horovod, "first_line", lambda *command: "version 1")
+    monkeypatch.setenv("HOROVOD_CUDA", "off")
+    monkeypatch.delenv("HOROVOD_MPI", raising=False)
+    with_mpi = build_horovod.make_plan()
+    monkeypatch.setenv("HOROVOD_MPI", "off")
+    without = build_horovod.make_plan()
+    assert (with_mpi.mpicxx, without.mpicxx) == ("/opt/bin/mpicxx", None)
+    assert without.key.mpi == "none"
+    assert with_mpi.key.digest() != without.key.digest()
+
+
 def test_torchs_nccl_comes_before_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOROVOD_NCCL_HOME", "NCCL_HOME", "NCCL_ROOT"):
         monkeypatch.delenv(name, raising=False)

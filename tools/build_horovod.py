@@ -17,6 +17,7 @@ What an operator can set (load the site's CUDA and MPI modules first):
     HOROVOD_CUDA_HOME or CUDA_HOME              a CUDA toolkit
     HOROVOD_NCCL_HOME, NCCL_HOME or NCCL_ROOT   an NCCL other than torch's
     HOROVOD_CUDA=off                            CPU only
+    HOROVOD_MPI=off                             without MPI, for machines that have none
     HOROVOD_BUILD_CUDA_CC_LIST                  GPU generations, as in 70,80,90
     JOBS                                        parallel compilers
 """
@@ -225,6 +226,11 @@ def toolkit_root(nvcc: str) -> Path | None:
     return Path(match.group(1).strip()).resolve() if match else None
 
 
+def switched_off(variable: str) -> bool:
+    """Whether the operator asked to build without something."""
+    return os.environ.get(variable, "").lower() in {"off", "0", "none"}
+
+
 def nvcc_candidates() -> Iterator[tuple[str, str]]:
     """(why, nvcc) in order of precedence."""
     for variable in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
@@ -240,7 +246,7 @@ def choose_cuda(torch: Torch) -> Toolkit:
     """The machine's toolkit of torch's CUDA generation, else NVIDIA's compiler from pip, else none."""
     if torch.cuda is None:
         return Toolkit("none", "none", None, f"torch {torch.version} is built without CUDA")
-    if os.environ.get("HOROVOD_CUDA", "").lower() in {"off", "0", "none"}:
+    if switched_off("HOROVOD_CUDA"):
         return Toolkit("none", "none", None, "HOROVOD_CUDA asks for CPU only")
     wanted = torch.cuda.split(".")[0]
     passed_over = ""
@@ -324,7 +330,7 @@ def make_plan() -> Plan:
     torch = find_torch()
     cuda = choose_cuda(torch)
     nccl = choose_nccl(torch, cuda)
-    mpicxx = shutil.which("mpicxx")
+    mpicxx = None if switched_off("HOROVOD_MPI") else shutil.which("mpicxx")
     compiler = first_line(os.environ.get("CXX") or shutil.which("c++") or "g++", "--version")
     if not compiler:
         raise BuildError("no C++ compiler; fix: apt-get install g++ make")
@@ -352,7 +358,7 @@ def explain(plan: Plan) -> None:
     mpi = (
         f"{plan.key.mpi}: {plan.mpicxx} is on PATH"
         if plan.mpicxx
-        else "none: no mpicxx on PATH (apt-get install libopenmpi-dev)"
+        else "none: HOROVOD_MPI asks for that, or no mpicxx is on PATH (apt-get install libopenmpi-dev)"
     )
     print(f"horovod {HOROVOD_VERSION} for torch {plan.torch.version}, C++{plan.key.cxx_standard}, {plan.key.compiler}")
     print(f"  CUDA: {plan.cuda.kind}: {plan.cuda.why}")
