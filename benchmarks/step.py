@@ -36,8 +36,9 @@ from distributed.torch_backend import without_buffer_sync
 from pipelines.loader import ClipBatch, ClipLoader
 from pipelines.manifest import ManifestRow, write_manifest
 from training import schema
-from training.job import Job, build_job, set_numerics
+from training.job import Job, build_job
 from training.loop import train
+from training.numerics import set_numerics
 from training.records import Records
 from tsm.networks import build_network
 

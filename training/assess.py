@@ -19,6 +19,7 @@ from .evaluation import Evaluation, assess
 from .initial import RANDOM, find_initial_weights, load_initial_weights
 from .input import make_loader, source_of
 from .job import CHECKOUT, check_agreement, network_of, newest_checkpoint, open_manifest, protocol_of
+from .numerics import place_network
 from .recipe import fingerprint_of
 from .run_folder import RunFolder
 from .saved_logits import Origin, save_logits
@@ -46,10 +47,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     check_agreement(backend, config, [validation.digest])
     network = network_of(config)
     weights = backend.broadcast_object(_load(config, network) if backend.topology.rank == 0 else None)
-    network.to(backend.device, torch.float64 if config.numerics.dtype == "float64" else torch.float32)
+    place_network(network, backend.device, config.numerics)
     broadcast_network(backend, network)
-    if config.numerics.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     clips = EvaluationClips(source_of(config, validation, backend.device), protocol_of(config))
     loader = make_loader(config, clips, backend)

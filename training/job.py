@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .code_version import check_code, code_version
 from .errors import ConfigError, DataError
 from .initial import InitialWeights, find_initial_weights, load_initial_weights
 from .input import Loader, make_loader, source_of
+from .numerics import place_network
 from .optimizers import make_optimizer, optimizer_tensors, set_step_counts
 from .recipe import Execution, Recipe, plan_execution
 from .run_folder import RunFolder, new_run_id
@@ -62,18 +62,6 @@ class Job:
 
     def loader(self, dataset: TrainingClips | EvaluationClips) -> Loader:
         return make_loader(self.config, dataset, self.backend)
-
-
-def set_numerics(config: Config) -> None:
-    """Set torch's process-wide switches as the configuration says."""
-    numerics = config.numerics
-    torch.backends.cuda.matmul.allow_tf32 = numerics.tf32
-    torch.backends.cudnn.allow_tf32 = numerics.tf32
-    torch.backends.cudnn.benchmark = numerics.cudnn_benchmark and not numerics.deterministic
-    if numerics.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.manual_seed(config.seed)
 
 
 def open_manifest(config: Config, split: str) -> Manifest:
@@ -303,11 +291,9 @@ def _build_network(
     """
     network = network_of(config)
     convert_batch_norm(network, backend, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
-    network.to(backend.device, torch.float64 if config.numerics.dtype == "float64" else torch.float32)
+    place_network(network, backend.device, config.numerics)
     first_weights = "" if first is None else load_initial_weights(network, config.model, first)
     broadcast_network(backend, network)
-    if config.numerics.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.train(), first_weights
 
 

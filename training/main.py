@@ -27,8 +27,9 @@ from .errors import (
     DivergedError,
     NoProgressError,
 )
-from .job import Job, build_job, set_numerics
+from .job import Job, build_job
 from .loop import train
+from .numerics import set_numerics
 from .plan import describe_plan
 from .recipe import plan_execution
 from .records import Records

@@ -21,6 +21,7 @@ from distributed.topology import Topology
 from tsm.networks import TemporalNetwork
 
 from .job import network_of, state_tensors
+from .numerics import place_network
 from .optimizers import make_optimizer
 from .recipe import Execution
 from .schema import Config
@@ -62,9 +63,7 @@ def step_costs(config: Config, execution: Execution) -> StepCosts:
     with torch.device("meta"):
         network = network_of(config)
         convert_batch_norm(network, messages, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
-        network.to(torch.float64 if config.numerics.dtype == "float64" else torch.float32)
-        if config.numerics.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        place_network(network, torch.device("meta"), config.numerics)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         network.to_empty(device="cpu")
         live.hold(network.state_dict(keep_vars=True).values())

@@ -1,0 +1,39 @@
+"""Precision and memory format: torch's switches and the network's placement."""
+
+import os
+
+import torch
+from torch import nn
+
+from .schema import Config, NumericsConfig
+
+
+def set_numerics(config: Config) -> None:
+    """Set torch's process-wide switches and the seed as the configuration says."""
+    numerics = config.numerics
+    torch.backends.cuda.matmul.allow_tf32 = numerics.tf32
+    torch.backends.cudnn.allow_tf32 = numerics.tf32
+    torch.backends.cudnn.benchmark = numerics.cudnn_benchmark and not numerics.deterministic
+    if numerics.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # The default fills every torch.empty with NaN, a kernel each. It finds reads of uninitialized memory and makes no
+        # operation deterministic; a test trains with it once instead.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.manual_seed(config.seed)
+
+
+def parameter_dtype(numerics: NumericsConfig) -> torch.dtype:
+    """The type of weights, statistics and optimizer state."""
+    return torch.float64 if numerics.dtype == "float64" else torch.float32
+
+
+def place_network(network: nn.Module, device: torch.device, numerics: NumericsConfig) -> None:
+    """Move a network to its device, dtype and memory format, in place; parameters stay the same objects."""
+    network.to(device, parameter_dtype(numerics))
+    if numerics.channels_last:
+        for parameter in network.parameters():
+            # Only weights of 2D convolutions have this format. The 1x1x1 ones of non-local blocks need none: their memory
+            # is the same in both.
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
