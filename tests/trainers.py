@@ -13,6 +13,7 @@ from distributed.optim.lars import Lars
 from distributed.optim.schedule import Schedule
 from distributed.topology import Topology
 from pipelines.loader import ClipBatch
+from training.numerics import place_network
 from training.optimizers import DeviceStepCount, make_optimizer, parameter_groups
 from training.recipe import Recipe, plan_execution
 from training.schema import NumericsConfig, OptimizerConfig
@@ -53,6 +54,8 @@ def trainer_of(
     over_ranks: bool = False,
     backbone: str = "resnet18",
     frames: int = FRAMES,
+    classes: int = CLASSES,
+    dtype: str = "float32",
     network_options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Trainer:
@@ -71,12 +74,11 @@ def trainer_of(
     )  # fmt: skip
     execution = plan_execution(clips, bn_clips, 1, micro_batch)
     torch.manual_seed(0)
-    network = build_network(backbone, CLASSES, num_frames=frames, **network_options or {})
+    network = build_network(backbone, classes, num_frames=frames, **network_options or {})
     rank_groups = [[0]] if over_ranks else []
     convert_batch_norm(network, backend, execution.bn_ghosts, rank_groups, execution.accumulation)
-    network.to(backend.device)
-    if channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    numerics = NumericsConfig(dtype=dtype, amp=amp, channels_last=channels_last)
+    place_network(network, backend.device, numerics)
     settings: dict[str, Any] = {
         "scaler": torch.amp.GradScaler(backend.device.type, enabled=amp == "float16"),
         "amp": amp,
@@ -91,7 +93,7 @@ def trainer_of(
         network=network.train(),
         optimizer=optimizer_of(network, name),
         reducer=backend.reducer(network, ReducerOptions(execution.accumulation)),
-        normalise=Normaliser(backend.device, NumericsConfig(channels_last=channels_last)),
+        normalise=Normaliser(backend.device, numerics),
         **settings | changes,
     )
 
