@@ -161,6 +161,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("schedule.warmup_epochs", 1e4),
     ("numerics.dtype", "float16"),
     ("numerics.amp", "float32"),
+    ("evaluation.amp", "float32"),
     ("distributed.backend", "mpi"),
     ("distributed.controller", "ssh"),
     ("distributed.device", "tpu"),
@@ -225,10 +226,11 @@ def test_a_run_of_nothing_but_warm_up_is_taken() -> None:
     check(with_value("schedule.warmup_epochs", smoke().schedule.epochs))
 
 
-def test_float64_with_lower_precision_is_refused() -> None:
-    config = with_value("numerics.dtype", "float64")
-    config.numerics.amp = "bfloat16"
-    with pytest.raises(ConfigError, match=r"numerics\.amp=bfloat16.*numerics\.dtype=float64.*Fix: numerics\.amp=off"):
+@pytest.mark.parametrize("key", ["numerics.amp", "evaluation.amp"])
+def test_float64_with_lower_precision_is_refused(key: str) -> None:
+    config = with_value(key, "bfloat16")
+    config.numerics.dtype = "float64"
+    with pytest.raises(ConfigError, match=rf"{key}=bfloat16.*numerics\.dtype=float64.*Fix: {key}=off"):
         check(config)
 
 

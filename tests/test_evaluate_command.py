@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from worlds import CHECKOUT
 
 from distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipelines.manifest import Manifest
+from training.saved_logits import load_logits
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +52,8 @@ def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
     code, record, output = evaluate(folder)
     assert code == 0, output
     assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
-    for name in set(record) - {"protocol", "source"}:
+    assert record["amp"] == trained["amp"] == "off"
+    for name in set(record) - {"protocol", "source", "amp"}:
         assert record[name] == pytest.approx(trained[name], rel=1e-5), name
 
 
@@ -130,6 +133,22 @@ def test_another_protocol_saved_and_averaged(folder: Path) -> None:
     done = call("evaluate.py", f"evaluation.ensemble=[{files[0]},{files[1]}]")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ensemble of 2")
+
+
+def test_half_precision_is_asked_for_and_told(folder: Path) -> None:
+    """Its logits are float32, and lie beside those of float32 under another name."""
+    whole = evaluate(folder, "evaluation.save_logits=true")[1]
+    code, record, output = evaluate(folder, "evaluation.amp=bfloat16", "evaluation.save_logits=true")
+    assert code == 0, output
+    assert (whole["amp"], record["amp"]) == ("off", "bfloat16")
+    assert record["loss"] != whole["loss"]
+    assert record["loss"] == pytest.approx(whole["loss"], rel=0.02)
+    name = f"step-00000005-{record['protocol']}"
+    logits = {
+        file: load_logits(folder / "run" / "logits" / f"{file}.safetensors") for file in (name, f"{name}-bfloat16")
+    }
+    assert [origin.amp for _, origin in logits.values()] == ["off", "bfloat16"]
+    assert {clip_logits.logit_NK.dtype for clip_logits, _ in logits.values()} == {torch.float32}
 
 
 def test_a_missing_clip_is_named_and_ends_with_the_code_of_bad_data(folder: Path, tmp_path: Path) -> None:

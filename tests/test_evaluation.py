@@ -1,8 +1,11 @@
 """Evaluation of a small network over real clips: every clip's logits by hand, on one rank and on several."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.backend import Group, SingleBackend
+from distributed.batch_norm import convert_batch_norm
 from distributed.topology import Topology
 from pipelines.decode import decode_clip
 from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
@@ -19,8 +23,10 @@ from pipelines.shapes import encode_clip
 from pipelines.views import Protocol
 from training.evaluation import evaluate
 from training.metrics import ClipLogits, scores_of
-from training.schema import NumericsConfig
+from training.schema import Config, NumericsConfig
 from training.step import Normaliser
+from training.validation import _recompute_statistics
+from tsm.networks import build_network
 
 CLIPS, FRAMES, SIZE = 5, 12, 35  # at a size of 35 frames with a shorter side of 40 need no scaling
 CPU = torch.device("cpu")
@@ -103,11 +109,12 @@ def run(
     batch: int,
     rank: int = 0,
     size: int = 1,
+    amp: str = "off",
 ) -> tuple[ClipLogits, list[int]]:
     """The logits that a rank finds, and the rows of the clips that it could not decode."""
     clips = EvaluationClips(ClipSource(folder / "val.arrow", "pyav"), protocol)
     backend = OneOf(rank, size)
-    found, missing = evaluate(network, normalise, clips, ClipLoader(clips, 0, 2), backend, batch)
+    found, missing = evaluate(network, normalise, clips, ClipLoader(clips, 0, 2), backend, batch, amp)
     assert backend.reduced == ["evaluation.unwanted", "evaluation.logits", "evaluation.seen"]
     return found, [record.row for record in missing]
 
@@ -201,3 +208,71 @@ def test_the_network_goes_on_as_it_was(made: Path, network: nn.Module, normalise
         network.train(training)
         run(made, network, normalise, CENTRE, batch=5)
         assert network.training == training
+
+
+# --- Autocast ---------------------------------------------------------------------------------------------------------
+
+
+class NotingTypes(Noting):
+    """Notes what type of number each layer makes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.types: dict[str, torch.dtype] = {}
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+                module.register_forward_hook(lambda _, args, out, name=name: self.types.update({name: out.dtype}))
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_evaluation_under_autocast(amp: str, made: Path, network: nn.Module) -> None:
+    """Layers compute in the lower precision, logits and their means over views come out as float32."""
+    noting, single = NotingTypes(copy.deepcopy(network).float()), Normaliser(CPU, NumericsConfig())
+    protocol = Protocol(4, SIZE, "twice", 3)
+    whole, _ = run(made, noting, single, protocol, batch=4)
+    assert set(noting.types.values()) == {torch.float32}
+    found, _ = run(made, noting, single, protocol, batch=4, amp=amp)
+    assert noting.types["features.0"] == getattr(torch, amp)
+    assert found.logit_NK.dtype == torch.float32
+    assert not found.logit_NK.equal(whole.logit_NK)
+    torch.testing.assert_close(found.logit_NK, whole.logit_NK, rtol=0.02, atol=0.02)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_logits_of_our_networks_are_not_rounded_under_autocast() -> None:
+    """The classifier works in float32: logits of bfloat16 differ by 1/256 of themselves at least, and would tie."""
+    torch.manual_seed(0)
+    temporal = build_network("resnet18", 50, num_frames=4).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logit_NK = temporal(torch.randn(2, 4, 3, 32, 32))
+    assert logit_NK.dtype == torch.float32
+    assert not logit_NK.equal(logit_NK.bfloat16().float())
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+def test_precise_batch_norm_runs_in_the_precision_of_the_evaluation(amp: str) -> None:
+    torch.manual_seed(0)
+    backend = OneOf(0, 1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    convert_batch_norm(network, backend, 1, [], 1)
+    types: list[torch.dtype] = []
+    network[1].register_forward_pre_hook(lambda _, args: types.append(args[0].dtype))
+    batches = [SimpleNamespace(video_NTCHW=torch.randn(8, 3, 9, 9) + 1) for _ in range(2)]
+    config = Config()
+    config.evaluation.amp, config.batch.precise_bn_steps = amp, len(batches)
+    job: Any = SimpleNamespace(
+        config=config,
+        backend=backend,
+        execution=SimpleNamespace(stream_positions=lambda *_: None),
+        control=SimpleNamespace(progress=lambda *_: None),
+        trainer=SimpleNamespace(network=network, normalise=lambda x: x),
+        training_clips=None,
+        loader=lambda _: SimpleNamespace(batches=lambda _: batches),
+    )
+    _recompute_statistics(job, 0, lambda: False)
+    assert types == [torch.float32 if amp == "off" else torch.bfloat16] * len(batches)
+    seen_NCHW = network[0](torch.cat([batch.video_NTCHW for batch in batches])).detach()
+    mean_C = network[1].running_mean
+    assert isinstance(mean_C, Tensor) and mean_C.dtype == torch.float32
+    torch.testing.assert_close(mean_C, seen_NCHW.mean((0, 2, 3)), rtol=0.01, atol=0.01)
+    assert not torch.is_autocast_enabled("cpu")

@@ -60,6 +60,7 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         loader,
         backend,
         config.evaluation.batch,
+        config.evaluation.amp,
         progress=lambda _: control.progress(weights.step, "evaluation"),
     )
     if backend.topology.rank == 0:
@@ -127,7 +128,8 @@ def _best_checkpoint(folder: RunFolder) -> Checkpoint:
 
 def _report(config: Config, manifest: Manifest, weights: Weights, protocol: str, evaluation: Evaluation) -> None:
     print(evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}"), flush=True)
-    said = {"source": weights.name, "step": weights.step, "protocol": protocol, **evaluation.scores.as_dict()}
+    how = {"source": weights.name, "step": weights.step, "protocol": protocol, "amp": config.evaluation.amp}
+    said = how | evaluation.scores.as_dict()
     print(json.dumps(said), flush=True)
     for record in evaluation.missing:
         print(f"missing: {record.reason}", flush=True)
@@ -140,6 +142,7 @@ def _report(config: Config, manifest: Manifest, weights: Weights, protocol: str,
             step=weights.step,
             recipe=weights.recipe,
             protocol=protocol,
+            amp=config.evaluation.amp,
         )
         folder = CHECKOUT / config.outputs / weights.name / "logits"
         print(f"saved: {save_logits(folder, evaluation.clip_logits, origin, evaluation.scores)}", flush=True)

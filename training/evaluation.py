@@ -12,6 +12,7 @@ from pipelines.order import evaluation_rows
 
 from .input import Loader
 from .metrics import ClipLogits, Scores, scores_of
+from .numerics import autocast
 
 
 class Abandoned(Exception):
@@ -34,11 +35,12 @@ def assess(
     loader: Loader,
     backend: Backend,
     batch: int,
+    amp: str = "off",
     progress: Callable[[int], None] = lambda _: None,
     unwanted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """`evaluate`, and what it comes to; rank 0 computes the scores."""
-    clip_logits, missing = evaluate(network, normalise, clips, loader, backend, batch, progress, unwanted)
+    clip_logits, missing = evaluate(network, normalise, clips, loader, backend, batch, amp, progress, unwanted)
     scores = scores_of(clip_logits, clips.source.manifest.order_groups) if backend.topology.rank == 0 else None
     everywhere = [record for part in backend.all_gather_objects(missing) for record in part]
     return Evaluation(backend.broadcast_object(scores), clip_logits, everywhere)
@@ -52,13 +54,15 @@ def evaluate(
     loader: Loader,
     backend: Backend,
     batch: int,
+    amp: str = "off",
     progress: Callable[[int], None] = lambda _: None,
     unwanted: Callable[[], bool] = lambda: False,
 ) -> tuple[ClipLogits, list[BadClipRecord]]:
     """Logits of every clip of the manifest, each from one rank, and this rank's undecodable clips.
 
     A clip's logits are the mean over its views, as in the official test code. The network takes at most `batch` views at once,
-    whatever their number. `progress` hears the number of batches done; `unwanted` is asked in front of each.
+    whatever their number, under autocast where `amp` says so (evaluation.amp); logits and their means are float32 all the same,
+    or float64 where the network is. `progress` hears the number of batches done; `unwanted` is asked in front of each.
 
     Each rank fills its rows of a zeroed (N, K) matrix; one sum over ranks then gathers them exactly, in the clips' order on
     every world, with no pickling: 32 MB for the 20,000 clips and 400 classes of Kinetics, of the size of a step's gradients.
@@ -79,9 +83,10 @@ def evaluate(
         left = unwanted()
         if left:
             break
-        parts = [
-            network(normalise(part_NTCHW)).to(logit_NK.dtype) for part_NTCHW in clip_batch.video_NTCHW.split(batch)
-        ]
+        with autocast(backend.device, amp):
+            parts = [
+                network(normalise(part_NTCHW)).to(logit_NK.dtype) for part_NTCHW in clip_batch.video_NTCHW.split(batch)
+            ]
         mean_NK = torch.cat(parts).unflatten(0, (-1, views)).mean(1)
         real_M = clip_batch.real_N.nonzero().flatten()  # on the CPU, where it costs no wait for the device
         row_M = clip_batch.row_N[real_M]

@@ -21,7 +21,7 @@ from distributed.topology import Topology
 from tsm.networks import TemporalNetwork
 
 from .job import network_of, state_tensors
-from .numerics import place_network
+from .numerics import autocast, place_network
 from .optimizers import make_optimizer
 from .recipe import Execution
 from .schema import Config
@@ -107,12 +107,11 @@ class _MessageCounter(SingleBackend):
 
 def _forward_and_backward(config: Config, network: TemporalNetwork, clips: int) -> None:
     """What training.step does with a micro-batch, dropout's masks apart: they are numbers for each clip, not tensors of weight."""
-    size, amp = config.pipeline.size, config.numerics.amp
-    lower = None if amp == "off" else getattr(torch, amp)
+    size, cpu = config.pipeline.size, torch.device("cpu")
     video_NTCHW = torch.empty(clips, config.model.num_frames, 3, size, size, dtype=torch.uint8)
     label_N = torch.zeros(clips, dtype=torch.int64)
-    x_NTCHW = Normaliser(torch.device("cpu"), config.numerics)(video_NTCHW)
-    with torch.autocast("cpu", lower, enabled=lower is not None):
+    x_NTCHW = Normaliser(cpu, config.numerics)(video_NTCHW)
+    with autocast(cpu, config.numerics.amp):
         loss = torch.nn.functional.cross_entropy(network(x_NTCHW), label_N)
     loss.backward()
 

@@ -1,11 +1,14 @@
-"""Precision and memory format: torch's switches and the network's placement."""
+"""Precision and memory format: torch's switches, autocast, the network's placement."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from .schema import Config, NumericsConfig
+
+_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def set_numerics(config: Config) -> None:
@@ -26,6 +29,11 @@ def set_numerics(config: Config) -> None:
 def parameter_dtype(numerics: NumericsConfig) -> torch.dtype:
     """The type of weights, statistics and optimizer state."""
     return torch.float64 if numerics.dtype == "float64" else torch.float32
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+    """Autocast to `amp`: bfloat16 or float16; a context that does nothing for off."""
+    return nullcontext() if amp == "off" else torch.autocast(device.type, _AMP_TYPES[amp])
 
 
 def place_network(network: nn.Module, device: torch.device, numerics: NumericsConfig) -> None:

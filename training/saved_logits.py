@@ -16,7 +16,7 @@ from .metrics import ClipLogits, Scores, confusion_matrix
 @dataclass(frozen=True)
 class Origin:
     """Where saved logits come from. `manifest_digest` says which clips in which order the rows are; `order_groups` as in the
-    manifest; `recipe`: the fingerprint of what was trained; `protocol`: the name of how it was evaluated."""
+    manifest; `recipe`: the fingerprint of what was trained; `protocol`: the name of how it was evaluated; `amp`: evaluation.amp."""
 
     manifest_digest: str
     classes: list[str]
@@ -25,12 +25,13 @@ class Origin:
     step: int
     recipe: str
     protocol: str
+    amp: str = "off"
 
 
 def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: Scores) -> Path:
     """Write NAME.safetensors and, for people, NAME.json (the scores) and NAME.confusion.csv; returns the first's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step-{origin.step:08d}-{origin.protocol}"
+    name = f"step-{origin.step:08d}-{origin.protocol}{'' if origin.amp == 'off' else f'-{origin.amp}'}"
     path = folder / f"{name}.safetensors"
     tensors = {key: tensor.cpu().contiguous() for key, tensor in vars(clip_logits).items()}
     aside = path.with_name(path.name + ".tmp")

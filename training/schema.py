@@ -224,6 +224,8 @@ class EvaluationConfig:
     """Epochs between two evaluations; the last step is always evaluated."""
     batch: int = 16
     """Views (clips, where each has one view) that the network of each process takes at once."""
+    amp: str = "off"
+    """Autocast of evaluation and precise batch norm: off (numerics.dtype, whatever training used), bfloat16 or float16."""
     checkpoint: str = "newest"
     """Of a run, evaluate.py takes its newest checkpoint or its best."""
     clips: str = "validation"
@@ -332,6 +334,7 @@ _CHOICES = {
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
     "numerics.dtype": ("float32", "float64"),
     "numerics.amp": ("off", "bfloat16", "float16"),
+    "evaluation.amp": ("off", "bfloat16", "float16"),
     "distributed.backend": ("auto", "single", "torch", "horovod"),
     "distributed.controller": ("auto", "mpi", "gloo"),
     "distributed.device": ("auto", "cuda", "cpu"),
@@ -389,10 +392,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is longer than schedule.epochs={config.schedule.epochs}"
         )
-    if config.numerics.dtype == "float64" and config.numerics.amp != "off":
-        raise ConfigError(
-            f"numerics.amp={config.numerics.amp} lowers precision and numerics.dtype=float64 raises it. Fix: numerics.amp=off"
-        )
+    for key in ("numerics.amp", "evaluation.amp"):
+        if config.numerics.dtype == "float64" and value(key) != "off":
+            raise ConfigError(
+                f"{key}={value(key)} lowers precision and numerics.dtype=float64 raises it. Fix: {key}=off"
+            )
     nullable = (
         "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
         "data.train_clips", "distributed.hang_s", "plan.world_size", "plan.published_step_s", "plan.step_s",

@@ -16,6 +16,7 @@ from distributed.batch_norm import (
 from .bad_clips import too_many
 from .evaluation import Abandoned, Evaluation, assess, leave_together
 from .job import Job
+from .numerics import autocast
 from .records import Records
 
 
@@ -32,7 +33,8 @@ def validate(job: Job, records: Records, step: int, unwanted: Callable[[], bool]
     duration_s = round(time.monotonic() - started_s, 3)
     epoch = round(step / job.recipe.steps_per_epoch, 3)
     protocol = job.validation_clips.protocol.name
-    records.write("evaluation", step, epoch=epoch, duration_s=duration_s, protocol=protocol, **scores.as_dict())
+    how = {"protocol": protocol, "amp": job.config.evaluation.amp}
+    records.write("evaluation", step, epoch=epoch, duration_s=duration_s, **how, **scores.as_dict())
     records.say(scores.describe(f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
         raise too_many(job, f"{scores.missing} validation clips are missing", missing)
@@ -61,6 +63,7 @@ def score(job: Job, step: int, unwanted: Callable[[], bool] = lambda: False) -> 
                 job.loader(job.validation_clips),
                 job.backend,
                 job.config.evaluation.batch,
+                job.config.evaluation.amp,
                 progress=lambda _: job.control.progress(step - 1, "evaluation"),
                 unwanted=unwanted,
             )
@@ -83,4 +86,6 @@ def _recompute_statistics(job: Job, step: int, unwanted: Callable[[], bool]) -> 
             leave_together(job.backend, unwanted())  # ranks may share batch-norm groups here: none can leave alone
             yield job.trainer.normalise(batch.video_NTCHW)
 
-    recompute_running_statistics(job.trainer.network, job.backend, inputs())
+    # The statistics of the activations that the evaluation will see.
+    with autocast(job.backend.device, job.config.evaluation.amp):
+        recompute_running_statistics(job.trainer.network, job.backend, inputs())

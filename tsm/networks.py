@@ -1,5 +1,6 @@
 """TSM and TSN on torchvision's residual networks and MobileNetV2."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -99,7 +100,9 @@ def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
 class TemporalNetwork(nn.Module):
     """Frames through a 2D backbone, a linear classifier for each frame, and the mean of the logits over time.
 
-    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names behind `backbone.`.
+    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names behind `backbone.`. The classifier works in
+    its parameters' dtype under autocast too: it costs nothing beside the backbone, logits of bfloat16 (8 bits) would tie, and
+    its gradient is the first to overflow in float16.
 
     With `partial_bn`, for fine-tuning from few clips (TSN, arXiv:1608.00859, section 3.3), every batch norm but the first is
     frozen in training too: it normalises by its running statistics, and neither they nor its weight and bias change. (The
@@ -127,8 +130,9 @@ class TemporalNetwork(nn.Module):
             raise ValueError(f"the network takes (N, {self.num_frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
         feature_BC = self.backbone(x_NTCHW.flatten(0, 1))  # B = N * T, with T halved where the network pools over time
         feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
-        logit_NTK = self.classifier(self.dropout(feature_NTC))
-        return logit_NTK.mean(1)
+        with _without_autocast(feature_NTC.device.type):
+            logit_NTK = self.classifier(self.dropout(feature_NTC.to(self.classifier.weight.dtype)))
+            return logit_NTK.mean(1)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training or evaluation; frozen batch norms, found anew since they may have been replaced, stay frozen."""
@@ -203,6 +207,12 @@ class _TemporalMaximum(torch.autograd.Function):
         even_NTCHW[:, 1:].sub_(to_earlier_NTCHW)
         odd_NTCHW[:, : to_earlier_NTCHW.shape[1]].add_(to_earlier_NTCHW)
         return grad_NTCHW
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off within; a context that does nothing where it is off already, as on meta tensors, for which torch has none."""
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _frames_in(place: str, num_frames: int, temporal_pool: bool) -> int:
