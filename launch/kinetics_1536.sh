@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Kinetics-400 on 1,536 GPUs, as in "Training Kinetics in 15 Minutes" (arXiv:1910.00932): TSM ResNet-50, batch 12,288, 100 epochs.
 # Published there: 14 min 13 s to 74.0% top-1 on 256 nodes of 6 V100 (Summit). Not run at that size by us.
+# numerics=gpu_fp16 (float16 autocast) is for V100, which have no bfloat16. The precision of the published run is unknown:
+# numerics=reference is float32.
 #
 #   sbatch launch/kinetics_1536.sh optimizer=lars data.root=/scratch/k400
-#   sbatch --nodes=192 --ntasks-per-node=8 --gres=gpu:8 launch/kinetics_1536.sh
-#   sbatch --nodes=384 --ntasks-per-node=4 --gres=gpu:4 launch/kinetics_1536.sh
+#   sbatch --nodes=192 --ntasks-per-node=8 --gres=gpu:8 launch/kinetics_1536.sh numerics=gpu      A100, H100: bfloat16
+#   sbatch --nodes=384 --ntasks-per-node=4 --gres=gpu:4 launch/kinetics_1536.sh numerics=gpu
 #
 # Check first:
 #   .venv/bin/python plan.py experiment=kinetics_1536      the recipe, and what would keep it from starting
@@ -28,4 +30,4 @@ source "$checkout/slurm/job.sh" || {
     echo "$checkout is not the checkout. Fix: cd CHECKOUT && sbatch launch/kinetics_1536.sh, or TSM_CHECKOUT=FOLDER" >&2
     exit 2
 }
-run_job experiment=kinetics_1536 distributed=horovod distributed.device=cuda "$@"
+run_job experiment=kinetics_1536 distributed=horovod distributed.device=cuda numerics=gpu_fp16 "$@"

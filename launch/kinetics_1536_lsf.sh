@@ -19,6 +19,6 @@ run_id=$LSB_JOBID
 ranks=(jsrun --nrs 256 --rs_per_host 1 --tasks_per_rs 6 --gpu_per_rs 6 --cpu_per_rs 42 --bind packed:7 --latency_priority gpu-cpu)
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TMPDIR=/mnt/bb/$USER
 
-.venv/bin/python plan.py experiment=kinetics_1536 distributed=horovod "run_id=$run_id" pipeline.workers=6 \
+.venv/bin/python plan.py experiment=kinetics_1536 distributed=horovod numerics=gpu_fp16 "run_id=$run_id" pipeline.workers=6 \
     distributed.world_size=1536 plan.write_config=true
 exec "${ranks[@]}" .venv/bin/python train.py --run "outputs/$run_id"

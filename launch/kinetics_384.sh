@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Kinetics-400 on 384 GPUs: the recipe of kinetics_1536.sh with a quarter of its batch (3,072) and four times its steps.
 # Not a published run. At the step time published for 1,536 GPUs (0.437 s) its 7,806 steps take 57 minutes.
+# numerics=gpu_fp16 (float16 autocast) is for V100, as in kinetics_1536.sh; numerics=reference is float32.
 #
 #   sbatch launch/kinetics_384.sh data.root=/scratch/k400
-#   sbatch --nodes=96 --ntasks-per-node=4 --gres=gpu:4 launch/kinetics_384.sh
+#   sbatch --nodes=96 --ntasks-per-node=4 --gres=gpu:4 launch/kinetics_384.sh numerics=gpu      A100, H100: bfloat16
 #
 # Check first:
 #   .venv/bin/python plan.py experiment=kinetics_384      the recipe, and what would keep it from starting
@@ -27,4 +28,4 @@ source "$checkout/slurm/job.sh" || {
     echo "$checkout is not the checkout. Fix: cd CHECKOUT && sbatch launch/kinetics_384.sh, or TSM_CHECKOUT=FOLDER" >&2
     exit 2
 }
-run_job experiment=kinetics_384 distributed=horovod distributed.device=cuda "$@"
+run_job experiment=kinetics_384 distributed=horovod distributed.device=cuda numerics=gpu_fp16 "$@"

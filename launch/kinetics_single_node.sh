@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Kinetics-400 on one node of 8 GPUs, by the recipe of the official code: TSM ResNet-50, batch 128, 50 epochs, 71.2% top-1
 # published (72.8% with 10 crops). At the 22.2 clips/s a V100 published for one node it takes 19 hours.
+# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 give numerics=gpu_fp16. The official code computes in
+# float32: numerics=reference.
 #
 #   sbatch launch/kinetics_single_node.sh data.root=/scratch/k400
 #   sbatch --ntasks-per-node=4 --gres=gpu:4 launch/kinetics_single_node.sh
@@ -27,4 +29,4 @@ source "$checkout/slurm/job.sh" || {
     echo "$checkout is not the checkout. Fix: cd CHECKOUT && sbatch launch/kinetics_single_node.sh, or TSM_CHECKOUT=FOLDER" >&2
     exit 2
 }
-run_job experiment=kinetics_single_node distributed=horovod distributed.device=cuda "$@"
+run_job experiment=kinetics_single_node distributed=horovod distributed.device=cuda numerics=gpu "$@"

@@ -4,7 +4,9 @@
 #   launch/local.sh experiment=smoke                                   torch.distributed, by torchrun
 #   launch/local.sh experiment=smoke distributed=horovod               Horovod, by horovodrun
 #   launch/local.sh experiment=kinetics_single_node data.root=/data/k400
+#   launch/local.sh experiment=kinetics_single_node data.root=/data/k400 numerics=reference     float32
 #
+# On GPUs it trains with numerics=gpu (bfloat16 autocast), or gpu_fp16 where one of them has no bfloat16; numerics= says otherwise.
 # Starting it again with the same run_id= goes on. Exit codes and outcome.json: docs/operating.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,6 +23,15 @@ processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)} # 
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
 
+# By the oldest GPU. Empty without one, and where the driver does not know the field. --run takes all from a run's config.yaml.
+numerics=()
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
+case $capability in
+    [1-7].*) numerics=(numerics=gpu_fp16) ;;
+    [1-9]*.*) numerics=(numerics=gpu) ;;
+esac
+[[ ${1:-} != --run ]] || numerics=()
+
 launcher=("$bin/torchrun" --standalone --nproc-per-node "$processes")
 for override; do
     case $override in
@@ -30,6 +41,7 @@ for override; do
         distributed=torch | distributed.backend=torch)
             launcher=("$bin/torchrun" --standalone --nproc-per-node "$processes")
             ;;
+        distributed.device=cpu) numerics=() ;;
     esac
 done
-exec "${launcher[@]}" train.py "$@"
+exec "${launcher[@]}" train.py "${numerics[@]}" "$@"

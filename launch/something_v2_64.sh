@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Something-Something v2 on 64 GPUs: the official recipe at batch 512, its rate scaled linearly to 0.08 with 5 epochs of warm-up.
 # Not a published run: the batch is ours. At the 22.2 clips/s a V100 published for Kinetics it takes 100 minutes.
+# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 give numerics=gpu_fp16. numerics=reference is float32.
 #
 #   sbatch launch/something_v2_64.sh data.root=/scratch/something_v2
 #   sbatch --nodes=16 --ntasks-per-node=4 --gres=gpu:4 launch/something_v2_64.sh
@@ -28,4 +29,4 @@ source "$checkout/slurm/job.sh" || {
     exit 2
 }
 run_job experiment=something_v2 batch.global_batch=512 schedule.warmup_epochs=5 schedule.warmup_start=0.01 \
-    distributed=horovod distributed.device=cuda "$@"
+    distributed=horovod distributed.device=cuda numerics=gpu "$@"

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Something-Something v2 on one node of 8 GPUs, by the recipe of the official code: batch 64, 50 epochs from ImageNet weights; 61.2%
 # top-1 published with two clips in full resolution. At the 22.2 clips/s a V100 published for Kinetics it takes 13 hours.
+# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 give numerics=gpu_fp16. The official code computes in
+# float32: numerics=reference.
 #
 #   sbatch launch/something_v2_single_node.sh data.root=/scratch/something_v2
 #   sbatch launch/something_v2_single_node.sh model=tsm_resnet101
@@ -27,4 +29,4 @@ source "$checkout/slurm/job.sh" || {
     echo "$checkout is not the checkout. Fix: cd CHECKOUT && sbatch launch/something_v2_single_node.sh, or TSM_CHECKOUT=FOLDER" >&2
     exit 2
 }
-run_job experiment=something_v2 distributed=horovod distributed.device=cuda "$@"
+run_job experiment=something_v2 distributed=horovod distributed.device=cuda numerics=gpu "$@"

@@ -1,6 +1,7 @@
 """Hydra's composition of every experiment, and the checks of values, each of which names its key."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from training import schema
 from training.errors import ConfigError
 from training.run_folder import RunFolder, read_config
-from training.schema import Config, check, from_composed
+from training.schema import Config, NumericsConfig, check, from_composed
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -58,6 +59,39 @@ def test_the_command_line_wins_over_the_experiment() -> None:
 def test_an_experiment_wins_over_its_groups() -> None:
     assert config_of("experiment=smoke_tsn").model.shift == "none"
     assert config_of("experiment=smoke").model.backbone == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "amp", "channels_last"),
+    [
+        ([], "off", False),
+        (["numerics=gpu"], "bfloat16", True),
+        (["numerics=gpu_fp16"], "float16", True),
+        (["numerics=gpu", "numerics=reference"], "off", False),
+        (["numerics=gpu", "numerics.amp=float16"], "float16", True),
+    ],
+)
+def test_numerics_are_chosen_by_name_and_the_last_name_counts(
+    overrides: list[str], amp: str, channels_last: bool
+) -> None:
+    """Batch scripts rely on the last: they put the user's overrides behind their own."""
+    numerics = config_of("experiment=kinetics_single_node", *overrides).numerics
+    assert (numerics.amp, numerics.channels_last) == (amp, channels_last)
+    assert numerics == replace(NumericsConfig(), amp=amp, channels_last=channels_last)
+
+
+@pytest.mark.parametrize("numerics", ["reference", "gpu"])
+def test_an_experiments_own_memory_format_stays_under_any_numerics(numerics: str) -> None:
+    assert config_of("experiment=smoke", f"numerics={numerics}").numerics.channels_last
+
+
+def test_evaluation_is_never_lowered_with_training() -> None:
+    """Published accuracies are of float32: only evaluation.amp itself changes how a run is scored."""
+    for numerics in ("reference", "gpu", "gpu_fp16"):
+        assert (
+            config_of("experiment=kinetics_dense", f"numerics={numerics}", "evaluation=dense_30").evaluation.amp
+            == "off"
+        )
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,20 @@ def test_every_experiment_says_its_source(name: str) -> None:
     assert re.search(r"^# .*(Source|recipe of)", header, re.MULTILINE), "a header that says where the numbers come from"
 
 
+@pytest.mark.parametrize("name", [*PUBLISHED, "kinetics_1536"])
+def test_the_published_precision_is_the_default(name: str) -> None:
+    """The authors' main.py and test_models.py know no half precision."""
+    config = experiment(name)
+    assert (config.numerics.dtype, config.numerics.amp, config.evaluation.amp) == ("float32", "off", "off")
+
+
+@pytest.mark.parametrize("name", ["kinetics_single_node", "kinetics_1536", "something_v1", "ucf101_finetune"])
+def test_precision_is_stated(name: str) -> None:
+    from test_config import CONF
+
+    assert "\n# Precision: " in (CONF / "experiment" / f"{name}.yaml").read_text()
+
+
 def test_kinetics_starts_from_imagenet() -> None:
     assert experiment("kinetics_single_node").model.init == "imagenet"
     assert experiment("kinetics_dense", "model.init=random").model.init == "random"

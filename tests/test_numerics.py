@@ -10,8 +10,10 @@ from test_config import config_of
 from test_step import batches_of, differing, state_of, trainer_of
 from torch import Tensor, nn
 
+from training import numerics as module
+from training.errors import ConfigError
 from training.memory import step_costs
-from training.numerics import place_network, set_numerics
+from training.numerics import autocast, check_device, place_network, set_numerics
 from training.recipe import plan_execution
 from training.schema import NumericsConfig
 from tsm.networks import TemporalNetwork, build_network
@@ -85,7 +87,7 @@ def gradients_on_gpu(variant: dict[str, Any]) -> dict[str, Tensor]:
     torch.manual_seed(0)
     network = build_network("resnet50", 5, num_frames=4, dropout=0.0, **variant)
     place_network(network, GPU, NumericsConfig(channels_last=True))
-    with torch.autocast("cuda", torch.bfloat16):
+    with autocast(GPU, "bfloat16"):
         logit_NK = network(torch.randn(2, 4, 3, 64, 64).to(GPU))
     logit_NK.square().sum().backward()
     return {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
@@ -110,6 +112,53 @@ def test_every_variant_has_a_deterministic_backward_pass_on_gpus(variant: dict[s
 def test_the_deterministic_mode_repeats_on_gpus(variant: dict[str, Any]) -> None:
     set_numerics(config_of("experiment=smoke", "numerics.deterministic=true"))
     assert differing(gradients_on_gpu(variant), gradients_on_gpu(variant)) == []
+
+
+# --- Devices ----------------------------------------------------------------------------------------------------------
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["numerics=gpu"], r"numerics\.amp=bfloat16 needs .* 8\.0 .* V100 has 7\.0\. Fix: numerics=gpu_fp16"),
+        (["evaluation.amp=bfloat16"], r"evaluation\.amp=bfloat16 needs .* 8\.0 .* V100 has 7\.0\. Fix: evaluation\.amp=float16"),
+    ],
+)  # fmt: skip
+def test_bfloat16_is_refused_where_it_would_be_emulated(
+    overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpu(monkeypatch, "V100", (7, 0))
+    with pytest.raises(ConfigError, match=says):
+        check_device(config_of("experiment=smoke", *overrides), GPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "capability"),
+    [(["numerics=gpu"], (8, 0)), (["numerics=gpu"], (12, 0)), (["numerics=gpu_fp16"], (7, 5)), ([], (7, 0))],
+)
+def test_what_a_gpu_can_do_is_taken(
+    overrides: list[str], capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpu(monkeypatch, "GPU", capability)
+    check_device(config_of("experiment=smoke", *overrides), GPU)
+
+
+def test_cpus_take_any_precision() -> None:
+    check_device(config_of("experiment=smoke", "numerics=gpu", "evaluation.amp=float16"), CPU)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_autocast(amp: str, dtype: torch.dtype) -> None:
+    x_NN = torch.ones(2, 2)
+    with autocast(CPU, amp):
+        assert (x_NN @ x_NN).dtype == dtype
+    with autocast(CPU, "off"):
+        assert (x_NN @ x_NN).dtype == torch.float32
 
 
 # --- Placement --------------------------------------------------------------------------------------------------------
@@ -167,10 +216,14 @@ def test_a_non_local_network_in_channels_last_is_the_same_network() -> None:
 
 
 def test_a_plan_of_a_non_local_network_in_channels_last() -> None:
-    config = config_of(
-        "experiment=kinetics_single_node", "model.non_local=true", "pipeline.size=64", "numerics.channels_last=true"
+    config = config_of("experiment=kinetics_single_node", "model.non_local=true", "pipeline.size=64", "numerics=gpu")
+    contiguous = config_of(
+        "experiment=kinetics_single_node",
+        "model.non_local=true",
+        "pipeline.size=64",
+        "numerics=gpu",
+        "numerics.channels_last=false",
     )
-    contiguous = config_of("experiment=kinetics_single_node", "model.non_local=true", "pipeline.size=64")
     costs, expected = (step_costs(one, plan_execution(128, 16, 16)) for one in (config, contiguous))
     assert costs.weights_bytes == expected.weights_bytes
     assert costs.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.1)

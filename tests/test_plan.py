@@ -305,6 +305,25 @@ def test_missing_data_alone_has_a_code_of_its_own(capsys: pytest.CaptureFixture[
     assert "GFLOPs a clip" in text and "GiB a process" in text
 
 
+def test_precision_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def line(*overrides: str) -> str:
+        text = problems(capsys, "experiment=kinetics_1536", f"data.root={tmp_path}", *overrides)[1]
+        return next(line for line in text.splitlines() if line.startswith("numerics "))
+
+    fp32, tf32 = "numerics   float32", "TF32 on GPUs that have it"
+    assert line() == f"{fp32}, no autocast, contiguous, {tf32}; evaluation: no autocast"
+    assert line("numerics=gpu", "evaluation.amp=float16") == (
+        f"{fp32}, bfloat16 autocast, channels_last, {tf32}; evaluation: float16 autocast"
+    )
+    assert line("numerics.dtype=float64", "numerics.deterministic=true") == (
+        "numerics   float64, no autocast, contiguous, deterministic; evaluation: no autocast"
+    )
+    json_file = tmp_path / "plan.json"
+    line("numerics=gpu_fp16", f"plan.json={json_file}")
+    told = json.loads(json_file.read_text())["numerics"]
+    assert (told["amp"], told["channels_last"], told["evaluation_amp"]) == ("float16", True, "off")
+
+
 def test_a_wrong_value_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, found = problems(capsys, "experiment=smoke", "model.dropout=2")
     assert (code, len(found)) == (2, 1)
@@ -370,7 +389,7 @@ def test_train_prints_the_same_lines(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     planned = done.stdout.splitlines()
     printed = (folder / "printed").read_text().splitlines()
-    for name in ("recipe ", "rate ", "batch norm ", "network ", "execution "):
+    for name in ("recipe ", "rate ", "batch norm ", "network ", "numerics ", "execution "):
         (line,) = [line for line in printed if line.startswith(name)]
         assert line in planned
     (gradients,) = [line for line in printed if line.startswith("gradients ")]

@@ -24,7 +24,7 @@ from .initial import find_initial_weights
 from .input import find_decoder
 from .job import CHECKOUT, check_same, find_start, open_manifest, recipe_of, training_clips_of
 from .memory import LEFT_OUT, StepCosts, step_costs
-from .plan import describe_execution, describe_gradients, describe_network, describe_recipe
+from .plan import describe_execution, describe_gradients, describe_network, describe_numerics, describe_recipe
 from .readiness import check_alone, check_files, check_folder, looked_at
 from .recipe import Execution, Recipe, fitting_worlds, plan_execution
 from .run_folder import RunFolder
@@ -160,6 +160,7 @@ def describe(plan: Plan) -> str:
         lines += describe_recipe(plan.recipe)
     if plan.network is not None:
         lines += [describe_network(config, plan.network)]
+    lines += [describe_numerics(config)]
     if plan.execution is not None:
         lines += describe_execution(plan.execution)
     if plan.worlds:
@@ -223,6 +224,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "train_clips_from": str(manifest.path) if manifest is not None else "data.train_clips",
         "recipe": said_of_recipe,
         "execution": plan.execution and asdict(plan.execution),
+        "numerics": asdict(config.numerics) | {"evaluation_amp": config.evaluation.amp},
         "network": network
         and asdict(network) | {"ring_bytes_per_process": ring_bytes(network.gradient_bytes, plan.world)},
         "costs_per_process": plan.costs and asdict(plan.costs) | {"memory_left_out": LEFT_OUT},

@@ -29,7 +29,7 @@ from .errors import (
 )
 from .job import Job, build_job
 from .loop import train
-from .numerics import set_numerics
+from .numerics import check_device, set_numerics
 from .plan import describe_plan
 from .recipe import plan_execution
 from .records import Records
@@ -95,6 +95,7 @@ def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequenc
     if rank_groups is None:
         rank_groups = _batch_norm_groups(config, topology.size)
     device = pick_device(config.distributed.device, topology)
+    check_device(config, device)
     if config.pipeline.workers:  # it imports torch: seconds of a core that no one waits for, but that others could use
         start_worker_server()
     set_numerics(config)

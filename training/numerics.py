@@ -1,4 +1,4 @@
-"""Precision and memory format: torch's switches, autocast, the network's placement."""
+"""Precision and memory format: torch's switches, autocast, the network's placement, and the check that the device can do it."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from .errors import ConfigError
 from .schema import Config, NumericsConfig
 
 _AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +25,25 @@ def set_numerics(config: Config) -> None:
         # operation deterministic; a test trains with it once instead.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(config.seed)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse bfloat16 on a GPU that has no bfloat16 arithmetic and would emulate it. Raises ConfigError."""
+    if device.type != "cuda":
+        return
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return
+    remedies = {
+        "numerics.amp": (config.numerics.amp, "numerics=gpu_fp16, or numerics.amp=float16"),
+        "evaluation.amp": (config.evaluation.amp, "evaluation.amp=float16 or off"),
+    }
+    for key, (amp, remedy) in remedies.items():
+        if amp == "bfloat16":
+            raise ConfigError(
+                f"{key}=bfloat16 needs a GPU of compute capability 8.0 or higher (Ampere), and {name} has "
+                f"{capability[0]}.{capability[1]}. Fix: {remedy}"
+            )
 
 
 def parameter_dtype(numerics: NumericsConfig) -> torch.dtype:

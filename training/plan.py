@@ -22,6 +22,7 @@ def describe_plan(job: Job) -> str:
         f"run        {job.folder.path.name}  recipe {job.recipe.fingerprint}  seed {job.recipe.seed}",
         *describe_recipe(job.recipe),
         describe_network(job.config, figures),
+        describe_numerics(job.config),
         f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
         *([f"weights    {job.first_weights}"] if job.first_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
@@ -62,6 +63,20 @@ def describe_network(config: Config, figures: NetworkFigures) -> str:
         f"network    {kind} {model.backbone}, {numbers / 1e6:.2f} M parameters{frozen}, "
         f"{figures.clip_multiply_adds / 1e9:.3g} GFLOPs a clip of {model.num_frames} x {size} x {size} (multiply-adds)"
     )
+
+
+def describe_numerics(config: Config) -> str:
+    """Precision and memory format, of training and of evaluation."""
+    numerics, evaluation_amp = config.numerics, config.evaluation.amp
+    parts = [
+        numerics.dtype,
+        "no autocast" if numerics.amp == "off" else f"{numerics.amp} autocast",
+        "channels_last" if numerics.channels_last else "contiguous",
+        *(["TF32 on GPUs that have it"] if numerics.tf32 and numerics.dtype == "float32" else []),
+        *(["deterministic"] if numerics.deterministic else []),
+    ]
+    evaluation = "no autocast" if evaluation_amp == "off" else f"{evaluation_amp} autocast"
+    return f"numerics   {', '.join(parts)}; evaluation: {evaluation}"
 
 
 def describe_execution(execution: Execution) -> list[str]:

@@ -152,13 +152,14 @@ class ScheduleConfig:
 
 @dataclass
 class NumericsConfig:
-    """How numbers are computed; part of the recipe, since it can change the result."""
+    """How numbers are computed. numerics=reference, gpu or gpu_fp16 chooses a set; dtype and amp are part of the recipe."""
 
     dtype: str = "float32"
     """float32, or float64 for equivalence tests."""
     amp: str = "off"
-    """off, bfloat16 or float16 (with loss scaling)."""
+    """Autocast of training: off, bfloat16 (GPUs of compute capability 8.0 and higher) or float16 (with loss scaling)."""
     channels_last: bool = False
+    """Hold images and convolution weights with channels last in memory (NHWC): what tensor cores take without a transpose."""
     tf32: bool = True
     """Let CUDA use TF32 in float32 matrix products and convolutions."""
     cudnn_benchmark: bool = True
@@ -298,6 +299,7 @@ def register() -> None:
         "pipeline": PipelineConfig,
         "optimizer": OptimizerConfig,
         "schedule": ScheduleConfig,
+        "numerics": NumericsConfig,
         "distributed": DistributedConfig,
         "logger": LoggerConfig,
         "evaluation": EvaluationConfig,
