@@ -13,6 +13,7 @@ from tsm.networks import TemporalNetwork
 
 from .diagnostics import Diagnostics
 from .guard import StepGuard, clip_, gradient_norms
+from .numerics import autocast, parameter_dtype
 from .optimizers import set_learning_rate
 from .recipe import Execution, Recipe
 from .schema import NumericsConfig
@@ -22,15 +23,13 @@ from .weight_average import WeightAverage
 _MEAN_C = (123.675, 116.28, 103.53)
 _STD_C = (58.395, 57.12, 57.375)
 
-_AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Normaliser:
     """Moves uint8 clips to the device and to normalised numbers there: an eighth of float64's, a quarter of float32's traffic."""
 
     def __init__(self, device: torch.device, numerics: NumericsConfig) -> None:
         self.device = device
-        self._dtype = torch.float64 if numerics.dtype == "float64" else torch.float32
+        self._dtype = parameter_dtype(numerics)
         self._channels_last = numerics.channels_last
         self._scale_C11 = (1 / torch.tensor(_STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
         self._shift_C11 = (
@@ -69,9 +68,7 @@ class Trainer:
         self.guard = StepGuard(self.network, self.optimizer)
 
     def autocast(self) -> AbstractContextManager[object]:
-        if self.amp == "off":
-            return nullcontext()
-        return torch.autocast(self.normalise.device.type, _AMP_TYPES[self.amp])
+        return autocast(self.normalise.device, self.amp)
 
     def step(self, step: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
