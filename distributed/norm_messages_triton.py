@@ -64,11 +64,6 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
         tl.store(count_parts_ptr + part_P, ((part_P + total) / COUNT_PARTS).to(tl.int32))
 
 
-def start_driver() -> None:
-    """Raise where Triton is installed and cannot launch: it builds its launcher with a C compiler, once a machine."""
-    triton.runtime.driver.active.get_current_target()
-
-
 def _programs(channels: int) -> int:
     return -(-channels // BLOCK)
 

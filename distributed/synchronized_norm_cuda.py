@@ -6,15 +6,14 @@ concatenation into the message and torch's elementwise kernel. The four of torch
 statistics of all ranks instead of their sum, so that its message grows with the group.
 """
 
-import functools
-import importlib.util
-import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from runtime.triton_launch import triton_can_launch
 
 from . import norm_messages
 from .layouts import dense, in_layout_of
@@ -93,24 +92,10 @@ def _images(x_BC: Tensor) -> Tensor:
     return x_BC.flatten(2, 3) if x_BC.dim() == 5 else x_BC
 
 
-@functools.cache
 def _message_kernels() -> ModuleType:
-    """Return `norm_messages_triton`, or `norm_messages` where Triton is missing or cannot launch (the latter with a warning).
-
-    A process without CUDA tensors never imports Triton.
-    """
-    if importlib.util.find_spec("triton") is None:
+    """Return `norm_messages_triton`, or `norm_messages` where Triton is missing or cannot launch."""
+    if not triton_can_launch():
         return norm_messages
-    try:
-        from . import norm_messages_triton
+    from . import norm_messages_triton  # late: only processes with CUDA tensors pay for importing Triton
 
-        norm_messages_triton.start_driver()
-    except Exception as error:  # Triton raises half a dozen types for a missing compiler, headers or driver
-        warnings.warn(
-            "batch norm over ranks: Triton cannot launch here, so each layer takes about 20 more kernels "
-            f"({type(error).__name__}: {error}). Fix: install a C compiler and Python's headers, which Triton needs, or "
-            "uninstall triton",
-            stacklevel=2,
-        )
-        return norm_messages
     return norm_messages_triton

@@ -370,34 +370,6 @@ def test_a_layer_whose_input_needs_no_gradient_sends_none() -> None:
     torch.testing.assert_close(bias_C.grad, torch.full((3,), 4.0))
 
 
-# -------------------------------------------------------------------------------------------------------- choosing the kernels
-
-
-def chosen_kernels() -> ModuleType:
-    """As in a process of its own."""
-    module: ModuleType = synchronized_norm_cuda._message_kernels.__wrapped__()
-    return module
-
-
-def test_without_triton_torch_packs_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert chosen_kernels() is norm_messages
-
-
-def test_triton_that_cannot_launch_is_said_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from distributed import norm_messages_triton
-
-    def fail() -> None:
-        raise FileNotFoundError("no C compiler")
-
-    monkeypatch.setattr(norm_messages_triton, "start_driver", fail)
-    with pytest.warns(UserWarning, match=r"Triton cannot launch.*no C compiler.*Fix: "):
-        assert chosen_kernels() is norm_messages
-    monkeypatch.setattr(norm_messages_triton, "start_driver", lambda: None)
-    assert chosen_kernels() is norm_messages_triton
-
-
 # ----------------------------------------------------------------------------------------------------------------------- GPU
 
 

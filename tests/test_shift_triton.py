@@ -245,21 +245,6 @@ def test_the_slices_take_what_the_kernel_does_not_serve(monkeypatch: pytest.Monk
     assert torch.equal(out_NTC, torch.zeros(1, 3, 8) if served else shift_by_slices(x_NTC, 1, (1, -1)))
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_no_triton_no_kernel(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    def fail() -> None:
-        raise RuntimeError("Failed to find C compiler")
-
-    find = shift._fused_shift.__wrapped__  # without its cache
-    if installed:
-        monkeypatch.setattr(shift_triton, "start_driver", fail)
-        with pytest.warns(UserWarning, match=r"RuntimeError: Failed to find C compiler.*Fix: install a C compiler"):
-            assert find() is None
-    else:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert find() is None
-
-
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 

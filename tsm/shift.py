@@ -1,14 +1,13 @@
 """The temporal shift (Lin et al., TSM, arXiv:1811.08383, section 3): channels move along time, at no multiplication."""
 
-import functools
-import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from runtime.triton_launch import triton_can_launch
 
 Direction = Literal["both", "past"]
 
@@ -66,25 +65,12 @@ def shift_by_slices(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tenso
     return out_NTCHW
 
 
-@functools.cache
 def _fused_shift() -> Callable[[Tensor, int, Sequence[int]], Tensor | None] | None:
-    """Return `shift_triton.fused_shift`, or None where Triton is missing or cannot launch (the latter with a warning).
-
-    Called for the first CUDA tensor: a process without a GPU never pays for importing Triton.
-    """
-    if importlib.util.find_spec("triton") is None:
+    """Return `shift_triton.fused_shift`, or None where Triton is missing or cannot launch."""
+    if not triton_can_launch():
         return None
-    try:
-        from . import shift_triton
+    from . import shift_triton  # late: only processes with CUDA tensors pay for importing Triton
 
-        shift_triton.start_driver()
-    except Exception as error:  # Triton raises many types, for a missing compiler, headers or driver
-        warnings.warn(
-            f"temporal shift: Triton cannot launch, so each shift takes several kernels ({type(error).__name__}: {error}). "
-            "Fix: install a C compiler and Python's headers, with which Triton builds its launcher",
-            stacklevel=2,
-        )
-        return None
     return shift_triton.fused_shift
 
 

@@ -107,8 +107,3 @@ def fused_shift(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor | 
         with torch.cuda.device_of(x_NTCHW):
             shift_kernel[(launch.programs,)](x_NTCHW, out_NTCHW, *launch.sizes, WIDTH=launch.width, BLOCK=launch.block)
     return out_NTCHW
-
-
-def start_driver() -> None:
-    """Raise where Triton is installed but cannot launch: it builds its launcher with a C compiler, once per machine."""
-    triton.runtime.driver.active.get_current_target()

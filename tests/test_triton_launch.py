@@ -1,0 +1,56 @@
+"""Triton is used where it can launch, and left out, with a warning that says the fix, where it cannot."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+from distributed import norm_messages, synchronized_norm_cuda
+from runtime.triton_launch import triton_can_launch
+from tsm import shift
+
+
+@pytest.fixture(autouse=True)
+def _asked_again() -> Iterator[None]:
+    """As in a process of its own."""
+    triton_can_launch.cache_clear()
+    yield
+    triton_can_launch.cache_clear()
+
+
+def driver_of_triton(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """A machine on which Triton's driver starts, or fails so."""
+    triton = pytest.importorskip("triton")
+
+    class Driver:
+        @staticmethod
+        def get_current_target() -> None:
+            if error is not None:
+                raise error
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver, raising=False)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", Driver, raising=False)
+
+
+def test_without_triton_torchs_operators_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not triton_can_launch()
+    assert shift._fused_shift() is None
+    assert synchronized_norm_cuda._message_kernels() is norm_messages
+
+
+def test_triton_that_cannot_launch_is_warned_of_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver_of_triton(monkeypatch, FileNotFoundError("no C compiler"))
+    with pytest.warns(UserWarning, match=r"Triton cannot launch.*no C compiler.*Fix: install a C compiler"):
+        assert not triton_can_launch()
+    assert shift._fused_shift() is None
+    assert synchronized_norm_cuda._message_kernels() is norm_messages
+
+
+def test_where_triton_can_launch_its_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver_of_triton(monkeypatch, None)
+    from distributed import norm_messages_triton
+    from tsm import shift_triton
+
+    assert shift._fused_shift() is shift_triton.fused_shift
+    assert synchronized_norm_cuda._message_kernels() is norm_messages_triton
