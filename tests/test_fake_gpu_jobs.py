@@ -11,7 +11,7 @@ import pytest
 import torch
 from bodies import Context, job_of, start
 from fake_gpu.counters import WAITS, counts
-from jobs import Ended, make_clips, start_training
+from jobs import Ended, RunningJob, make_clips, start_training
 from worlds import World, available
 
 from training.loop import STEPS_IN_FLIGHT, train
@@ -104,3 +104,18 @@ def test_the_loop_waits_only_to_stay_a_few_steps_ahead(context: Context) -> None
     for before, after in zip(seen[STEPS_IN_FLIGHT + 1 :], seen[STEPS_IN_FLIGHT + 2 :], strict=False):
         waits = {name: after[name] - before[name] for name in WAITS}
         assert waits == dict.fromkeys(WAITS, 0) | {"event_waits": 1}
+
+
+@pytest.mark.usefixtures("zeros")
+@pytest.mark.parametrize(("completion", "waits"), [(None, 0), ("0", 10)])
+def test_horovod_queues_reductions_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, completion: str | None, waits: int
+) -> None:
+    """HOROVOD_ENABLE_ASYNC_COMPLETION, which the backend sets on GPUs; without it the host waits for each reduction."""
+    if completion is not None:
+        monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", completion)
+    world = available(World("horovodrun", 2))
+    job = RunningJob(world.command("tests/fake_gpu/horovod_waits.py"), world.environment, tmp_path / "console.txt")
+    ended = job.wait(120)
+    assert ended.exit_code == 0, ended.output[-5000:]
+    assert f"waits: {waits}, collectives: 10" in ended.output

@@ -1,0 +1,35 @@
+"""Prints, on rank 0 of a Horovod job on the fake GPU, how often the host waited for the device in ten reductions."""
+
+import sys
+import time
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent.parent
+
+
+def main() -> None:
+    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
+    import torch
+
+    from distributed.backend import pick_device
+    from distributed.horovod_backend import HorovodBackend
+    from distributed.topology import find_topology
+    from fake_gpu.counters import counts
+
+    topology = find_topology()
+    backend = HorovodBackend(topology, pick_device("cuda", topology), timeout_s=60)
+    x = torch.zeros(1000, device=backend.device)
+    for number in range(11):
+        if number == 1:  # the first makes communicators
+            before = counts()
+        backend.all_reduce_(x, f"reduction {number}")
+    time.sleep(0.2)  # Horovod's own thread counts too
+    after = counts()
+    if topology.rank == 0:
+        waits = sum(after[name] - before[name] for name in ("event_waits", "spinning_waits", "stream_waits"))
+        print(f"waits: {waits}, collectives: {after['collectives'] - before['collectives']}")
+    backend.close()
+
+
+if __name__ == "__main__":
+    main()
