@@ -437,6 +437,7 @@ def test_half_precision_on_a_gpu_is_as_near_as_its_rounding(shape: str, dtype: t
 
 
 @pytest.mark.gpu
+@pytest.mark.fake_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_gpu_never_makes_the_host_wait(shape: str, dtype: torch.dtype) -> None:

@@ -99,6 +99,7 @@ VARIANTS = pytest.mark.parametrize(
 
 
 @pytest.mark.gpu
+@pytest.mark.fake_gpu
 @pytest.mark.usefixtures("switches")
 @VARIANTS
 def test_every_variant_has_a_deterministic_backward_pass_on_gpus(variant: dict[str, Any]) -> None:
