@@ -60,6 +60,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
 /* ---- cuDNN ---- */
 
 size_t cudnnGetVersion(void) { return CUDNN_VERSION; }
+cudnnStatus_t cudnnGetProperty(libraryPropertyType which, int *value) {
+    const int version[] = {CUDNN_MAJOR, CUDNN_MINOR, CUDNN_PATCHLEVEL};
+    *value = version[which];
+    return CUDNN_STATUS_SUCCESS;
+}
 size_t cudnnGetCudartVersion(void) { return 13000; }
 const char *cudnnGetErrorString(cudnnStatus_t status) { return status ? "an error of the fake GPU" : "success"; }
 
