@@ -96,7 +96,7 @@ def test_the_loop_waits_only_to_stay_a_few_steps_ahead(context: Context) -> None
         seen.append(counts())
         return take_step(*arguments)  # type: ignore[arg-type]
 
-    job.trainer.step = step  # type: ignore[method-assign]
+    job.trainer.step = step  # type: ignore[method-assign, assignment]
     job.folder.checkpoints.mkdir(parents=True)
     records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
     assert train(job, records) == 0
