@@ -1,0 +1,111 @@
+"""Facts of the machine, and the most that its device gives: the ground for every share in this report."""
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from functools import partial
+
+import torch
+
+from .processes import run
+from .report import Results
+from .timing import device_seconds
+
+TOOLS = ("nvcc", "g++", "cmake", "mpicxx", "mpirun", "ffmpeg", "nvidia-smi", "ncu")
+LIBRARIES = ("libcuda.so.1", "libcuda.so", "libnvidia-ml.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
+"""libnvcuvid decodes video: without it DALI cannot decode on the GPU."""
+MODULES = (
+    "numpy", "torchvision", "triton", "hydra", "omegaconf", "av", "pyarrow", "safetensors", "timm", "torchmetrics", "mfusepy",
+    "wandb", "torchcodec", "nvidia.dali", "horovod.torch", "mpi4py",
+)  # fmt: skip
+PRECISIONS = {"float32": False, "tf32": True, "float16": True, "bfloat16": True}
+"""Precision of a matrix product, and whether TF32 is allowed."""
+
+
+def facts(results: Results) -> None:
+    """Software, driver and device, then the ceilings."""
+    with results.row("software") as row:
+        row |= {
+            "python": sys.version, "glibc": platform.libc_ver()[1], "kernel": platform.release(),
+            "cores": len(os.sched_getaffinity(0)), "memory_gib": _memory_gib(),
+            "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+        }  # fmt: skip
+        row["tools"] = {tool: shutil.which(tool) for tool in TOOLS}
+        row["libraries"] = {library: _loads(library) for library in LIBRARIES}
+    if results.settings.device == "cuda":
+        with results.row("device") as row:
+            properties = torch.cuda.get_device_properties(0)
+            row |= {
+                "name": properties.name, "memory_gib": properties.total_memory / 2**30, "nccl": torch.cuda.nccl.version(),
+                "multiprocessors": properties.multi_processor_count,
+                "capability": torch.cuda.get_device_capability(),
+            }  # fmt: skip
+        ceilings(results)
+    with results.row("modules") as row:
+        row |= versions(results)
+    with results.row("what the preflight sees") as row:
+        code = "import json; from slurm.preflight.node import gpus; print(json.dumps(list(gpus(20))))"
+        row["gpus"] = run([sys.executable, "-c", code], 25).output.strip()[-1500:]
+    if shutil.which("nvidia-smi"):
+        with results.row("nvidia-smi") as row:
+            row["output"] = run(["nvidia-smi", "-q", "-d", "ECC,CLOCK,PERFORMANCE,ROW_REMAPPER"], 20).output
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _loads(library: str) -> str:
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return "loads"
+
+
+def versions(results: Results) -> dict[str, str]:
+    """Version of each module, or why it cannot be imported; all in one process that imports nothing twice."""
+    code = (
+        "import importlib, json, sys\n"
+        "def version(name):\n"
+        "    try: return str(getattr(importlib.import_module(name), '__version__', 'there'))\n"
+        "    except BaseException as error: return f'{type(error).__name__}: {error}'[:200]\n"
+        "print('VERSIONS ' + json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    ended = run([sys.executable, "-c", code, *MODULES], min(60.0, results.settings.left_s()))
+    found: dict[str, str] = (
+        json.loads(ended.output.rpartition("VERSIONS ")[2] or "{}") if "VERSIONS" in ended.output else {}
+    )
+    return found or {"error": ended.output[-1500:]}
+
+
+def ceilings(results: Results) -> None:
+    """Copy within device memory, copy from the host, matrix products in each precision, and the host's time for a launch."""
+    tiny = results.settings.tiny
+    elements, side, repeats = (1 << 20, 256, 2) if tiny else (1 << 30, 8192, 10)
+    with results.row("copy") as row:
+        x, y = torch.randn(elements, device="cuda"), torch.empty(elements, device="cuda")
+        row["tb_s"] = 2 * x.nbytes / device_seconds(partial(y.copy_, x), repeats) / 1e12
+    with results.row("host to device") as row:
+        host = torch.empty(elements // 4, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty_like(host, device="cuda")
+        row["gb_s"] = host.nbytes / device_seconds(partial(there.copy_, host, non_blocking=True), repeats) / 1e9
+    for precision, tf32 in PRECISIONS.items():
+        with results.row(f"matrix product, {precision}") as row:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+            a = torch.randn(side, side, device="cuda", dtype=dtype)
+            b = torch.randn_like(a)
+            row["tflop_s"] = 2 * side**3 / device_seconds(partial(torch.matmul, a, b), repeats) / 1e12
+    with results.row("launch") as row:
+        one = torch.zeros(1, device="cuda")
+        launches = 20 * repeats if tiny else 20_000
+        started_s = time.perf_counter()
+        for _ in range(launches):
+            one.add_(1)
+        row["host_us"] = (time.perf_counter() - started_s) / launches * 1e6
+        torch.cuda.synchronize()

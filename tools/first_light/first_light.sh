@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# usage: tools/first_light/first_light.sh OUT [arguments of python -m tools.first_light, such as --dry or --only speed]
+# Run first light on a machine with a GPU and without network: an environment from the machine's own torch and the wheels that
+# wheels.sh fetched, then nine minutes of phases. The report, the console and the trace go to the folder OUT.
+#   PYTHON    the interpreter that has torch (default python3)
+#   WHEELS    folder of wheels.sh (default .whl in the checkout; without one, the interpreter's packages have to do)
+#   LIMIT_S   seconds for everything, this script's own preparation included (default 540)
+set -euo pipefail
+out=$(realpath -m "${1:?usage: tools/first_light/first_light.sh OUT [--dry] ...}")
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+limit_s=${LIMIT_S:-540}
+wheels=$(realpath -m "${WHEELS:-.whl}")
+python=$(command -v "${PYTHON:-python3}")
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 WANDB_MODE=offline
+
+# The interpreter may belong to a virtual environment itself, which --system-site-packages would pass over. addsitedir reads the
+# .pth files there too: that of setuptools gives Horovod's launcher the distutils that Python 3.12 no longer has.
+make_environment() {
+    local parent mine
+    parent=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -m venv --without-pip "$scratch/venv"
+    mine=$("$scratch/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$parent')" >"$mine/parent.pth"
+    if compgen -G "$wheels/*.whl" >/dev/null; then
+        "$python" - "$mine" "$wheels"/*.whl <<'PY'
+import sys
+import zipfile
+
+target, *wheels = sys.argv[1:]
+for wheel in wheels:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    print("unpacked", wheel)
+PY
+    fi
+    # What pip would write for Horovod's entry point; tests and phases look for it beside the interpreter.
+    cat >"$scratch/venv/bin/horovodrun" <<PY
+#!$scratch/venv/bin/python
+import sys
+from horovod.runner.launch import run_commandline
+
+if __name__ == "__main__":
+    sys.exit(run_commandline())
+PY
+    chmod +x "$scratch/venv/bin/horovodrun"
+}
+
+# A Horovod wheel built before tools/build_horovod.py edited the name opens libcuda.so; drivers bring libcuda.so.1 only.
+link_driver() {
+    local real
+    "$python" -c 'import ctypes; ctypes.CDLL("libcuda.so")' 2>/dev/null && return
+    real=$("$python" -c '
+import ctypes
+ctypes.CDLL("libcuda.so.1")
+print(next(line.split()[-1] for line in open("/proc/self/maps") if "libcuda.so" in line))' 2>/dev/null) || return 0
+    mkdir "$scratch/driver"
+    ln -s "$real" "$scratch/driver/libcuda.so"
+    export LD_LIBRARY_PATH=$scratch/driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+}
+
+prepare() {
+    make_environment
+    link_driver
+    if [[ -e $wheels/libnccl.so.2.xz ]]; then
+        xz --decompress --stdout "$wheels/libnccl.so.2.xz" >"$scratch/libnccl.so.2"
+        nccl=(--nccl "$scratch/libnccl.so.2")
+    fi
+}
+
+nccl=()
+prepare > >(tee "$out/console.log") 2>&1
+left_s=$((limit_s - SECONDS - 10))
+# The phases keep their limits themselves; timeout is for the case that their own process hangs.
+timeout --kill-after=5 "$((left_s + 5))" \
+    "$scratch/venv/bin/python" -m tools.first_light --out "$out" --limit-s "$left_s" "${nccl[@]}" "$@" 2>&1 |
+    tee -a "$out/console.log"

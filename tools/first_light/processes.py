@@ -1,0 +1,114 @@
+"""Commands with a time limit that holds: when it is over, every process that the command started is killed."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .settings import CHECKOUT
+
+_MARK = "FIRST_LIGHT_MARKS"
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_LIMIT_S = 5.0
+_OUTPUT_KEPT = 20_000
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    exit_code: int | None
+    """None: it was killed at its limit."""
+    duration_s: float
+    output: str
+    """The last part of what it printed."""
+
+    @property
+    def outcome(self) -> str:
+        if self.exit_code is None:
+            return "timeout"
+        return "ok" if self.exit_code == 0 else f"exit code {self.exit_code}"
+
+
+def run(
+    command: Sequence[str | Path], limit_s: float, environment: Mapping[str, str] | None = None, folder: Path = CHECKOUT
+) -> Ended:
+    """Run a command in the checkout. Needs `adopt_orphans`, once in this process.
+
+    Launchers put ranks into sessions of their own, so that killing a process group does not reach them. Each process that the
+    command starts inherits a mark in its environment instead. The output goes to a file: a pipe stays open as long as one
+    of these processes lives.
+    """
+    mark = uuid.uuid4().hex
+    marks = os.environ.get(_MARK, "") + mark
+    started_s = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [str(word) for word in command], cwd=folder, env={**os.environ, **(environment or {}), _MARK: marks},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        exit_code: int | None = None
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                exit_code = process.wait(max(0.5, limit_s))
+        finally:
+            kill_marked(mark)
+        # A process inside a driver call that hangs does not die: it is left behind.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_LIMIT_S)
+        length = output.seek(0, os.SEEK_END)
+        output.seek(max(0, length - _OUTPUT_KEPT))
+        text = output.read().decode(errors="replace")
+    return Ended(exit_code, round(time.monotonic() - started_s, 2), text)
+
+
+def kill_marked(mark: str) -> None:
+    """Kill every descendant of this process whose environment carries the mark."""
+    killed: set[int] = set()
+    for _ in range(10):
+        found = {pid for pid in descendants() if pid not in killed and _is_marked(pid, mark)}
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed |= found
+        if not found:
+            return
+        time.sleep(0.1)  # one may have started another meanwhile
+
+
+def adopt_orphans(adopt: bool = True) -> None:
+    """Make this process the parent of descendants whose parents ended: they stay in its tree, where `descendants` finds them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
+
+
+def descendants() -> set[int]:
+    """Living processes in the tree below this one.
+
+    Of the other processes of the machine only `stat` is read: reading a process's environment waits for its memory lock, which
+    one that ends with many GiB holds for long.
+    """
+    children: dict[int, set[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                children.setdefault(int(parent), set()).add(int(path.parent.name))
+    found, frontier = set[int](), {os.getpid()}
+    while frontier:
+        frontier = set().union(*(children.get(pid, set()) for pid in frontier)) - found
+        found |= frontier
+    return found
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    try:
+        return mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # ended meanwhile
+        return False

@@ -1,0 +1,72 @@
+"""The report: one JSON file that is whole on the disk at any moment, and the results of the phase that runs now."""
+
+import json
+import os
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .settings import CHECKOUT, Settings
+
+REPORT = "first_light.json"
+RUNNING = "running_phase.json"
+
+Case = TypeVar("Case")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write atomically. The first line holds the first key and its value: of a report, whether its figures mean anything."""
+    text = json.dumps(value, indent=1, default=str)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("{" + text[1:].lstrip() + "\n")
+    os.replace(aside, path)
+
+
+class Results:
+    """Results of a phase by title. Each is on the disk as soon as it is known and carries the device's name."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self.settings = settings
+        self._device = device
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._write()
+
+    @contextmanager
+    def row(self, title: str) -> Iterator[dict[str, Any]]:
+        """A row to fill in. An exception becomes its `error`, so that the rows after it are still tried."""
+        fields: dict[str, Any] = {"device": self._device}
+        self._rows[title] = fields
+        try:
+            yield fields
+        except Exception as error:
+            fields["error"] = f"{type(error).__name__}: {error}"[:1500]
+            fields["where"] = _places(error)
+        self._write()
+
+    def each(self, cases: Mapping[str, Case], needs_s: float = 3.0) -> Iterator[tuple[str, Case]]:
+        """The cases in order while at least `needs_s` seconds are left; the others are listed as skipped."""
+        for title, case in cases.items():
+            if self.settings.left_s() < needs_s:
+                with self.row(title) as fields:
+                    fields["skipped"] = "no time"
+            else:
+                yield title, case
+
+    def _write(self) -> None:
+        write_json(self.settings.out / RUNNING, self._rows)
+
+
+def _places(error: Exception) -> list[str]:
+    """File and line of the project's frames, innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(CHECKOUT)]
+    return [f"{os.path.relpath(frame.filename, CHECKOUT)}:{frame.lineno}" for frame in ours][-4:]
+
+
+def errors(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    """(title, first line of the error) of the rows that failed."""
+    for title, fields in rows.items():
+        if "error" in fields:
+            yield title, str(fields["error"]).strip().splitlines()[0]

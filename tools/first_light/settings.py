@@ -1,0 +1,100 @@
+"""Settings of a first-light run, which the main process hands to each phase, and the sizes of what is measured."""
+
+import argparse
+import ctypes
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+Mode = Literal["gpu", "fake", "dry"]
+
+WARNINGS = {
+    "gpu": None,
+    "fake": "FAKE GPU: no kernel was run. Every figure in this report is MEANINGLESS.",
+    "dry": "DRY RUN on the CPU, tiny: every figure in this report is MEANINGLESS.",
+}
+
+
+def find_mode(dry: bool) -> Mode:
+    """Return `dry` if that was asked for, `fake` where the fake GPU (tests/fake_gpu) is loaded, else `gpu`."""
+    if dry:
+        return "dry"
+    return "fake" if hasattr(ctypes.CDLL(None), "fake_gpu_count") else "gpu"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The network and the clips of a measured step."""
+
+    backbone: str
+    clips: int
+    frames: int
+    size: int
+
+
+TINY = Shape("resnet18", 2, 3, 32)
+"""The least that has batch norm over clips, and a frame with one before and one after it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a phase needs to know."""
+
+    mode: Mode
+    out: Path
+    """Folder of what is kept: few files, since a lent machine may return only some."""
+    work: Path
+    """Folder for data and runs, deleted at the end."""
+    deadline_s: float
+    """End of the phase on the clock of time.monotonic(), which all processes of a machine share."""
+    nccl: Path | None = None
+    """An NCCL that lets two ranks share a GPU, in place of torch's."""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.mode == "dry" else "cuda"
+
+    @property
+    def tiny(self) -> bool:
+        """Whether only the code is tried, and nothing is measured."""
+        return self.mode != "gpu"
+
+    @property
+    def shape(self) -> Shape:
+        """The recipe's 8 clips of 8 x 224 x 224 pixels on a ResNet-50, or TINY."""
+        return TINY if self.tiny else Shape("resnet50", 8, 8, 224)
+
+    def left_s(self) -> float:
+        return self.deadline_s - time.monotonic()
+
+    def device_name(self) -> str:
+        """Name of the device that every figure of the report carries."""
+        if self.mode == "dry":
+            return f"dry run, {platform.machine()} CPU of {os.cpu_count()} cores"
+        import torch
+
+        return torch.cuda.get_device_name()
+
+    def arguments(self) -> list[str]:
+        """Command-line arguments from which `parse` makes these settings in another process."""
+        values = {"mode": self.mode, "out": self.out, "work": self.work, "deadline-s": self.deadline_s}
+        if self.nccl is not None:
+            values["nccl"] = self.nccl
+        return [f"--{name}={value}" for name, value in values.items()]
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--mode", choices=list(WARNINGS), required=True)
+        parser.add_argument("--out", type=Path, required=True)
+        parser.add_argument("--work", type=Path, required=True)
+        parser.add_argument("--deadline-s", type=float, required=True)
+        parser.add_argument("--nccl", type=Path)
+
+    @classmethod
+    def parse(cls, options: argparse.Namespace) -> Self:
+        return cls(options.mode, options.out, options.work, options.deadline_s, options.nccl)

@@ -1,0 +1,110 @@
+"""Throughput of the project's own step: around the recipe, and over the number of clips."""
+
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tsm.flops import clip_multiply_adds
+from tsm.networks import build_network
+
+from .report import REPORT, Results
+from .settings import Settings, Shape
+from .shifts import SHIFTS, shift_replaced
+from .steps import CLASSES, Way, stepper
+from .timing import free_memory, time_steps
+
+GPU = Way()
+REFERENCE = Way(amp="off", channels_last=False)
+WAYS = {
+    "bf16 channels_last (numerics=gpu)": GPU,
+    "tf32 contiguous (numerics=reference)": REFERENCE,
+    "bf16 channels_last, no shift": Way(network={"shift": "none"}),
+    "fp16 channels_last": Way(amp="float16"),
+    "tf32 channels_last": Way(amp="off"),
+    "bf16 contiguous": Way(channels_last=False),
+    "fp32 contiguous": Way(amp="off", channels_last=False, tf32=False),
+    "bf16 channels_last, lars": Way(optimizer="lars"),
+    "bf16 channels_last, batch norm over ranks (of one)": Way(over_ranks=True),
+    "bf16 channels_last, two ghosts": Way(ghosts=2),
+    "bf16 channels_last, block shift": Way(network={"shift": "block"}),
+    "bf16 channels_last, clip, EMA": Way(clip_norm=20.0, ema_decay=0.999),
+    "bf16 channels_last, mobilenet_v2": Way(shape={"backbone": "mobilenet_v2"}),
+    "bf16 channels_last, resnet101": Way(shape={"backbone": "resnet101"}),
+    "bf16 channels_last, non-local": Way(network={"non_local": True}),
+}
+CLIPS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def speed(results: Results) -> None:
+    """clips/s and MFU of each way to compute, and of the ways to shift in the first of them."""
+    settings = results.settings
+    ways = dict(list(WAYS.items())[:3]) if settings.tiny else WAYS
+    shifts = {f"bf16 channels_last, shift: {name}": name for name in SHIFTS if name != "none"}
+    first = dict(list(ways.items())[:3])
+    for title, way in results.each(first):
+        measure(results, title, way)
+    for title, name in results.each(shifts):
+        with shift_replaced(name):
+            measure(results, title, GPU)
+    for title, way in results.each({title: way for title, way in ways.items() if title not in first}):
+        measure(results, title, way)
+
+
+def measure(results: Results, title: str, way: Way) -> None:
+    """One row: times, clips/s, TFLOP/s and MFU."""
+    settings = results.settings
+    with results.row(title) as row:
+        shape = way.shape_on(settings)
+        row |= time_steps(stepper(way, shape, settings.device), shape.clips, settings.device, settings.tiny)
+        row["tflop_s"] = row["clips_s"] * step_flops(way, shape) / 1e12
+        ceiling = ceiling_tflop_s(settings, way)
+        row["mfu"] = row["tflop_s"] / ceiling if ceiling else None
+    free_memory(settings.device)
+
+
+def step_flops(way: Way, shape: Shape) -> int:
+    """Floating-point operations of one clip in a training step: 2 of a multiply-add, and backward takes twice the forward."""
+    build = partial(build_network, shape.backbone, CLASSES, shape.frames, **way.network)
+    return 6 * clip_multiply_adds(build, shape.size)
+
+
+def ceiling_tflop_s(settings: Settings, way: Way) -> float | None:
+    """Measured rate of a large matrix product in the same precision, which MFU is a part of; None where facts has none."""
+    try:
+        phases = json.loads((settings.out / REPORT).read_text())["phases"]
+        return float(phases["facts"]["results"][f"matrix product, {way.precision}"]["tflop_s"])
+    except (OSError, KeyError):
+        return None
+
+
+def scaling(results: Results) -> None:
+    """Step time over the number of clips in a step, and the line through it: step_s = c0 + k * clips."""
+    settings = results.settings
+    points: dict[str, dict[int, float]] = {}
+    numbers = CLIPS[:3] if settings.tiny else CLIPS
+    ways = {"numerics=gpu": GPU, "numerics=reference": REFERENCE}
+    cases = {f"{name}, {clips} clips": (name, clips) for name in ways for clips in numbers}
+    for title, (name, clips) in results.each(cases):
+        shape = Shape(settings.shape.backbone, clips, settings.shape.frames, settings.shape.size)
+        with results.row(title) as row:
+            row |= time_steps(stepper(ways[name], shape, settings.device), clips, settings.device, settings.tiny)
+            points.setdefault(name, {})[clips] = row["step_s"]
+        free_memory(settings.device)
+    for name, found in points.items():
+        with results.row(f"{name}, fit") as row:
+            row |= fit(found)
+
+
+def fit(step_s: dict[int, float]) -> dict[str, Any]:
+    """The line step_s = c0 + k * clips that has the least sum of squared relative errors, and its largest one.
+
+    Relative errors, because a step of 64 clips would otherwise decide the line alone. Needs two points or more.
+    """
+    if len(step_s) < 2:
+        raise ValueError(f"a line needs two points, got clips {list(step_s)}")
+    clips, seconds = np.array(list(step_s), dtype=float), np.array(list(step_s.values()))
+    k_s, c0_s = np.polyfit(clips, seconds, 1, w=1 / seconds)
+    worst = np.abs((c0_s + k_s * clips) / seconds - 1).max()
+    return {"c0_s": float(c0_s), "k_s": float(k_s), "worst_relative_error": float(worst), "points": len(step_s)}

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# usage: tools/first_light/wheels.sh FOLDER [HOROVOD_WHEEL]
+# Fetch what a bare GPU machine lacks, for Python 3.12 and torch 2.11.0+cu130 on x86-64: about 50 MB. Needs pip's index, readelf,
+# strip and xz.
+# Without HOROVOD_WHEEL, Horovod is built too: that takes Python 3.12 with headers, g++, nvcc 13, 6 GB of disk and 10 minutes of two
+# idle cores.
+#   PYTHON312  python3.12 (default: the one on PATH)
+#   VENV312    environment with that torch, made if it is not there (default build/first_light/venv312)
+set -euo pipefail
+folder=$(realpath -m "${1:?usage: tools/first_light/wheels.sh FOLDER [HOROVOD_WHEEL]}")
+horovod_wheel=${2:+$(realpath "$2")}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/../.."
+python=${PYTHON312:-python3.12}
+most_mib=64
+generation=90 # H100 and H200
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$folder"
+
+# The versions of constraints.txt, but for PyAV: the first with wheels for Python 3.12's stable ABI.
+pinned() {
+    grep --extended-regexp --max-count=1 "^$1==" constraints.txt
+}
+
+fetch_packages() {
+    local platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
+    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
+        --dest "$folder" "$(pinned hydra-core)" "$(pinned omegaconf)" "$(pinned mfusepy)" "$(pinned hypothesis)" av==19.0.2
+    "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" "$(pinned antlr4-python3-runtime)" # no wheel on the index
+}
+
+build_horovod() {
+    local venv=${VENV312:-build/first_light/venv312}
+    if [[ ! -x $venv/bin/python ]]; then
+        "$python" -m venv "$venv"
+        "$venv/bin/python" -m pip install --quiet torch==2.11.0 torchvision==0.26.0
+    fi
+    HOROVOD_MPI=off HOROVOD_BUILD_CUDA_CC_LIST=$generation "$venv/bin/python" -m tools.build_horovod --build-only |
+        tee "$work/horovod.log" >&2
+    horovod_wheel=$(grep --only-matching --extended-regexp '/[^ ]+/horovod-[^ ]+\.whl$' "$work/horovod.log" | tail -1)
+}
+
+# Without symbols Horovod's library is 1 MB in place of 21.
+strip_horovod() {
+    (
+        mkdir "$work/horovod"
+        cd "$work/horovod"
+        "$python" -m zipfile -e "$horovod_wheel" .
+        strip --strip-unneeded horovod/torch/mpi_lib_v2*.so
+        rm -f "$folder"/horovod-*.whl
+        "$python" -m zipfile -c "$folder/$(basename "$horovod_wheel")" ./*
+    )
+}
+
+# NCCL 2.30 lets two ranks share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1); torch 2.11 brings 2.28.
+fetch_nccl() {
+    "$python" -m pip download --quiet --no-deps --dest "$work" nvidia-nccl-cu13==2.30.7
+    "$python" -m zipfile -e "$work"/nvidia_nccl_cu13-*.whl "$work/nccl"
+    "$python" "$here/prune_fatbin.py" "$work/nccl/nvidia/nccl/lib/libnccl.so.2" "$work/libnccl.so.2" "$generation"
+    strip --strip-unneeded "$work/libnccl.so.2"
+    xz -3 --stdout "$work/libnccl.so.2" >"$folder/libnccl.so.2.xz"
+}
+
+fetch_packages
+fetch_nccl
+[[ -n $horovod_wheel ]] || build_horovod
+strip_horovod
+ls -l "$folder"
+size_mib=$(du --summarize --apparent-size --block-size=1M "$folder" | cut -f1)
+echo "$folder: $size_mib MiB"
+if ((size_mib >= most_mib)); then
+    echo "first light: $folder holds $size_mib MiB, and $most_mib MiB is the most that can be carried. Fix: leave a package out" >&2
+    exit 1
+fi
