@@ -11,7 +11,10 @@ from .errors import ConfigError
 from .run_folder import RunFolder, git
 from .schema import Config
 
-DECIDES_RESULTS = ("train.py", "distributed/**/*.py", "pipelines/**/*.py", "tsm/**/*.py", "training/**/*.py")
+DECIDES_RESULTS = (
+    "train.py",
+    *(f"{folder}/**/*.py" for folder in ("runtime", "distributed", "pipelines", "tsm", "training")),
+)
 _SHOWN = 8
 
 
