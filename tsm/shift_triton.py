@@ -3,6 +3,7 @@
 `tsm.shift` imports this module at the first CUDA tensor, and only where Triton is installed.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -97,9 +98,17 @@ def plan_launch(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Launch | 
     return Launch(programs, sizes, width, block)
 
 
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, fold: int, offsets: tuple[int, ...]
+) -> Launch | None:
+    """Remember plans by what they depend on: a step has few, and asks for each in every layer, forward and backward."""
+    return plan_launch(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), fold, offsets)
+
+
 def fused_shift(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor | None:
     """Return what `tsm.shift.shift_by_slices` returns, to the bit and in the same layout; None where the kernel does not serve."""
-    launch = plan_launch(x_NTCHW, fold, offsets)
+    launch = _plan(x_NTCHW.shape, x_NTCHW.stride(), x_NTCHW.dtype, fold, tuple(offsets))
     if launch is None:
         return None
     out_NTCHW = torch.empty_like(x_NTCHW)
