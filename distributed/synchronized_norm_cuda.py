@@ -6,6 +6,7 @@ concatenation into the message and torch's elementwise kernel. The four of torch
 statistics of all ranks instead of their sum, so that its message grows with the group.
 """
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -92,6 +93,7 @@ def _images(x_BC: Tensor) -> Tensor:
     return x_BC.flatten(2, 3) if x_BC.dim() == 5 else x_BC
 
 
+@functools.cache
 def _message_kernels() -> ModuleType:
     """Return `norm_messages_triton`, or `norm_messages` where Triton is missing or cannot launch."""
     if not triton_can_launch():

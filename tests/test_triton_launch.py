@@ -13,9 +13,12 @@ from tsm import shift
 @pytest.fixture(autouse=True)
 def _asked_again() -> Iterator[None]:
     """As in a process of its own."""
-    triton_can_launch.cache_clear()
+    caches = (triton_can_launch, shift._fused_shift, synchronized_norm_cuda._message_kernels)
+    for cached in caches:
+        cached.cache_clear()
     yield
-    triton_can_launch.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def driver_of_triton(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:

@@ -1,5 +1,6 @@
 """The temporal shift (Lin et al., TSM, arXiv:1811.08383, section 3): channels move along time, at no multiplication."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -65,6 +66,7 @@ def shift_by_slices(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tenso
     return out_NTCHW
 
 
+@functools.cache
 def _fused_shift() -> Callable[[Tensor, int, Sequence[int]], Tensor | None] | None:
     """Return `shift_triton.fused_shift`, or None where Triton is missing or cannot launch."""
     if not triton_can_launch():
