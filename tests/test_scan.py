@@ -1,6 +1,7 @@
 """Scanning many files: processes that die, a journal that survives, limits, and what ends up in manifests."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -459,3 +460,38 @@ def test_nothing_of_this_needs_torch() -> None:
     """Scanning processes start in a moment, and videos are prepared on machines without torch's libraries loaded."""
     code = "import sys, prepare, pipelines.datasets.write; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
+
+
+DIES_AS_IT_STARTS = """
+import os, pathlib, signal
+
+LIVES, TEST = {lives}, {test}
+
+def double(x):
+    return 2 * x
+
+if os.getpid() != TEST:
+    lost = pathlib.Path(__file__).parent / "lost"
+    with lost.open("a") as file:
+        file.write("x")
+    if len(lost.read_text()) < LIVES:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lives", [2, 99])
+def test_a_process_that_is_killed_as_it_starts_is_replaced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int
+) -> None:
+    """Each process imports the function's module, and the first ones are killed there."""
+    name = f"dies_as_it_starts_{lives}"
+    (tmp_path / f"{name}.py").write_text(DIES_AS_IT_STARTS.format(lives=lives, test=os.getpid()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    double = importlib.import_module(name).double
+    if lives == 2:
+        assert sorted(run_guarded(double, range(5), 1)) == [(number, 2 * number) for number in range(5)]
+        assert (tmp_path / "lost").read_text() == "xx"
+    else:
+        with pytest.raises(RuntimeError, match="before its first file .signal 9"):
+            list(run_guarded(double, range(5), 1))

@@ -40,6 +40,7 @@ def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: i
         yield from ((index, function(item)) for index, item in enumerate(items))
         return
     waiting, failures = deque(range(len(items))), dict.fromkeys(range(len(items)), 0)
+    killed_at_start = 0
     crew = [_start(function) for _ in range(min(workers, len(items)))]
     try:
         while crew:
@@ -50,8 +51,15 @@ def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: i
                 except (EOFError, OSError):
                     died = _died(worker)
                     crew.remove(worker)
+                    if worker.item is None:
+                        killed_at_start += 1
+                        if worker.process.exitcode >= 0 or killed_at_start == _ATTEMPTS:  # type: ignore[operator]
+                            raise RuntimeError(
+                                f"a scanning process ended before its first file ({died.how}); its output above says why"
+                            ) from None
                     crew.append(_start(function))
-                    assert worker.item is not None
+                    if worker.item is None:  # killed from outside, and it had nothing
+                        continue
                     failures[worker.item] += 1
                     if failures[worker.item] < _ATTEMPTS:
                         waiting.appendleft(worker.item)
@@ -129,7 +137,4 @@ def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew:
 def _died(worker: _Worker) -> Died:
     worker.process.join()
     code = worker.process.exitcode or 0
-    how = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
-    if worker.item is None:
-        raise RuntimeError(f"a scanning process ended before its first file ({how}); its output above says why")
-    return Died(how)
+    return Died(f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}")
