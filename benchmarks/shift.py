@@ -1,4 +1,4 @@
-"""What the temporal shift costs in a network: against the same network without it, a naive shift, and the least a copy can cost.
+"""Measures the cost of the temporal shift in a network: against none, a naive shift, and the least that a copy can cost.
 
 python benchmarks/shift.py                           ResNet-50, both memory layouts, training and inference, peak memory
 python benchmarks/shift.py --only training

@@ -1,4 +1,4 @@
-"""What the training loop and its reducers cost, against the same step written as plainly as PyTorch allows.
+"""Measures the cost of the training loop and its reducers, against the same step written as plainly as PyTorch allows.
 
 python benchmarks/step.py                          all comparisons
 python benchmarks/step.py --only single            the loop alone, in one process

@@ -1,4 +1,4 @@
-"""Whether Triton can launch kernels on this machine."""
+"""The check that Triton can launch kernels on this machine."""
 
 import functools
 import importlib.util

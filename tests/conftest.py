@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Fixtures and marks that all tests share."""
 
 import os
 from collections.abc import Iterator

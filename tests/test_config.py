@@ -74,7 +74,7 @@ def test_an_experiment_wins_over_its_groups() -> None:
 def test_numerics_are_chosen_by_name_and_the_last_name_counts(
     overrides: list[str], amp: str, channels_last: bool
 ) -> None:
-    """Batch scripts rely on the last: they put the user's overrides behind their own."""
+    """Batch scripts rely on the last: they put the user's overrides after their own."""
     numerics = config_of("experiment=kinetics_single_node", *overrides).numerics
     assert (numerics.amp, numerics.channels_last) == (amp, channels_last)
     assert numerics == replace(NumericsConfig(), amp=amp, channels_last=channels_last)

@@ -1,4 +1,4 @@
-"""What differs on a GPU: run by `make test-gpu` where CUDA is there, skipped with a reason elsewhere."""
+"""Tests of what differs on a GPU: run by `make test-gpu` where CUDA is there, skipped with a reason elsewhere."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What each launch script asks for: its overrides, as the script hands them on, composed by Hydra."""
+"""The overrides of each launch script, as the script hands them on, composed by Hydra."""
 
 import os
 import subprocess

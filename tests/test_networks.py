@@ -316,7 +316,7 @@ def test_temporal_pool_is_the_maximum_of_three_frames() -> None:
 def test_temporal_pool_is_max_pool3d_to_the_bit(
     frames: int, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    """With ties: most numbers are zeros, as behind a ReLU, and many others are equal."""
+    """With ties: most numbers are zeros, as after a ReLU, and many others are equal."""
     torch.manual_seed(frames)
     values_BCHW = torch.randn(3 * frames, 4, 5, 6).relu().round(decimals=0)
     ours_BCHW, theirs_BCHW = (

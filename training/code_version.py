@@ -1,4 +1,4 @@
-"""Which code trained a checkpoint, so that a run does not go on by other code unnoticed."""
+"""Digests of the code that trained a checkpoint, so that a run does not resume with other code unnoticed."""
 
 import ast
 import hashlib

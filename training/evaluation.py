@@ -62,7 +62,7 @@ def evaluate(
 
     A clip's logits are the mean over its views, as in the official test code. The network takes at most `batch` views at once,
     whatever their number, under autocast where `amp` says so (evaluation.amp); logits and their means are float32 all the same,
-    or float64 where the network is. `progress` hears the number of batches done; `unwanted` is asked in front of each.
+    or float64 where the network is. `progress` hears the number of batches done; `unwanted` is asked before each.
 
     Each rank fills its rows of a zeroed (N, K) matrix; one sum over ranks then gathers them exactly, in the clips' order on
     every world, with no pickling: 32 MB for the 20,000 clips and 400 classes of Kinetics, of the size of a step's gradients.

@@ -100,7 +100,7 @@ def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
 class TemporalNetwork(nn.Module):
     """Frames through a 2D backbone, a linear classifier for each frame, and the mean of the logits over time.
 
-    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names behind `backbone.`. The classifier works in
+    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names, after `backbone.`. The classifier works in
     its parameters' dtype under autocast too: it costs nothing beside the backbone, logits of bfloat16 (8 bits) would tie, and
     its gradient is the first to overflow in float16.
 
@@ -174,7 +174,7 @@ class _TemporalMaximum(torch.autograd.Function):
     """Maximum over frames 2j - 1, 2j and 2j + 1 for each j: (N, T, C, H, W) -> (N, (T + 1) // 2, C, H, W).
 
     Values and gradients are those of `max_pool3d(x_NCTHW, (3, 1, 1), (2, 1, 1), (1, 0, 0))`, whose backward pass on GPUs is not
-    deterministic. Zeros tie often behind a ReLU: the whole gradient goes to the earliest frame of a tie, as there. (The backward
+    deterministic. Zeros tie often after a ReLU: the whole gradient goes to the earliest frame of a tie, as there. (The backward
     of torch.maximum would halve it.) That holds for finite gradients: where one is infinite, the window's others become NaN.
     """
 

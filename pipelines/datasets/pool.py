@@ -53,10 +53,7 @@ def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: i
                     crew.remove(worker)
                     if worker.item is None:
                         killed_at_start += 1
-                        if worker.process.exitcode >= 0 or killed_at_start == _ATTEMPTS:  # type: ignore[operator]
-                            raise RuntimeError(
-                                f"a scanning process ended before its first file ({died.how}); its output above says why"
-                            ) from None
+                        _check_start(worker, died, killed_at_start)
                     crew.append(_start(function))
                     if worker.item is None:  # killed from outside, and it had nothing
                         continue
@@ -132,6 +129,12 @@ def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew:
     worker.item = waiting.popleft()
     with suppress(OSError):  # it died just now: receiving from it will say so
         worker.pipe.send(items[worker.item])
+
+
+def _check_start(worker: _Worker, died: Died, attempts: int) -> None:
+    """Raise RuntimeError for a process that ended by itself before its first file, or that was killed there too often."""
+    if (worker.process.exitcode or 0) >= 0 or attempts == _ATTEMPTS:
+        raise RuntimeError(f"a scanning process ended before its first file ({died.how}); its output above says why")
 
 
 def _died(worker: _Worker) -> Died:

@@ -1,4 +1,4 @@
-"""What the fake GPU has counted in this process."""
+"""The counters of the fake GPU in this process."""
 
 import ctypes
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ MEAN_C, STD_C = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 class Shifted(nn.Module):
-    """A convolution behind a shift of its input, frame batches in and out."""
+    """A convolution after a shift of its input, frame batches in and out."""
 
     def __init__(self, convolution: nn.Module, shift: ShiftFunction, frames: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Shifted(nn.Module):
 
 
 def bare_network(shape: Shape, shift: str, device: str) -> nn.Module:
-    """torchvision's ResNet with a shift in front of the first convolution of each residual block."""
+    """torchvision's ResNet with a shift before the first convolution of each residual block."""
     torch.manual_seed(0)
     network = getattr(torchvision.models, shape.backbone)(num_classes=CLASSES)
     for stage in (network.layer1, network.layer2, network.layer3, network.layer4):

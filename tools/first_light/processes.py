@@ -60,7 +60,7 @@ def run(
                 exit_code = process.wait(max(0.5, limit_s))
         finally:
             kill_marked(mark)
-        # A process inside a driver call that hangs does not die: it is left behind.
+        # A process inside a driver call that hangs does not die, and is left running.
         with suppress(subprocess.TimeoutExpired):
             process.wait(_KILL_LIMIT_S)
         length = output.seek(0, os.SEEK_END)
