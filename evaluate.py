@@ -11,22 +11,24 @@ evaluation= chooses a protocol (conf/evaluation). The last command averages logi
 
 import sys
 
-from pipelines.lasting import lasting_objects
+from runtime.gc_freeze import frozen_imports
 
-with lasting_objects():
+with frozen_imports():
     import hydra
     from omegaconf import DictConfig
 
-    from training import assess, ensemble, main, schema
+    from training import main
+    from training.config.load import from_composed, register
+    from training.evaluation import command, ensemble
 
-schema.register()
+register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def evaluate(composed: DictConfig) -> None:
     if composed.evaluation.ensemble:
         sys.exit(ensemble.run_ensemble(composed))
-    sys.exit(main.run(lambda: schema.from_composed(composed), assess.evaluate_task))
+    sys.exit(main.run(lambda: from_composed(composed), command.evaluate_task))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ Seconds on one process, with no GPU and no data. Exits as train.py would: 0, 2 (
 
 import sys
 
-from pipelines.lasting import lasting_objects
+from runtime.gc_freeze import frozen_imports
 
-with lasting_objects():
+with frozen_imports():
     import hydra
     from omegaconf import DictConfig
 
-    from training import dry_run, schema
+    from training.config.load import register
+    from training.planning import dry_run
 
-schema.register()
+register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

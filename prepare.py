@@ -17,13 +17,13 @@ data set's folder must look like.
 import argparse
 import sys
 
-from pipelines.commands.datasets import add_datasets
-from pipelines.commands.prepared import add_prepared
-from pipelines.commands.shapes import add_shapes
-from pipelines.datasets.annotations import DataSetError
+from pipelines.errors import BadClip
 from pipelines.manifest import ManifestError
-from pipelines.scan import BadClip
-from pipelines.shapes import ShapesError
+from pipelines.prepare.commands.datasets import add_datasets
+from pipelines.prepare.commands.repack import add_prepared
+from pipelines.prepare.commands.shapes import add_shapes
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.shapes.write import ShapesError
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,21 +11,21 @@ The last form composes nothing: batch scripts do that once, before ranks start (
 import sys
 from pathlib import Path
 
-from pipelines.lasting import lasting_objects
+from runtime.gc_freeze import frozen_imports
 
-with lasting_objects():
+with frozen_imports():
     import hydra
     from omegaconf import DictConfig
 
-    from training import main, schema
-    from training.run_folder import read_config
+    from training import main
+    from training.config.load import from_composed, read_config, register
 
-schema.register()
+register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(composed: DictConfig) -> None:
-    if code := main.run(lambda: schema.from_composed(composed), main.train_task):
+    if code := main.run(lambda: from_composed(composed), main.train_task):
         sys.exit(code)  # and no exception where all is well: --multirun goes on with the next
 
 

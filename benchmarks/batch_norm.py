@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from distributed.backend import Backend, Group, ReducerOptions, make_backend
-from distributed.batch_norm import convert_batch_norm
+from distributed.backends.base import Backend, Group, ReducerOptions
+from distributed.backends.make import make_backend
+from distributed.batch_norm.layer import convert_batch_norm
 from distributed.topology import find_topology
 from tsm.networks import build_network
 

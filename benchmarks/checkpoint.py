@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from benchmarks import common
-from distributed.checkpoint import Checkpoint, Snapshot, write_snapshot
-from distributed.checkpoint_writer import CheckpointWriter, Written
+from distributed.checkpoint.store import Checkpoint, Snapshot, write_snapshot
+from distributed.checkpoint.writer import CheckpointWriter, Written
 from tsm.networks import build_network
 
 NUM_CLASSES = 400

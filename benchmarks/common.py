@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from runtime.atomic_write import write_text
+
 _GRACE_S = 10.0  # between asking a child to end and ending it
 _LOG_LINES = 30  # of a failed child's output
 
@@ -181,6 +183,4 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str
         {name: asdict(value) if isinstance(value, Interval) else value for name, value in row.items()} | dict(facts)
         for row in rows
     ]
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(plain, indent=1) + "\n")
-    os.replace(aside, path)
+    write_text(path, json.dumps(plain, indent=1) + "\n")

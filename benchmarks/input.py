@@ -25,8 +25,8 @@ import torch
 from benchmarks import common
 from benchmarks.input_data import FORMS, HEIGHT, RAW, Form, decoded, footage, prepared, write_clips
 from benchmarks.input_ways import AUGMENTATION, OURS, RAW_WAYS, Way, decode_alone, ours, pillow_frames
-from pipelines.draw import Draw, training_draw
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
+from pipelines.stream.augmentation import Draw, training_draw
 
 GPUS_A_NODE, NODES = 6, 256
 CLIPS_PER_S_A_GPU = (

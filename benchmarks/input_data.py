@@ -10,10 +10,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.frames import scan_frames
 from pipelines.manifest import JPEG_FRAMES, ManifestRow
-from pipelines.prepared.encoders import ENCODERS, Encoder, encode_jpeg, encode_video
-from pipelines.scan import scan_clip
+from pipelines.prepare.repack.encoders import ENCODERS, Encoder, encode_jpeg, encode_video
+from pipelines.prepare.scan.frame_folders import scan_frames
+from pipelines.prepare.scan.scan_clip import scan_clip
 from tools.fetch_footage import fetch
 
 WIDTH, HEIGHT, FRAMES, RATE = 340, 256, 300, 30

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipelines.decode import decode_clip
-from pipelines.draw import Augmentation, Draw
-from pipelines.frames import frame_file
-from pipelines.loader import ClipSource
-from pipelines.manifest import ManifestRow
+from pipelines.decoding.decode import decode_clip
+from pipelines.loading.clips import ClipSource
+from pipelines.manifest import ManifestRow, frame_file
+from pipelines.stream.augmentation import Augmentation, Draw
 
 SIDE = 224
 AUGMENTATION = Augmentation(num_frames=8, size=SIDE, flip="on")
@@ -112,8 +111,10 @@ def pillow_frames(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Ten
 
 
 def dali(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Any:
-    """DALI's CPU operators in one graph with one thread, as pipelines/dali.py has them; by itself, as our loader works ahead, on
-    other ways' time. It decodes every frame and keeps those that are asked for."""
+    """DALI's CPU operators in one graph with one thread, as in pipelines/loading/dali_graph.py.
+
+    The project's own loader would decode ahead, in the time of the other ways. It decodes every frame and keeps the sampled ones.
+    """
     graph = _dali_graph(len(rows))
     graph.feed_input("data", [np.fromfile(root / row.path, dtype=np.uint8) for row in rows])
     graph.feed_input("frame_T", [draw.frame_T.astype(np.int32) for draw in draws])

@@ -22,9 +22,9 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
 
 from benchmarks import common
-from training.charts import BLUE, GREEN, ORANGE, add_legend, new_chart
-from training.errors import EXIT_DIVERGED, EXIT_DONE
-from training.records import read_metrics
+from runtime.exit_codes import EXIT_DIVERGED, EXIT_DONE
+from training.report.charts import BLUE, GREEN, ORANGE, add_legend, new_chart
+from training.telemetry.metrics_log import read_metrics
 
 CHECKOUT = Path(__file__).parent.parent
 DATA = ("data/shapes_large", "--train-clips", "4100", "--val-clips", "400")

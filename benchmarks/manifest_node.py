@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.manifest import BLOCK_ROWS, Manifest, ManifestRow, write_manifest
-from pipelines.order import StreamOrder
+from pipelines.stream.order import StreamOrder
 
 CHECKOUT = Path(__file__).parent.parent
 STEPS, CLIPS_A_RANK, RANKS = 20, 8, 1536

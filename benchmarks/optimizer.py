@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import common
-from distributed.optim.lars import Lars
+from training.optim.lars import Lars
 from tsm.networks import build_network
 
 NUM_CLASSES = 400

@@ -27,7 +27,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of thi
 
 from benchmarks import common
 from pipelines.manifest import Manifest, write_manifest
-from pipelines.order import StreamOrder
+from pipelines.stream.order import StreamOrder
 from slurm.rehearse import STEPS
 
 CHECKOUT = Path(__file__).parent.parent

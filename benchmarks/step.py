@@ -29,17 +29,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import common
-from distributed.backend import Backend, make_backend, pick_device
-from distributed.control import ControlChannel
+from distributed.backends.base import Backend
+from distributed.backends.ddp import without_buffer_sync
+from distributed.backends.make import make_backend, pick_device
+from distributed.health.control_channel import ControlChannel
 from distributed.topology import find_topology
-from distributed.torch_backend import without_buffer_sync
-from pipelines.loader import ClipBatch, ClipLoader
+from pipelines.loading.clips import ClipBatch
+from pipelines.loading.worker_loader import ClipLoader
 from pipelines.manifest import ManifestRow, write_manifest
-from training import schema
+from training.build.numerics import set_numerics
+from training.config import schema
 from training.job import Job, build_job
 from training.loop import train
-from training.numerics import set_numerics
-from training.records import Records
+from training.telemetry.metrics_log import Records
 from tsm.networks import build_network
 
 NUM_CLASSES = 10

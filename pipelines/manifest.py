@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .aside import written_aside
+from runtime.atomic_write import atomic_write
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18
@@ -182,7 +182,7 @@ def write_manifest(
     digest = _digest(said, blocks)
     schema = _SCHEMA.with_metadata({b"tsm": json.dumps({**said, "digest": digest}).encode()})
 
-    with written_aside(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with atomic_write(path) as file, pa.ipc.new_file(file, schema) as writer:
         for block in blocks:
             writer.write_batch(block.replace_schema_metadata(schema.metadata))
     return digest
@@ -251,3 +251,8 @@ def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[i
             row = pc.index(bad, True).as_py()
             path = table.column("path")[row].as_py()
             raise ManifestError(f"{where}: row {row} ({path}): {name} is {column[row].as_py()}, {why}")
+
+
+def frame_file(pattern: Path, number: int) -> Path:
+    """The file of a frame, from a manifest row's path and the frame's number; the folder's name is no pattern."""
+    return pattern.with_name(pattern.name % number)

@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     import yaml
 
     from pipelines.manifest import Manifest
-    from pipelines.order import StreamOrder
+    from pipelines.stream.order import StreamOrder
     from training.recipe import plan_execution
 
     imported_s = time.perf_counter()

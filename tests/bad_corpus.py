@@ -47,15 +47,16 @@ from broken_files import (
     remove,
 )
 
-from pipelines.dali import DaliLoader
-from pipelines.datasets.annotations import Annotations, Clip
-from pipelines.datasets.write import BAD_FILES_NAME, write_manifests
-from pipelines.draw import Augmentation, replacement_row
-from pipelines.loader import ClipBatch, ClipLoader, ClipSource, EvaluationClips, TrainingClips, start_worker_server
+from pipelines.loading.clips import ClipBatch, ClipSource, EvaluationClips, TrainingClips
+from pipelines.loading.dali_loader import DaliLoader
+from pipelines.loading.worker_loader import ClipLoader, start_worker_server
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
-from pipelines.order import StreamOrder, evaluation_rows
-from pipelines.views import Protocol
-from training.input import Loader
+from pipelines.prepare.annotations.base import Annotations, Clip
+from pipelines.prepare.scan.write_manifests import BAD_FILES_NAME, write_manifests
+from pipelines.stream.augmentation import Augmentation, replacement_row
+from pipelines.stream.eval_views import Protocol
+from pipelines.stream.order import StreamOrder, evaluation_rows
+from training.build.data import Loader
 
 LIMIT_S = 60.0  # of a batch of 4 clips, the start of workers included, on a busy machine
 BATCH, WORKERS, SEED = 4, 2, 7

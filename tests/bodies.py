@@ -15,22 +15,24 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 import training.job
-from distributed.backend import Backend, ReducerOptions
-from distributed.batch_norm import average_running_statistics, convert_batch_norm
-from distributed.control import ControlChannel
+from distributed.backends.base import Backend, ReducerOptions
+from distributed.batch_norm.layer import convert_batch_norm
+from distributed.batch_norm.running_statistics import average_running_statistics
+from distributed.health.control_channel import ControlChannel
 from distributed.topology import find_topology
-from pipelines.draw import dropout_seeds
-from pipelines.loader import ClipBatch
-from training import schema
-from training.diagnostics import Diagnostics
+from pipelines.loading.clips import ClipBatch
+from pipelines.stream.augmentation import dropout_seeds
+from training.config.load import from_composed, register
+from training.config.schema import Config
 from training.errors import ConfigError, DivergedError
-from training.job import Job, build_job, check_agreement
+from training.evaluation.validate import score
+from training.job import Job, build_job
 from training.loop import train
 from training.main import join_world
-from training.optimizers import optimizer_tensors
-from training.records import Records
-from training.schema import Config
-from training.validation import score
+from training.optim.gradient_diagnostics import Diagnostics
+from training.optim.optimizers import optimizer_tensors
+from training.runs.resume import check_agreement
+from training.telemetry.metrics_log import Records
 from tsm.networks import TemporalNetwork, build_network
 
 CHECKOUT = Path(__file__).parent.parent
@@ -74,11 +76,11 @@ class Context:
 
 def compose_config(*overrides: str) -> Config:
     with initialize_config_dir(str(CHECKOUT / "conf"), version_base="1.3"):
-        return schema.from_composed(compose("config", overrides=list(overrides)))
+        return from_composed(compose("config", overrides=list(overrides)))
 
 
 def start(folder: Path) -> Context:
-    schema.register()
+    register()
     training.job.code_version = functools.cache(training.job.code_version)  # a second of each job that is built
     torch.set_num_threads(1)
     topology = find_topology()
@@ -123,7 +125,7 @@ def job_of(context: Context, run_id: str, *overrides: str, narrow: bool = False)
     config = config_for(context, run_id, *overrides)
     torch.manual_seed(config.seed)
     build = (lambda *arguments: narrowed(build_network(*arguments))) if narrow else build_network
-    with patch("training.job.build_network", build):
+    with patch("training.build.model.build_network", build):
         return build_job(config, context.backend, context.control)
 
 

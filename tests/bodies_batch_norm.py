@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distributed.batch_norm import convert_batch_norm
+from distributed.batch_norm.layer import convert_batch_norm
 
 if TYPE_CHECKING:
     from bodies import Context

@@ -20,9 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from distributed import checkpoint as module
-from distributed.checkpoint import BEST, Checkpoint, CheckpointError, load_checkpoint, load_newest, save_checkpoint
-from distributed.checkpoint_writer import CheckpointWriter
+from distributed.checkpoint import store as module
+from distributed.checkpoint.store import (
+    BEST,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
+from distributed.checkpoint.writer import CheckpointWriter
 
 CALLS = ("open", "mkdir", "write", "fsync", "rename", "replace", "symlink", "unlink", "rmdir")
 CUTS = 6  # kills within each write, beside the one in front of it

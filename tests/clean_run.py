@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from jobs import make_clips, start_training
 from worlds import World
 
-from training.records import read_metrics
+from training.telemetry.metrics_log import read_metrics
 
 LIMIT_S = 1800.0
 WORLDS = (World("torchrun", 2), World("horovodrun", 2))

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shapes import encode_clip
+from pipelines.prepare.shapes.drawing import encode_clip
 
 Video = NDArray[np.uint8]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from worlds import CHECKOUT, World
 
-from distributed.checkpoint import load_newest
-from training.records import read_metrics
+from distributed.checkpoint.store import load_newest
+from training.telemetry.metrics_log import read_metrics
 
 _MARK = "TSM_TEST_JOB"
 

@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from jobs import Ended, RunningJob, differing, make_clips, start_training
 from worlds import World
 
-from training.records import read_metrics
+from training.telemetry.metrics_log import read_metrics
 
 LIMIT_S = 300.0  # of one start, on a busy machine
 END_S = 60.0  # for a job to end behind a kill

@@ -31,7 +31,8 @@ def delayed(function: Callable[..., Any], *delays_s: float) -> Callable[..., Any
 if __name__ == "__main__":
     checkout = Path(__file__).parent.parent
     sys.path[0] = str(checkout)
-    from training.step import Normaliser, Trainer
+    from training.build.normalise import Normaliser
+    from training.step import Trainer
 
     Trainer.step = delayed(Trainer.step, FIRST_STEP_S, 0.0)  # type: ignore[method-assign]
     Normaliser.__call__ = delayed(Normaliser.__call__, BATCH_S)  # type: ignore[method-assign]

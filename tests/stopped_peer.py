@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from distributed.backend import make_backend
+from distributed.backends.make import make_backend
 from distributed.topology import find_topology
 
 topology = find_topology()

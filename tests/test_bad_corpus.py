@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from bad_corpus import DALI, KINDS, run
 
-from pipelines.dali import DaliError, import_dali
-from pipelines.decode import choose_decoder
-from pipelines.loader import start_worker_server
+from pipelines.decoding.decode import choose_decoder
+from pipelines.loading.dali_graph import DaliError, import_dali
+from pipelines.loading.worker_loader import start_worker_server
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import pytest
 from jobs import Ended, make_clips, start_training, wait_for_record
 from worlds import World, available
 
-from pipelines.draw import replacement_row
 from pipelines.manifest import Manifest
+from pipelines.stream.augmentation import replacement_row
 
 pytestmark = pytest.mark.slow
 

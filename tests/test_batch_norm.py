@@ -9,16 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.backend import Group, SingleBackend
-from distributed.batch_norm import (
-    GroupBatchNorm,
-    average_running_statistics,
-    convert_batch_norm,
-    recompute_running_statistics,
-)
-from distributed.synchronized_norm import group_statistics, message_bytes, synchronized_norm
+from distributed.backends.base import Group
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import GroupBatchNorm, convert_batch_norm
+from distributed.batch_norm.running_statistics import average_running_statistics, recompute_running_statistics
+from distributed.batch_norm.synchronized import group_statistics, message_bytes, synchronized_norm
 from distributed.topology import Topology
-from training.plan import batch_norm_messages, describe_batch_norm
+from training.planning.summary import batch_norm_messages, describe_batch_norm
 from training.recipe import Execution
 from tsm.networks import build_network
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small_disk import mounted
 from torch import Tensor
 
-from distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest, save_checkpoint
+from distributed.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, load_newest, save_checkpoint
 
 FILES = ("network.safetensors", "optimizer.safetensors", "state.json", "sha256.json")
 

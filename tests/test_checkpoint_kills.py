@@ -14,7 +14,7 @@ import pytest
 from checkpoint_kills import BEST, CALLS, SCENES, is_whole
 from worlds import CHECKOUT
 
-from distributed.checkpoint import load_newest
+from distributed.checkpoint.store import load_newest
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from test_checkpoint import check_equal, checkpoint, names_in
 from torch import Tensor
 
-from distributed import checkpoint_writer
-from distributed.checkpoint import Checkpoint, CheckpointError, load_newest
-from distributed.checkpoint_writer import CheckpointWriter
-from distributed.host_copy import HostCopy
+from distributed.checkpoint import writer as checkpoint_writer
+from distributed.checkpoint.host_snapshot import HostCopy
+from distributed.checkpoint.store import Checkpoint, CheckpointError, load_newest
+from distributed.checkpoint.writer import CheckpointWriter
 
 # --- The copy ---------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,12 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from training import schema
+from training.config import checks
+from training.config.checks import check
+from training.config.load import from_composed, read_config, register
+from training.config.schema import Config, NumericsConfig
 from training.errors import ConfigError
-from training.run_folder import RunFolder, read_config
-from training.schema import Config, NumericsConfig, check, from_composed
+from training.runs.run_folder import RunFolder
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -22,7 +24,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 def compose(*overrides: str) -> Any:
     """What `python train.py OVERRIDES` composes."""
-    schema.register()
+    register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", list(overrides))
 
@@ -240,7 +242,7 @@ def test_a_bad_value_is_named_by_its_key(key: str, value: Any) -> None:
 
 
 def test_every_check_has_a_bad_value_above() -> None:
-    checked = {*schema._CHOICES, *schema._POSITIVE, *schema._NOT_NEGATIVE}
+    checked = {*checks._CHOICES, *checks._POSITIVE, *checks._NOT_NEGATIVE}
     assert checked <= {key for key, _ in BAD_VALUES}
 
 

@@ -29,23 +29,18 @@ from jobs import differing, make_clips, start_training
 from numpy.typing import NDArray
 from worlds import World
 
-from pipelines.dali import DaliError, DaliLoader, choose_feed, describe, import_dali
-from pipelines.draw import Augmentation, Draw
-from pipelines.encoded import FRAMES, IMAGES, VIDEOS, stored_window
-from pipelines.frames import scan_frames
-from pipelines.loader import (
-    ClipBatch,
-    ClipLoader,
-    ClipSource,
-    EvaluationClips,
-    TrainingClips,
-    WorkerLostError,
-    start_worker_server,
-)
+from pipelines.loading.clips import ClipBatch, ClipSource, EvaluationClips, TrainingClips
+from pipelines.loading.dali_batches import FRAMES, IMAGES, VIDEOS, stored_window
+from pipelines.loading.dali_graph import DaliError, import_dali
+from pipelines.loading.dali_loader import DaliLoader
+from pipelines.loading.dali_support import choose_feed, describe
+from pipelines.loading.worker_loader import ClipLoader, WorkerLostError, start_worker_server
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
-from pipelines.order import StreamOrder, evaluation_rows
-from pipelines.scan import scan_clip
-from pipelines.views import Protocol
+from pipelines.prepare.scan.frame_folders import scan_frames
+from pipelines.prepare.scan.scan_clip import scan_clip
+from pipelines.stream.augmentation import Augmentation, Draw
+from pipelines.stream.eval_views import Protocol
+from pipelines.stream.order import StreamOrder, evaluation_rows
 from tools.fetch_dali import VERSION, fetch_dali
 
 CLIPS, SEED = 6, 3

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from pipelines.datasets.lists import read_lists
 from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.prepare.annotations.lists import read_lists
 
 Rows = list[tuple[str, int]]
 
@@ -625,9 +625,9 @@ def test_a_class_that_is_only_in_validation(tmp_path: Path, a_clip: Path, capsys
 
 
 def test_the_job_opens_these_manifests(something_v1: Path) -> None:
+    from training.build.data import open_manifest
+    from training.config.schema import Config, DataConfig
     from training.errors import DataError
-    from training.job import open_manifest
-    from training.schema import Config, DataConfig
 
     assert run("something-v1", "--root", something_v1) == 0
     config = Config(data=DataConfig(name="something_v1", root=str(something_v1), num_classes=3))

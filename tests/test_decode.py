@@ -21,14 +21,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import decode as decode_module
-from pipelines import scan as scan_module
-from pipelines.containers import EncodedVideo
-from pipelines.decode import choose_decoder, decode_clip, decode_jpeg_bytes, jpeg_size
-from pipelines.frames import scan_frames
+from pipelines.decoding import decode as decode_module
+from pipelines.decoding import video as video_module
+from pipelines.decoding.decode import choose_decoder, decode_clip
+from pipelines.decoding.jpeg import decode_jpeg_bytes, jpeg_size
+from pipelines.decoding.tar import TarWriter
+from pipelines.decoding.video import EncodedVideo
+from pipelines.errors import BadClip
 from pipelines.manifest import ManifestRow
-from pipelines.scan import BadClip, scan_clip
-from pipelines.tar import TarWriter
+from pipelines.prepare.scan.frame_folders import scan_frames
+from pipelines.prepare.scan.scan_clip import scan_clip
 
 FRAMES, WIDTH, HEIGHT = 30, 64, 48
 Indices = NDArray[np.int64]
@@ -476,7 +478,7 @@ def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(
     decoder: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = row_of(clip)
-    monkeypatch.setattr(scan_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     with pytest.raises(BadClip, match="grey.mp4: pictures of 64x48, more than 3071 pixels: scale them down first"):
         scan_clip(clip)
     monkeypatch.setattr(decode_module, "_TIMED_CONTAINERS", frozenset())
@@ -489,8 +491,8 @@ def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(
 
 def test_pictures_that_outgrow_the_limit_later_are_refused(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By FFmpeg itself, which knows each picture's size before it takes memory for it."""
-    monkeypatch.setattr(scan_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
-    monkeypatch.setattr(scan_module, "check_pixels", lambda *_: None)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(video_module, "check_pixels", lambda *_: None)
     with pytest.raises(BadClip, match="grey.mp4: does not decode"):
         scan_clip(clip)
 
@@ -543,7 +545,7 @@ def test_auto_is_torchcodec_where_it_loads() -> None:
 def _no_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where the package does not import; the choice is not remembered from another test."""
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
-    monkeypatch.setattr("pipelines.decode.choose_decoder", choose_decoder.__wrapped__)
+    monkeypatch.setattr("pipelines.decoding.decode.choose_decoder", choose_decoder.__wrapped__)
 
 
 @pytest.mark.usefixtures("_no_torchcodec")

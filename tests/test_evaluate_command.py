@@ -11,9 +11,9 @@ import pytest
 import torch
 from worlds import CHECKOUT
 
-from distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from distributed.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from pipelines.manifest import Manifest
-from training.saved_logits import load_logits
+from training.evaluation.saved_logits import load_logits
 
 pytestmark = pytest.mark.slow
 

@@ -12,20 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.backend import Group, SingleBackend
-from distributed.batch_norm import convert_batch_norm
+from distributed.backends.base import Group
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import convert_batch_norm
 from distributed.topology import Topology
-from pipelines.decode import decode_clip
-from pipelines.loader import ClipLoader, ClipSource, EvaluationClips
+from pipelines.decoding.decode import decode_clip
+from pipelines.loading.clips import ClipSource, EvaluationClips
+from pipelines.loading.worker_loader import ClipLoader
 from pipelines.manifest import ManifestRow, write_manifest
-from pipelines.scan import scan_clip
-from pipelines.shapes import encode_clip
-from pipelines.views import Protocol
-from training.evaluation import evaluate
-from training.metrics import ClipLogits, scores_of
-from training.schema import Config, NumericsConfig
-from training.step import Normaliser
-from training.validation import _recompute_statistics
+from pipelines.prepare.scan.scan_clip import scan_clip
+from pipelines.prepare.shapes.drawing import encode_clip
+from pipelines.stream.eval_views import Protocol
+from training.build.normalise import Normaliser
+from training.config.schema import Config, NumericsConfig
+from training.evaluation.evaluate import evaluate
+from training.evaluation.metrics import ClipLogits, scores_of
+from training.evaluation.validate import _recompute_statistics
 from tsm.networks import build_network
 
 CLIPS, FRAMES, SIZE = 5, 12, 35  # at a size of 35 frames with a shorter side of 40 need no scaling

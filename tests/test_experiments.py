@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from test_config import compose, config_of
 
+from training.build.data import augmentation_of
+from training.build.recipe import recipe_of
+from training.config.load import from_composed
+from training.config.schema import Config
 from training.errors import ConfigError
-from training.job import augmentation_of, recipe_of
 from training.recipe import Recipe, plan_execution
-from training.schema import Config, from_composed
 
 KINETICS_CLIPS = 239_781  # training clips of the published 1,536-GPU run (reference: arXiv:1910.00932)
 SOMETHING_V1_CLIPS = 86_017

@@ -15,7 +15,7 @@ from jobs import Ended, RunningJob, make_clips, start_training
 from worlds import World, available
 
 from training.loop import STEPS_IN_FLIGHT, train
-from training.records import Records
+from training.telemetry.metrics_log import Records
 
 pytestmark = pytest.mark.fake_gpu
 

@@ -7,8 +7,8 @@ import torch
 from fake_gpu.counters import WAITS, calls, counted
 from trainers import batches_of, trainer_of
 
+from training.optim.ema import WeightAverage
 from training.step import Trainer
-from training.weight_average import WeightAverage
 
 pytestmark = pytest.mark.fake_gpu
 

@@ -16,8 +16,8 @@ import pytest
 from jobs import Ended, RunningJob, differing, make_clips, start_training, wait_for_record
 from worlds import World, available
 
-from distributed.journal import node_log
-from training.records import read_metrics
+from distributed.health.rank_log import node_log
+from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import prepare
-from pipelines.decode import choose_decoder, decode_clip
-from pipelines.draw import Augmentation
-from pipelines.loader import ClipBatch, ClipLoader, ClipSource, TrainingClips, start_worker_server
+from pipelines.decoding.decode import choose_decoder, decode_clip
+from pipelines.errors import BadClip
+from pipelines.loading.clips import ClipBatch, ClipSource, TrainingClips
+from pipelines.loading.worker_loader import ClipLoader, start_worker_server
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
-from pipelines.scan import BadClip, ClipFacts, scan_clip
+from pipelines.prepare.scan.scan_clip import ClipFacts, scan_clip
+from pipelines.stream.augmentation import Augmentation
 from tools.fetch_footage import CLIPS, FootageError, fetch
 
 pytestmark = pytest.mark.slow

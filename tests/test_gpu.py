@@ -8,15 +8,16 @@ from jobs import make_clips, start_training
 from torch import nn
 from worlds import World
 
-from distributed.backend import SingleBackend, pick_device
-from distributed.batch_norm import convert_batch_norm
-from distributed.checkpoint import Checkpoint, load_checkpoint
-from distributed.checkpoint_writer import CheckpointWriter
+from distributed.backends.make import pick_device
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import convert_batch_norm
+from distributed.checkpoint.store import Checkpoint, load_checkpoint
+from distributed.checkpoint.writer import CheckpointWriter
 from distributed.topology import Topology
-from pipelines.dali import DaliError, import_dali
-from training.optimizers import make_optimizer, set_learning_rate
-from training.schema import NumericsConfig, OptimizerConfig
-from training.step import Normaliser
+from pipelines.loading.dali_graph import DaliError, import_dali
+from training.build.normalise import Normaliser
+from training.config.schema import NumericsConfig, OptimizerConfig
+from training.optim.optimizers import make_optimizer, set_learning_rate
 from tsm.dropout import uniform_of
 from tsm.networks import build_network
 from tsm.shift import temporal_shift

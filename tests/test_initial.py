@@ -20,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worlds import World, available
 
-from distributed.checkpoint import Checkpoint, save_checkpoint
+from distributed.checkpoint.store import Checkpoint, save_checkpoint
+from runtime.checkout import CHECKOUT
+from training.build.init_weights import InitialWeights, find_initial_weights, load_initial_weights
+from training.build.model import network_of
+from training.build.recipe import recipe_of
+from training.config.checks import check
+from training.config.schema import Config, ModelConfig
 from training.errors import ConfigError
-from training.initial import InitialWeights, find_initial_weights, load_initial_weights
-from training.job import CHECKOUT, network_of, recipe_of
-from training.schema import Config, ModelConfig, check
 from tsm.networks import TemporalNetwork
 from tsm.official import from_official
 

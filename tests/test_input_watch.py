@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import CHECKOUT
 
-from training.input_watch import TOLERATED, WARM_UP_STEPS, ClipWorkers, InputWatch
+from training.telemetry.input_stalls import TOLERATED, WARM_UP_STEPS, ClipWorkers, InputWatch
 
 
 def watch(*shares: float, steps: int = 20) -> list[str | None]:

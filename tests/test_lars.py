@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.optim.lars import CHUNK, Lars, trust_ratio
+from training.optim.lars import CHUNK, Lars, trust_ratio
 
 ETA, EPS, MOMENTUM, DECAY = 0.001, 1e-8, 0.9, 1e-4
 FLAT = pytest.mark.parametrize("flat", [False, True])

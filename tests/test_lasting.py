@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch.utils.data import Dataset
 
-from pipelines.lasting import lasting_objects
-from pipelines.loader import ClipLoader, start_worker_server
+from pipelines.loading.worker_loader import ClipLoader, start_worker_server
+from runtime.gc_freeze import frozen_imports
 
 ROOT = Path(__file__).parent.parent
 TORCH_OBJECTS = 100_000  # fewer than any torch makes, more than a process without it has
@@ -36,7 +36,7 @@ class Collector(Dataset[tuple[int, bool, bool]]):
     """A dataset that says what a worker's collector has to look at."""
 
     def __getitem__(self, item: int) -> tuple[int, bool, bool]:
-        return gc.get_freeze_count(), gc.isenabled(), "pipelines.worker_server" in sys.modules
+        return gc.get_freeze_count(), gc.isenabled(), "pipelines.loading.worker_server" in sys.modules
 
 
 def test_a_workers_imports_are_not_looked_at() -> None:
@@ -48,7 +48,7 @@ def test_a_workers_imports_are_not_looked_at() -> None:
 def test_what_is_made_later_is_looked_at() -> None:
     kept = gc.get_freeze_count()
     try:
-        with lasting_objects():
+        with frozen_imports():
             lasting: list[list[int]] = [[] for _ in range(100)]
             assert not gc.isenabled()
         assert gc.isenabled() and gc.get_freeze_count() >= kept + len(lasting)
@@ -62,7 +62,7 @@ def test_what_is_made_later_is_looked_at() -> None:
 
 def test_an_import_that_fails_leaves_the_collector_on() -> None:
     try:
-        with pytest.raises(ModuleNotFoundError), lasting_objects():
+        with pytest.raises(ModuleNotFoundError), frozen_imports():
             importlib.import_module("pipelines.no_such_module")
         assert gc.isenabled()
     finally:

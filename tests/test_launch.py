@@ -8,7 +8,7 @@ import pytest
 from test_config import config_of
 from worlds import CHECKOUT
 
-from training.schema import Config
+from training.config.schema import Config
 
 LAUNCH = CHECKOUT / "launch"
 

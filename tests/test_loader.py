@@ -18,23 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipelines.decode import decode_clip
-from pipelines.draw import Augmentation, replacement_row, training_draw
-from pipelines.loader import (
-    BadClipRecord,
-    ClipBatch,
-    ClipLoader,
-    ClipSource,
-    EvaluationClips,
-    TrainingClips,
-    WorkerLostError,
-    start_worker_server,
-)
+from pipelines.decoding.decode import decode_clip
+from pipelines.errors import BadClip
+from pipelines.loading.clips import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips
+from pipelines.loading.worker_loader import ClipLoader, WorkerLostError, start_worker_server
 from pipelines.manifest import ManifestRow, write_manifest
-from pipelines.order import StreamOrder, evaluation_rows
-from pipelines.scan import BadClip, scan_clip
-from pipelines.shapes import encode_clip
-from pipelines.views import Protocol, evaluation_views
+from pipelines.prepare.scan.scan_clip import scan_clip
+from pipelines.prepare.shapes.drawing import encode_clip
+from pipelines.stream.augmentation import Augmentation, replacement_row, training_draw
+from pipelines.stream.eval_views import Protocol, evaluation_views
+from pipelines.stream.order import StreamOrder, evaluation_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS, FRAMES, WIDTH, HEIGHT, SEED = 6, 12, 48, 40, 3
@@ -256,7 +249,7 @@ def test_a_clip_and_nine_replacements_are_tried(folder: Path, monkeypatch: pytes
         tried.append(row.path)
         raise BadClip(f"{row.path}: no")
 
-    monkeypatch.setattr("pipelines.loader.decode_clip", fail)
+    monkeypatch.setattr("pipelines.loading.clips.decode_clip", fail)
     with pytest.raises(BadClip):
         next(ClipLoader(training_clips(folder), 0, 2).batches(positions(1)))
     assert len(tried) == 10
@@ -324,7 +317,7 @@ def test_a_frame_that_many_views_see_is_decoded_once(made: Path, monkeypatch: py
         decoded.append(frame_T.tolist())
         return decode_clip(decoder, root, row, frame_T)
 
-    monkeypatch.setattr("pipelines.loader.decode_clip", noted)
+    monkeypatch.setattr("pipelines.loading.clips.decode_clip", noted)
     protocol = Protocol(4, 32, clips="twice", crops=3)
     (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     assert decoded == [[0, 1, 3, 4, 6, 7, 9, 10]]
@@ -435,8 +428,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.draw import Augmentation
-from pipelines.loader import ClipLoader, ClipSource, TrainingClips, start_worker_server
+from pipelines.loading.clips import ClipSource, TrainingClips
+from pipelines.loading.worker_loader import ClipLoader, start_worker_server
+from pipelines.stream.augmentation import Augmentation
 
 if __name__ == "__main__":
     start_worker_server()
@@ -540,7 +534,7 @@ def test_workers_do_not_import_the_program_that_starts_them(tmp_path: Path) -> N
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "print('imported as', __name__, flush=True)\n"
         "if __name__ == '__main__':\n"
-        "    from pipelines.loader import ClipLoader, start_worker_server\n"
+        "    from pipelines.loading.worker_loader import ClipLoader, start_worker_server\n"
         "    start_worker_server()\n"
         "    print(list(ClipLoader([7, 8], workers=1, prefetch=2).batches([1, 0])), __file__ == sys.argv[0])\n"
     )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.metrics import ClipLogits, Scores, confusion_matrix, scores_of
+from training.evaluation.metrics import ClipLogits, Scores, confusion_matrix, scores_of
 
 
 def random_logits(n: int, classes: int, seed: int) -> ClipLogits:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.mirror import mirrored_labels
+from pipelines.stream.mirror_labels import mirrored_labels
 
 LEFT_RIGHT = [["left", "right"]]
 CLOCK = [["clockwise", "counterclockwise"]]

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed.journal import Journal, node_log
-from distributed.liveness import PHASES, Place, Seen, patience_s, stuck_ranks
-from distributed.monitor import REQUEUE, Settings, start_monitor
+from distributed.health.hang_detection import PHASES, Place, Seen, patience_s, stuck_ranks
+from distributed.health.monitor import Settings, start_monitor
+from distributed.health.rank_log import Journal, node_log
+from runtime.exit_codes import EXIT_REQUEUE
 
 LIMIT_S, SILENT_S = 10.0, 5.0
 NOBODY = 1 << 24
@@ -142,11 +143,11 @@ def test_all_ranks_hear_who_died(monitor: Any, tmp_path: Path) -> None:
     ranks[2].leave()
     for rank in ranks[:2]:
         end = rank.hear("end")
-        assert (end["rank"], end["exit_code"]) == (2, REQUEUE)
+        assert (end["rank"], end["exit_code"]) == (2, EXIT_REQUEUE)
         assert "is gone" in end["message"] and "step 7, phase input" in end["message"]
         rank.leave()
     process.wait(10)
-    assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == REQUEUE
+    assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == EXIT_REQUEUE
     assert "rank 2 on here is gone" in (tmp_path / "log.txt").read_text()
 
 

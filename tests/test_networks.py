@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distributed.backend import SingleBackend
-from distributed.batch_norm import GroupBatchNorm, convert_batch_norm
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import GroupBatchNorm, convert_batch_norm
 from distributed.topology import Topology
 from tsm.flops import clip_multiply_adds
 from tsm.networks import BACKBONES, PoolInput, ShiftInput, TemporalNetwork, build_network, shift_places

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed import norm_messages, synchronized_norm_cuda
-from distributed.norm_messages import COUNT_PARTS, GroupStatistics, RunningUpdate
-from distributed.synchronized_norm_cuda import synchronized_norm_cuda as norm_cuda
+from distributed.batch_norm import messages as messages_torch
+from distributed.batch_norm import synchronized_cuda as synchronized_norm_cuda
+from distributed.batch_norm.messages import COUNT_PARTS, GroupStatistics, RunningUpdate
+from distributed.batch_norm.synchronized_cuda import synchronized_norm_cuda as norm_cuda
 
 EPS = 1e-3
 DECAY, GAIN = 0.7, 0.3
@@ -23,10 +24,10 @@ DECAY, GAIN = 0.7, 0.3
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """`norm_messages_triton` with its kernels in Triton's interpreter, which takes CPU tensors."""
+    """`messages_triton` with its kernels in Triton's interpreter, which takes CPU tensors."""
     pytest.importorskip("triton")
-    path = Path(norm_messages.__file__).with_name("norm_messages_triton.py")
-    spec = importlib.util.spec_from_file_location("distributed.norm_messages_interpreted", path)
+    path = Path(messages_torch.__file__).with_name("messages_triton.py")
+    spec = importlib.util.spec_from_file_location("distributed.batch_norm.messages_interpreted", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +38,7 @@ def interpreted() -> ModuleType:
 
 @pytest.fixture(params=["torch", "triton"])
 def messages(request: pytest.FixtureRequest) -> ModuleType:
-    return request.getfixturevalue("interpreted") if request.param == "triton" else norm_messages
+    return request.getfixturevalue("interpreted") if request.param == "triton" else messages_torch
 
 
 def parts(channels: int, dtype: torch.dtype, offset: float = 3.0) -> list[Tensor]:
@@ -111,7 +112,7 @@ def test_the_kernels_give_what_torch_gives(interpreted: ModuleType, dtype: torch
         parts_VC = parts(200, dtype, offset)
         updates = [running(200, dtype) for _ in range(2)]
         kernel, message = group_statistics(interpreted, parts_VC, updates[0])
-        twin, expected_message = group_statistics(norm_messages, parts_VC, updates[1])
+        twin, expected_message = group_statistics(messages_torch, parts_VC, updates[1])
         torch.testing.assert_close(message, expected_message, rtol=1e-15, atol=0)
         for one, other in zip((*kernel, *updates[0]), (*twin, *updates[1]), strict=True):
             torch.testing.assert_close(one, other, **tolerance)  # type: ignore[arg-type]
@@ -146,7 +147,7 @@ def test_compiled_for_an_h100_all_arithmetic_is_float64(kernel: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from distributed import norm_messages_triton
+    from distributed.batch_norm import messages_triton as norm_messages_triton
 
     types = {"message_ptr": "*fp64", "count_parts_ptr": "*i32", "channels": "i32", "count": "i32"}
     constants = {"BLOCK": 128, "COUNT_PARTS": COUNT_PARTS, "HAS_RUNNING": True}
@@ -378,13 +379,13 @@ def test_a_layer_whose_input_needs_no_gradient_sends_none() -> None:
 @pytest.mark.parametrize("channels", [1, 5, 128, 2048])
 def test_compiled_kernels_give_what_torch_gives(channels: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from distributed import norm_messages_triton
+    from distributed.batch_norm import messages_triton as norm_messages_triton
 
     parts_VC = parts(channels, dtype)
     updates = [running(channels, dtype) for _ in range(2)]
     on_gpu = RunningUpdate(updates[0].mean_C.cuda(), updates[0].var_C.cuda(), DECAY, GAIN)
     kernel, message = group_statistics(norm_messages_triton, [x_VC.cuda() for x_VC in parts_VC], on_gpu)
-    twin, expected_message = group_statistics(norm_messages, parts_VC, updates[1])
+    twin, expected_message = group_statistics(messages_torch, parts_VC, updates[1])
     tolerance = 1e-9 if dtype == torch.float64 else 2e-6
     torch.testing.assert_close(message.cpu(), expected_message, rtol=tolerance, atol=0)
     for one, other in zip((*kernel, *on_gpu[:2]), (*twin, *updates[1][:2]), strict=True):

@@ -10,12 +10,12 @@ from test_config import config_of
 from test_step import batches_of, differing, state_of, trainer_of
 from torch import Tensor, nn
 
-from training import numerics as module
+from training.build import numerics as module
+from training.build.numerics import autocast, check_device, place_network, set_numerics
+from training.config.schema import NumericsConfig
 from training.errors import ConfigError
-from training.memory import step_costs
-from training.numerics import autocast, check_device, place_network, set_numerics
+from training.planning.memory import step_costs
 from training.recipe import plan_execution
-from training.schema import NumericsConfig
 from tsm.networks import TemporalNetwork, build_network
 from tsm.non_local import NonLocalBlock
 

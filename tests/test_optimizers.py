@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from distributed.backend import SingleBackend
-from distributed.batch_norm import convert_batch_norm
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import convert_batch_norm
 from distributed.topology import Topology
+from training.config.schema import OptimizerConfig
 from training.errors import ConfigError
-from training.optimizers import (
+from training.optim.optimizers import (
     DeviceStepCount,
     describe_optimizer,
     make_optimizer,
@@ -21,7 +22,6 @@ from training.optimizers import (
     set_step_counts,
     step_counts,
 )
-from training.schema import OptimizerConfig
 from tsm.networks import TemporalNetwork, build_network
 
 OFFICIAL = OptimizerConfig(momentum=0.9, weight_decay=1e-4, bias_lr_multiplier=2.0, classifier_lr_multiplier=5.0)

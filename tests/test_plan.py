@@ -15,19 +15,21 @@ from test_config import CONF, compose, config_of
 from torch import Tensor
 from worlds import CHECKOUT
 
-from distributed.backend import SingleBackend
-from distributed.batch_norm import convert_batch_norm
-from distributed.checkpoint import Checkpoint, save_checkpoint
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import convert_batch_norm
+from distributed.checkpoint.store import Checkpoint, save_checkpoint
 from distributed.topology import Topology
-from training import memory
-from training.dry_run import as_dict, make_plan, run_plan
+from training.build.model import network_of
+from training.build.recipe import recipe_of
+from training.config.schema import Config
 from training.errors import ConfigError
-from training.figures import rates_of, ring_bytes
-from training.job import network_of, recipe_of, state_tensors
-from training.memory import LiveBytes, StepCosts, step_costs
-from training.optimizers import make_optimizer
+from training.optim.optimizers import make_optimizer
+from training.planning import memory
+from training.planning.dry_run import as_dict, make_plan, run_plan
+from training.planning.estimates import rates_of, ring_bytes
+from training.planning.memory import LiveBytes, StepCosts, step_costs
 from training.recipe import Execution, Recipe, fitting_worlds, plan_execution
-from training.schema import Config
+from training.runs.resume import state_tensors
 
 LARGE = ("kinetics_1536", "kinetics_384", "kinetics_1536_lars")
 SMALL = "experiment=smoke pipeline.size=32 model.num_frames=4 batch.global_batch=8".split()
@@ -233,7 +235,7 @@ def test_optimizers_cost_their_state() -> None:
 
 @pytest.mark.parametrize("overrides", [[], ["optimizer.name=lars", "optimizer.ema_decay=0.9"]])
 def test_checkpoint_bytes_are_those_of_the_files(tmp_path: Path, overrides: list[str]) -> None:
-    from training.weight_average import WeightAverage
+    from training.optim.ema import WeightAverage
 
     config = small(*overrides)
     network = network_of(config)

@@ -9,8 +9,8 @@ from clips import plain_video, write_mp4
 from hydra import compose, initialize_config_dir
 
 import prepare
-from pipelines.mirror import mirrored_labels
-from training import schema
+from pipelines.stream.mirror_labels import mirrored_labels
+from training.config.load import register
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUM_CLASSES = {
@@ -51,7 +51,7 @@ def test_documented_commands_are_understood(command: str, capsys: pytest.Capture
 
 @pytest.mark.parametrize("name", NUM_CLASSES)
 def test_data_groups(name: str) -> None:
-    schema.register()
+    register()
     with initialize_config_dir(str(CHECKOUT / "conf"), version_base="1.3"):
         data = compose("config", overrides=[f"data={name}"]).data
     assert (data.name, data.root, data.num_classes) == (name, f"data/{name}", NUM_CLASSES[name])

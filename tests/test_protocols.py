@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 from test_config import config_of, smoke
 
-from pipelines.mirror import mirrored_labels
-from pipelines.sampling import EVALUATION_RULES
-from pipelines.shapes import CLASSES
-from pipelines.views import Protocol
+from pipelines.prepare.shapes.drawing import CLASSES
+from pipelines.stream.eval_views import Protocol
+from pipelines.stream.frame_sampling import EVALUATION_RULES
+from pipelines.stream.mirror_labels import mirrored_labels
+from training.build.data import augmentation_of, protocol_of
+from training.build.recipe import recipe_of
+from training.config.checks import check
+from training.config.schema import Config
 from training.errors import ConfigError
-from training.job import augmentation_of, protocol_of, recipe_of
-from training.schema import Config, check
 
 PROTOCOLS = {
     "validation": Protocol(8, 32, "uniform_validation"),

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed.optim.schedule import Schedule
+from training.build.recipe import recipe_of
+from training.config.schema import BatchConfig, Config, DataConfig, OptimizerConfig, ScheduleConfig
 from training.errors import ConfigError
-from training.job import recipe_of
 from training.recipe import Execution, Recipe, plan_execution
-from training.schema import BatchConfig, Config, DataConfig, OptimizerConfig, ScheduleConfig
+from training.schedule import Schedule
 
 KINETICS_CLIPS = 239_781
 

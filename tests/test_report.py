@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from distributed.optim.schedule import Schedule
-from training.report import History, write_report
-from training.run_folder import RunFolder
+from training.report.history import History
+from training.report.html import write_report
+from training.runs.run_folder import RunFolder
+from training.schedule import Schedule
 
 _VOID = {"meta", "br", "img", "link", "input", "hr"}
 _LINKS = {"href", "src", "srcset", "action", "data", "poster", "xlink:href"}

@@ -17,18 +17,18 @@ from small_disk import mounted
 from torch import Tensor
 from worlds import CHECKOUT, World, available
 
-from distributed.backend import SingleBackend
-from distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_newest
+from distributed.backends.single import SingleBackend
+from distributed.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, load_newest
 from distributed.topology import find_topology
-from training import schema
-from training.code_version import check_code, code_version
+from training.config.load import register
 from training.errors import ConfigError
-from training.evaluation import Evaluation
+from training.evaluation.evaluate import Evaluation
+from training.evaluation.metrics import Scores
 from training.job import Job
 from training.loop import train as train_loop
-from training.metrics import Scores
-from training.records import Records, read_metrics
-from training.run_folder import RunFolder
+from training.runs.code_version import check_code, code_version
+from training.runs.run_folder import RunFolder
+from training.telemetry.metrics_log import Records, read_metrics
 
 # --- Other code -------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ class Step:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("train.py", "training/step.py", "distributed/optim/lars.py", "docs/words.md", "tests/test_step.py"):
+    for name in ("train.py", "training/step.py", "training/optim/lars.py", "docs/words.md", "tests/test_step.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(SOURCE)
@@ -55,7 +55,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def refusal(before: dict[str, Any] | None, now: dict[str, Any], **checkpoint: bool) -> str:
-    schema.register()
+    register()
     config = compose_config("experiment=smoke", *(f"checkpoint.{key}={value}" for key, value in checkpoint.items()))
     state = {"step": 7} | ({} if before is None else {"code": before})
     try:
@@ -87,15 +87,15 @@ def test_what_cannot_change_a_result_does_not_count(checkout: Path, file: str, t
 def test_other_code_is_refused_and_named(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = code_version(checkout) | {"commit": "abc"}
     (checkout / "training/step.py").write_text(SOURCE.replace("size: int = 3", "size: int = 4"))
-    (checkout / "distributed/optim/lars.py").unlink()
+    (checkout / "training/optim/lars.py").unlink()
     (checkout / "training/new.py").write_text("")
     now = code_version(checkout) | {"commit": "def"}
     told = refusal(before, now)
     assert "commit abc then, def now" in told
-    assert "these files differ: distributed/optim/lars.py, training/new.py, training/step.py)" in told
+    assert "these files differ: training/new.py, training/optim/lars.py, training/step.py)" in told
     assert "Fix: go back" in told and "checkpoint.allow_code_change=true" in told
     assert refusal(before, now, allow_code_change=True) == ""
-    assert "these files differ: distributed/optim/lars.py" in capsys.readouterr().out
+    assert "these files differ: training/new.py" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_does_not_know_its_code_is_taken(checkout: Path) -> None:
@@ -104,9 +104,13 @@ def test_a_checkpoint_that_does_not_know_its_code_is_taken(checkout: Path) -> No
 
 def test_the_code_of_this_checkout_is_all_that_trains() -> None:
     files = code_version(CHECKOUT)["files"]
-    assert {"train.py", "training/step.py", "distributed/optim/lars.py", "tsm/shift.py", "pipelines/order.py"} <= set(
-        files
-    )
+    assert {
+        "train.py",
+        "training/step.py",
+        "training/optim/lars.py",
+        "tsm/shift.py",
+        "pipelines/stream/order.py",
+    } <= set(files)
     assert not [name for name in files if name.startswith(("tests", "docs", "tools", "benchmarks"))]
 
 
@@ -146,7 +150,7 @@ class NobodyElse:
 @pytest.fixture
 def alone(tmp_path: Path) -> Context:
     """A world of one process whose run folders are made in `tmp_path / "disk"`."""
-    schema.register()
+    register()
     backend = SingleBackend(find_topology(), torch.device("cpu"))
     return Context(tmp_path / "disk", backend, cast(Any, NobodyElse()))
 
@@ -268,7 +272,7 @@ def test_the_best_is_saved_when_it_is_found_and_kept(
         scores = dataclasses.replace(SCORES, top1_percent=next(tops))
         return Evaluation(scores, cast(Any, None), [])
 
-    monkeypatch.setattr("training.validation.assess", assess)
+    monkeypatch.setattr("training.evaluation.validate.assess", assess)
     options = ["checkpoint.every_steps=null", "checkpoint.every_epochs=100", "evaluation.every_epochs=1"]
     job = run_with(alone, clips, {}, *options)
     assert steps_of(job, "evaluation", "top1_percent") == [5, 10, 15, 20]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.draw import Augmentation, Draw, dropout_seeds, replacement_row, training_draw
-from pipelines.sampling import EVALUATION_RULES, TRAINING_RULES, dense_training, uniform_training
+from pipelines.stream.augmentation import Augmentation, Draw, dropout_seeds, replacement_row, training_draw
+from pipelines.stream.frame_sampling import EVALUATION_RULES, TRAINING_RULES, dense_training, uniform_training
 
 AUGMENTATION = Augmentation(num_frames=8, size=224, flip="on")
 SIDES = st.integers(2, 700)

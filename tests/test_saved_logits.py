@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.ensemble import ensemble, run_ensemble
 from training.errors import ConfigError
-from training.metrics import ClipLogits, confusion_matrix, scores_of
-from training.saved_logits import Origin, load_logits, save_logits
+from training.evaluation.ensemble import ensemble, run_ensemble
+from training.evaluation.metrics import ClipLogits, confusion_matrix, scores_of
+from training.evaluation.saved_logits import Origin, load_logits, save_logits
 
 CLASSES = ["move left", "move right", 'a "quoted", class']
 ORIGIN = Origin("digest", CLASSES, [0, 0, 1], "run", 360, "recipe", "8x224-uniform-1crop")

@@ -20,13 +20,15 @@ from PIL import Image
 from scan_faults import die_on_bad
 
 import prepare
-from pipelines.datasets.annotations import Annotations, Clip, DataSetError
-from pipelines.datasets.journal import Scanned, open_journal
-from pipelines.datasets.pool import Died, run_guarded
-from pipelines.datasets.write import BAD_FILES_NAME, JOURNAL_NAME, row_path, scan_one, write_manifests
-from pipelines.frames import FrameSeries, find_frames, scan_frames
+from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, Manifest
-from pipelines.scan import BadClip, ClipFacts, scan_clip
+from pipelines.prepare.annotations.base import Annotations, Clip
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.scan.frame_folders import FrameSeries, find_frames, scan_frames
+from pipelines.prepare.scan.scan_clip import ClipFacts, scan_clip
+from pipelines.prepare.scan.scan_journal import Scanned, open_journal
+from pipelines.prepare.scan.write_manifests import BAD_FILES_NAME, JOURNAL_NAME, row_path, scan_one, write_manifests
+from pipelines.prepare.worker_pool import Died, run_guarded
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREPARE = [sys.executable, str(CHECKOUT / "prepare.py")]
@@ -262,8 +264,8 @@ def scanned_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return scan
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.datasets.write.scan_clip", spy(scan_clip))
-        patch.setattr("pipelines.datasets.write.scan_frames", spy(scan_frames))
+        patch.setattr("pipelines.prepare.scan.write_manifests.scan_clip", spy(scan_clip))
+        patch.setattr("pipelines.prepare.scan.write_manifests.scan_frames", spy(scan_frames))
         write_manifests(root, annotate(root), workers=0, max_bad=0.5, max_missing=0.5)
     return sorted(decoded)
 
@@ -333,7 +335,7 @@ def test_too_many_bad_clips_write_nothing(root: Path) -> None:
 
 def test_a_decoder_that_crashes_names_its_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes are real; only the file's ability to crash one is lent to it."""
-    monkeypatch.setattr("pipelines.datasets.write.scan_one", crash_on_seven)
+    monkeypatch.setattr("pipelines.prepare.scan.write_manifests.scan_one", crash_on_seven)
     annotations = annotate(root)
     del annotations.splits["val"]
     reports = write_manifests(root, annotations, workers=2, max_bad=0.5)
@@ -458,7 +460,7 @@ def test_a_worker_that_is_killed_from_outside_loses_nothing(long: Path) -> None:
 
 def test_nothing_of_this_needs_torch() -> None:
     """Scanning processes start in a moment, and videos are prepared on machines without torch's libraries loaded."""
-    code = "import sys, prepare, pipelines.datasets.write; assert 'torch' not in sys.modules"
+    code = "import sys, prepare, pipelines.prepare.scan.write_manifests; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed.optim.schedule import Decay, Schedule, scaled_rate
+from training.schedule import Decay, Schedule, scaled_rate
 
 DECAYS: tuple[Decay, ...] = ("constant", "step", "cosine", "poly2")
 

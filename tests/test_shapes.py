@@ -18,19 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import shapes
+from pipelines.errors import BadClip
 from pipelines.manifest import Manifest
-from pipelines.scan import BadClip, scan_clip
-from pipelines.shapes import (
-    CLASSES,
-    ORDER_GROUPS,
-    ShapesConfig,
-    ShapesError,
-    class_of,
-    draw_clip,
-    encode_clip,
-    write_shapes,
-)
+from pipelines.prepare.scan.scan_clip import scan_clip
+from pipelines.prepare.shapes import write as shapes
+from pipelines.prepare.shapes.drawing import CLASSES, ORDER_GROUPS, class_of, draw_clip, encode_clip
+from pipelines.prepare.shapes.write import ShapesConfig, ShapesError, write_shapes
 
 CHECKOUT = Path(__file__).parents[1]
 SMALL = ShapesConfig(train_clips=20, val_clips=10, size=32, frames=(8, 24))

@@ -22,18 +22,18 @@ from hypothesis import strategies as st
 from small_disk import mounted
 
 import prepare
-from pipelines import storage
-from pipelines.datasets.annotations import DataSetError
-from pipelines.decode import choose_decoder, decode_clip
-from pipelines.draw import Augmentation
-from pipelines.loader import ClipSource, TrainingClips
+from pipelines.decoding import shard_reader
+from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
+from pipelines.decoding.decode import choose_decoder, decode_clip
+from pipelines.decoding.tar import member_space
+from pipelines.errors import BadClip
+from pipelines.loading.clips import ClipSource, TrainingClips
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
-from pipelines.prepared.parts import Part, find_part
-from pipelines.prepared.shard import RECORDS_NAME, parse_bytes, plan_shards
-from pipelines.prepared.shard_file import write_shard
-from pipelines.scan import BadClip
-from pipelines.storage import clip_bytes, frame_bytes
-from pipelines.tar import member_space
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.repack.job_array import Part, find_part
+from pipelines.prepare.repack.shard import RECORDS_NAME, parse_bytes, plan_shards
+from pipelines.prepare.repack.shard_file import write_shard
+from pipelines.stream.augmentation import Augmentation
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -64,9 +64,9 @@ def shards(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _opened_anew() -> Iterator[None]:
-    storage.close_shards()
+    shard_reader.close_shards()
     yield
-    storage.close_shards()
+    shard_reader.close_shards()
 
 
 def shard(root: Path, target: Path, size: str = "40KB", *options: str) -> int:

@@ -21,7 +21,7 @@ from jobs import differing, last_checkpoint, make_clips
 from slurm_cluster import SlurmCluster
 from worlds import CHECKOUT, World, available
 
-from training.records import read_metrics
+from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -14,14 +14,14 @@ from clips import write_both_kinds
 from small_disk import mounted
 
 import prepare
-from pipelines import copies, storage
-from pipelines.decode import decode_clip
+from pipelines.decoding import shard_reader, staged_copies
+from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
+from pipelines.decoding.decode import decode_clip
+from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
-from pipelines.order import StreamOrder
-from pipelines.prepared.shard_index import read_shard_index
-from pipelines.prepared.stage import CopyTask, copy_files, parse_range
-from pipelines.scan import BadClip
-from pipelines.storage import clip_bytes, frame_bytes
+from pipelines.prepare.repack.shard_index import read_shard_index
+from pipelines.prepare.repack.stage import CopyTask, copy_files, parse_range
+from pipelines.stream.order import StreamOrder
 
 KINDS = ("files", "shards", "elsewhere")
 
@@ -47,18 +47,18 @@ def shared(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(copies.VARIABLE, raising=False)
-    copies._given_up.clear()
-    storage.close_shards()
+    monkeypatch.delenv(staged_copies.VARIABLE, raising=False)
+    staged_copies._given_up.clear()
+    shard_reader.close_shards()
     yield
-    copies._given_up.clear()
-    storage.close_shards()
+    staged_copies._given_up.clear()
+    shard_reader.close_shards()
 
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of copies that reading looks into."""
-    monkeypatch.setenv(copies.VARIABLE, str(tmp_path / "local"))
+    monkeypatch.setenv(staged_copies.VARIABLE, str(tmp_path / "local"))
     return tmp_path / "local"
 
 
@@ -103,7 +103,7 @@ def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.
     before = {(split, row): pixels(root, row) for split in ("train", "val") for row in rows_of(root, split)}
     assert stage(root, local) == 0
     assert ", 0 there already" in capsys.readouterr().out
-    storage.close_shards()
+    shard_reader.close_shards()
     hide(shared)
     for (_, row), video_TCHW in before.items():
         assert torch.equal(pixels(root, row), video_TCHW)
@@ -115,7 +115,7 @@ def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.
 
 
 def test_paths_by_another_name(shared: Path, local: Path, tmp_path: Path) -> None:
-    """A symbolic link to the data, and a path from here, lead to the same copies."""
+    """A symbolic link to the data, and a path from here, lead to the same staged_copies."""
     (tmp_path / "link").symlink_to(shared / "shards")
     assert stage(tmp_path / "link", local) == 0
     hide(shared)
@@ -128,7 +128,7 @@ def test_another_data_set_of_the_same_names(shared: Path, local: Path, tmp_path:
     other = Path(shutil.copytree(shared / "shards", tmp_path / "other"))
     assert stage(shared / "shards", local) == 0
     hide(tmp_path / "other")
-    storage.close_shards()
+    shard_reader.close_shards()
     assert readable(other) == []
 
 
@@ -139,7 +139,7 @@ def test_without_a_copy_the_shared_file_is_read(shared: Path, local: Path, kind:
     copied = sorted(path for path in local.rglob("*") if path.is_file())
     for path in copied[::2]:
         path.unlink()
-    storage.close_shards()
+    shard_reader.close_shards()
     assert len(readable(root)) == 12
 
 
@@ -169,14 +169,14 @@ def test_a_copy_that_goes_bad(
     assert stage(root, local) == 0
     row = next(row for row in rows_of(root) if row.codec != JPEG_FRAMES)
     video_TCHW = pixels(root, row)
-    copy = copies.find_copy(root, row)
+    copy = staged_copies.find_copy(root, row)
     assert copy is not None
     spoil(copy, row)  # type: ignore[operator]
     for _ in range(2):
         assert torch.equal(pixels(root, row), video_TCHW)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "gone bad" in line]
     assert str(copy) in line and f"reading {root / row.path}" in line
-    assert copies.find_copy(root, row) is None
+    assert staged_copies.find_copy(root, row) is None
 
 
 def test_a_clip_that_is_bad_everywhere(shared: Path, local: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +188,7 @@ def test_a_clip_that_is_bad_everywhere(shared: Path, local: Path, capsys: pytest
     with pytest.raises(BadClip, match=re.escape(str(root / row.path))):
         pixels(root, wrong)
     assert "gone bad" not in capsys.readouterr().err
-    assert copies.find_copy(root, row) is not None
+    assert staged_copies.find_copy(root, row) is not None
 
 
 # --- What is copied ---------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: p
     assert len(readable(root)) == 12
     assert "gone bad" not in capsys.readouterr().err  # nothing is said of what was never copied
     hide(shared)
-    storage.close_shards()
+    shard_reader.close_shards()
     found = set(readable(root))
     assert found == wanted if kind == "files" else found >= wanted
     assert len(wanted) == 4
@@ -231,9 +231,9 @@ def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: p
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with mounted(tmp_path / "disk", "200k") as disk:
-        monkeypatch.setenv(copies.VARIABLE, str(disk))
+        monkeypatch.setenv(staged_copies.VARIABLE, str(disk))
         yield disk
-        storage.close_shards()
+        shard_reader.close_shards()
 
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
@@ -250,7 +250,7 @@ def test_as_much_as_fits(shared: Path, small_disk: Path, kind: str, capsys: pyte
     assert shutil.disk_usage(small_disk).free >= 2000
     assert len(readable(root)) + len(readable(root, "val")) == 16
     hide(shared)
-    storage.close_shards()
+    shard_reader.close_shards()
     assert 0 < len(readable(root)) + len(readable(root, "val")) < 16
 
 

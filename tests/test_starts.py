@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from training.errors import NoProgressError
-from training.starts import check_progress, note_start, read_starts
+from training.runs.restarts import check_progress, note_start, read_starts
 
 
 class Run:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import CLASSES, CLIPS, FRAMES, batches_of, trainer_of
 
-from distributed.backend import SingleBackend
-from distributed.optim.lars import Lars
+from distributed.backends.single import SingleBackend
 from distributed.topology import Topology
-from pipelines.draw import dropout_seeds
-from training.diagnostics import Diagnostics, noise_and_signal
-from training.guard import clip_, gradient_norms
-from training.optimizers import step_counts
+from pipelines.stream.augmentation import dropout_seeds
+from training.optim.gradient_diagnostics import Diagnostics, noise_and_signal
+from training.optim.lars import Lars
+from training.optim.nonfinite_guard import clip_, gradient_norms
+from training.optim.optimizers import step_counts
 from training.step import Trainer
 from tsm.networks import TemporalNetwork, build_network
 

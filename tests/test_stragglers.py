@@ -16,10 +16,18 @@ from hypothesis import strategies as st
 from jobs import make_clips, start_training, wait_for_record
 from worlds import CHECKOUT, World
 
-from distributed.backend import SingleBackend
+from distributed.backends.single import SingleBackend
 from distributed.topology import find_topology
-from training.records import read_metrics
-from training.stragglers import CROWDED_WINDOWS, EXCESS, SLOW_WINDOWS, WINDOW_STEPS, BusyClock, Straggler, Stragglers
+from training.telemetry.metrics_log import read_metrics
+from training.telemetry.stragglers import (
+    CROWDED_WINDOWS,
+    EXCESS,
+    SLOW_WINDOWS,
+    WINDOW_STEPS,
+    BusyClock,
+    Straggler,
+    Stragglers,
+)
 
 
 def stragglers_after(
@@ -99,9 +107,9 @@ COMPUTE = """
 import sys, time
 import torch
 from torch import nn
-from distributed.backend import SingleBackend
+from distributed.backends.single import SingleBackend
 from distributed.topology import find_topology
-from training.stragglers import BusyClock
+from training.telemetry.stragglers import BusyClock
 network = nn.Linear(4, 1)
 clock = BusyClock(network, SingleBackend(find_topology({}), torch.device("cpu")))
 clock.ask()

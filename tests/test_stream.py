@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.keyed import key_of, mix, mix_array, uniforms, words
-from pipelines.order import StreamOrder, evaluation_rows, permute
+from pipelines.stream.counter_rng import key_of, mix, mix_array, uniforms, words
+from pipelines.stream.order import StreamOrder, evaluation_rows, permute
 from training.recipe import Execution, plan_execution
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)

@@ -295,7 +295,7 @@ def test_the_world_asked_for_is_taken() -> None:
 def test_what_a_preflight_needs_imports_without_torch() -> None:
     code = (
         "import sys\n"
-        "import distributed.topology, pipelines.order, pipelines.manifest, training.recipe\n"
+        "import distributed.topology, pipelines.stream.order, pipelines.manifest, training.recipe\n"
         "import slurm.preflight.judge, slurm.preflight.node, slurm.rehearse\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.torch_backend import without_buffer_sync
+from distributed.backends.ddp import without_buffer_sync
 
 
 def of_torch_2_11(module: Any, broadcast_buffers: bool = True) -> None:

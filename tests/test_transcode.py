@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from small_disk import mounted
 
 import prepare
-from pipelines.containers import EncodedVideo, open_video
-from pipelines.datasets.annotations import DataSetError
-from pipelines.decode import choose_decoder, decode_clip
+from pipelines.decoding.decode import choose_decoder, decode_clip
+from pipelines.decoding.video import EncodedVideo, open_video
 from pipelines.manifest import Manifest, ManifestRow
-from pipelines.prepared.encoders import ENCODERS
-from pipelines.prepared.parts import Part, alone_on
-from pipelines.prepared.pictures import scaled_size
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.repack.encoders import ENCODERS
+from pipelines.prepare.repack.job_array import Part, alone_on
+from pipelines.prepare.repack.rescale import scaled_size
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FRAMES = 12

@@ -29,7 +29,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed.wire import half_part
+from distributed.backends.fp16_compression import half_part
 
 SUMMIT = 1536  # ranks of the published run
 
@@ -54,7 +54,7 @@ def tree_sum(parts_RN: Tensor) -> Tensor:
 def compressor_of() -> Any:
     """Makes the compressor for a world of any size."""
     try:
-        from distributed.horovod_backend import _Compressor
+        from distributed.backends.horovod import _Compressor
     except ImportError as error:
         pytest.skip(f"Horovod is not built here (make horovod): {error}")
     return _Compressor

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from distributed import norm_messages, synchronized_norm_cuda
+from distributed.batch_norm import messages
+from distributed.batch_norm import synchronized_cuda as synchronized_norm_cuda
 from runtime.triton_launch import triton_can_launch
 from tsm import shift
 
@@ -39,7 +40,7 @@ def test_without_triton_torchs_operators_do_the_work(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not triton_can_launch()
     assert shift._fused_shift() is None
-    assert synchronized_norm_cuda._message_kernels() is norm_messages
+    assert synchronized_norm_cuda._message_kernels() is messages
 
 
 def test_triton_that_cannot_launch_is_warned_of_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,13 +48,13 @@ def test_triton_that_cannot_launch_is_warned_of_once_and_left_out(monkeypatch: p
     with pytest.warns(UserWarning, match=r"Triton cannot launch.*no C compiler.*Fix: install a C compiler"):
         assert not triton_can_launch()
     assert shift._fused_shift() is None
-    assert synchronized_norm_cuda._message_kernels() is norm_messages
+    assert synchronized_norm_cuda._message_kernels() is messages
 
 
 def test_where_triton_can_launch_its_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     driver_of_triton(monkeypatch, None)
-    from distributed import norm_messages_triton
+    from distributed.batch_norm import messages_triton
     from tsm import shift_triton
 
     assert shift._fused_shift() is shift_triton.fused_shift
-    assert synchronized_norm_cuda._message_kernels() is norm_messages_triton
+    assert synchronized_norm_cuda._message_kernels() is messages_triton

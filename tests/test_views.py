@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, PILToTensor, Resize
 from torchvision.transforms import functional as vision
 
-from pipelines.draw import Draw, crop_offsets
-from pipelines.loader import _crop, _resized
-from pipelines.sampling import EVALUATION_RULES
-from pipelines.views import Protocol, evaluation_views
+from pipelines.loading.clips import _crop, _resized
+from pipelines.stream.augmentation import Draw, crop_offsets
+from pipelines.stream.eval_views import Protocol, evaluation_views
+from pipelines.stream.frame_sampling import EVALUATION_RULES
 
 CENTRE = Protocol(num_frames=8, size=224)
 SIDES = st.integers(16, 700)

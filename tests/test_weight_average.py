@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from worlds import CHECKOUT
 
-from training.weight_average import WeightAverage
+from training.optim.ema import WeightAverage
 
 GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from worlds import WORLDS, Results, World, available, launch
 
-from pipelines.draw import dropout_seeds
-from pipelines.loader import ClipSource, TrainingClips
-from training import schema
-from training.diagnostics import noise_and_signal
-from training.job import augmentation_of, recipe_of
-from training.records import read_metrics
+from pipelines.loading.clips import ClipSource, TrainingClips
+from pipelines.stream.augmentation import dropout_seeds
+from training.build.data import augmentation_of
+from training.build.recipe import recipe_of
+from training.config.load import register
+from training.optim.gradient_diagnostics import noise_and_signal
+from training.telemetry.metrics_log import read_metrics
 from tsm.networks import build_network
 
 pytestmark = pytest.mark.slow
@@ -80,7 +81,7 @@ def reference_weights(launches: dict[Any, Any]) -> dict[str, Tensor]:
 
 def bare_loop(clips: Path) -> dict[str, Tensor]:
     """The `whole_world` run in plain torch: the network as built, its own batch norm, torch's SGD, one process, one batch."""
-    schema.register()
+    register()
     config = compose_config(*EQUIVALENCE, f"data.root={clips}")
     dataset = TrainingClips(ClipSource(clips / "train.arrow", "pyav"), augmentation_of(config), config.seed)
     recipe = recipe_of(config, len(dataset.source.manifest), "")
@@ -207,7 +208,7 @@ def test_precise_batch_norm_averages_over_groups_of_the_next_steps(launches: dic
         if isinstance(module, torch.nn.BatchNorm2d):
             seen = moments.setdefault(name, [])
             module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(moments_of(args[0])))
-    schema.register()
+    register()
     config = compose_config(*EQUIVALENCE, f"data.root={launches['folder'] / 'clips'}")
     source = ClipSource(launches["folder"] / "clips" / "train.arrow", "pyav")
     dataset = TrainingClips(source, augmentation_of(config), config.seed)

@@ -7,17 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from distributed.backend import ReducerOptions, SingleBackend
-from distributed.batch_norm import convert_batch_norm
-from distributed.optim.lars import Lars
-from distributed.optim.schedule import Schedule
+from distributed.backends.base import ReducerOptions
+from distributed.backends.single import SingleBackend
+from distributed.batch_norm.layer import convert_batch_norm
 from distributed.topology import Topology
-from pipelines.loader import ClipBatch
-from training.numerics import place_network
-from training.optimizers import DeviceStepCount, make_optimizer, parameter_groups
+from pipelines.loading.clips import ClipBatch
+from training.build.normalise import Normaliser
+from training.build.numerics import place_network
+from training.config.schema import NumericsConfig, OptimizerConfig
+from training.optim.lars import Lars
+from training.optim.optimizers import DeviceStepCount, make_optimizer, parameter_groups
 from training.recipe import Recipe, plan_execution
-from training.schema import NumericsConfig, OptimizerConfig
-from training.step import Normaliser, Trainer
+from training.schedule import Schedule
+from training.step import Trainer
 from tsm.networks import build_network
 
 CLIPS, CLASSES, FRAMES = 4, 5, 2

@@ -125,9 +125,9 @@ def launch(world: World, folder: Path) -> Results:
 def main(folder: Path) -> int:
     """Run every body on this rank; the first that raises ends the launch, since the ranks are out of step then."""
     sys.path.insert(0, str(CHECKOUT))
-    from pipelines.lasting import lasting_objects
+    from runtime.gc_freeze import frozen_imports
 
-    with lasting_objects():
+    with frozen_imports():
         from bodies import BODIES, start
 
     context = start(folder)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import distributed
+from runtime.checkout import CHECKOUT
 
-_CHECKOUT = Path(__file__).parent.parent
-if distributed.__file__ is None or Path(distributed.__file__).parent.parent != _CHECKOUT:
+if distributed.__file__ is None or Path(distributed.__file__).parent.parent != CHECKOUT:
     raise ImportError(
-        f"`import distributed` found {distributed.__file__}, probably dask's, instead of the folder in {_CHECKOUT}. "
+        f"`import distributed` found {distributed.__file__}, probably dask's, instead of the folder in {CHECKOUT}. "
         "Fix: start the entry points from that checkout, as `python train.py`"
     )

@@ -1,13 +1,6 @@
 """Failures that a user can mend, and the exit codes that launchers act on."""
 
-EXIT_DONE = 0
-EXIT_FAILURE = 1  # an error that nobody foresaw
-EXIT_CONFIG = 2  # the configuration or the launch is wrong: running it again changes nothing
-EXIT_DATA = 3  # the data are wrong: likewise
-EXIT_DIVERGED = 4  # the numbers are no longer finite: likewise
-EXIT_NO_PROGRESS = 5  # faults, and two restarts led no further: somebody must look
-EXIT_REQUEUE = 75  # stopped before the end, in good order or by a fault of a machine: run the same command again
-EXIT_INTERRUPTED = 130  # Ctrl-C
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_NO_PROGRESS
 
 
 class ConfigError(ValueError):

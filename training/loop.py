@@ -4,15 +4,16 @@ from collections import deque
 
 import torch
 
-from .diagnostics import Diagnostics
-from .errors import EXIT_DONE
-from .evaluation import Abandoned
+from runtime.exit_codes import EXIT_DONE
+from training.evaluation.evaluate import Abandoned
+from training.evaluation.validate import validate
+from training.optim.gradient_diagnostics import Diagnostics
+from training.telemetry.interval import Window
+from training.telemetry.metrics_log import Records
+
+from .checkpointing import Saves, check_finished
 from .job import Job
-from .records import Records
-from .saves import Saves, check_finished
 from .signals import StopSignal
-from .validation import validate
-from .window import Window
 
 STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
 

@@ -9,33 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import FrameType
 
-from distributed.backend import Backend, make_backend, pick_device
-from distributed.control import ControlChannel
+from distributed.backends.base import Backend
+from distributed.backends.make import make_backend, pick_device
+from distributed.health.control_channel import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
-from pipelines.loader import WorkerLostError, start_worker_server
-from pipelines.scan import BadClip
+from pipelines.errors import BadClip
+from pipelines.loading.worker_loader import WorkerLostError, start_worker_server
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
+from training.build.numerics import check_device, set_numerics
+from training.config.schema import Config
+from training.planning.summary import describe_plan
+from training.report.html import write_report
+from training.runs.restarts import check_progress
+from training.telemetry.metrics_log import Records
 
-from .errors import (
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DONE,
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
-    ConfigError,
-    DataError,
-    DivergedError,
-    NoProgressError,
-)
+from .errors import ConfigError, DataError, DivergedError, NoProgressError
 from .job import Job, build_job
 from .loop import train
-from .numerics import check_device, set_numerics
-from .plan import describe_plan
 from .recipe import plan_execution
-from .records import Records
-from .report import write_report
-from .schema import Config
-from .starts import check_progress
 
 Task = Callable[[Config, Backend, ControlChannel], int]
 

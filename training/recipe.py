@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed.optim.schedule import Schedule
-
 from .errors import ConfigError
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import ClassVar
 
-from .errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from runtime.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 
 class StopSignal:

@@ -6,44 +6,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from distributed.backend import Reducer
-from pipelines.draw import dropout_seeds
-from pipelines.loader import ClipBatch
+from distributed.backends.base import Reducer
+from pipelines.loading.clips import ClipBatch
+from pipelines.stream.augmentation import dropout_seeds
+from training.build.normalise import Normaliser
+from training.build.numerics import autocast
+from training.optim.ema import WeightAverage
+from training.optim.gradient_diagnostics import Diagnostics
+from training.optim.nonfinite_guard import StepGuard, clip_, gradient_norms
+from training.optim.optimizers import set_learning_rate
 from tsm.networks import TemporalNetwork
 
-from .diagnostics import Diagnostics
-from .guard import StepGuard, clip_, gradient_norms
-from .numerics import autocast, parameter_dtype
-from .optimizers import set_learning_rate
 from .recipe import Execution, Recipe
-from .schema import NumericsConfig
-from .weight_average import WeightAverage
-
-# ImageNet's statistics, in levels of 0 to 255 (the official TSM normalises with them).
-_MEAN_C = (123.675, 116.28, 103.53)
-_STD_C = (58.395, 57.12, 57.375)
-
-
-class Normaliser:
-    """Moves uint8 clips to the device and to normalised numbers there: an eighth of float64's, a quarter of float32's traffic."""
-
-    def __init__(self, device: torch.device, numerics: NumericsConfig) -> None:
-        self.device = device
-        self._dtype = parameter_dtype(numerics)
-        self._channels_last = numerics.channels_last
-        self._scale_C11 = (1 / torch.tensor(_STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
-        self._shift_C11 = (
-            (-torch.tensor(_MEAN_C, dtype=torch.float64).to(device) * self._scale_C11.view(3))
-            .to(self._dtype)
-            .view(3, 1, 1)
-        )
-
-    def __call__(self, video_NTCHW: Tensor) -> Tensor:
-        video_NTCHW = video_NTCHW.to(self.device, non_blocking=True)
-        if self._channels_last:
-            frames_BCHW = video_NTCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            video_NTCHW = frames_BCHW.unflatten(0, video_NTCHW.shape[:2])
-        return torch.addcmul(self._shift_C11, video_NTCHW.to(self._dtype), self._scale_C11)
 
 
 @dataclass
@@ -73,8 +47,8 @@ class Trainer:
     def step(self, step: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
 
-        A step whose gradient is not finite changes nothing (training.guard). Returns `[sum of losses, right answers, clips, bad]`,
-        the first three of this rank, `bad` 1 or 0 on all; on the device, so that nothing waits for it.
+        A step whose gradient is not finite changes nothing (training.optim.nonfinite_guard). Returns `[sum of losses, right
+        answers, clips, bad]`, the first three of this rank, `bad` 1 or 0 on all; on the device, so that nothing waits for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()

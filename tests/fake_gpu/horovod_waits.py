@@ -11,8 +11,8 @@ def main() -> None:
     sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
     import torch
 
-    from distributed.backend import pick_device
-    from distributed.horovod_backend import HorovodBackend
+    from distributed.backends.horovod import HorovodBackend
+    from distributed.backends.make import pick_device
     from distributed.topology import find_topology
     from fake_gpu.counters import counts
 

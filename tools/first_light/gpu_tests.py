@@ -60,7 +60,9 @@ def run_test(settings: Settings, report: Path, test: str) -> dict[str, Any]:
     limit_s = settings.left_s() if settings.tiny else min(TEST_LIMIT_S, settings.left_s())
     if limit_s < 2:
         return {"outcome": "no time", "skipped": "no time"}
-    ended = run([*PYTEST, "-m", "", f"--junitxml={report}", test], limit_s, {"OMP_NUM_THREADS": "2", "FORBID_SKIPS": "0"})
+    ended = run(
+        [*PYTEST, "-m", "", f"--junitxml={report}", test], limit_s, {"OMP_NUM_THREADS": "2", "FORBID_SKIPS": "0"}
+    )
     if ended.exit_code is None:
         return {"outcome": "timeout", "duration_s": ended.duration_s, "error": f"timeout\n{ended.output[-2500:]}"}
     if ended.exit_code == 0:

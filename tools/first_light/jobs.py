@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from distributed.checkpoint import load_newest
-from training.records import read_metrics
+from distributed.checkpoint.store import load_newest
+from training.telemetry.metrics_log import read_metrics
 
 from .processes import Ended, run
 from .report import Results

@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from training import schema
-from training.memory import step_costs
+from training.config import schema
+from training.planning.memory import step_costs
 
 from .report import Results
 from .settings import Shape

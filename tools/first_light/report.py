@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from runtime.atomic_write import write_text
+
 from .settings import CHECKOUT, Settings
 
 REPORT = "first_light.json"
@@ -19,9 +21,7 @@ Case = TypeVar("Case")
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write atomically. The first line holds the first key and its value: of a report, whether its figures mean anything."""
     text = json.dumps(value, indent=1, default=str)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("{" + text[1:].lstrip() + "\n")
-    os.replace(aside, path)
+    write_text(path, "{" + text[1:].lstrip() + "\n")
 
 
 class Results:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from trainers import batches_of, trainer_of  # of tests/
 
-from pipelines.loader import ClipBatch
+from pipelines.loading.clips import ClipBatch
+from training.optim.ema import WeightAverage
 from training.step import Trainer
-from training.weight_average import WeightAverage
 
 from .settings import Settings, Shape
 

@@ -1,0 +1,1 @@
+"""Communication backends: one process, torch.distributed and Horovod under one protocol."""

@@ -1,0 +1,130 @@
+"""The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun or srun."""
+
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed.topology import Topology, TopologyError, rendezvous
+
+from .base import Group, Reducer, ReducerOptions
+from .fp16_compression import half_part
+
+
+class TorchBackend:
+    """See `distributed.backends.base.Backend`."""
+
+    name = "torch"
+    waited_s = 0.0
+
+    def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
+        self.topology = topology
+        self.device = device
+        # Gloo beside NCCL carries the small objects, which live on the CPU.
+        transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if topology.launcher == "none":
+            dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
+            return
+        timeout = timedelta(seconds=timeout_s)
+        if topology.launcher.startswith("srun"):
+            host, port = rendezvous()
+            where = f"tcp://{host}:{port}"
+            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+        else:
+            dist.init_process_group(transport, timeout=timeout)
+        if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
+            raise TopologyError(
+                f"{topology.launcher} promised rank {topology.rank} of {topology.size}, torch.distributed has rank "
+                f"{dist.get_rank()} of {dist.get_world_size()}"
+            )
+
+    def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
+        started_s = time.perf_counter()
+        dist.all_reduce(x, group=None if group is None else group.handle)
+        self.waited_s += time.perf_counter() - started_s
+
+    def broadcast_(self, x: Tensor, name: str) -> None:
+        dist.broadcast(x, src=0)
+
+    def broadcast_object(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.topology.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
+        mine = None
+        for ranks in rank_groups:  # every rank takes part in the making of every group
+            handle = dist.new_group(list(ranks))
+            if self.topology.rank in ranks:
+                mine = Group(tuple(ranks), handle)
+        return mine
+
+    def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
+        return _DdpReducer(network, self.device, options)
+
+    def barrier(self) -> None:
+        # NCCL has to be told the device. Bound to the world instead (init_process_group's device_id), it would also make every
+        # group of ranks by a split in which all ranks take part: 192 collectives at start for 192 groups of batch norm.
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:
+    """Keyword arguments that keep DistributedDataParallel from broadcasting buffers before each forward pass.
+
+    The argument is `broadcast_buffers` in torch 2.11 and `forward_sync_buffers` in torch 2.14, which warns about the old name.
+    """
+    names = inspect.signature(ddp).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+
+
+class _DdpReducer:
+    """DistributedDataParallel inside the Reducer protocol: buckets and overlap with backward are DDP's own."""
+
+    def __init__(self, network: nn.Module, device: torch.device, options: ReducerOptions) -> None:
+        # Said of 1 x 1 convolutions, whose strides are ambiguous: both layouts are the same bytes.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP constructor")
+        self._ddp = DistributedDataParallel(
+            network,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            # DDP lays its buckets out anew after the first step, by arrival; a resumed run would then sum its first step in
+            # other parts than the run that it resumes. It leaves them alone when it has to look for unused parameters.
+            find_unused_parameters=options.deterministic,
+            # Batch-norm statistics are averaged by our own rule.
+            **without_buffer_sync(),
+        )
+        self.network: nn.Module = self._ddp
+        if options.half_wire:
+            self._ddp.register_comm_hook(dist.get_world_size(), _reduce_in_half)
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        with nullcontext() if last else self._ddp.no_sync():
+            yield
+
+    def finish(self) -> None:
+        pass  # DDP's backward returns with the reduced gradients in place
+
+
+def _reduce_in_half(size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for a bucket: its mean over the world, by way of fp16."""
+    gradient = bucket.buffer()
+    sent = dist.all_reduce(half_part(gradient, size), async_op=True)
+    return sent.get_future().then(lambda done: gradient.copy_(done.value()[0]))

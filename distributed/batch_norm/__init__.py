@@ -1,0 +1,1 @@
+"""Batch norm over groups of clips that one or several ranks hold."""

@@ -1,0 +1,1 @@
+"""Checkpoints: written atomically, checked when read."""

@@ -1,0 +1,1 @@
+"""Detect dead and hung ranks, and end the job with the right exit code."""

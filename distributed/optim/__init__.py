@@ -1,1 +1,0 @@
-"""Optimizer mathematics: pure functions of the step, unaware of processes."""

@@ -1,0 +1,1 @@
+"""Batches of clips: worker processes or DALI."""

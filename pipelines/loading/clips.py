@@ -1,0 +1,217 @@
+"""Data sets of training and evaluation clips: one item is a decoded, cropped clip."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+
+from pipelines.decoding.decode import decode_clip
+from pipelines.errors import BadClip
+from pipelines.manifest import Manifest, ManifestRow
+from pipelines.stream.augmentation import Augmentation, Draw, replacement_row, training_draw
+from pipelines.stream.eval_views import Protocol, evaluation_views
+from pipelines.stream.mirror_labels import mirrored_labels
+from pipelines.stream.order import StreamOrder
+
+_REPLACEMENT_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class BadClipRecord:
+    """A clip that could not be decoded, and why."""
+
+    row: int
+    epoch: int
+    reason: str
+    replaced_by: int | None = None
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """A batch as every loader yields it.
+
+    `video_NTCHW` uint8, `label_N` int64, `row_N` int64 (manifest rows, after any replacement), `real_N` bool: False for
+    padding and for missing clips of an evaluation, which must not be counted. `bad_clips`: what could not be decoded.
+    In an evaluation with several views of each clip the video is (N * views, T, C, H, W), a clip's views side by side.
+    """
+
+    video_NTCHW: Tensor
+    label_N: Tensor
+    row_N: Tensor
+    real_N: Tensor
+    bad_clips: tuple[BadClipRecord, ...] = ()
+
+    def pin_memory(self) -> "ClipBatch":
+        return replace(
+            self,
+            video_NTCHW=self.video_NTCHW.pin_memory(),
+            label_N=self.label_N.pin_memory(),
+            real_N=self.real_N.pin_memory(),
+        )
+
+
+Clips = tuple[list[tuple[Any, int, int]], NDArray[np.bool_], list[BadClipRecord]]
+"""Of a batch: (pixels, or what a source gives instead; label; row) of each clip, which are real, and which were bad."""
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Decodes clips of one manifest; travels to worker processes, each of which maps the manifest itself."""
+
+    manifest_path: Path
+    decoder: str
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.open(self.manifest_path)
+
+    def pixels(self, row: ManifestRow, draw: Draw, size: int) -> Tensor:
+        """The clip as training draws it, uint8 (T, 3, size, size). Raises BadClip."""
+        crop_TCHW = _crop(self._frames(row, draw.frame_T), draw)
+        return _resized(crop_TCHW, size, size)
+
+    def view_pixels(self, row: ManifestRow, views: list[Draw]) -> Tensor:
+        """All views of a clip, which are scaled alike, uint8 (V, T, 3, H, W); each frame is decoded once. Raises BadClip."""
+        assert views[0].scaled is not None
+        width, height = views[0].scaled
+        needed_F = frames_needed(views)
+        return cut_views(_resized(self._frames(row, needed_F), width, height), needed_F, views)
+
+    def _frames(self, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+        """Whole upright frames, uint8 (T, 3, H, W)."""
+        video_TCHW = decode_clip(self.decoder, self.manifest.root, row, frame_T)
+        upright_width, upright_height = row.upright_size
+        if video_TCHW.shape[2:] != (upright_height, upright_width):
+            raise BadClip(
+                f"{self.manifest.root / row.path}: frames are {tuple(video_TCHW.shape[2:])}, "
+                f"the manifest says {(upright_height, upright_width)}"
+            )
+        return video_TCHW
+
+
+def frames_needed(views: list[Draw]) -> NDArray[np.int64]:
+    """The frames that the views of a clip look at, in ascending order, each there once."""
+    return np.unique(np.concatenate([view.frame_T for view in views]))
+
+
+def cut_views(frames_FCHW: Tensor, needed_F: NDArray[Any], views: list[Draw]) -> Tensor:
+    """All views, (V, T, 3, H, W), from the frames `needed_F` of a clip, upright and scaled."""
+    return torch.stack([_crop(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)] for view in views])
+
+
+def _crop(video_TCHW: Tensor, draw: Draw) -> Tensor:
+    crop_TCHW = video_TCHW[:, :, draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
+    return crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+
+
+def _resized(video_TCHW: Tensor, width: int, height: int) -> Tensor:
+    """Pillow's bilinear filter, with which the official code scales: it averages over all pixels that one pixel covers."""
+    if video_TCHW.shape[2:] == (height, width):
+        return video_TCHW
+    return interpolate(video_TCHW, (height, width), mode="bilinear", antialias=True)
+
+
+@dataclass(frozen=True)
+class TrainingClips(Dataset[ClipBatch]):
+    """Maps stream positions (N,) to a ClipBatch; a clip that cannot be decoded is replaced by rule, and reported.
+
+    Raises ValueError when clips are to be relabelled and a class has no mirror image (pipelines/stream/mirror_labels.py).
+    """
+
+    source: ClipSource
+    augmentation: Augmentation
+    seed: int
+    _order: StreamOrder = field(init=False)
+    _mirrored_labels: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        manifest = self.source.manifest
+        labels = list(range(len(manifest.classes)))
+        if self.augmentation.flip == "relabel":
+            labels = mirrored_labels(manifest.classes, self.augmentation.mirrored_words)
+        object.__setattr__(self, "_order", StreamOrder(len(manifest), self.seed))
+        object.__setattr__(self, "_mirrored_labels", labels)
+
+    def __getitem__(self, position_N: NDArray[np.int64]) -> ClipBatch:
+        return _collate(*self.clips(position_N))
+
+    def clips(self, position_N: NDArray[np.int64]) -> Clips:
+        """The clips at these positions of the stream, all of them real."""
+        bad_clips: list[BadClipRecord] = []
+        epoch_N, row_N = self._order.at(position_N)
+        clips = [self._clip(int(epoch), int(row), bad_clips) for epoch, row in zip(epoch_N, row_N, strict=True)]
+        return clips, np.ones(len(clips), dtype=np.bool_), bad_clips
+
+    def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> tuple[Any, int, int]:
+        """`(video_TCHW, label, row)` of a row, or of the first replacement that decodes."""
+        source, candidate = self.source, row
+        for attempt in range(_REPLACEMENT_ATTEMPTS):
+            entry = source.manifest.row(candidate)
+            draw = training_draw(self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate)
+            try:
+                video_TCHW = source.pixels(entry, draw, self.augmentation.size)
+            except BadClip as error:
+                substitute = replacement_row(len(source.manifest), self.seed, epoch, row, attempt)
+                bad_clips.append(BadClipRecord(candidate, epoch, str(error), substitute))
+                candidate = substitute
+                continue
+            return video_TCHW, self._mirrored_labels[entry.label] if draw.flip else entry.label, candidate
+        raise BadClip(
+            f"row {row} and {_REPLACEMENT_ATTEMPTS - 1} replacements cannot be decoded; the last: {bad_clips[-1].reason}"
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationClips(Dataset[ClipBatch]):
+    """Maps `(row_N, real_N)` to a ClipBatch with all views of each clip; a clip that cannot be decoded becomes zeros that are
+    not real."""
+
+    source: ClipSource
+    protocol: Protocol
+
+    def __getitem__(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> ClipBatch:
+        batch = _collate(*self.clips(rows))
+        return replace(batch, video_NTCHW=batch.video_NTCHW.flatten(0, 1))
+
+    def clips(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> Clips:
+        """The clips of these rows; which of them are real, after what could not be decoded."""
+        row_N, real_N = rows
+        real_N = real_N.copy()
+        bad_clips: list[BadClipRecord] = []
+        protocol = self.protocol
+        blank_VTCHW = torch.zeros(
+            protocol.views, protocol.num_frames, 3, protocol.side, protocol.side, dtype=torch.uint8
+        )
+        clips = []
+        for slot, row in enumerate(row_N.tolist()):
+            entry = self.source.manifest.row(row)
+            video_VTCHW = blank_VTCHW
+            if real_N[slot]:
+                views = evaluation_views(protocol, entry.num_frames, *entry.upright_size)
+                try:
+                    video_VTCHW = self.source.view_pixels(entry, views)
+                except BadClip as error:
+                    bad_clips.append(BadClipRecord(row, 0, str(error)))
+                    real_N[slot] = False
+            clips.append((video_VTCHW, entry.label, row))
+        return clips, real_N, bad_clips
+
+
+def _collate(
+    clips: list[tuple[Tensor, int, int]], real_N: NDArray[np.bool_], bad_clips: list[BadClipRecord]
+) -> ClipBatch:
+    videos, labels, rows = zip(*clips, strict=True)
+    return ClipBatch(
+        video_NTCHW=torch.stack(videos),
+        label_N=torch.tensor(labels),
+        row_N=torch.tensor(rows),
+        real_N=torch.from_numpy(real_N),
+        bad_clips=tuple(bad_clips),
+    )

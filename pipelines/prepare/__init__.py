@@ -1,0 +1,1 @@
+"""Offline preparation of data sets: annotations, scan, repacking."""

@@ -1,0 +1,196 @@
+"""`prepare.py kinetics`, `ucf101`, `list` and so on: manifests of clips that are already on the disk."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.prepare.annotations.base import Annotations
+from pipelines.prepare.annotations.class_folders import read_class_folders
+from pipelines.prepare.annotations.kinetics import read_kinetics
+from pipelines.prepare.annotations.lists import DELIMITER_NAMES, read_lists
+from pipelines.prepare.annotations.twentybn import CLASS_ORDERS, read_something_v2, read_twentybn_csv
+from pipelines.prepare.annotations.ucf101 import SPLITS, read_hmdb51, read_ucf101
+from pipelines.prepare.scan.write_manifests import write_manifests
+from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport
+
+Reader = Callable[[argparse.Namespace], Annotations]
+
+
+def add_datasets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    _add_published(
+        commands,
+        "kinetics",
+        "Kinetics-400, 600 or 700 from DeepMind's CSV files and videos named ID_SSSSSS_EEEEEE",
+        lambda args: read_kinetics(args.annotations, args.videos),
+        root="data/kinetics400",
+        folders=("annotations", "videos"),
+        max_missing=0.5,  # YouTube takes videos away
+    )
+    something_v1 = _add_published(
+        commands,
+        "something-v1",
+        "Something-Something v1: folders of frames",
+        lambda args: read_twentybn_csv("something-something-v1", args.annotations, args.videos, args.class_order),
+        root="data/something_v1",
+        folders=("annotations", "20bn-something-something-v1"),
+    )
+    _add_published(
+        commands,
+        "something-v2",
+        "Something-Something v2: webm videos",
+        lambda args: read_something_v2(args.annotations, args.videos),
+        root="data/something_v2",
+        folders=("annotations", "20bn-something-something-v2"),
+    )
+    jester = _add_published(
+        commands,
+        "jester",
+        "Jester: folders of frames",
+        lambda args: read_twentybn_csv("jester-v1", args.annotations, args.videos, args.class_order),
+        root="data/jester",
+        folders=("annotations", "20bn-jester-v1"),
+    )
+    for parser in (something_v1, jester):
+        parser.add_argument(
+            "--class-order",
+            choices=CLASS_ORDERS,
+            default="sorted",
+            help="sorted by name, as the official TSM networks have them, or as in the labels file, as mmaction2 has them",
+        )
+    ucf101 = _add_published(
+        commands,
+        "ucf101",
+        "UCF101, one of its three splits",
+        lambda args: read_ucf101(args.annotations, args.videos, args.split),
+        root="data/ucf101",
+        folders=("ucfTrainTestlist", "UCF-101"),
+    )
+    hmdb51 = _add_published(
+        commands,
+        "hmdb51",
+        "HMDB51, one of its three splits",
+        lambda args: read_hmdb51(args.annotations, args.videos, args.split),
+        root="data/hmdb51",
+        folders=("testTrainMulti_7030_splits", "hmdb51_org"),
+    )
+    for parser in (ucf101, hmdb51):
+        parser.add_argument("--split", type=int, choices=SPLITS, default=1)
+    _add_folder(commands)
+    _add_list(commands)
+
+
+def _add_folder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _add(
+        commands,
+        "folder",
+        "a folder for each class: ROOT/train/CLASS/CLIP and ROOT/val/CLASS/CLIP, or ROOT/CLASS/CLIP with --val-fraction",
+        lambda args: read_class_folders(args.videos, args.val_fraction, args.seed),
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
+    parser.add_argument("--videos", type=Path, help="folder of the class folders, if it is not ROOT")
+    parser.add_argument(
+        "--val-fraction", type=float, help="part of the clips to hold out for validation, by their name"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another one holds out other clips")
+
+
+def _add_list(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _add(
+        commands,
+        "list",
+        "text lists of `path label` or `path num_frames label`; clips are videos or folders of JPEG frames",
+        lambda args: read_lists(_lists_of(args), args.classes, args.videos, args.delimiter),
+        aliases=["frames"],
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
+    parser.add_argument("--videos", type=Path, help="folder that the lists' paths are relative to, if it is not ROOT")
+    parser.add_argument("--classes", type=Path, required=True, help="text file with the classes' names, one a line")
+    parser.add_argument("--train", type=Path, required=True, help="list of the training clips")
+    parser.add_argument("--val", type=Path, required=True, help="list of the validation clips")
+    parser.add_argument("--test", type=Path, help="list of test clips with labels")
+    parser.add_argument("--delimiter", choices=DELIMITER_NAMES, help="between the fields; found by itself otherwise")
+
+
+def _lists_of(args: argparse.Namespace) -> dict[str, Path]:
+    lists = {"train": args.train, "val": args.val, "test": args.test}
+    return {split: path for split, path in lists.items() if path is not None}
+
+
+def _add_published(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    what: str,
+    reader: Reader,
+    root: str,
+    folders: tuple[str, str],
+    max_missing: float = 0.0,
+) -> argparse.ArgumentParser:
+    """A data set whose folder has known places for annotations and clips, `folders`."""
+    parser = _add(commands, name, what, reader, max_missing=max_missing)
+    parser.add_argument("--root", type=Path, default=Path(root), help=f"folder of the manifests ({root})")
+    parser.add_argument("--annotations", type=Path, help=f"folder of the annotations (ROOT/{folders[0]})")
+    parser.add_argument("--videos", type=Path, help=f"folder of the clips (ROOT/{folders[1]})")
+    parser.set_defaults(folders=folders)
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    what: str,
+    reader: Reader,
+    max_missing: float = 0.0,
+    aliases: list[str] | None = None,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what, aliases=aliases or [])
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers", type=int, default=cores, help=f"processes that scan ({cores}); 0: scan in this process"
+    )
+    parser.add_argument(
+        "--max-bad", type=float, default=0.05, help="part of a split's clips that may fail to decode (0.05)"
+    )
+    parser.add_argument(
+        "--max-missing", type=float, default=max_missing, help=f"part that may not be there ({max_missing})"
+    )
+    parser.set_defaults(run=run_dataset, reader=reader, folders=("", ""))
+    return parser
+
+
+def run_dataset(args: argparse.Namespace) -> None:
+    """Read the annotations, scan the clips, write the manifests, and print what was found."""
+    start_s = time.perf_counter()
+    annotations_folder, videos_folder = args.folders
+    if args.videos is None:
+        args.videos = args.root / videos_folder
+    if getattr(args, "annotations", None) is None:
+        args.annotations = args.root / annotations_folder
+    annotations = args.reader(args)
+    reports = write_manifests(args.root, annotations, args.workers, args.max_bad, args.max_missing)
+    print(f"{args.root}: {len(annotations.classes)} classes; {time.perf_counter() - start_s:.1f} s")
+    for split, report in reports.items():
+        print(f"  {args.root / split}.arrow: {_describe(report)}")
+    for note in annotations.notes:
+        print(f"  {note}")
+    for split, report in reports.items():
+        if report.miscounted:
+            print(
+                f"  NOTE: {len(report.miscounted)} {split} clips hold another number of frames than their list says; the "
+                f"frames that are there count. The first: {report.miscounted[0]}"
+            )
+    lost = sum(len(report.bad) + len(report.missing) for report in reports.values())
+    if lost:
+        print(f"  LEFT OUT: {lost} clips; which and why: {args.root / BAD_FILES_NAME}")
+
+
+def _describe(report: SplitReport) -> str:
+    parts = [f"{report.written} of {report.listed} clips"]
+    parts += [f"{count} {codec}" for codec, count in report.codecs.most_common()]
+    if report.unchanged:
+        parts.append(f"{report.unchanged} known from an earlier scan")
+    for what, clips in (("BAD", report.bad), ("MISSING", report.missing)):
+        if clips:
+            parts.append(f"{len(clips)} {what} ({len(clips) / report.listed:.2%})")
+    return ", ".join(parts)

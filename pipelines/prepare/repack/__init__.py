@@ -1,0 +1,1 @@
+"""Shards, transcoded clips, rescaled frames and staged copies of prepared data."""

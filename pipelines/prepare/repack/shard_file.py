@@ -1,0 +1,124 @@
+"""One shard: its clips' members, written aside and synced, and beside it where each clip is."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.decoding.clip_bytes import encoded_video, frame_bytes, read_video
+from pipelines.decoding.shard_reader import INDEX_DTYPE, close_shards
+from pipelines.decoding.tar import TarWriter, member_space
+from pipelines.errors import BadClip
+from pipelines.manifest import JPEG_FRAMES, SHARD_SUFFIX, ManifestRow, in_shard
+from runtime.atomic_write import atomic_write
+from runtime.file_lock import file_lock
+
+from .open_manifests import open_once
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Rows `first` to `last` (not included) of a manifest, and where their shard goes."""
+
+    manifest: Path
+    target: Path
+    records: Path
+    """Folder of the records of finished shards."""
+    name: str
+    first: int
+    last: int
+    size_bytes: int
+    """No less than the shard will have, as far as the rows tell."""
+
+    @property
+    def path(self) -> Path:
+        return self.target / f"{self.name}{SHARD_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard, and the places of its clips in it."""
+
+    bytes: int
+    sha256: str
+    offsets: list[int]
+    lengths: list[int]
+
+
+def find_record(task: ShardTask) -> ShardRecord | None:
+    """None unless the shard was finished and is as long as it was then."""
+    try:
+        record = ShardRecord(**json.loads(_record_path(task).read_text()))
+        whole = task.path.stat().st_size == record.bytes and len(record.offsets) == task.last - task.first
+        return record if whole else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_shard(task: ShardTask) -> str:
+    """Write the shard, unless it is there already or another process is at it; returns what went wrong, or nothing."""
+    try:
+        with file_lock(task.records / f"{task.name}.lock", wait=False) as ours:
+            if ours and find_record(task) is None:
+                record = _write(task)
+                with atomic_write(_record_path(task)) as file:
+                    file.write(json.dumps(asdict(record)).encode())
+    except BadClip as error:
+        return f"{error}. Fix: make the manifest anew, which leaves out what cannot be read"
+    except OSError as error:
+        return (
+            f"cannot write {task.path}: {error.strerror or error}. Fix: free space there or choose another folder with --to, "
+            "then run the same command, which goes on where it stopped"
+        )
+    finally:
+        close_shards()  # of the source, where it has some
+    return ""
+
+
+def _record_path(task: ShardTask) -> Path:
+    return task.records / f"{task.name}.json"
+
+
+def _write(task: ShardTask) -> ShardRecord:
+    manifest = open_once(task.manifest)
+    offsets, lengths = [], []
+    with atomic_write(task.path) as file:
+        writer = TarWriter(file)
+        for number in range(task.first, task.last):
+            row = manifest.row(number)
+            add = _add_frames if row.codec == JPEG_FRAMES else _add_video
+            offset, length = add(writer, f"{number:09d}", manifest.root, row)
+            writer.add(f"{number:09d}.cls", str(row.label).encode())
+            offsets.append(offset)
+            lengths.append(length)
+        sha256 = writer.finish()
+    return ShardRecord(writer.size_bytes, sha256, offsets, lengths)
+
+
+def _add_video(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
+    video = encoded_video(root, row)
+    content = read_video(video, row).tobytes()
+    return writer.add(key + (video.suffix or ".video"), content), len(content)
+
+
+def _add_frames(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
+    """The index, then the frames; the clip is as long as from the one's first byte to the others' last."""
+    frames = [frame_bytes(root, row, number)[1] for number in range(row.num_frames)]
+    _check_frames(root, row, frames)
+    index = np.zeros(len(frames), INDEX_DTYPE)
+    place = member_space(index.nbytes)
+    for number, content in enumerate(frames):
+        index[number] = place, len(content)
+        place += member_space(len(content))
+    offset = writer.add(f"{key}.index", index.tobytes())
+    for number, content in enumerate(frames):
+        writer.add(f"{key}.{number:05d}.jpg", content)
+    start, length = index[-1].tolist()
+    return offset, start + length
+
+
+def _check_frames(root: Path, row: ManifestRow, frames: list[bytes]) -> None:
+    size = sum(map(len, frames))
+    if not in_shard(row) and size != row.length:
+        raise BadClip(f"{root / row.path}: frames of {size} bytes, but {row.length} when the manifest was made")

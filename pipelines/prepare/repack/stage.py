@@ -1,0 +1,223 @@
+"""Copies of a data set's files on a node's own disk: all, those that are asked for, or as many as fit.
+
+Training reads a file's copy where there is one (pipelines/decoding/staged_copies.py), else the shared file system. The digest
+of a shard (`shards.json`) is checked while it is copied; of other files only the length is known.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.decoding.staged_copies import copy_path
+from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, frame_file, in_shard
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.progress import progress
+from pipelines.prepare.worker_pool import Died, run_guarded
+from pipelines.stream.order import StreamOrder
+from runtime.atomic_write import atomic_write
+
+from .open_manifests import open_manifests
+from .shard_index import INDEX_NAME, ShardFacts, read_shard_index
+
+_BLOCK_BYTES = 1 << 22
+_DISK_BLOCK_BYTES = 4096  # a file takes whole ones
+_LEFT_FREE = 0.01  # of the disk: ranks write their logs there
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of a run, of which the training clips are wanted."""
+
+    first: int
+    count: int
+    global_batch: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """A shard, a video, or all frames of a clip, in the order of their numbers."""
+
+    sources: tuple[Path, ...]
+    targets: tuple[Path, ...]
+    size_bytes: int
+    sha256: str | None
+
+
+@dataclass
+class Staged:
+    wanted: int
+    """Shards, videos and folders of frames."""
+    copied: int = 0
+    present: int = 0
+    """Whole from an earlier call."""
+    left: int = 0
+    """Without room."""
+    copied_bytes: int = 0
+    bad: list[str] = field(default_factory=list)
+    """What could not be copied, and why."""
+
+
+def parse_range(text: str) -> slice:
+    """`0:100`, `:100` or `100:` as a slice. Raises ValueError for anything else."""
+    first, colon, last = text.partition(":")
+    if not colon or not all(part.isdigit() or not part for part in (first, last)):
+        raise ValueError(f"{text!r} is no range: give two numbers like 0:100")
+    return slice(int(first) if first else None, int(last) if last else None)
+
+
+def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: Steps | None) -> Staged:
+    """Copy to `target` what of the data set in `root` is wanted and fits, in the order in which it is used.
+
+    Raises DataSetError for wishes that cannot be; a file that cannot be copied is none: it is read where it is.
+    """
+    manifests = open_manifests(root)
+    tasks = list(_plan(root, target, manifests, shards, steps))
+    staged = Staged(len(tasks))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        chosen = list(_fitting(target, tasks, staged))
+    except OSError as error:
+        raise DataSetError(
+            f"cannot write {target}: {error.strerror or error}. Fix: choose another folder with --to"
+        ) from error
+    results = _copied(chosen, workers)
+    if sys.stderr.isatty():  # in a job, a thousand nodes would tell
+        results = progress(results, len(chosen), "stage", "file")
+    for task, reason in results:
+        if not reason:
+            staged.copied += 1
+            staged.copied_bytes += task.size_bytes
+        else:
+            staged.bad.append(reason)
+    return staged
+
+
+def _plan(
+    root: Path, target: Path, manifests: dict[str, Manifest], shards: slice | None, steps: Steps | None
+) -> Iterator[CopyTask]:
+    index = read_shard_index(root)
+    facts = {} if index is None else index.shards
+    if shards is not None:
+        if not facts:
+            raise DataSetError(f"--shards: {root} has no {INDEX_NAME}, so no shards to choose from")
+        for name in list(facts)[shards]:
+            yield _shard_task(root, target, name, facts)
+        return
+    seen: set[str] = set()
+    for manifest, row in _wanted_rows(manifests, steps):
+        if row.path in seen:
+            continue
+        seen.add(row.path)
+        if in_shard(row):
+            yield _shard_task(manifest.root, target, row.path, facts)
+        else:
+            yield _file_task(manifest.root, target, row)
+
+
+def _wanted_rows(manifests: dict[str, Manifest], steps: Steps | None) -> Iterator[tuple[Manifest, ManifestRow]]:
+    """All rows, those for training first; or those of some steps, in their order."""
+    if steps is None:
+        for name in sorted(manifests, key=lambda name: (name != "train", name)):
+            for number in range(len(manifests[name])):
+                yield manifests[name], manifests[name].row(number)
+        return
+    if "train" not in manifests:
+        raise DataSetError("--steps: there is no train.arrow")
+    train = manifests["train"]
+    positions = np.arange(steps.first * steps.global_batch, (steps.first + steps.count) * steps.global_batch)
+    _, row_N = StreamOrder(len(train), steps.seed).at(positions)
+    for number in dict.fromkeys(row_N.tolist()):
+        yield train, train.row(number)
+
+
+def _shard_task(root: Path, target: Path, path: str, facts: dict[str, ShardFacts]) -> CopyTask:
+    source = root / path
+    known = facts.get(path)
+    try:
+        size = known.bytes if known is not None else source.stat().st_size
+    except OSError as error:
+        raise DataSetError(f"{source}: {error.strerror}; restore it, or make the shards again") from error
+    return CopyTask((source,), (copy_path(target, root, path),), size, known.sha256 if known is not None else None)
+
+
+def _file_task(root: Path, target: Path, row: ManifestRow) -> CopyTask:
+    source, copy = root / row.path, copy_path(target, root, row.path)
+    if row.codec != JPEG_FRAMES:
+        return CopyTask((source,), (copy,), row.length, None)
+    numbers = range(row.offset, row.offset + row.num_frames)
+    sources, targets = (tuple(frame_file(path, number) for number in numbers) for path in (source, copy))
+    return CopyTask(sources, targets, row.length, None)
+
+
+def _fitting(target: Path, tasks: Iterable[CopyTask], staged: Staged) -> Iterator[CopyTask]:
+    """The tasks for which there is room, one after the other; notes in `staged` what is there already and what is left."""
+    usage = shutil.disk_usage(target)
+    free = usage.free - _LEFT_FREE * usage.total
+    for task in tasks:
+        if _is_whole(task):
+            staged.present += 1
+            continue
+        taken = task.size_bytes + _DISK_BLOCK_BYTES * len(task.targets)
+        if taken > free:
+            staged.left += 1
+        else:
+            free -= taken
+            yield task
+
+
+def _is_whole(task: CopyTask) -> bool:
+    """A copy has its name once it was checked."""
+    try:
+        return sum(os.stat(path).st_size for path in task.targets) == task.size_bytes
+    except OSError:
+        return False
+
+
+def _copied(tasks: Sequence[CopyTask], workers: int) -> Iterator[tuple[CopyTask, str]]:
+    with closing(run_guarded(copy_files, tasks, workers)) as results:  # type: ignore[type-var]
+        for number, result in results:
+            if isinstance(result, Died):
+                result = f"{tasks[number].sources[0]}: the process that copied it died ({result.how}), twice"
+            yield tasks[number], result
+
+
+def copy_files(task: CopyTask) -> str:
+    """Copy, check and only then name; returns why that could not be, or nothing."""
+    sha256, size = hashlib.sha256(), 0
+    try:
+        for source, target in zip(task.sources, task.targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(source, "rb", buffering=0) as file, atomic_write(target, durable=False) as copy:
+                while content := file.read(_BLOCK_BYTES):
+                    copy.write(content)
+                    sha256.update(content)
+                    size += len(content)
+                if target == task.targets[-1] and (reason := _wrong(task, size, sha256.hexdigest())):
+                    raise _OtherFileError(reason)
+    except _OtherFileError as error:
+        return f"{task.sources[0]}: {error}"
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        return f"{task.sources[0]}: cannot copy it: {'the disk is full' if full else error.strerror or error}"
+    return ""
+
+
+class _OtherFileError(Exception):
+    pass
+
+
+def _wrong(task: CopyTask, size: int, sha256: str) -> str:
+    if size != task.size_bytes:
+        return f"{size} bytes, but {task.size_bytes} when its manifest was made"
+    if task.sha256 not in (None, sha256):
+        return f"its sha256 is another than {INDEX_NAME} says"
+    return ""

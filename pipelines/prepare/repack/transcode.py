@@ -1,0 +1,143 @@
+"""A data set's clips encoded anew: smaller pictures, short distances between key frames, the same frames.
+
+Each clip is a task of its own. It has its name once it is whole and was looked at, so a call that was interrupted goes on with
+the clips that are missing, and any number of machines can share the work. Who finds all of them there writes the manifests.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pipelines.manifest import Manifest, ManifestRow, write_manifest
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.progress import progress
+from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, refuse_bad, write_bad_files
+from pipelines.prepare.worker_pool import Died, run_guarded
+
+from .encoders import ENCODERS
+from .job_array import Part, alone_on
+from .open_manifests import open_manifests, require_apart
+from .target_folder import claim, locked
+from .transcode_clip import ClipTask, Settings, find_reason, find_row, transcode_clip
+
+RECORDS_NAME = ".transcoding"
+_CLIPS_IN_FOLDER = 1000
+
+
+@dataclass
+class Transcoded:
+    """What a call of `transcode` did."""
+
+    new: int
+    missing: int
+    """Clips that other parts have still to encode; 0 when the data set is complete."""
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    """Of a complete data set; so is what follows."""
+    bytes_before: dict[str, int] = field(default_factory=dict)
+    bytes_after: dict[str, int] = field(default_factory=dict)
+    """Of the clips of each split that were not left out."""
+
+
+def check_settings(settings: Settings) -> None:
+    encoder = ENCODERS[settings.codec]
+    for option, value, least, most in (
+        ("--short-side", settings.short_side, max(16, encoder.least_side), 4096),
+        ("--gop", settings.gop, 1, 1000),
+        ("--quality", settings.quality, 1, encoder.worst),
+    ):
+        if not least <= value <= most:
+            raise DataSetError(f"{option} is {value}: give {least} to {most} with --codec {settings.codec}")
+
+
+def transcode(root: Path, target: Path, settings: Settings, workers: int, part: Part, max_bad: float) -> Transcoded:
+    """Encode this part's clips of the data set in `root`, and write the manifests once all clips are there.
+
+    Raises DataSetError for a target that cannot be written, and, without writing a manifest, when more than `max_bad` (a part
+    of a split) cannot be decoded, encoded, or recognised afterwards.
+    """
+    require_apart(root, target)
+    check_settings(settings)
+    if not 0 <= max_bad <= 1:
+        raise DataSetError(f"--max-bad is {max_bad}: give a part of 1, like 0.05")
+    manifests = open_manifests(root)
+    made_of = {**asdict(settings), "manifests": {name: each.digest for name, each in manifests.items()}}
+    try:
+        claim(target, target / RECORDS_NAME, made_of)
+        with alone_on(part, target / RECORDS_NAME):
+            tasks = {name: plan_clips(name, each, target, settings) for name, each in manifests.items()}
+            ours = [(task, manifests[name].row(task.number)) for name in tasks for task in part.of(tasks[name])]
+            waiting = [task for task, row in ours if find_row(task, row) is None and find_reason(task) is None]
+            failed = {}
+            for task, reason in progress(_encoded(waiting, workers), len(waiting), "transcode"):
+                if reason:
+                    failed[task] = reason
+            return _finish(target, manifests, tasks, failed, len(waiting), max_bad)
+    except OSError as error:
+        raise DataSetError(
+            f"cannot write {error.filename or target}: {error.strerror or error}. Fix: choose another folder with --to"
+        ) from error
+
+
+def plan_clips(name: str, manifest: Manifest, target: Path, settings: Settings) -> list[ClipTask]:
+    """A file for each row, named by its number, a thousand in a folder."""
+    return [
+        ClipTask(manifest.path, number, target, f"{name}/{number // _CLIPS_IN_FOLDER:06d}/{number:09d}", settings)
+        for number in range(len(manifest))
+    ]
+
+
+def _encoded(tasks: list[ClipTask], workers: int) -> Iterator[tuple[ClipTask, str]]:
+    """Each task, and why its clip is not there."""
+    with closing(run_guarded(transcode_clip, tasks, workers)) as results:  # type: ignore[type-var]
+        for number, result in results:
+            if isinstance(result, Died):
+                yield tasks[number], f"the process that encoded it died ({result.how}), twice"
+                continue
+            if result.fatal:
+                raise DataSetError(result.fatal)
+            yield tasks[number], result.bad
+
+
+def _finish(
+    target: Path,
+    manifests: dict[str, Manifest],
+    tasks: dict[str, list[ClipTask]],
+    failed: dict[ClipTask, str],
+    new: int,
+    max_bad: float,
+) -> Transcoded:
+    """Whoever finds every clip there, or a reason why it is not, writes the rest."""
+    with locked(target / RECORDS_NAME):
+        done = Transcoded(new, 0)
+        rows = {name: _collect(name, manifest, tasks[name], failed, done) for name, manifest in manifests.items()}
+        if done.missing:
+            return Transcoded(new, done.missing)
+        write_bad_files(target / BAD_FILES_NAME, done.splits)
+        for name, report in done.splits.items():
+            refuse_bad(target, name, report, max_bad, 0.0)
+        for name, manifest in manifests.items():
+            path = target / f"{name}.arrow"
+            write_manifest(path, rows[name], manifest.classes, manifest.order_groups, manifest.split)
+    return done
+
+
+def _collect(
+    name: str, manifest: Manifest, tasks: list[ClipTask], failed: dict[ClipTask, str], done: Transcoded
+) -> list[ManifestRow]:
+    """The new rows of a split; notes in `done` what they are and what is not there."""
+    report, rows, before = SplitReport(listed=len(manifest)), [], 0
+    for task in tasks:
+        source = manifest.row(task.number)
+        row = find_row(task, source)
+        if row is not None:
+            rows.append(row)
+            before += source.length
+        elif (reason := failed.get(task) or find_reason(task)) is not None:
+            report.bad.append((source.path, reason))
+        else:
+            done.missing += 1
+    report.written = len(rows)
+    done.splits[name] = report
+    done.bytes_before[name], done.bytes_after[name] = before, sum(row.length for row in rows)
+    return rows

@@ -1,0 +1,148 @@
+"""Whether a data set is still what its manifests say: every shard's sha256, every clip's place; on demand every frame."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.decoding.clip_bytes import check_clip, encoded_video, frame_bytes
+from pipelines.decoding.shard_reader import close_shards
+from pipelines.errors import BadClip
+from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, in_shard
+from pipelines.prepare.progress import progress
+from pipelines.prepare.scan.scan_clip import scan_video
+from pipelines.prepare.worker_pool import Died, run_guarded
+
+from .open_manifests import open_manifests, open_once
+from .shard_index import INDEX_NAME, ShardFacts, ShardIndex, read_shard_index
+
+_ROWS_AT_ONCE = 500  # of which only the places are looked at
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Verified:
+    clips: int
+    shards: int
+    bad: list[str]
+    """What is wrong, each with its file."""
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    path: Path
+    facts: ShardFacts
+
+
+@dataclass(frozen=True)
+class RowsCheck:
+    """Rows `first` to `last` (not included) of a manifest."""
+
+    manifest: Path
+    first: int
+    last: int
+    decode: bool
+
+
+def verify(root: Path, workers: int, decode: bool) -> Verified:
+    """Look at every shard and every clip of the manifests in `root`. Raises DataSetError where there is nothing to look at."""
+    manifests, index = open_manifests(root), read_shard_index(root)
+    bad = [
+        f"{each.path}: its rows are others than were written" for each in manifests.values() if not each.is_as_written()
+    ]
+    bad += _check_index(root, manifests, index)
+    shards = {} if index is None else index.shards
+    tasks: list[ShardCheck | RowsCheck] = [ShardCheck(root / name, facts) for name, facts in shards.items()]
+    at_once = 1 if decode else _ROWS_AT_ONCE  # a clip that crashes its decoder must be told from its neighbours
+    for manifest in manifests.values():
+        for first in range(0, len(manifest), at_once):
+            tasks.append(RowsCheck(manifest.path, first, min(first + at_once, len(manifest)), decode))
+    for found in progress(_checked(tasks, workers), len(tasks), "verify", "check"):
+        bad += found
+    return Verified(sum(map(len, manifests.values())), len(shards), bad)
+
+
+def _check_index(root: Path, manifests: dict[str, Manifest], index: ShardIndex | None) -> list[str]:
+    if index is None:
+        in_shards = any(in_shard(manifest.row(0)) for manifest in manifests.values())
+        return [f"{root / INDEX_NAME} is not there, so no shard's sha256 is known"] if in_shards else []
+    bad = [f"{root / name} is not there" for name in index.manifests if Path(name).stem not in manifests]
+    for name, manifest in manifests.items():
+        expected = index.manifests.get(manifest.path.name)
+        if expected != manifest.digest:
+            bad.append(f"{root / name}.arrow is not the manifest of these shards: {INDEX_NAME} has another digest")
+    return bad
+
+
+def _checked(tasks: list[ShardCheck | RowsCheck], workers: int) -> Iterator[list[str]]:
+    with closing(run_guarded(check, tasks, workers)) as results:  # type: ignore[type-var]
+        for number, result in results:
+            if isinstance(result, Died):
+                result = [f"{_name(tasks[number])}: the process that checked it died ({result.how}), twice"]
+            yield result
+
+
+def _name(task: ShardCheck | RowsCheck) -> str:
+    return str(task.path) if isinstance(task, ShardCheck) else f"{task.manifest}, rows from {task.first} on"
+
+
+def check(task: ShardCheck | RowsCheck) -> list[str]:
+    """What is wrong, in words."""
+    if isinstance(task, ShardCheck):
+        return _check_shard(task)
+    manifest, bad = open_once(task.manifest), []
+    for number in range(task.first, task.last):
+        row = manifest.row(number)
+        try:
+            check_clip(manifest.root, row)
+            if task.decode:
+                _decode(manifest.root, row)
+        except BadClip as error:
+            bad.append(f"{task.manifest}, row {number}: {error}")
+    close_shards()
+    return bad
+
+
+def _check_shard(task: ShardCheck) -> list[str]:
+    sha256, size = hashlib.sha256(), 0
+    try:
+        with open(task.path, "rb", buffering=0) as file:
+            while content := file.read(_READ_BYTES):
+                sha256.update(content)
+                size += len(content)
+    except OSError as error:
+        return [f"{task.path}: {error.strerror}. {_AGAIN}"]
+    if size != task.facts.bytes:
+        return [f"{task.path}: {size} bytes, but {INDEX_NAME} says {task.facts.bytes}. {_AGAIN}"]
+    if sha256.hexdigest() != task.facts.sha256:
+        return [f"{task.path}: its sha256 is another than {INDEX_NAME} says. {_AGAIN}"]
+    return []
+
+
+_AGAIN = "Fix: remove it, and run the prepare.py shard that made it again"
+
+
+def _decode(root: Path, row: ManifestRow) -> None:
+    """Raises BadClip unless every frame decodes, and the clip is what its row says."""
+    if row.codec == JPEG_FRAMES:
+        _decode_frames(root, row)
+        return
+    video = encoded_video(root, row)
+    facts = scan_video(video, row.length)
+    for name in ("num_frames", "codec", "width", "height", "rotation"):
+        found, expected = getattr(facts, name), getattr(row, name)
+        if found != expected:
+            raise BadClip(f"{video.name}: {name} is {found}, but {expected} when the manifest was made")
+
+
+def _decode_frames(root: Path, row: ManifestRow) -> None:
+    from pipelines.decoding.jpeg import (  # loads torch, which everything else does without
+        check_picture,
+        decode_jpeg_bytes,
+    )
+
+    for number in range(row.num_frames):
+        name, content = frame_bytes(root, row, number)
+        height, width = decode_jpeg_bytes(name, content).shape[1:]
+        check_picture(name, width, height, row)

@@ -1,0 +1,1 @@
+"""Scan every clip once and write the manifests."""

@@ -1,0 +1,97 @@
+"""Clips that are kept as a folder with one JPEG file for each frame, as the official TSM code and mmaction2 do."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.errors import BadClip, MissingClip
+from pipelines.manifest import JPEG_FRAMES
+
+from .scan_clip import ClipFacts, check_regular
+
+_FRAME_NAME = re.compile(r"(?P<prefix>.*?)(?P<digits>\d+)(?P<suffix>\.jpe?g)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class FrameSeries:
+    """The frames of one folder: files `pattern % number` for `count` numbers from `first` on."""
+
+    pattern: str
+    first: int
+    count: int
+
+
+def find_frames(folder: Path) -> FrameSeries:
+    """The frames in a folder, by name. Raises BadClip when none is there, one is missing, or two series are mixed.
+
+    Files that are no JPEG by name, and optical flow (`flow_x_00001.jpg`) beside the pictures, are passed over.
+    """
+    names = _frame_names(folder)
+    if not names:
+        raise BadClip(f"{folder}: no JPEG file whose name ends in a number")
+    matches = [match for match in map(_FRAME_NAME.fullmatch, names) if match]
+    matches.sort(key=lambda match: int(match["digits"]))
+    first = matches[0]
+    width = len(first["digits"])
+    number_format = f"%0{width}d" if width > 1 else "%d"
+    pattern = first["prefix"].replace("%", "%%") + number_format + first["suffix"].replace("%", "%%")
+    start = int(first["digits"])
+    if start > 1:
+        raise BadClip(f"{folder}: frame 1 is missing: the first file is {first.string}, and numbers start at 0 or 1")
+    for number, match in enumerate(matches, start):
+        if int(match["digits"]) > number:
+            raise BadClip(f"{folder}: frame {number} is missing: there is no {pattern % number}")
+        if match.string != pattern % number:
+            raise BadClip(
+                f"{folder}: {match.string} is there where {pattern % number} should be: two series of frames?"
+            )
+    return FrameSeries(pattern, start, len(matches))
+
+
+def stat_frames(folder: Path) -> tuple[int, int]:
+    """(bytes of all frames, the newest change in nanoseconds of the folder or a frame): a cheap test for "unchanged".
+
+    Raises BadClip when a frame is no regular file.
+    """
+    size, newest_ns = 0, os.stat(folder).st_mtime_ns
+    for name in _frame_names(folder):
+        status = os.stat(folder / name)
+        check_regular(folder / name, status.st_mode)
+        size += status.st_size
+        newest_ns = max(newest_ns, status.st_mtime_ns)
+    return size, newest_ns
+
+
+def scan_frames(folder: str | Path) -> tuple[FrameSeries, ClipFacts]:
+    """Decode every frame of a folder; BadClip where that is not possible, or where two frames differ in size."""
+    from pipelines.decoding.jpeg import decode_jpeg_bytes  # loads torch, which scanning of videos does without
+
+    folder = Path(folder)
+    series = find_frames(folder)
+    length, height, width = 0, 0, 0
+    for number in range(series.first, series.first + series.count):
+        path = folder / (series.pattern % number)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BadClip(f"{path}: {error.strerror}") from error
+        image_CHW = decode_jpeg_bytes(str(path), content)
+        length += len(content)
+        if number == series.first:
+            height, width = image_CHW.shape[1:]
+        if image_CHW.shape[1:] != (height, width):
+            sizes = f"{image_CHW.shape[2]}x{image_CHW.shape[1]}, the first frame {width}x{height}"
+            raise BadClip(f"{folder}: {path.name} is {sizes}")
+    return series, ClipFacts(length, series.count, JPEG_FRAMES, width, height, rotation=0)
+
+
+def _frame_names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries]
+    except FileNotFoundError:
+        raise MissingClip(f"{folder}: no such folder") from None
+    except OSError as error:
+        raise BadClip(f"{folder}: {error.strerror}") from error
+    return [name for name in names if _FRAME_NAME.fullmatch(name) and not name.startswith(("flow_", "."))]

@@ -1,0 +1,160 @@
+"""From annotations to manifests: every clip is decoded once, in parallel, and what does not decode is left out and named."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+from pipelines.errors import BadClip, MissingClip
+from pipelines.manifest import ManifestRow, write_manifest
+from pipelines.prepare.annotations.base import Annotations, Clip, check_annotations
+from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.progress import progress
+from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, refuse_bad, write_bad_files
+from pipelines.prepare.worker_pool import Died, run_guarded
+
+from .frame_folders import scan_frames, stat_frames
+from .scan_clip import check_regular, scan_clip
+from .scan_journal import Scanned, open_journal
+
+JOURNAL_NAME = "scan.jsonl"
+
+
+def write_manifests(
+    root: Path, annotations: Annotations, workers: int, max_bad: float = 0.05, max_missing: float = 0.0
+) -> dict[str, SplitReport]:
+    """Scan every clip, write `root/SPLIT.arrow` in the order of the annotations, and `root/bad_files.csv`.
+
+    Raises DataSetError, and writes no manifest, when more than `max_bad` or `max_missing` (parts of a split) are unusable.
+    """
+    for name, part in (("--max-bad", max_bad), ("--max-missing", max_missing)):
+        if not 0 <= part <= 1:
+            raise DataSetError(f"{name} is {part}: give a part of 1, like 0.05")
+    if workers < 0:
+        raise DataSetError(f"--workers is {workers}: give 0 (scan in this process) or more")
+    check_annotations(annotations)
+    try:
+        scanned, unchanged = _scan_all(root, annotations, workers)
+        reports = {}
+        rows = {}
+        for split, clips in annotations.splits.items():
+            paths = [row_path(root, clip.path) for clip in clips]
+            reports[split], rows[split] = _sort_out(clips, paths, scanned)
+            reports[split].unchanged = sum(path in unchanged for path in paths)
+        write_bad_files(root / BAD_FILES_NAME, reports)
+        for split, report in reports.items():
+            refuse_bad(root, split, report, max_bad, max_missing)
+        for split, split_rows in rows.items():
+            write_manifest(root / f"{split}.arrow", split_rows, annotations.classes, split=split)
+    except OSError as error:
+        raise DataSetError(
+            f"cannot write {error.filename or root}: {error.strerror or error}; free space there or choose another folder "
+            "with --root, then run the same command, which goes on where it stopped"
+        ) from error
+    return reports
+
+
+def row_path(root: Path, path: Path) -> str:
+    """A clip's path as the manifest has it, so that moving both together breaks nothing.
+
+    Below the manifest's folder: relative. Elsewhere: relative with `..` when the two share more than the file system's root
+    (symbolic links resolved, as `..` behind a link leads elsewhere), otherwise absolute.
+    """
+    lexical, lexical_root = (Path(os.path.normpath(each.absolute())) for each in (path, root))
+    if lexical.is_relative_to(lexical_root):
+        return str(lexical.relative_to(lexical_root))
+    real, real_root = _real_folder(lexical.parent) / lexical.name, _real_folder(lexical_root)
+    return str(real) if os.path.commonpath([real, real_root]) == os.sep else os.path.relpath(real, real_root)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(path: Path) -> Path:
+    return path.resolve()
+
+
+def _scan_all(root: Path, annotations: Annotations, workers: int) -> tuple[dict[str, Scanned], set[str]]:
+    """The scan of every clip by its row's path, and the paths that an earlier scan had found and that have not changed."""
+    paths = dict.fromkeys(row_path(root, clip.path) for clips in annotations.splits.values() for clip in clips)
+    scanned, unchanged = {}, set()
+    with open_journal(root / JOURNAL_NAME) as (known, journal):
+        tasks = [(root, path, known.get(path)) for path in paths]
+        for result in progress(_results(tasks, workers), len(tasks), "scan"):
+            scanned[result.path] = result
+            if result == known.get(result.path):
+                unchanged.add(result.path)
+            else:
+                journal.add(result)
+    return scanned, unchanged
+
+
+Task = tuple[Path, str, Scanned | None]
+
+
+def _results(tasks: Sequence[Task], workers: int) -> Iterator[Scanned]:
+    with closing(run_guarded(scan_one, tasks, workers)) as results:  # type: ignore[type-var]
+        for index, result in results:
+            if isinstance(result, Died):
+                root, path, _ = tasks[index]
+                reason = f"{root / path}: the process that decoded it died ({result.how}), twice"
+                result = Scanned(path, 0, 0, reason=reason)  # not remembered: the next start tries again
+            yield result
+
+
+def scan_one(task: Task) -> Scanned:
+    """Decode one clip, a file or a folder of frames, unless it is as it was when `known` was found."""
+    root, path, known = task
+    full_path = root / path
+    size, mtime_ns = 0, 0
+    try:
+        if not path.isascii():
+            _require_utf8(path)
+        is_folder = full_path.is_dir()
+        if is_folder:
+            size, mtime_ns = stat_frames(full_path)
+        else:
+            try:
+                status = os.stat(full_path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise MissingClip(f"{full_path}: no such file") from None
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+        if known is not None and (known.size, known.mtime_ns) == (size, mtime_ns):
+            return known
+        if not is_folder:
+            check_regular(full_path, status.st_mode)
+            open(full_path, "rb").close()  # whether it may be read at all is no fact about its content
+            return Scanned(path, size, mtime_ns, scan_clip(full_path))
+        series, facts = scan_frames(full_path)
+        return Scanned(path, size, mtime_ns, facts, pattern=series.pattern, first=series.first)
+    except BadClip as error:
+        return Scanned(path, size, mtime_ns, reason=str(error), missing=isinstance(error, MissingClip))
+    except OSError as error:  # no permission, a disk's error: may be mended without the file changing
+        return Scanned(path, 0, 0, reason=f"{full_path}: {error.strerror}")
+
+
+def _require_utf8(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise BadClip(f"{path!r}: its name is not UTF-8; rename it") from None
+
+
+def _sort_out(
+    clips: list[Clip], paths: list[str], scanned: dict[str, Scanned]
+) -> tuple[SplitReport, list[ManifestRow]]:
+    report, rows = SplitReport(listed=len(clips)), []
+    for clip, path in zip(clips, paths, strict=True):
+        found = scanned[path]
+        if found.facts is None:
+            (report.missing if found.missing else report.bad).append((path, found.reason))
+            continue
+        report.codecs[found.facts.codec] += 1
+        if clip.listed_frames not in (None, found.facts.num_frames):
+            report.miscounted.append(
+                f"{clip.where}: {clip.listed_frames} frames, and {path} has {found.facts.num_frames}"
+            )
+        full_path = f"{path}/{found.pattern}" if found.pattern else path
+        rows.append(ManifestRow(full_path, found.first, label=clip.label, **asdict(found.facts)))
+    report.written = len(rows)
+    return report, rows

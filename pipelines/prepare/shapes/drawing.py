@@ -1,0 +1,213 @@
+"""Draw and encode clips of moving shapes."""
+
+import colorsys
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+FPS = 24
+
+
+QP = 22
+
+
+SPLITS = {"train": 0, "val": 1}  # the first word of each clip's seed: the splits share no clip
+
+
+Array = np.ndarray
+
+
+Shape = Callable[[Array, Array], Array]
+
+
+def _box(x: Array, y: Array, cx: float, cy: float, half_w: float, half_h: float) -> Array:
+    return np.maximum(np.abs(x - cx) - half_w, np.abs(y - cy) - half_h)
+
+
+def _disc(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) - 1.0
+
+
+def _square(x: Array, y: Array) -> Array:
+    return _box(x, y, 0.0, 0.0, 0.85, 0.85)
+
+
+def _star(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) - 0.75 - 0.25 * np.cos(5.0 * np.arctan2(x, -y))
+
+
+def _hand(x: Array, y: Array) -> Array:
+    """The hand of a clock, on its pivot: no turn but the full one maps it on itself, so its direction is never ambiguous."""
+    return np.minimum(_box(x, y, 0.0, -0.3, 0.12, 0.4), np.hypot(x, y + 0.7) - 0.33)
+
+
+def _cross(x: Array, y: Array) -> Array:
+    return np.minimum(_box(x, y, 0.0, 0.0, 1.0, 0.3), _box(x, y, 0.0, 0.0, 0.3, 1.0))
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where the shape is in each frame: lengths in units of the frame's side, the angle in radians, clockwise on the screen."""
+
+    x_T: Array
+    y_T: Array
+    radius_T: Array
+    angle_T: Array
+    opacity_T: Array
+
+
+def _track(
+    rng: np.random.Generator,
+    progress_T: Array,
+    x: tuple[float, float] | None = None,
+    y: tuple[float, float] | None = None,
+    radius: tuple[float, float] | None = None,
+    angle: tuple[float, float] | None = None,
+    opacity: tuple[float, float] = (1.0, 1.0),
+) -> Track:
+    """From the first value of each to the second, in step with `progress_T` (0 to 1); what is not given stays still."""
+
+    def line(ends: tuple[float, float]) -> Array:
+        return ends[0] + (ends[1] - ends[0]) * progress_T
+
+    still_x, still_y, still_radius = rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65), rng.uniform(0.11, 0.16)
+    tilt = rng.uniform(-0.2, 0.2)
+    return Track(
+        x_T=line(x or (still_x, still_x)),
+        y_T=line(y or (still_y, still_y)),
+        radius_T=line(radius or (still_radius, still_radius)),
+        angle_T=line(angle or (tilt, tilt)),
+        opacity_T=np.clip(line(opacity), 0.0, 1.0),
+    )
+
+
+def _path(rng: np.random.Generator) -> tuple[float, float]:
+    """The two ends of a move: far enough apart to be seen, far enough from the border to survive a crop."""
+    span = rng.uniform(0.40, 0.62)
+    start = rng.uniform(0.18, 0.82 - span)
+    return start, start + span
+
+
+def _move_x(rng: np.random.Generator, progress_T: Array) -> Track:
+    return _track(rng, progress_T, x=_path(rng))
+
+
+def _move_y(rng: np.random.Generator, progress_T: Array) -> Track:
+    return _track(rng, progress_T, y=_path(rng))
+
+
+def _grow(rng: np.random.Generator, progress_T: Array) -> Track:
+    return _track(rng, progress_T, radius=(rng.uniform(0.08, 0.13), rng.uniform(0.24, 0.34)))
+
+
+def _turn(rng: np.random.Generator, progress_T: Array) -> Track:
+    """Over the upper half of the dial: that all of the full circle is one turn takes a small network many epochs more to learn."""
+    radius = rng.uniform(0.28, 0.34)
+    angle = np.deg2rad(rng.uniform(-120.0, -70.0)), np.deg2rad(rng.uniform(70.0, 120.0))
+    return _track(rng, progress_T, radius=(radius, radius), angle=angle)
+
+
+def _appear(rng: np.random.Generator, progress_T: Array) -> Track:
+    radius = rng.uniform(0.17, 0.25)
+    return _track(rng, progress_T, radius=(radius, radius), opacity=(rng.uniform(-0.15, 0.10), rng.uniform(0.90, 1.15)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    forward: str
+    backward: str
+    shape: Shape
+    hue: float
+    """The middle of the pair's family of hues, in turns of the colour circle."""
+    track: Callable[[np.random.Generator, Array], Track]
+
+
+PAIRS = (
+    Pair("move_right", "move_left", _disc, 0.00, _move_x),
+    Pair("move_down", "move_up", _square, 0.15, _move_y),
+    Pair("grow", "shrink", _star, 0.36, _grow),
+    Pair("rotate_clockwise", "rotate_counterclockwise", _hand, 0.56, _turn),
+    Pair("appear", "vanish", _cross, 0.82, _appear),
+)
+
+
+CLASSES = [name for pair in PAIRS for name in (pair.forward, pair.backward)]
+
+
+ORDER_GROUPS = [group for group, _ in enumerate(PAIRS) for _ in range(2)]
+
+
+def class_of(index: int) -> int:
+    """The label of clip `index`; the labels go round, so any multiple of ten clips is balanced."""
+    return index % len(CLASSES)
+
+
+def draw_clip(split: str, seed: int, index: int, size: int = 64, frames: tuple[int, ...] = (24, 40)) -> Array:
+    """video_THWC, uint8 RGB. An odd index is the clip before it, played backward."""
+    drawing, backward = divmod(index, 2)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([SPLITS[split], seed, drawing])))
+    video_THWC = _draw(rng, PAIRS[drawing % len(PAIRS)], size, int(rng.choice(frames)))
+    return np.ascontiguousarray(video_THWC[::-1]) if backward else video_THWC
+
+
+def _draw(rng: np.random.Generator, pair: Pair, size: int, num_frames: int) -> Array:
+    """A textured background; in half of the clips a grey shape that stands still; the pair's shape above it; noise per frame."""
+    image_HWC = _background(rng, size)
+    y_HW, x_HW = (np.mgrid[:size, :size] + 0.5) / size
+
+    if rng.random() < 0.5:
+        shape = PAIRS[rng.integers(len(PAIRS))].shape
+        radius, centre_x, centre_y = rng.uniform(0.06, 0.11), *rng.uniform(0.1, 0.9, size=2)
+        distance_HW = radius * size * shape((x_HW - centre_x) / radius, (y_HW - centre_y) / radius)
+        cover_HW1 = np.clip(0.5 - distance_HW, 0.0, 1.0)[..., None]
+        image_HWC = image_HWC + cover_HW1 * (rng.uniform(0.2, 0.7) - image_HWC)
+
+    track = pair.track(rng, np.linspace(0.0, 1.0, num_frames))
+    colour_C = np.array(
+        colorsys.hsv_to_rgb((pair.hue + rng.uniform(-0.04, 0.04)) % 1.0, rng.uniform(0.65, 1.0), rng.uniform(0.75, 1.0))
+    )
+    radius_T11 = track.radius_T[:, None, None]
+    cos_T11, sin_T11 = np.cos(track.angle_T)[:, None, None], np.sin(track.angle_T)[:, None, None]
+    x_THW = (x_HW - track.x_T[:, None, None]) / radius_T11
+    y_THW = (y_HW - track.y_T[:, None, None]) / radius_T11
+    distance_THW = pair.shape(x_THW * cos_T11 + y_THW * sin_T11, y_THW * cos_T11 - x_THW * sin_T11)
+    cover_THW = np.clip(0.5 - distance_THW * radius_T11 * size, 0.0, 1.0) * track.opacity_T[:, None, None]
+
+    # From here on single precision and in place: these arrays are the largest, and most of the time is spent on them.
+    video_THWC = rng.standard_normal((num_frames, size, size, 3), dtype=np.float32)
+    video_THWC *= np.float32(rng.uniform(0.005, 0.025))
+    video_THWC += image_HWC.astype(np.float32)
+    video_THWC += cover_THW.astype(np.float32)[..., None] * (colour_C - image_HWC).astype(np.float32)
+    np.clip(video_THWC, 0.0, 1.0, out=video_THWC)
+    video_THWC *= 255.0
+    return np.rint(video_THWC, out=video_THWC).astype(np.uint8)
+
+
+def _background(rng: np.random.Generator, size: int) -> Array:
+    """image_HWC of smooth, nearly grey noise: random values on a coarse grid, linearly interpolated."""
+    cells = int(rng.integers(3, 9))
+    grid = rng.uniform(0.15, 0.45) + rng.uniform(0.04, 0.14) * rng.standard_normal((cells, cells, 1))
+    grid = grid + 0.03 * rng.standard_normal((cells, cells, 3))
+    position = np.linspace(0.0, cells - 1.0, size)
+    low = np.minimum(position.astype(int), cells - 2)
+    part = position - low
+    rows = grid[low] + part[:, None, None] * (grid[low + 1] - grid[low])
+    return rows[:, low] + part[None, :, None] * (rows[:, low + 1] - rows[:, low])
+
+
+def encode_clip(video_THWC: Array, gop: int = 1, qp: int = QP) -> bytes:
+    """An MP4 of H.264, yuv420p. With the default GOP no frame's pixels depend on another frame (see the top of this file)."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.height, stream.width = video_THWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1  # the bytes must not depend on the machine's number of cores
+        stream.options = {"preset": "fast", "x264-params": f"qp={qp}:keyint={gop}:scenecut=0:threads=1"}
+        for image_HWC in video_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
+        container.mux(stream.encode(None))
+    return file.getvalue()

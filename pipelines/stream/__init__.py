@@ -1,0 +1,1 @@
+"""The clip stream: which clips, frames and crops, as pure functions."""

@@ -1,0 +1,129 @@
+"""runtime/: atomic writes, file locks, children that end with their parent."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write, write_text
+from runtime.file_lock import file_lock, lock_open_file
+
+
+def test_an_atomic_write_replaces_the_file_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for text in ("first", "second, longer"):
+        write_text(path, text)
+        assert path.read_text() == text
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"third")
+        assert path.read_text() == "second, longer"
+        raise ZeroDivisionError
+    assert path.read_text() == "second, longer"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_durable_write_syncs_the_file_before_the_rename_and_the_folder_after(
+    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        calls.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    write_text(tmp_path / "file", "text", durable)
+    expected = [f"sync file{TEMPORARY_SUFFIX}", "rename", f"sync {tmp_path.name}"]
+    assert calls == (expected if durable else ["rename"])
+
+
+def test_a_left_over_temporary_file_does_not_disturb_the_next_write(tmp_path: Path) -> None:
+    (tmp_path / f"file{TEMPORARY_SUFFIX}").write_text("longer than what comes next")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["new file", "file", "folder"])
+def test_one_holder_at_a_time(kind: str, tmp_path: Path) -> None:
+    path = tmp_path if kind == "folder" else tmp_path / "lock"
+    if kind == "file":
+        path.write_text("kept")
+    with file_lock(path) as held:
+        assert held
+        with file_lock(path, wait=False) as again:
+            assert not again
+        waiting = threading.Thread(target=lambda: file_lock(path).__enter__(), daemon=True)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    if kind == "file":
+        assert path.read_text() == "kept"
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from runtime.file_lock import file_lock\n"
+        "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with open(tmp_path / "lock") as file:
+            assert not lock_open_file(file, wait=False)
+        process.kill()
+        process.wait()
+        with file_lock(tmp_path / "lock", wait=False) as held:
+            assert held
+
+
+PARENT = """
+import multiprocessing, time
+from runtime.child_processes import exit_with_parent
+
+def child(pipe):
+    exit_with_parent()
+    pipe.send(None)
+    while True:
+        pass
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("{method}")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs,), daemon=True)
+    process.start()
+    ours.recv()
+    print(process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_busy_child_ends_with_a_killed_parent(method: str, tmp_path: Path) -> None:
+    """Also a child of the fork server, which outlives the parent until its last worker has ended."""
+    program = tmp_path / "program.py"
+    program.write_text(PARENT.format(method=method))
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        waiter = os.pidfd_open(child)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert select.select([waiter], [], [], 20)[0], "the child still runs"
+        os.close(waiter)

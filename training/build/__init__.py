@@ -1,0 +1,1 @@
+"""Build data, network, optimizer settings and recipe from the configuration."""

@@ -1,0 +1,199 @@
+"""The weights that a run starts from: random, torchvision's ImageNet weights, or those in a file or a checkpoint of ours.
+
+Rank 0 alone reads; nothing is downloaded, and nothing in a file is executed.
+"""
+
+import hashlib
+import pickle
+import re
+import shlex
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distributed.checkpoint.store import CheckpointError, load_checkpoint
+from training.config.schema import ModelConfig
+from training.errors import ConfigError
+from tsm.networks import TemporalNetwork
+from tsm.official import WeightsError, check_keys, from_official, tensors_in, trained_with
+
+RANDOM, IMAGENET = "random", "imagenet"
+_NETWORK_FILE = "network.safetensors"  # in a checkpoint of ours
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """`identity` decides the result and stands in the recipe: `random`, or `sha256:...` of the file at `path`."""
+
+    identity: str
+    path: Path | None = None
+
+
+def find_initial_weights(model: ModelConfig, checkout: Path, resumed_from: str | None) -> InitialWeights:
+    """Find and identify what `model.init` names, without looking into it; a relative path starts in the checkout.
+
+    `resumed_from`: the identity in the checkpoint that a run goes on from, None for a new run. A resumed run needs no file:
+    if it is gone, it is taken for the one that the checkpoint names.
+
+    Raises ConfigError, with the fix, when the file is not there or not the one that was meant.
+    """
+    if model.init == RANDOM:
+        return InitialWeights(RANDOM)
+    path = _imagenet_path(model.backbone) if model.init == IMAGENET else checkout / Path(model.init).expanduser()
+    file = path / _NETWORK_FILE if path.is_dir() else path
+    if resumed_from not in (None, RANDOM) and (model.init_sha256 or not file.is_file()):
+        return InitialWeights(f"sha256:{model.init_sha256}" if model.init_sha256 else str(resumed_from))
+    if not file.is_file():
+        raise ConfigError(_not_there(model, path))
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"model.init={model.init}: cannot read {file}: {error.strerror}. Fix: its permissions"
+        ) from error
+    if resumed_from is None:
+        _check_digest(model, file, digest)
+    return InitialWeights(f"sha256:{digest}", path)
+
+
+def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: InitialWeights) -> str:
+    """Put the weights into a network, in place; returns what was done, in one line.
+
+    The classifier stays new where the file's is for another number of classes, or for ImageNet's. Non-local blocks, which
+    start as the identity, stay new when the file has none. Everything else must be there, and fit.
+
+    Raises ConfigError that names the file, the tensors and the fix.
+    """
+    if initial.path is None:
+        return "random" + ("; model.partial_bn keeps all batch norms but the first at them" if model.partial_bn else "")
+    saved, trained_as = _read(model.init, initial.path)
+    expected = network.state_dict()
+    try:
+        translated = from_official(saved)
+        new = _left_new(translated, expected, of_images="fc.weight" in saved or "classifier.1.weight" in saved)
+        rest = {name: tensor for name, tensor in translated.items() if not name.startswith(tuple(new))}
+        check_keys(rest, {name: tensor for name, tensor in expected.items() if not name.startswith(tuple(new))})
+    except WeightsError as error:
+        raise ConfigError(
+            f"model.init={model.init} does not fit model.backbone={model.backbone}: {error}. Fix: set model.backbone and "
+            "model.non_local to those of the file, or choose another file"
+        ) from error
+    network.load_state_dict(rest, strict=False)
+    parts = [f"{model.init} ({initial.identity[:15]}...): {len(rest)} tensors taken", *filter(None, new.values())]
+    if model.partial_bn and any("non_local" in part for part in new.values()):
+        parts.append("model.partial_bn freezes their batch norms, so they stay the identity")
+    for key, then in trained_as.items():
+        now = getattr(model, key, then)
+        if now != then:
+            parts.append(f"they were trained with model.{key}={then}, it is {now} here")
+    return "; ".join(parts)
+
+
+def _left_new(translated: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_images: bool) -> dict[str, str]:
+    """Name prefixes of what is not taken from a file, each with the reason in words."""
+    new: dict[str, str] = {}
+    theirs, ours = translated.get("classifier.weight"), expected["classifier.weight"]
+    if theirs is not None and len(theirs) != len(ours):
+        new["classifier."] = f"classifier left new ({len(ours)} classes, the file has {len(theirs)})"
+    elif theirs is not None and of_images and len(theirs) == _IMAGENET_CLASSES:
+        new["classifier."] = "classifier left new (the file's is for ImageNet's classes)"
+    blocks = sorted({name.split("non_local.")[0] + "non_local." for name in expected if ".non_local." in name})
+    if blocks and not any(".non_local." in name for name in translated):
+        new |= dict.fromkeys(blocks, "")
+        new[blocks[0]] = f"{len(blocks)} non_local blocks left new"
+    return new
+
+
+def _imagenet_path(backbone: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / _imagenet_url(backbone).rsplit("/", 1)[1]
+
+
+def _imagenet_url(backbone: str) -> str:
+    url: str = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+    return url
+
+
+def _not_there(model: ModelConfig, path: Path) -> str:
+    alternatives = "model.init=FILE for other weights, or model.init=random"
+    if model.init == IMAGENET:
+        url = _imagenet_url(model.backbone)
+        return (
+            f"model.init=imagenet needs torchvision's weights of {model.backbone} in {path}, and a job downloads nothing. "
+            f"Fix: mkdir -p {shlex.quote(str(path.parent))} && curl -fL -o {shlex.quote(str(path))} {url} "
+            f"(where there is no network: on a machine that has one, then copy the file there); or {alternatives}"
+        )
+    if path.is_dir():
+        steps = sorted([*path.glob("step-*"), *path.glob("checkpoints/step-*")])
+        hint = f"model.init={steps[-1]}" if steps else "model.init=outputs/RUN/checkpoints/step-XXXXXXXX"
+        return f"model.init={model.init}: {path} is not a checkpoint, it has no {_NETWORK_FILE}. Fix: {hint}, or {alternatives}"
+    return (
+        f"model.init={model.init}: {path} does not exist. Fix: {alternatives}; a relative path starts in the checkout"
+    )
+
+
+def _check_digest(model: ModelConfig, file: Path, digest: str) -> None:
+    if model.init_sha256 is not None and digest != model.init_sha256:
+        raise ConfigError(
+            f"model.init={model.init}: {file} has the sha256 {digest}, but model.init_sha256={model.init_sha256}. "
+            "Fix: fetch the file anew, or correct model.init_sha256"
+        )
+    prefix = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    if model.init == IMAGENET and prefix and not digest.startswith(prefix[1]):
+        raise ConfigError(
+            f"model.init=imagenet: {file} is not what its name says: its sha256 is {digest}. Fix: rm {shlex.quote(str(file))}, "
+            f"then curl -fL -o {shlex.quote(str(file))} {_imagenet_url(model.backbone)}"
+        )
+
+
+def _read(init: str, path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The tensors by the file's own names; and what is known of how they were trained, by keys of the configuration."""
+    try:
+        if path.is_dir():
+            checkpoint = load_checkpoint(path)
+            trained_as: dict[str, Any] = checkpoint.state.get("recipe", {}).get("model", {})
+            shapes = ("shift", "direction", "fold_div", "temporal_pool")
+            return checkpoint.network, {key: trained_as[key] for key in shapes if key in trained_as}
+        saved = load_file(path) if path.suffix == ".safetensors" else _unpickled(init, path)
+    except (CheckpointError, SafetensorError, OSError) as error:
+        raise ConfigError(f"model.init={init} cannot be read: {error}. Fix: copy it anew, or choose another") from error
+    tensors = tensors_in(saved)
+    return tensors, trained_with(tensors)
+
+
+def _unpickled(init: str, path: Path) -> Mapping[str, Any]:
+    """What torch.save wrote, as long as that is tensors and plain values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file written with another one
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")
+        named = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0])
+        tensors_alone = (
+            "import sys, torch; saved = torch.load(sys.argv[1], 'cpu', weights_only=False); "
+            "torch.save(dict(saved.get('state_dict', saved)), sys.argv[2])"
+        )
+        raise ConfigError(
+            f"model.init={init} holds more than tensors, or is damaged ({named}); nothing in it was executed. Fix, if you trust "
+            f'where it is from: python -c "{tensors_alone}" {shlex.quote(str(path))} TENSORS.pth, and model.init=TENSORS.pth'
+        ) from error
+    except Exception as error:  # a damaged file can end in any of a dozen ways
+        raise ConfigError(
+            f"model.init={init} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            "Fix: copy it anew, or choose another"
+        ) from error
+    if not isinstance(saved, Mapping):
+        raise ConfigError(
+            f"model.init={init} holds a {type(saved).__name__}, not tensors by name. Fix: save network.state_dict()"
+        )
+    return saved

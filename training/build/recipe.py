@@ -1,0 +1,58 @@
+"""Derive the recipe from the configuration."""
+
+from dataclasses import asdict
+from typing import Any
+
+from training.config.schema import Config
+from training.errors import ConfigError
+from training.recipe import Recipe
+from training.schedule import Schedule, scaled_rate
+
+from .data import augmentation_of
+
+
+def recipe_of(config: Config, num_rows: int, manifest_digest: str, first_weights: str | None = None) -> Recipe:
+    """Derive the recipe: the peak rate from linear scaling, and everything that was said in epochs in steps.
+
+    `first_weights` identifies what `model.init` names (init_weights.py): a file may move, its content decides the result.
+    """
+    batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
+    if num_rows < batch.global_batch:
+        raise ConfigError(f"batch.global_batch={batch.global_batch} is more than the {num_rows} training clips")
+
+    def steps(epochs: float) -> int:
+        return round(epochs * num_rows / batch.global_batch)
+
+    total_steps = steps(schedule.epochs)
+    if total_steps < 1:
+        raise ConfigError(
+            f"schedule.epochs={schedule.epochs} of {num_rows} clips is less than a step of {batch.global_batch}"
+        )
+    return Recipe(
+        seed=config.seed,
+        global_batch=batch.global_batch,
+        bn_group=batch.bn_clips,
+        total_steps=total_steps,
+        num_rows=num_rows,
+        manifest_digest=manifest_digest,
+        schedule=Schedule(
+            decay=schedule.decay,  # type: ignore[arg-type]
+            peak=scaled_rate(optimizer.lr, optimizer.base_batch, batch.global_batch, optimizer.scaling),  # type: ignore[arg-type]
+            total_steps=total_steps,
+            warmup_steps=steps(schedule.warmup_epochs),
+            warmup_start=schedule.warmup_start,
+            milestone_steps=tuple(steps(epoch) for epoch in schedule.milestones),
+            factor=schedule.factor,
+            end=schedule.end,
+        ),
+        model=_model_recipe(config, first_weights or config.model.init),
+        optimizer=asdict(optimizer),
+        augmentation=asdict(augmentation_of(config)),
+        numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
+    )
+
+
+def _model_recipe(config: Config, first_weights: str) -> dict[str, Any]:
+    model = asdict(config.model) | {"init": first_weights}
+    del model["init_sha256"]
+    return model

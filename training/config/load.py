@@ -1,0 +1,74 @@
+"""Load a configuration: composed by Hydra or read from a run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from training.errors import ConfigError
+
+from .checks import check
+from .schema import (
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    ModelConfig,
+    NumericsConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    ScheduleConfig,
+)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, so that an unknown key is refused while the configuration is composed."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    groups = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "pipeline": PipelineConfig,
+        "optimizer": OptimizerConfig,
+        "schedule": ScheduleConfig,
+        "numerics": NumericsConfig,
+        "distributed": DistributedConfig,
+        "logger": LoggerConfig,
+        "evaluation": EvaluationConfig,
+    }
+    for group, node in groups.items():
+        store.store(group=group, name="schema", node=node)
+
+
+def from_composed(composed: Any) -> Config:
+    """The typed configuration of what Hydra composed. Raises ConfigError for a missing or wrong value."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(
+            f"no value for {', '.join(missing)}. Fix: choose an experiment (experiment=smoke) or set {missing[0]}=..."
+        )
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run folder was made with. Raises ConfigError where there is none, or a broken one."""
+    path = folder / "config.yaml"
+    try:
+        config = from_composed(OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}. Fix: --run FOLDER of a run that was started"
+        ) from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} is no configuration: {error}. Fix: start the run anew, with run_id=ANOTHER"
+        ) from error
+    config.outputs, config.run_id = str(folder.absolute().parent), folder.name  # where it is now
+    return config

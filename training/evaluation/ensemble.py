@@ -1,0 +1,65 @@
+"""An ensemble: the mean of logits that several evaluations of the same clips saved, scored without network or clips."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from distributed.topology import TopologyError, find_topology
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE
+from training.config.schema import EvaluationConfig
+from training.errors import ConfigError
+
+from .metrics import ClipLogits, scores_of
+from .saved_logits import load_logits
+
+
+def ensemble(paths: Sequence[Path], weights: Sequence[float]) -> tuple[ClipLogits, list[int] | None]:
+    """The weighted mean of saved logits, and the classes' order groups. No weights: equal ones.
+
+    The mean is taken of logits, before the softmax, as in the official test code. A clip counts where every file has seen it.
+    Raises ConfigError for files of different clips or classes.
+    """
+    parts = [load_logits(path) for path in paths]
+    first, origin = parts[0]
+    for path, (_, other) in zip(paths, parts, strict=True):
+        if other.manifest_digest != origin.manifest_digest:
+            raise ConfigError(
+                f"evaluation.ensemble: {path} holds logits of other clips than {paths[0]}: manifest "
+                f"{other.manifest_digest[:12]} and {origin.manifest_digest[:12]}. Fix: evaluate both on one manifest"
+            )
+    share_F = torch.tensor(list(weights) or [1.0] * len(parts), dtype=torch.float64)
+    share_F /= share_F.sum()
+    logit_FNK = torch.stack([part.logit_NK.double() for part, _ in parts])
+    seen_N = torch.stack([part.seen_N for part, _ in parts]).all(0)
+    return ClipLogits(torch.einsum("f,fnk->nk", share_F, logit_FNK), first.label_N, seen_N), origin.order_groups
+
+
+def run_ensemble(composed: Any) -> int:
+    """Score the ensemble that `evaluation.ensemble` names, on one process; returns the exit code (training.errors)."""
+    try:
+        paths, weights = _checked(OmegaConf.merge(OmegaConf.structured(EvaluationConfig), composed.evaluation))
+        clip_logits, order_groups = ensemble(paths, weights)
+    except (ConfigError, TopologyError) as error:
+        print(f"error (ensemble): {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    scores = scores_of(clip_logits, order_groups)
+    print(scores.describe(f"ensemble of {len(paths)}, over the clips that all of them have seen"), flush=True)
+    said = {"ensemble": [str(path) for path in paths], "weights": weights, **scores.as_dict()}
+    print(json.dumps(said), flush=True)
+    return EXIT_DATA if scores.missing > composed.data.max_bad_clips else EXIT_DONE
+
+
+def _checked(evaluation: Any) -> tuple[list[Path], list[float]]:
+    paths, weights = [Path(name) for name in evaluation.ensemble], list(evaluation.ensemble_weights)
+    if find_topology().size > 1:
+        raise ConfigError("evaluation.ensemble is the work of one process. Fix: python evaluate.py, without a launcher")
+    if weights and (len(weights) != len(paths) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
+        raise ConfigError(
+            f"evaluation.ensemble_weights must be {len(paths)} numbers of 0 or more, not all 0, one for each file; got {weights}"
+        )
+    return paths, weights

@@ -1,0 +1,67 @@
+"""Logits of an evaluation as files: to be scored again, or averaged with others (training/evaluation/ensemble.py)."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from runtime.atomic_write import atomic_write
+from training.errors import ConfigError
+
+from .metrics import ClipLogits, Scores, confusion_matrix
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where saved logits come from. `manifest_digest` says which clips in which order the rows are; `order_groups` as in the
+    manifest; `recipe`: the fingerprint of what was trained; `protocol`: the name of how it was evaluated; `amp`: evaluation.amp."""
+
+    manifest_digest: str
+    classes: list[str]
+    order_groups: list[int] | None
+    run_id: str
+    step: int
+    recipe: str
+    protocol: str
+    amp: str = "off"
+
+
+def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: Scores) -> Path:
+    """Write NAME.safetensors and, for people, NAME.json (the scores) and NAME.confusion.csv; returns the first's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step-{origin.step:08d}-{origin.protocol}{'' if origin.amp == 'off' else f'-{origin.amp}'}"
+    path = folder / f"{name}.safetensors"
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in vars(clip_logits).items()}
+    with atomic_write(path) as file:
+        file.write(save(tensors, metadata={"tsm_logits": json.dumps(vars(origin))}))
+    missing_rows = (~tensors["seen_N"]).nonzero().flatten().tolist()
+    about = {key: value for key, value in vars(origin).items() if key not in ("classes", "order_groups")}
+    summary = {**about, "scores": scores.as_dict(), "missing_rows": missing_rows}
+    (folder / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with (folder / f"{name}.confusion.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label \\ answer", *origin.classes])
+        for label, row_K in zip(origin.classes, confusion_matrix(clip_logits).tolist(), strict=True):
+            writer.writerow([label, *row_K])
+    return path
+
+
+def load_logits(path: Path) -> tuple[ClipLogits, Origin]:
+    """Read what `save_logits` wrote. Raises ConfigError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            origin = Origin(**json.loads((file.metadata() or {})["tsm_logits"]))
+            clip_logits = ClipLogits(**{key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (no iterable)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"evaluation.ensemble: {path}: no such file. Fix: name files of a run's logits folder"
+        ) from None
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"evaluation.ensemble: {path} does not hold saved logits ({error}). "
+            "Fix: name files that evaluate.py wrote with evaluation.save_logits=true"
+        ) from error
+    return clip_logits, origin

@@ -1,0 +1,1 @@
+"""Optimizers, EMA of weights, gradient checks."""

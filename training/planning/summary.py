@@ -1,0 +1,114 @@
+"""The derived numbers of a run, in words: printed once at start-up, and by the dry run (training.planning.dry_run)."""
+
+from torch import nn
+
+from distributed.batch_norm.synchronized import message_bytes
+from training.build.data import describe_input
+from training.config.schema import Config
+from training.job import Job
+from training.optim.optimizers import describe_optimizer
+from training.recipe import Execution, Recipe
+from training.schedule import Schedule
+
+from .estimates import NetworkFigures, network_figures
+
+
+def describe_plan(job: Job) -> str:
+    """What is trained, where it runs, and how each number came about."""
+    topology = job.backend.topology
+    source = job.training_clips.source
+    figures = network_figures(job.config)
+    lines = [
+        f"run        {job.folder.path.name}  recipe {job.recipe.fingerprint}  seed {job.recipe.seed}",
+        *describe_recipe(job.recipe),
+        describe_network(job.config, figures),
+        describe_numerics(job.config),
+        f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
+        *([f"weights    {job.first_weights}"] if job.first_weights else []),
+        f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
+        f"input      {describe_input(job.config, source, job.backend)}",
+        *describe_execution(job.execution),
+        *describe_batch_norm(job.trainer.network, job.execution),
+        describe_gradients(job.config, figures),
+    ]
+    return "\n".join(lines)
+
+
+def describe_recipe(recipe: Recipe) -> list[str]:
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    return [
+        f"recipe     {recipe.num_rows} clips, {recipe.global_batch} a step = {recipe.steps_per_epoch:.2f} steps an epoch, "
+        f"{recipe.epochs:.2f} epochs = {recipe.total_steps} steps",
+        f"rate       {optimizer['lr']} at {optimizer['base_batch']} clips, {optimizer['scaling']} scaling -> "
+        f"{schedule.peak:.6g} at {recipe.global_batch}; {schedule.warmup_steps} steps of warm-up, then {describe_decay(schedule)}",
+        f"batch norm groups of {recipe.bn_group} clips ({recipe.bn_group * recipe.model['num_frames']} frames)",
+    ]
+
+
+def describe_decay(schedule: Schedule) -> str:
+    """The way of the rate behind the warm-up; milestones in steps."""
+    if schedule.decay != "step":
+        end = f" to {schedule.end:g}" if schedule.decay != "constant" else ""
+        return f"{schedule.decay}{end}"
+    milestones = ", ".join(map(str, sorted(schedule.milestone_steps)))
+    return f"step x {schedule.factor:g} at {milestones or 'no step'}"
+
+
+def describe_network(config: Config, figures: NetworkFigures) -> str:
+    numbers, trained = figures.parameters, figures.trained_parameters
+    frozen = f" ({trained / 1e6:.2f} M trained: model.partial_bn)" if trained < numbers else ""
+    model, size = config.model, config.pipeline.size
+    kind = "TSN" if model.shift == "none" else f"TSM ({model.shift}, {model.direction})"
+    return (
+        f"network    {kind} {model.backbone}, {numbers / 1e6:.2f} M parameters{frozen}, "
+        f"{figures.clip_multiply_adds / 1e9:.3g} GFLOPs a clip of {model.num_frames} x {size} x {size} (multiply-adds)"
+    )
+
+
+def describe_numerics(config: Config) -> str:
+    """Precision and memory format, of training and of evaluation."""
+    numerics, evaluation_amp = config.numerics, config.evaluation.amp
+    parts = [
+        numerics.dtype,
+        "no autocast" if numerics.amp == "off" else f"{numerics.amp} autocast",
+        "channels_last" if numerics.channels_last else "contiguous",
+        *(["TF32 on GPUs that have it"] if numerics.tf32 and numerics.dtype == "float32" else []),
+        *(["deterministic"] if numerics.deterministic else []),
+    ]
+    evaluation = "no autocast" if evaluation_amp == "off" else f"{evaluation_amp} autocast"
+    return f"numerics   {', '.join(parts)}; evaluation: {evaluation}"
+
+
+def describe_execution(execution: Execution) -> list[str]:
+    if execution.bn_ranks > 1:
+        groups = f"each batch-norm group over {execution.bn_ranks} processes"
+    else:
+        groups = f"{execution.bn_ghosts} batch-norm group{'s' if execution.bn_ghosts > 1 else ''} within a micro-batch"
+    return [
+        f"execution  {execution.global_batch} clips = {execution.world} processes x {execution.micro_batch} clips x "
+        f"{execution.accumulation} micro-steps; {groups}"
+    ]
+
+
+def describe_batch_norm(network: nn.Module, execution: Execution) -> list[str]:
+    """What batch norm over processes sends; nothing where groups lie within them."""
+    messages, num_bytes = batch_norm_messages(network, execution)
+    return [f"bn sums    {messages} messages a step, {num_bytes / 1e6:.2f} MB a process"] if messages else []
+
+
+def batch_norm_messages(network: nn.Module, execution: Execution) -> tuple[int, int]:
+    """All-reduces of batch norm in a step, and the bytes that each process contributes to them; frozen layers send none."""
+    if execution.bn_ranks == 1:
+        return 0, 0
+    layers = [
+        message_bytes(module.num_features, next(network.parameters()).dtype)
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    return 2 * len(layers) * execution.accumulation, sum(map(sum, layers)) * execution.accumulation
+
+
+def describe_gradients(config: Config, figures: NetworkFigures) -> str:
+    return (
+        f"gradients  {figures.gradient_bytes / 1e6:.1f} MB a step and process on the wire ({config.distributed.wire})"
+    )

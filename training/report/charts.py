@@ -1,0 +1,107 @@
+"""How charts look: those of report.html, and the learning rate of a plan."""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from training.schedule import Schedule
+
+if TYPE_CHECKING:  # imported where it is needed: rank 0 alone draws, once
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#2563ab", "#d9622b", "#3a8f5c", "#5f6773"
+_INK, _GRID, _EDGE = "#1c2430", "#e3e7ec", "#b9c0ca"
+_CURVE_POINTS = 600
+
+
+def new_chart(title: str, width_in: float, height_in: float) -> tuple["Figure", "Axes"]:
+    """An empty chart over steps."""
+    # matplotlib's first import on a machine says that it looks through the fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=10, color=_INK, fontweight="bold")
+    axes.set_xlabel("step", fontsize=9, color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.tick_params(labelsize=8, colors=GREY, length=3)
+    axes.grid(color=_GRID, lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_EDGE)
+    return figure, axes
+
+
+def add_legend(axes: "Axes") -> None:
+    axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
+
+
+def svg_chart(title: str, draw: Callable[["Axes"], None], width_in: float, height_in: float) -> str:
+    """A chart as an SVG element, without the header and the metadata that name places on the web."""
+    import matplotlib
+
+    # Text stays text, and ids that differ between charts keep one from using another's clip paths.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure, axes = new_chart(title, width_in, height_in)
+        draw(axes)
+        file = StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)  # implied inside HTML
+    return re.sub(r' id="[\w.]+_\d+"', "", svg)  # names of groups, the same in every chart, that nothing refers to
+
+
+def draw_schedule(axes: "Axes", schedule: Schedule, steps_per_epoch: float) -> None:
+    """The rate of each step of a whole run, epochs on an axis of their own, the warm-up's end and milestones marked."""
+    marks = _marks(schedule)
+    step_P = _points(schedule, marks)
+    axes.plot(step_P, [schedule.learning_rate(step) for step in step_P], color=GREY, lw=1.2, label="planned")
+    for step in marks:
+        axes.axvline(step, color=_EDGE, lw=0.9, ls="--")
+        axes.annotate(
+            f" {step:,}",
+            (step, 0.5),
+            xycoords=("data", "axes fraction"),
+            va="center",
+            fontsize=7,
+            color=GREY,
+            rotation=90,
+        )
+    axes.set_ylim(bottom=0)
+
+    def epochs_of(steps: Any) -> Any:
+        return steps / steps_per_epoch
+
+    def steps_of(epochs: Any) -> Any:
+        return epochs * steps_per_epoch
+
+    epochs = axes.secondary_xaxis("top", functions=(epochs_of, steps_of))
+    epochs.set_xlabel("epoch", fontsize=9, color=GREY)
+    epochs.tick_params(labelsize=8, colors=GREY, length=3)
+    epochs.spines["top"].set_color(_EDGE)
+
+
+def schedule_figure(schedule: Schedule, steps_per_epoch: float) -> "Figure":
+    """The learning rate of a run as a figure of its own."""
+    title = f"Learning rate: peak {schedule.peak:g}, {schedule.decay}, {schedule.total_steps:,} steps"
+    figure, axes = new_chart(title, 7.2, 3.8)
+    draw_schedule(axes, schedule, steps_per_epoch)
+    return figure
+
+
+def _marks(schedule: Schedule) -> list[int]:
+    milestones = schedule.milestone_steps if schedule.decay == "step" else ()
+    return sorted({step for step in (schedule.warmup_steps, *milestones) if 0 < step < schedule.total_steps})
+
+
+def _points(schedule: Schedule, marks: Sequence[int]) -> list[int]:
+    """Steps that show a schedule whole: evenly spread ones, and both sides of each mark."""
+    last = schedule.total_steps - 1
+    spread = {round(last * point / _CURVE_POINTS) for point in range(_CURVE_POINTS + 1)}
+    return sorted(spread | {step for mark in marks for step in (mark - 1, mark)})

@@ -1,0 +1,1 @@
+"""Run folders: resume, restarts, code version."""

@@ -1,0 +1,102 @@
+"""A run's folder: its configuration, where it came from, its records, checkpoints and success marker."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from distributed.topology import Topology
+from runtime import run_layout
+from runtime.atomic_write import write_text
+from runtime.checkout import CHECKOUT
+from training.config.schema import Config
+from training.errors import ConfigError
+
+from .restarts import note_start
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "horovod",
+    "nvidia-dali-cuda130",
+    "torchcodec",
+    "av",
+    "mpi4py",
+    "numpy",
+    "pyarrow",
+    "wandb",
+    "hydra-core",
+)
+
+
+class RunFolder:
+    """Paths inside `outputs/<run_id>`; rank 0 writes there, other ranks only read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / run_layout.CONFIG
+        self.checkpoints = path / run_layout.CHECKPOINTS
+        self.metrics = path / run_layout.METRICS
+        self.bad_clips = path / run_layout.BAD_CLIPS
+        self.bad_steps = path / run_layout.BAD_STEPS
+        self.report = path / run_layout.REPORT
+        self.success = path / run_layout.SUCCESS
+        self.provenance = path / run_layout.PROVENANCE
+        self.outcome = path / run_layout.OUTCOME
+
+    def create(self, config: Config, topology: Topology, hosts: list[str], first_step: int) -> None:
+        """Make the folder and write what the run was started with; a resumed run adds to its provenance."""
+        self.write_config(config)
+        self.checkpoints.mkdir(exist_ok=True)
+        note_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
+
+    def write_config(self, config: Config) -> None:
+        """Make the folder if need be, and write what it was started with: whole or not at all, for a requeued job reads it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
+            ) from error
+
+
+def new_run_id(config: Config, topology: Topology) -> str:
+    """What a run is called when nobody said: the launcher's job, so that a requeued job finds its folder, else the time."""
+    return topology.job_id or f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def provenance(topology: Topology, hosts: list[str]) -> dict[str, Any]:
+    """Which code, packages, launcher and hosts a start was made of."""
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_diff": git("diff", "HEAD"),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "launcher": topology.launcher,
+        "world_size": topology.size,
+        "hosts": hosts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of the checkout; None where there is no git, or a checkout that was copied without its history."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""What a run logs about itself: metrics, stragglers, input stalls, skipped steps."""

@@ -1,0 +1,149 @@
+"""What a run writes down as it goes: metrics.jsonl always, wandb beside it, and lines or a bar for whoever watches."""
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from distributed.health.rank_log import Journal
+from training.config.schema import Config
+from training.runs.run_folder import RunFolder
+
+
+class Records:
+    """Rank 0's records; on other ranks every method does nothing, but that their logs hear what is said.
+
+    A record is a JSON line `{"kind", "time_s", "step", ...}`; units are in the names.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        writes: bool,
+        first_step: int,
+        total_steps: int,
+        journal: Journal | None = None,
+    ) -> None:
+        self._writes = writes
+        self._journal = journal
+        self._bar: tqdm[Any] | None = None
+        self._wandb: Any = None
+        if not writes:
+            return
+        self._file = folder.metrics.open("ab", buffering=0)  # a line at a time: a kill loses none
+        self._newest_step = first_step
+        self._refused = False  # the last line did not get to the disk, or not all of it
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        if config.logger.wandb != "disabled":
+            self._wandb = _start_wandb(config, folder.path)
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches, and for this rank's log."""
+        if self._journal is not None:
+            self._journal.note(text)
+        if not self._writes:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        if not self._writes:
+            return
+        self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step, **values})
+        if self._wandb is not None:
+            numbers = dict(_numbers(kind, values))
+            # A checkpoint ends behind later records, and wandb drops what comes for an earlier step than its newest.
+            self._newest_step = max(step, self._newest_step)
+            self._wandb.log(numbers, step=self._newest_step)
+
+    def train(self, step: int, **values: float) -> None:
+        """A training record, on the bar or as a line."""
+        self.write("train", step, **values)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=f"{values['loss']:.3f}", top1=f"{values['top1_percent']:.1f}%")
+        else:
+            self.say(
+                f"step {step:6d}  loss {values['loss']:.4f}  top-1 {values['top1_percent']:5.1f}%  "
+                f"lr {values['learning_rate']:.4g}  {values['clips_per_s']:.1f} clips/s  "
+                f"input wait {values['input_wait_percent']:.1f}%"
+            )
+
+    def bad_clip(self, folder: RunFolder, **values: Any) -> None:
+        self._append(folder.bad_clips, values)
+
+    def bad_step(self, folder: RunFolder, **values: Any) -> None:
+        self._append(folder.bad_steps, values)
+
+    def _append(self, path: Path, values: dict[str, Any]) -> None:
+        if self._writes:
+            try:
+                with path.open("ab", buffering=0) as file:
+                    self._put(file, values)
+            except OSError as error:
+                self.say(f"NO RECORD in {path}: {error}. Training goes on")
+
+    def _put(self, file: FileIO, values: dict[str, Any]) -> None:
+        """A line; on a disk that is full it is lost, which is said once, and the run goes on."""
+        line = ("\n" if self._refused else "").encode() + json.dumps(values).encode() + b"\n"
+        try:
+            refused = None if file.write(line) == len(line) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            refused = error
+        if refused is not None and not self._refused:
+            self.say(f"NO RECORDS in {file.name}: {refused}. Training goes on")
+        self._refused = refused is not None
+
+    def close(self, exit_code: int) -> None:
+        if not self._writes:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+        self._file.close()
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """What wandb can plot, with the names of nested values joined by slashes."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float):
+            yield f"{prefix}/{name}", value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; a last line that a kill cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _start_wandb(config: Config, folder: Path) -> Any:
+    import wandb  # slow to import, and on rank 0 alone
+
+    return wandb.init(
+        project=config.logger.project,
+        id=folder.name,
+        name=folder.name,
+        dir=folder,
+        mode="offline" if config.logger.wandb == "offline" else "online",
+        resume="allow" if config.logger.wandb == "online" else None,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
