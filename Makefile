@@ -109,9 +109,9 @@ bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmar
 	done; \
 	if [ $$found = 0 ]; then echo "bench: no program in benchmarks/" >&2; exit 1; fi
 
-cluster:  ## a real Slurm of 4 nodes on this machine, to try launch/ on; needs root; slurm/emulator/cluster.sh down ends it
+cluster:  ## a real Slurm of 4 nodes on this machine, to try launch/ on; needs root; tools/slurm_emulator/cluster.sh down ends it
 	tools/install_system_packages.sh
-	slurm/emulator/cluster.sh up 4
+	tools/slurm_emulator/cluster.sh up 4
 
 clean:  ## remove .venv and tool caches; keeps data/, outputs/ and the Horovod wheel cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build

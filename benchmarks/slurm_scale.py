@@ -2,10 +2,10 @@
 
 python benchmarks/slurm_scale.py --json FILE          needs root and Slurm; 1,536 ranks: --nodes 256
 
-launch/kinetics_1536.sh runs as it is, with preflight of all nodes but its all-reduce, which needs torch, and with slurm/rehearse.py
-in place of train.py: topology, configuration, layout, a manifest of 239,975 clips, the rows of each rank's first steps. The rows
-of all ranks together must be those of one process. Wall times are those of a machine with two cores for 1,536 ranks; CPU time and
-memory of a rank are what carries over.
+launch/kinetics_1536.sh runs as it is, with preflight of all nodes but its all-reduce, which needs torch, and with
+tools/slurm_emulator/rehearse.py in place of train.py: topology, configuration, layout, a manifest of 239,975 clips, the rows of
+each rank's first steps. The rows of all ranks together must be those of one process. Wall times are those of a machine with
+two cores for 1,536 ranks; CPU time and memory of a rank are what carries over.
 """
 
 # ruff: noqa: E402  (started as a script, it finds the other modules only after the line that says where they are)
@@ -28,10 +28,10 @@ sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of thi
 from benchmarks import common
 from pipelines.manifest import Manifest, write_manifest
 from pipelines.stream.order import StreamOrder
-from slurm.rehearse import STEPS
+from tools.slurm_emulator.rehearse import STEPS
 
 CHECKOUT = Path(__file__).parent.parent
-EMULATOR = CHECKOUT / "slurm" / "emulator" / "cluster.sh"
+EMULATOR = CHECKOUT / "tools" / "slurm_emulator" / "cluster.sh"
 CLIPS = 239_975  # Kinetics-400, as published
 TASKS_PER_NODE = 6
 LIMIT_S = 1800.0
@@ -68,7 +68,7 @@ def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
         "TSM_PREFLIGHT_LIMIT_S": "900",
         "TSM_PYTHON": str(EMULATOR.with_name("seated_python.sh")),
         "TSM_SRUN_ARGUMENTS": f"--wait={LIMIT_S:.0f}",  # a few ranks at a time: the last ends long after the first
-        "TSM_RANK_PROGRAM": "-m slurm.rehearse",
+        "TSM_RANK_PROGRAM": "-m tools.slurm_emulator.rehearse",
         "TSM_SRUN_MPI": "none",
     }
     log = folder / f"{nodes}.log"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from worlds import CHECKOUT
 
-_SCRIPT = CHECKOUT / "slurm" / "emulator" / "cluster.sh"
+_SCRIPT = CHECKOUT / "tools" / "slurm_emulator" / "cluster.sh"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "ip", "tc")
 ENDED = (
     "COMPLETED",

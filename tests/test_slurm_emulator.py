@@ -192,7 +192,7 @@ def test_down_leaves_nothing_and_another_cluster_alone(slurm_cluster: SlurmClust
         assert 4000 < float(round_trip_us) < 20000
         other.sbatch("--nodes=3", "--output=/dev/null", "--wrap=srun sleep 300")
         assert leftovers(folder)
-        again = other.run("slurm/emulator/cluster.sh", "up", "1", check=False)
+        again = other.run("tools/slurm_emulator/cluster.sh", "up", "1", check=False)
         assert again.returncode == 1
         assert "one is up already" in again.stderr
     finally:
@@ -211,7 +211,7 @@ def up_with(program: str, script: str, folder: Path, nodes: int) -> "subprocess.
     (broken / program).write_text(f"#!/bin/sh\n{script}\n")
     (broken / program).chmod(0o755)
     environment = os.environ | {"TSM_CLUSTER": str(folder / "cluster"), "PATH": f"{broken}:{os.environ['PATH']}"}
-    command = ["slurm/emulator/cluster.sh", "up", str(nodes)]
+    command = ["tools/slurm_emulator/cluster.sh", "up", str(nodes)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -240,7 +240,7 @@ def test_a_link_that_was_refused_is_tried_again(tmp_path: Path) -> None:
     before = networks()
     ended = up_with("ip", refusing_links(tmp_path, times=2), tmp_path, 2)
     environment = os.environ | {"TSM_CLUSTER": str(tmp_path / "cluster")}
-    subprocess.run(["slurm/emulator/cluster.sh", "down"], env=environment, check=True, timeout=60)
+    subprocess.run(["tools/slurm_emulator/cluster.sh", "down"], env=environment, check=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert "2 nodes are up" in ended.stdout
     assert "try 2 to link tsm" in ended.stderr

@@ -296,7 +296,7 @@ def test_what_a_preflight_needs_imports_without_torch() -> None:
     code = (
         "import sys\n"
         "import distributed.topology, pipelines.stream.order, pipelines.manifest, training.recipe\n"
-        "import slurm.preflight.judge, slurm.preflight.node, slurm.rehearse\n"
+        "import slurm.preflight.judge, slurm.preflight.node, tools.slurm_emulator.rehearse\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts=()
 while IFS= read -r script; do
     [[ -f $script ]] && scripts+=("$script")
-done < <(git ls-files --cached --others --exclude-standard -- '*.sh' '*.sbatch' .ci/run 'slurm/emulator/bin/*' | sort -u)
+done < <(git ls-files --cached --others --exclude-standard -- '*.sh' '*.sbatch' .ci/run 'tools/slurm_emulator/bin/*' | sort -u)
 if ((${#scripts[@]} == 0)); then
     echo "lint: no shell scripts found" >&2
     exit 1

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The emulated cluster (slurm/emulator): TSM_SITE=slurm/sites/emulated.sh sbatch launch/smoke.sh
+# The emulated cluster (tools/slurm_emulator): TSM_SITE=slurm/sites/emulated.sh sbatch launch/smoke.sh
 : "${TSM_LOCAL_DISK:=/mnt/local}"
 : "${TSM_CPU_BIND=}" # its nodes claim cores that the machine does not have
 : "${TSM_NETWORK_INTERFACE:=eth0}"

@@ -1,7 +1,7 @@
 """What a rank does before it needs torch, on as many ranks as a real job has: its place, the configuration, its part of each batch,
-the manifest, its clips. In place of train.py in a launch script: TSM_RANK_PROGRAM='-m slurm.rehearse'.
+the manifest, its clips. In place of train.py in a launch script: TSM_RANK_PROGRAM='-m tools.slurm_emulator.rehearse'.
 
-python -m slurm.rehearse RUN_FOLDER
+python -m tools.slurm_emulator.rehearse RUN_FOLDER
 
 Prints a line of JSON: how long each part took, memory, and sums over the rows of the first steps, for benchmarks/slurm_scale.py.
 """
