@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# A real Slurm of N nodes on one machine: munged, slurmctld, and a slurmd in namespaces of its own for each node. Needs root.
+# Run a real Slurm of N nodes on one machine: munged, slurmctld, and for each node a slurmd in its own namespaces. Needs root.
 #
-#   cluster.sh up N [options]       nodes n1..nN; returns when all are idle
-#       --host                      no namespaces, all on the loopback: for hundreds of nodes; no crash, rate or disk then
-#       --delay-us D                a userspace switch joins the nodes, which holds each packet back that long one way
-#       --rate-mbit R               with --delay-us: what each node may send
-#       --disk-mb M                 node-local disk (1024)
-#       --node-timeout-s T          how long a node may be silent before its jobs are requeued (60)
-#   cluster.sh down                 ends what `up` started, whatever became of it; keeps the logs
-#   cluster.sh crash NODE           its link goes, then all its processes: a power cut. Its disk keeps what it holds
-#   cluster.sh boot NODE            starts a crashed node again
-#   cluster.sh rate NODE RATE|none  what it may send and receive (tc's units: 10mbit); not with --delay-us
+#   cluster.sh up N [options]       start nodes n1..nN; return when all are idle
+#       --host                      no namespaces, all nodes on the loopback: for hundreds of nodes; no crash, rate or disk
+#       --delay-us D                connect the nodes by a userspace switch with this one-way delay
+#       --rate-mbit R               with --delay-us: send rate limit of each node
+#       --disk-mb M                 size of the node-local disk (1024)
+#       --node-timeout-s T          SlurmdTimeout: requeue the jobs of a node that is silent for this long (60)
+#   cluster.sh down                 stop all that `up` started, also after a failed `up`; keep the logs
+#   cluster.sh crash NODE           emulate a power cut: take its link down, then kill its processes; its disk keeps its files
+#   cluster.sh boot NODE            start a crashed node again
+#   cluster.sh rate NODE RATE|none  limit its send and receive rate (tc's units: 10mbit); not with --delay-us
 #   cluster.sh disk NODE full|read-only|ok
 #   cluster.sh status
-#   eval "$(cluster.sh env)"        points sbatch, srun and the others at this cluster
+#   eval "$(cluster.sh env)"        point sbatch, srun and the other Slurm commands at this cluster
 #
-# TSM_CLUSTER names the folder that holds all of it ($TMPDIR/tsm-cluster); in another folder, another cluster can be up as well.
+# TSM_CLUSTER: the cluster's folder ($TMPDIR/tsm-cluster). Several clusters can be up at the same time, each in its own folder.
 #
 # While it is up, the kernel's autogroup scheduling is off (sysctl kernel.sched_autogroup_enabled).
 #
 # A node has its own network, host name, /etc/hosts, /dev/shm, /mnt/local (its disk, nodes/NODE/disk in the folder) and 6 GPUs: the
-# device files in nodes/NODE/gpu. Remove one, and it is lost to nvidia-smi; bin/nvidia-smi says how to make it ill. A node's tasks
-# get the variables in its /mnt/local/task_environment. All else it shares with the machine and the other nodes, /tmp too.
+# device files in nodes/NODE/gpu. A GPU whose file is removed disappears from nvidia-smi; bin/nvidia-smi documents how to make a GPU
+# faulty. A node's tasks get the variables in its /mnt/local/task_environment. Nodes share all else, including /tmp.
 #
-# Partitions are `emu` and, on the same nodes, `scavenge`, whose jobs give way; and on paper `summit` (256 nodes of 6 GPUs), `dgx`
-# (192 of 8) and `quad` (384 of 4) for `sbatch --test-only` and `--hold`. Nodes claim 42 CPUs, however few the machine has.
+# Partitions: `emu` and, on the same nodes, the preemptible `scavenge`. Partitions without running nodes, for `sbatch --test-only` and
+# `--hold`: `summit` (256 nodes of 6 GPUs), `dgx` (192 of 8) and `quad` (384 of 4). Each node claims 42 CPUs.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=$(realpath --canonicalize-missing "${TSM_CLUSTER:-${TMPDIR:-/tmp}/tsm-cluster}")
-settings=$folder/etc/settings # written by `up`: its presence says that a cluster is up
+# Written by `up`. A cluster is up if and only if this file exists.
+settings=$folder/etc/settings
 export SLURM_CONF=$folder/etc/slurm.conf
 
 readonly local_disk=/mnt/local
@@ -51,10 +52,10 @@ die() {
 up() {
     read_up_options "$@"
     check_machine
-    [[ ! -e $settings ]] || die "one is up already, in $folder. Fix: $0 down"
-    # It is emptied, so it has to be ours.
+    [[ ! -e $settings ]] || die "one is up already in $folder. Fix: $0 down"
+    # `up` empties the folder, so it must be a cluster's.
     if [[ -n $(ls -A "$folder" 2>/dev/null) && ! -e $folder/$marker ]]; then
-        die "$folder holds something else. Fix: TSM_CLUSTER=AN_EMPTY_FOLDER"
+        die "$folder holds files of something else. Fix: TSM_CLUSTER=AN_EMPTY_FOLDER"
     fi
     claim_number
     trap 'failed_up $? "$BASH_COMMAND"' EXIT
@@ -72,8 +73,8 @@ up() {
     echo "cluster: $nodes nodes are up in $folder. Next: eval \"\$($0 env)\""
 }
 
-# The kernel shares cores among sessions first, and each step of Slurm is one on its node. A rank of MPI that waits and yields its core
-# then yields it to its own node's ranks alone, and holds up the node that it waits for: steps took 1 to 20 times as long.
+# Turn autogroup scheduling off: it shares cores between sessions first, and each Slurm step on a node is one session. An MPI rank that
+# waits yields its core (sched_yield) only within its session, which starves the node that it waits for: steps took 1 to 20 times as long.
 share_cores_fairly() {
     if [[ $(cat "$autogroup" 2>/dev/null) == 1 ]] && echo 0 2>/dev/null >"$autogroup"; then
         touch "$folder/etc/autogroup_was_on"
@@ -98,13 +99,13 @@ read_up_options() {
     done
     message_timeout_s=10 tcp_timeout_s=2 credential_s=5
     if [[ $mode == host ]]; then
-        # Hundreds of daemons and a thousand tasks start on a few cores.
+        # Hundreds of daemons and a thousand tasks share a few cores.
         message_timeout_s=100 tcp_timeout_s=30 credential_s=600
         ((node_timeout_s >= 300)) || node_timeout_s=300
     elif ((nodes > 100)); then
         die "$nodes nodes are too many for namespaces. Fix: --host"
     fi
-    [[ $rate_mbit == 0 || $mode == switch ]] || die "--rate-mbit belongs to --delay-us. Fix: cluster.sh rate NODE RATE"
+    [[ $rate_mbit == 0 || $mode == switch ]] || die "--rate-mbit needs --delay-us. Fix: cluster.sh rate NODE RATE"
 }
 
 check_machine() {
@@ -121,8 +122,7 @@ check_machine() {
     [[ $mode != switch || -c /dev/net/tun ]] || die "--delay-us needs /dev/net/tun. Fix: modprobe tun"
 }
 
-# Clusters are numbered, so that they do not share ports, addresses or names. The one that makes an (empty) namespace of that
-# number has it.
+# Number the cluster, so that clusters share no ports, addresses or names. Creating an empty network namespace claims a number.
 claim_number() {
     local taken
     for ((cluster = 0; cluster < 40; cluster++)); do
@@ -163,7 +163,8 @@ make_folder() {
         echo "$controller_address $(hostname)"
         for ((number = 1; number <= nodes; number++)); do
             echo "$network.$number n$number"
-            echo "::ffff:$network.$number n$number" # so do programs see it that listen for both versions of IP
+            # The address as seen by programs that listen on IPv6 and IPv4 at once.
+            echo "::ffff:$network.$number n$number"
         done
     } >"$folder/etc/hosts"
     if [[ $mode != host && ! -d $local_disk ]]; then
@@ -174,7 +175,7 @@ make_folder() {
 
 start_munged() {
     (umask 077 && head -c 128 /dev/urandom >"$folder/etc/munge.key")
-    # --force: the folder may be one that only root may enter.
+    # --force: munged otherwise refuses a folder that only root may enter.
     munged --force --key-file="$folder/etc/munge.key" --socket="$folder/run/munge.sock" \
         --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged.log" --seed-file="$folder/run/munge.seed"
 }
@@ -186,14 +187,14 @@ wait_until_idle() {
         ((idle != nodes)) || return 0
         if ((SECONDS >= deadline_s)); then
             tail -n 5 "$folder"/log/{slurmctld,slurmd.n1}.log >&2
-            die "only $idle of $nodes nodes became idle; above is the end of two logs, all are in $folder/log"
+            die "only $idle of $nodes nodes became idle; see the ends of two logs above, and $folder/log"
         fi
         sleep 0.2
     done
 }
 
 failed_up() {
-    echo "cluster: up failed at '$2', taking down what was started" >&2
+    echo "cluster: up failed at '$2', stopping what was started" >&2
     down || true
     exit "$1"
 }
@@ -216,7 +217,7 @@ down() {
         echo "cluster: none is up in $folder"
         return
     fi
-    # Nothing may be taken for granted here: this also clears up after an `up` that broke off anywhere.
+    # Each step must tolerate missing parts: `down` also cleans up after an `up` that failed anywhere.
     need_root
     need_up
     if [[ $mode == host ]]; then
@@ -229,15 +230,16 @@ down() {
         ip netns del "$namespace"
     done < <(node_namespaces)
     end_daemons
-    # Links go with their namespaces, in the kernel's own time.
+    # The kernel removes links together with their namespaces, but later.
     while IFS= read -r link; do
         ip link del "$link" 2>/dev/null || true
     done < <(node_links)
     ip link del "$bridge" 2>/dev/null || true
     while IFS= read -r mounted; do
-        umount "$mounted" || umount --lazy "$mounted" # someone looks at it
+        # --lazy: another process may have a file or folder open in it.
+        umount "$mounted" || umount --lazy "$mounted"
     done < <(findmnt --noheadings --raw --output=TARGET | grep -F "$folder/" || true)
-    # If `up` made it, and no other cluster uses it by now, whose disks would go with it.
+    # Only if `up` made it and no other cluster uses it: removing it would unmount that cluster's disks.
     if [[ -e $local_disk/$marker && ! $(ip netns list) =~ tsm[0-9]+-n ]]; then
         rm "$local_disk/$marker"
         rmdir "$local_disk" 2>/dev/null || true
@@ -247,7 +249,7 @@ down() {
     ip netns del "$claim" 2>/dev/null || true
 }
 
-# Host mode has no namespaces to empty: jobs end by themselves before their slurmd does.
+# Host mode has no namespaces whose processes could be killed: let jobs end before their slurmd does.
 wait_for_empty_queue() {
     local deadline_s=$((SECONDS + 30))
     while [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]] && ((SECONDS < deadline_s)); do
@@ -255,7 +257,7 @@ wait_for_empty_queue() {
     done
 }
 
-# All are asked at once, since slurmd takes two seconds; who stays is killed.
+# Send SIGTERM to all at once, since each slurmd takes two seconds to end; after 10 s send SIGKILL.
 end_daemons() {
     local file pids=() pid deadline_s=$((SECONDS + 10))
     for file in "$folder"/run/*.pid; do
@@ -273,7 +275,7 @@ end_daemons() {
     done
 }
 
-# A number in a file may be another process' by now.
+# The PID in a file may have been reused by another process.
 is_ours() {
     local command
     command=$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline") || return 1

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The nodes of the emulated cluster: their namespaces and network, and what can befall them. Sourced by cluster.sh, whose variables
-# it reads.
+# The emulated cluster's nodes: namespaces, network and fault injection. Sourced by cluster.sh, whose variables it reads.
 # shellcheck disable=SC2154
 
 make_network() {
@@ -30,8 +29,8 @@ make_network() {
     done
 }
 
-# A kernel was seen to refuse such a link ("File exists"), once in thousands and for no reason that was found: it is tried again, and the
-# reader sees what was in the way.
+# A kernel was seen to refuse such a link ("File exists") about once in thousands, without a known cause. Retry, and print the links that
+# exist at that moment.
 add_linked_namespace() {
     local node=$1 try
     for try in 1 2 3; do
@@ -51,7 +50,7 @@ start_node() {
         slurmd -N "$node"
         return
     fi
-    # Its disk is mounted outside its namespaces, so that it outlives a crash.
+    # Mount its disk outside its namespaces, so that its files outlive a crash.
     local disk=$folder/nodes/$node/disk
     if ! mountpoint --quiet "$disk"; then
         mkdir -p "$disk"
@@ -60,14 +59,14 @@ start_node() {
     nsenter --net="/run/netns/$prefix$node" unshare --mount --uts --ipc "$here/cluster.sh" inside-node "$node"
 }
 
-# Runs in the namespaces of a node; slurmd stays there.
+# Runs in the node's namespaces and becomes its slurmd.
 inside_node() {
     local node=$1
     hostname "$node"
     mount --bind "$folder/etc/hosts" /etc/hosts
     mount -t tmpfs -o mode=1777 tmpfs /dev/shm
     mount --bind "$folder/nodes/$node/disk" "$local_disk"
-    # Its copies of the machine's mounts would keep alive the disks and networks of nodes, of this and other clusters.
+    # Unmount this namespace's copies of the machine's mounts: they would keep disks and networks of other nodes and clusters alive.
     local source target
     while read -r source target; do
         [[ ! $source =~ ^tsm[0-9]+-n || $target == "$local_disk" ]] || umount --lazy "$target"
@@ -85,7 +84,7 @@ boot() {
 
 crash() {
     need_node "$1" crash
-    # First the link, or the kernel would tell every peer in order that the connections are closed.
+    # Take the link down first: otherwise the kernel would close every connection in an orderly way.
     ip -n "$prefix$1" link set eth0 down
     kill_namespace "$prefix$1"
 }
@@ -93,9 +92,9 @@ crash() {
 rate() {
     need_node "$1" rate
     local node=$prefix$1 limit=${2:?the rate, as 10mbit, or none}
-    [[ $mode == bridge ]] || die "with --delay-us the switch has the rate. Fix: up N --delay-us D --rate-mbit R"
+    [[ $mode == bridge ]] || die "with --delay-us the switch limits the rate. Fix: up N --delay-us D --rate-mbit R"
     if [[ $limit == none ]]; then
-        # No limit is no error.
+        # Removing a limit that is not set is no error.
         tc -n "$node" qdisc del dev eth0 root 2>/dev/null || true
         tc qdisc del dev "$node" root 2>/dev/null || true
         return
@@ -109,7 +108,7 @@ disk() {
     local disk=$folder/nodes/$1/disk used_kb
     case ${2:-} in
         full)
-            # Cut to what it holds, and the last page filled: full without taking the machine's memory.
+            # Shrink it to what it holds and fill the last page: full, without using the machine's memory.
             used_kb=$(df --output=used "$disk" | tail -n 1)
             mount -o "remount,size=$((used_kb + 4))k" "$disk"
             cat /dev/zero >"$disk/.filler" 2>/dev/null || true

@@ -1,9 +1,10 @@
-"""What a rank does before it needs torch, on as many ranks as a real job has: its place, the configuration, its part of each batch,
-the manifest, its clips. In place of train.py in a launch script: TSM_RANK_PROGRAM='-m tools.slurm_emulator.rehearse'.
+"""Rehearse what each rank of a job does before it imports torch: topology, configuration, layout, manifest, its first clips.
+
+Replaces train.py in a launch script: TSM_RANK_PROGRAM='-m tools.slurm_emulator.rehearse'.
 
 python -m tools.slurm_emulator.rehearse RUN_FOLDER
 
-Prints a line of JSON: how long each part took, memory, and sums over the rows of the first steps, for benchmarks/slurm_scale.py.
+Prints one line of JSON for benchmarks/slurm_scale.py: duration of each part, memory, and sums over the rows of the first steps.
 """
 
 import json
@@ -18,6 +19,7 @@ STEPS = 3
 
 
 def main(folder: Path) -> None:
+    """Run each part once and print its duration."""
     started_s = time.perf_counter()
     topology = find_topology()
     choose_backend("horovod", topology, int(os.environ["SLURM_NTASKS"]))
@@ -41,7 +43,7 @@ def main(folder: Path) -> None:
     _, row_N = StreamOrder(len(manifest), config["seed"]).at(positions)
     clips = [manifest.row(int(row)) for row in row_N]
     ordered_s = time.perf_counter()
-    told = {
+    fields = {
         "rehearsal": topology.rank,
         "node": topology.node,
         "place_s": placed_s - started_s,
@@ -55,13 +57,14 @@ def main(folder: Path) -> None:
         "position_sum": int(positions.sum()),
         "row_sum": int(row_N.sum()),
     }
-    print(json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in told.items()}))
-    if topology.rank == 0:  # the word that the batch script looks for
+    print(json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in fields.items()}))
+    # The batch script reads the job's outcome from this file.
+    if topology.rank == 0:
         (folder / "outcome.json").write_text('{"exit_code": 0, "reason": "rehearsed", "time_s": 0}\n')
 
 
 def _private_mib() -> float:
-    """Memory that this process shares with no other."""
+    """Memory of this process that it shares with no other, in MiB."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# TSM_PYTHON for more ranks than one machine has room for: no more than TSM_SEATS (4) of them run at a time, the others wait in a
-# shell of a megabyte. Rank 0, which others may wait for, always runs. Nothing that all ranks do together gets through.
+# A TSM_PYTHON for more ranks than fit into one machine's memory: at most TSM_SEATS (4) ranks run at the same time, the others wait in
+# a shell of 1 MB. Rank 0 always runs, since other ranks may wait for it. Collective operations would deadlock.
 set -euo pipefail
 
 python=$(dirname "${BASH_SOURCE[0]}")/../../.venv/bin/python

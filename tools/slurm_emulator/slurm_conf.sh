@@ -4,7 +4,7 @@
 #   print_gres_conf    gres.conf, to stdout
 # shellcheck disable=SC2154
 
-# Shapes of nodes, as Slurm's options. config_overrides below makes slurmd believe them on a machine that has less.
+# Node shapes as Slurm options. config_overrides below makes slurmd accept them on a machine that has less.
 readonly six_gpus="Sockets=2 CoresPerSocket=21 ThreadsPerCore=1 RealMemory=512000 Gres=gpu:6"
 readonly eight_gpus="Sockets=2 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=1024000 Gres=gpu:8"
 readonly four_gpus="Sockets=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=256000 Gres=gpu:4"
@@ -16,13 +16,13 @@ SlurmctldHost=$(hostname)($controller_address)
 SlurmctldPort=$controller_port
 SlurmUser=root
 SlurmdUser=root
-# Slurm holds a requeued job back until its old credential has expired: two minutes by default.
+# Slurm delays a requeued job until its old credential has expired: two minutes by default.
 AuthInfo=socket=$folder/run/munge.sock,cred_expire=$credential_s
 
-# Slurm puts a node's name for %n.
+# Slurm replaces %n by the node's name.
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/nodes/%n/spool
-# Of its own for each node: PMIx' server keeps its sockets there, and two nodes in one folder break each other.
+# One folder per node: the PMIx server keeps its sockets there, and two nodes in one folder break each other.
 TmpFS=$folder/nodes/%n/tmp
 SlurmctldPidFile=$folder/run/slurmctld.pid
 SlurmdPidFile=$folder/run/slurmd.%n.pid
@@ -30,7 +30,7 @@ SlurmctldLogFile=$folder/log/slurmctld.log
 SlurmdLogFile=$folder/log/slurmd.%n.log
 TaskProlog=$here/task_prolog.sh
 
-# Nodes claim more CPUs and memory than the machine has, and nothing is bound or measured.
+# Nodes claim more CPUs and memory than the machine has: no CPU binding and no accounting.
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -50,20 +50,20 @@ TCPTimeout=$tcp_timeout_s
 UnkillableStepTimeout=600
 SlurmdTimeout=$node_timeout_s
 
-# A job that has to make room gets the signal that it asked for with --signal, and the partition's GraceTime to end by itself.
+# A preempted job gets the signal that it requested with --signal, and the partition's GraceTime to end by itself.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 
-# Refuse at submission what a partition cannot give.
+# Reject a job at submission if its partition cannot run it.
 EnforcePartLimits=ALL
 
 $(print_nodes)
 PartitionName=emu Nodes=n[1-$nodes] Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=24:00:00
 PartitionName=scavenge Nodes=n[1-$nodes] PriorityTier=1 PreemptMode=REQUEUE GraceTime=25 MaxTime=24:00:00
 
-# Machines on paper: \`sbatch --test-only\` and \`sbatch --hold\` judge the shape of a job against them. Only CLOUD nodes, which
-# Slurm thinks it could power up, count as usable without a slurmd behind them. A job that is let loose on them never starts.
+# Nodes without a slurmd: \`sbatch --test-only\` and \`sbatch --hold\` check the shape of a job against them. Only CLOUD nodes, which
+# Slurm believes it can power up, count as usable without a slurmd. A job that is released onto them never starts.
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=INFINITE
@@ -89,7 +89,7 @@ print_nodes() {
     done
 }
 
-# nvidia_gpu_env: Slurm sets CUDA_VISIBLE_DEVICES, as for NVIDIA's.
+# nvidia_gpu_env: Slurm sets CUDA_VISIBLE_DEVICES, as for NVIDIA GPUs.
 print_gres_conf() {
     local number
     for ((number = 1; number <= nodes; number++)); do

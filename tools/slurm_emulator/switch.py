@@ -1,10 +1,10 @@
-"""A network switch that delays: for kernels without netem, and for the emulated cluster alone.
+"""Emulate a network switch with delay, on kernels without netem, for the emulated cluster only.
 
     switch.py --delay-us 500 --rate-mbit 1000 --pid-file FILE NAMESPACE:INTERFACE:ADDRESS/PREFIX ...
 
-It makes a TAP interface in each network namespace (none: the present one) and forwards Ethernet frames between them, each held
-back for `delay` one way; a port sends at most `rate`, and beyond a queue of 50 ms its frames are lost. It goes on in the background
-once all interfaces are up.
+Creates a TAP interface in each network namespace (empty: the current one) and forwards Ethernet frames between them with a one-way
+delay. Each port sends at most `rate`; frames beyond a queue of 50 ms are dropped. Once all interfaces are up, it continues in the
+background.
 """
 
 import argparse
@@ -25,11 +25,12 @@ _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
 _MTU_BYTES = 9000
 _LONGEST_FRAME_BYTES = 1 << 16
 _QUEUE_S = 0.05
-_FRAMES_A_TURN = 64  # of one port, before the others have theirs
+# Read at most this many frames from one port before the next port's turn.
+_FRAMES_PER_TURN = 64
 
 
 def open_port(namespace: str, interface: str, address: str) -> int:
-    """A new TAP interface in the namespace, up; whoever holds the descriptor is what it is plugged into."""
+    """Create a TAP interface in the namespace, set it up, and return its descriptor, which reads and writes its frames."""
     libc = ctypes.CDLL(None, use_errno=True)
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     if namespace:
@@ -51,22 +52,26 @@ def _enter(libc: ctypes.CDLL, namespace: Path) -> None:
 
 
 def forward(ports: list[int], delay_s: float, bytes_per_s: float) -> None:
-    """For ever. `bytes_per_s` 0: as fast as it goes."""
-    port_of: dict[bytes, int] = {}  # where an Ethernet address was last seen
-    free_s = dict.fromkeys(ports, 0.0)  # when a port has sent what it was given
-    waiting: list[tuple[float, int, int, bytes]] = []  # by when they are due, then in order
+    """Forward frames forever. `bytes_per_s` 0: no rate limit."""
+    # Ethernet address -> the port that last sent from it.
+    port_of: dict[bytes, int] = {}
+    # Port -> the time when its send queue is empty.
+    free_s = dict.fromkeys(ports, 0.0)
+    # A heap of (due time, sequence number, port, frame).
+    waiting: list[tuple[float, int, int, bytes]] = []
     count = 0
     while True:
         while waiting and waiting[0][0] <= time.monotonic():
             _, _, out, frame = heapq.heappop(waiting)
             _write(out, frame)
-        # select takes microseconds, epoll whole milliseconds.
+        # select's timeout has microseconds, epoll's only milliseconds.
         until_due_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         for port in select.select(ports, [], [], until_due_s)[0]:
-            for _ in range(_FRAMES_A_TURN):
+            for _ in range(_FRAMES_PER_TURN):
                 try:
                     frame = os.read(port, _LONGEST_FRAME_BYTES)
-                except OSError:  # no more for now, or the interface is down: a node that crashed
+                except OSError:
+                    # No more frames for now, or the interface is down because its node crashed.
                     break
                 sent_s = time.monotonic()
                 target, source = frame[0:6], frame[6:12]
@@ -83,11 +88,13 @@ def forward(ports: list[int], delay_s: float, bytes_per_s: float) -> None:
 
 
 def _write(port: int, frame: bytes) -> None:
-    with suppress(OSError):  # a lost frame is the network's business
+    # A network may drop a frame.
+    with suppress(OSError):
         os.write(port, frame)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delay-us", type=float, required=True)
     parser.add_argument("--rate-mbit", type=float, default=0.0, help="0: no limit")
@@ -96,7 +103,8 @@ def main() -> None:
     options = parser.parse_args()
     ports = [open_port(*port.split(":")) for port in options.ports]
     if os.fork():
-        os._exit(0)  # the interfaces live on in the child
+        # The child keeps the interfaces.
+        os._exit(0)
     os.setsid()
     options.pid_file.write_text(f"{os.getpid()}\n")
     forward(ports, options.delay_us * 1e-6, options.rate_mbit * 1e6 / 8)

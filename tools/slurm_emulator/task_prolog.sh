@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What Slurm runs before each task and batch script on a node: lines `export NAME=VALUE` that it prints become the task's
-# environment. It puts the stand-in for nvidia-smi on the PATH, and hands on /mnt/local/task_environment, lines NAME=VALUE by
-# which a test makes one node unlike the others.
+# Slurm's TaskProlog: runs before each task and batch script on a node. Each line `export NAME=VALUE` that it prints sets a variable
+# of the task. It puts the emulated nvidia-smi on PATH and exports the lines NAME=VALUE of /mnt/local/task_environment, by which a
+# test makes one node differ from the others.
 set -euo pipefail
 
 programs=$(cd "$(dirname "${BASH_SOURCE[0]}")/bin" && pwd)
