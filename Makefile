@@ -64,7 +64,7 @@ data/shapes: $(BASE)
 	$(BIN)/python prepare.py shapes
 
 horovod: $(BASE)  ## build Horovod for the installed torch (minutes once, then cached), prove it with 2 processes
-	@$(BIN)/python -m tools.build_horovod
+	@$(BIN)/python -m tools.horovod
 
 lint: $(DEV)  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .

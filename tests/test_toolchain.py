@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tools import build_horovod
+from tools.horovod import build, choose, commands, prove, recipe, toolkits
 from tools.requirements import name_of, normalized, requirements
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,17 +132,17 @@ def test_unknown_group_is_refused_by_name() -> None:
     ],
 )
 def test_cxx_standard(torch_version: str, standard: int) -> None:
-    assert build_horovod.cxx_standard(torch_version) == standard
+    assert choose.cxx_standard(torch_version) == standard
 
 
 def test_cxx_standard_of_an_unreadable_version() -> None:
-    with pytest.raises(build_horovod.BuildError, match="cannot read"):
-        build_horovod.cxx_standard("nightly")
+    with pytest.raises(commands.BuildError, match="cannot read"):
+        choose.cxx_standard("nightly")
 
 
-def example_key() -> build_horovod.CacheKey:
+def example_key() -> choose.CacheKey:
     """A key like those in use."""
-    return build_horovod.CacheKey(
+    return choose.CacheKey(
         horovod="0.28.1",
         torch="2.14.1+cu130",
         python_tag="cpython-311",
@@ -159,7 +159,7 @@ def example_key() -> build_horovod.CacheKey:
     )
 
 
-@pytest.mark.parametrize("ingredient", [field.name for field in dataclasses.fields(build_horovod.CacheKey)])
+@pytest.mark.parametrize("ingredient", [field.name for field in dataclasses.fields(choose.CacheKey)])
 def test_cache_key_changes_with(ingredient: str) -> None:
     key = example_key()
     value = getattr(key, ingredient)
@@ -170,14 +170,14 @@ def test_cache_key_changes_with(ingredient: str) -> None:
 
 
 def test_recipe_changes_with_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build_horovod.recipe_hash()
-    monkeypatch.setitem(build_horovod.BUILD_SETTINGS, "HOROVOD_WITH_GLOO", "0")
-    assert build_horovod.recipe_hash() != before
+    before = recipe.recipe_hash()
+    monkeypatch.setitem(recipe.BUILD_SETTINGS, "HOROVOD_WITH_GLOO", "0")
+    assert recipe.recipe_hash() != before
 
 
-def cuda_torch(folder: Path, cuda: str | None = "13.0") -> build_horovod.Torch:
+def cuda_torch(folder: Path, cuda: str | None = "13.0") -> choose.Torch:
     """A torch that is only described."""
-    return build_horovod.Torch("2.14.1+cu130", cuda, 1, folder / "site-packages/torch")
+    return choose.Torch("2.14.1+cu130", cuda, 1, folder / "site-packages/torch")
 
 
 def write_nvcc(folder: Path, release: str) -> Path:
@@ -196,16 +196,16 @@ def write_nvcc(folder: Path, release: str) -> Path:
 def test_the_named_toolkit_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOROVOD_CUDA", raising=False)
     monkeypatch.setenv("HOROVOD_CUDA_HOME", str(write_nvcc(tmp_path / "cuda", "13.1")))
-    choice = build_horovod.choose_cuda(cuda_torch(tmp_path))
+    choice = choose.choose_cuda(cuda_torch(tmp_path))
     assert (choice.kind, choice.identity, choice.root) == ("machine", "machine 13.1.88", tmp_path / "cuda")
 
 
 def test_a_toolkit_of_another_generation_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOROVOD_CUDA", raising=False)
     old = str(write_nvcc(tmp_path / "cuda", "12.4") / "bin/nvcc")
-    monkeypatch.setattr(build_horovod, "nvcc_candidates", lambda: iter([("named", old)]))
-    monkeypatch.setattr(build_horovod.importlib.metadata, "version", lambda name: "13.0.3")
-    choice = build_horovod.choose_cuda(cuda_torch(tmp_path))
+    monkeypatch.setattr(choose, "nvcc_candidates", lambda: iter([("named", old)]))
+    monkeypatch.setattr(choose.importlib.metadata, "version", lambda name: "13.0.3")
+    choice = choose.choose_cuda(cuda_torch(tmp_path))
     assert (choice.kind, choice.identity) == ("wheels", "wheels 13.0.3")
     assert "needs CUDA 13" in choice.why
 
@@ -214,19 +214,19 @@ def test_a_toolkit_of_another_generation_is_passed_over(tmp_path: Path, monkeypa
 def test_cpu_only(cuda: str | None, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOROVOD_CUDA", setting)
     torch = cuda_torch(tmp_path, cuda)
-    choice = build_horovod.choose_cuda(torch)
+    choice = choose.choose_cuda(torch)
     assert choice.kind == "none"
-    assert build_horovod.choose_nccl(torch, choice).kind == "none"
+    assert choose.choose_nccl(torch, choice).kind == "none"
 
 
 def test_mpi_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_horovod.shutil, "which", lambda name: f"/opt/bin/{name}")
-    monkeypatch.setattr(build_horovod, "first_line", lambda *command: "version 1")
+    monkeypatch.setattr(choose.shutil, "which", lambda name: f"/opt/bin/{name}")
+    monkeypatch.setattr(choose, "first_line", lambda *command: "version 1")
     monkeypatch.setenv("HOROVOD_CUDA", "off")
     monkeypatch.delenv("HOROVOD_MPI", raising=False)
-    with_mpi = build_horovod.make_plan()
+    with_mpi = choose.make_plan()
     monkeypatch.setenv("HOROVOD_MPI", "off")
-    without = build_horovod.make_plan()
+    without = choose.make_plan()
     assert (with_mpi.mpicxx, without.mpicxx) == ("/opt/bin/mpicxx", None)
     assert without.key.mpi == "none"
     assert with_mpi.key.digest() != without.key.digest()
@@ -238,11 +238,11 @@ def test_torchs_nccl_comes_before_the_systems(tmp_path: Path, monkeypatch: pytes
     header = tmp_path / "site-packages/nvidia/nccl/include/nccl.h"
     header.parent.mkdir(parents=True)
     header.write_text("#define NCCL_MAJOR 2\n#define NCCL_MINOR 30\n#define NCCL_PATCH 7\n")
-    cuda = build_horovod.Toolkit("machine", "machine 13.0", tmp_path, "")
-    assert build_horovod.choose_nccl(cuda_torch(tmp_path), cuda).identity == "wheels 2.30.7"
+    cuda = choose.Toolkit("machine", "machine 13.0", tmp_path, "")
+    assert choose.choose_nccl(cuda_torch(tmp_path), cuda).identity == "wheels 2.30.7"
     monkeypatch.setenv("NCCL_HOME", str(tmp_path))
-    with pytest.raises(build_horovod.BuildError, match=r"NCCL_HOME=.*no include/nccl.h"):
-        build_horovod.choose_nccl(cuda_torch(tmp_path), cuda)
+    with pytest.raises(commands.BuildError, match=r"NCCL_HOME=.*no include/nccl.h"):
+        choose.choose_nccl(cuda_torch(tmp_path), cuda)
 
 
 def test_half_toolkits_are_laid_out_as_one(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_half_toolkits_are_laid_out_as_one(tmp_path: Path) -> None:
     for name in ("compiler/include/cuda.h", "compiler/bin/nvcc", "wheel/include/cuda.h", "wheel/lib/libcudart.so.13"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    home = build_horovod.lay_out_cuda([tmp_path / "compiler", tmp_path / "wheel"], tmp_path / "cuda")
+    home = toolkits.lay_out_cuda([tmp_path / "compiler", tmp_path / "wheel"], tmp_path / "cuda")
     assert (home / "include/cuda.h").read_text() == "compiler/include/cuda.h"
     assert (home / "bin/../lib64/libcudart.so").read_text() == "wheel/lib/libcudart.so.13"  # as nvcc looks for it
     assert (home / "bin/nvcc").read_text() == "compiler/bin/nvcc"
@@ -259,19 +259,19 @@ def test_half_toolkits_are_laid_out_as_one(tmp_path: Path) -> None:
 
 def test_a_source_that_is_not_the_known_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text("set(CMAKE_CXX_STANDARD 23)\n")
-    none = build_horovod.Toolkit("none", "none", None, "")
-    plan = build_horovod.Plan(example_key(), cuda_torch(tmp_path), none, none, None)
-    with pytest.raises(build_horovod.BuildError, match=r"CMakeLists.txt .* does not hold"):
-        build_horovod.edit_source(tmp_path, plan)
+    none = choose.Toolkit("none", "none", None, "")
+    plan = choose.Plan(example_key(), cuda_torch(tmp_path), none, none, None)
+    with pytest.raises(commands.BuildError, match=r"CMakeLists.txt .* does not hold"):
+        build.edit_source(tmp_path, plan)
 
 
 def test_every_edit_is_made(tmp_path: Path) -> None:
     """Also the one for the driver's library: compute nodes have libcuda.so.1 and often no libcuda.so."""
-    for name, old, _ in build_horovod.SOURCE_EDITS:
+    for name, old, _ in recipe.SOURCE_EDITS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"before\n  {old}\nafter\n")
-    toolkit = build_horovod.Toolkit("machine", "machine 13.0", tmp_path, "")
-    build_horovod.edit_source(tmp_path, build_horovod.Plan(example_key(), cuda_torch(tmp_path), toolkit, toolkit, None))
+    toolkit = choose.Toolkit("machine", "machine 13.0", tmp_path, "")
+    build.edit_source(tmp_path, choose.Plan(example_key(), cuda_torch(tmp_path), toolkit, toolkit, None))
     assert 'dlopen("libcuda.so.1", RTLD_LAZY)' in (tmp_path / "horovod/torch/cuda_util.cc").read_text()
     assert "set(CMAKE_CXX_STANDARD 20)" in (tmp_path / "CMakeLists.txt").read_text()
 
@@ -279,8 +279,8 @@ def test_every_edit_is_made(tmp_path: Path) -> None:
 def test_a_failed_command_shows_log_and_fix(tmp_path: Path) -> None:
     log = tmp_path / "build.log"
     script = "print('fatal error: Python.h: No such file or directory'); raise SystemExit(3)"
-    with pytest.raises(build_horovod.BuildError, match="status 3") as caught:
-        build_horovod.run_logged([sys.executable, "-c", script], log, dict(os.environ))
+    with pytest.raises(commands.BuildError, match="status 3") as caught:
+        commands.run_logged([sys.executable, "-c", script], log, dict(os.environ))
     assert str(log) in str(caught.value)
     assert "python3.11-dev" in str(caught.value)
 
@@ -297,12 +297,12 @@ def test_a_failed_build_leaves_no_wheel(tmp_path: Path, monkeypatch: pytest.Monk
         pass
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build_horovod, "install_build_requirements", lambda log: None)
-    monkeypatch.setattr(build_horovod, "fetch_source", fail)
-    none = build_horovod.Toolkit("none", "none", None, "")
-    plan = build_horovod.Plan(example_key(), cuda_torch(tmp_path), none, none, None)
+    monkeypatch.setattr(build, "install_build_requirements", lambda log: None)
+    monkeypatch.setattr(build, "fetch_source", fail)
+    none = choose.Toolkit("none", "none", None, "")
+    plan = choose.Plan(example_key(), cuda_torch(tmp_path), none, none, None)
     with pytest.raises(BuildInterruptedError):
-        build_horovod.wheel_for(plan)
+        build.wheel_for(plan)
     assert not list(tmp_path.rglob("*.whl"))
 
 
@@ -315,16 +315,16 @@ def test_a_wheel_without_its_compiled_part_is_refused(tmp_path: Path) -> None:
         with zipfile.ZipFile(wheel, "a") as archive:
             archive.writestr(name, "")
         if complete:
-            build_horovod.check_wheel(wheel, log)
+            build.check_wheel(wheel, log)
         else:
-            with pytest.raises(build_horovod.BuildError, match="holds no compiled"):
-                build_horovod.check_wheel(wheel, log)
+            with pytest.raises(commands.BuildError, match="holds no compiled"):
+                build.check_wheel(wheel, log)
 
 
 def test_a_cache_path_that_breaks_the_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/c++")
-    with pytest.raises(build_horovod.BuildError, match="XDG_CACHE_HOME"):
-        build_horovod.cache_root()
+    with pytest.raises(commands.BuildError, match="XDG_CACHE_HOME"):
+        build.cache_root()
     assert "+" not in example_key().digest()
 
 
@@ -332,7 +332,7 @@ def test_a_cache_path_that_breaks_the_build_is_refused(monkeypatch: pytest.Monke
 def test_installed_horovod_reduces_over_two_processes() -> None:
     if importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed; make horovod")
-    proof = build_horovod.prove(build_horovod.make_plan())
+    proof = prove.prove(choose.make_plan())
     assert "gloo ok (2 processes)" in proof
 
 

@@ -49,7 +49,7 @@ PY
     chmod +x "$scratch/venv/bin/horovodrun"
 }
 
-# A Horovod wheel built before tools/build_horovod.py edited the name opens libcuda.so; drivers bring libcuda.so.1 only.
+# A Horovod wheel built before tools/horovod edited the name opens libcuda.so; drivers bring libcuda.so.1 only.
 link_driver() {
     local real
     "$python" -c 'import ctypes; ctypes.CDLL("libcuda.so")' 2>/dev/null && return

@@ -36,7 +36,7 @@ build_horovod() {
         "$python" -m venv "$venv"
         "$venv/bin/python" -m pip install --quiet torch==2.11.0 torchvision==0.26.0
     fi
-    HOROVOD_MPI=off HOROVOD_BUILD_CUDA_CC_LIST=$generation "$venv/bin/python" -m tools.build_horovod --build-only |
+    HOROVOD_MPI=off HOROVOD_BUILD_CUDA_CC_LIST=$generation "$venv/bin/python" -m tools.horovod --build-only |
         tee "$work/horovod.log" >&2
     horovod_wheel=$(grep --only-matching --extended-regexp '/[^ ]+/horovod-[^ ]+\.whl$' "$work/horovod.log" | tail -1)
 }

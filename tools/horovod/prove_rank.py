@@ -1,7 +1,4 @@
-"""One all-reduce under a launcher: every process adds rank + 1, rank 0 prints the facts.
-
-Apart from tools/build_horovod.py because a launcher starts it as a program of its own.
-"""
+"""Run one all-reduce of rank + 1 under a launcher; rank 0 prints the facts. prove.py starts it by its path."""
 
 import json
 
@@ -10,7 +7,7 @@ import torch
 
 
 def main() -> None:
-    """Fail with a traceback when a sum is wrong; print one JSON line on rank 0 when it is right."""
+    """Exit with an error on each rank whose sum is wrong; otherwise rank 0 prints one line of JSON."""
     hvd.init()
     total = hvd.allreduce(torch.full((3,), hvd.rank() + 1.0), op=hvd.Sum, name="proof")
     expected = hvd.size() * (hvd.size() + 1) / 2
@@ -29,7 +26,8 @@ def main() -> None:
             "controller": "mpi" if hvd.mpi_enabled() else "gloo",
         }
         print("PROOF " + json.dumps(facts), flush=True)
-    hvd.barrier()  # under MPI a rank that leaves early breaks the others
+    # Under MPI a rank that leaves early breaks the others.
+    hvd.barrier()
     hvd.shutdown()
 
 
