@@ -15,9 +15,11 @@ import pytest
 from slurm_cluster import SlurmCluster
 from worlds import CHECKOUT
 
-from slurm.preflight.judge import Expected, Judgement, Reports, gpu_faults, is_near, judge
+from slurm.preflight.judge import judge
 from slurm.preflight.node import kernel_list, near_cores, try_disk
+from slurm.preflight.node_faults import gpu_faults, is_near
 from slurm.preflight.pairs import Floors, Measured, judge_pairs, retrial, rounds
+from slurm.preflight.reports import Expected, Judgement, Reports
 
 NODES = ["n1", "n2", "n3", "n4"]
 EXPECTED = Expected(nodes=NODES, tasks=4, gpus=0, all_reduce=False)
@@ -131,7 +133,7 @@ def test_healthy_nodes_are_well() -> None:
         ({"disk": {"free_gib": 1.0}}, "1.0 GiB free"),
         ({"versions": {"versions": {"python": "3.11.7", "torch": "2.3.0"}}}, "torch 2.3.0, the others 2.14.1"),
         ({"versions": {"versions": {"python": "3.11.7"}}}, "torch none"),
-        ({"place": {"size": 1}}, "believes in 1 ranks, Slurm has 4"),
+        ({"place": {"size": 1}}, "has world size 1, Slurm has 4 tasks"),
         ({"disk": None, "versions": None, "gpus": None}, "hangs in the check of its disk"),
         (ALL, "did not answer"),
     ],
@@ -239,7 +241,7 @@ def all_reduce(nodes: int, absent: set[int], port: int, limit_s: float) -> Judge
 @pytest.mark.slow
 def test_an_odd_number_of_nodes_measures(free_port: int) -> None:
     found = all_reduce(3, set(), free_port, limit_s=100)
-    assert (dict(found.bad), found.nobody, found.notes) == ({}, [], [])
+    assert (dict(found.bad), found.no_single_node, found.notes) == ({}, [], [])
 
 
 @pytest.mark.slow
