@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
 # usage: slurm/preflight.sh [--bad-nodes-file FILE] [-- SRUN_ARGUMENT...]
-# Checks the nodes of the allocation that it is called in, before a job takes them: prints a table, and a line `BAD node: what. Fix:
-# how` for each fault. What follows `--` is given to srun (a container, a binding). Minutes at most, whatever the nodes do.
+# Check the nodes of the current allocation before a job starts on them: print a table, and a line `BAD node: what. Fix: how` for each
+# fault. Arguments after `--` go to srun (a container, a binding). Takes minutes at most, even if nodes hang.
 #
 # On each node: GPUs (count, uncorrected memory errors, pending repairs, slowdown), the clock, the local disk (free space, a file
-# written, synced and read back), versions (the same on all nodes). On each rank: its place in the world against Slurm's, and
-# whether its cores are near its GPU (a note, no fault). Between nodes: all-reduce by torch.distributed, NCCL where torch
-# sees GPUs and Gloo elsewhere, in pairs of neighbours with other partners in each round, so that a slow node is told from its
-# partners; then over all nodes. On one node: among its ranks.
+# written, synced and read back), versions (the same on all nodes). On each rank: rank and world size against Slurm's, and whether its
+# cores are near its GPU (a note, no fault). Between nodes: all-reduce by torch.distributed (NCCL if torch finds GPUs, else Gloo), in
+# pairs of neighbours with different partners per round, which separates a slow node from its partners; then over all nodes. On one
+# node: among its ranks.
 #
-# Variables, with what they are otherwise:
+# Variables, with their defaults:
 #   TSM_PYTHON                  interpreter with the job's packages (.venv/bin/python)
-#   TSM_GPUS_PER_NODE           GPUs that each node must have (SLURM_GPUS_ON_NODE; 0: does not look for any)
+#   TSM_GPUS_PER_NODE           GPUs that each node must have (SLURM_GPUS_ON_NODE; 0: no GPU check)
 #   TSM_LOCAL_DISK              folder on node-local disk (TMPDIR, /tmp)
 #   TSM_MIN_FREE_GIB            free space it must have (0)
 #   TSM_MAX_CLOCK_SKEW_S        difference between a node's clock and the others' (1)
-#   TSM_MIN_ALL_REDUCE_MB_S     bandwidth between two nodes, and over all: 2 (n - 1) / n bytes a second, as nccl-tests count it
-#                               (between two a tenth of what the quicker pairs have, over all no limit)
+#   TSM_MIN_ALL_REDUCE_MB_S     bus bandwidth between two nodes, and over all: 2 (n - 1) / n bytes/s, as in nccl-tests
+#                               (between two: a tenth of the faster pairs' bandwidth; over all: no limit)
 #   TSM_MAX_LATENCY_US          time of an all-reduce of 4 bytes between two nodes (no limit)
-#   TSM_PREFLIGHT_ALL_REDUCE    on; off leaves out the all-reduce, and with it torch
+#   TSM_PREFLIGHT_ALL_REDUCE    on; off skips the all-reduce, which needs torch
 #   TSM_PREFLIGHT_LIMIT_S       seconds for each of the two parts, node by node and all-reduce (300)
 #
-# Exit codes: 0 all is well; 2 the nodes named are bad; 3 the network is below the floor, but no node can be singled out; 4 the
-# checks themselves could not run; 64 wrong usage. FILE holds a name a line, and is there only after exit code 2.
+# Exit codes: 0 no fault; 2 the named nodes are bad; 3 a fault, such as a slow network, of no single node; 4 the checks could not run;
+# 64 wrong usage. FILE has one name per line, and exists only after exit code 2.
 #
-# Never run on GPUs: NCCL, and what nvidia-smi says of a fault, are as documented, not as seen.
+# Untested on GPUs: NCCL, and nvidia-smi's answers for a faulty GPU, follow the documentation only.
 set -euo pipefail
 
 bad_nodes_file=""
@@ -48,30 +48,30 @@ tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
 limit_s=${TSM_PREFLIGHT_LIMIT_S:-300}
 all_reduce=${TSM_PREFLIGHT_ALL_REDUCE:-on}
 disk=${TSM_LOCAL_DISK:-${TMPDIR:-/tmp}}
-# Of modules on a shared file system, .pyc files by every rank are a storm.
+# Thousands of ranks writing .pyc files would overload a shared file system.
 export PYTHONDONTWRITEBYTECODE=1
-# Else torch warns of every connection from an address without a name.
+# Otherwise torch warns about every connection from an address without a host name.
 export TORCH_CPP_LOG_LEVEL=ERROR
 
-# The tasks' reports: lines of JSON among what else they and srun say.
+# Print the tasks' reports, lines of JSON, mixed with other output of tasks and srun.
 ask() {
     timeout --kill-after=10 "$limit_s" srun --overlap --mpi=none --kill-on-bad-exit=0 --wait="$limit_s" --input=none \
         "${srun_arguments[@]}" "$@" 2>&1
 }
 
-# A node's own checks look at all its GPUs, however the job will share them out.
+# A node's own checks look at all its GPUs, however the job's tasks will share them.
 shape=(--ntasks="$tasks")
 ((gpus == 0)) || shape+=(--gpu-bind=none)
 code=0
 reports=$(ask "${shape[@]}" "$python" -m slurm.preflight.node --gpus "$gpus" --local-disk "$disk" --limit-s "$limit_s") || code=$?
 if ((code)); then
-    # A task that did not start, or did not end, would hold up the others once more.
+    # A task that did not start or end would hang the all-reduce as well.
     all_reduce=off
     reports+=$'\n'"{\"preflight\": \"unfinished\", \"code\": $code}"
 fi
 
 if [[ $all_reduce != off ]]; then
-    # A task for each GPU, as the job has them; else one for each node.
+    # One task per GPU, as in the job; without GPUs one per node.
     ((gpus > 0)) || shape=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
     reports+=$'\n'$(ask "${shape[@]}" "$python" -m slurm.preflight.network --limit-s "$limit_s" \
         --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}") || true
@@ -82,7 +82,7 @@ judge=("$python" -m slurm.preflight.judge --tasks "$tasks" --gpus "$gpus" --loca
     --min-mb-s "${TSM_MIN_ALL_REDUCE_MB_S:-0}" --max-latency-us "${TSM_MAX_LATENCY_US:-0}"
     --all-reduce "$all_reduce"
     --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)")
-# The interpreter may be in a container alone.
+# The interpreter may exist only in the container.
 [[ -x $python ]] || judge=(srun --overlap --mpi=none --nodes=1 --ntasks=1 "${srun_arguments[@]}" "${judge[@]}")
 code=0
 verdict=$("${judge[@]}" <<<"$reports") || code=$?
@@ -90,6 +90,6 @@ grep -v '^bad-nodes: ' <<<"$verdict" || true
 if ((code == 2)) && [[ -n $bad_nodes_file ]]; then
     sed -n 's/^bad-nodes: //p' <<<"$verdict" | tr ' ' '\n' >"$bad_nodes_file"
 fi
-# Another code is Python's own, or srun's.
+# Any other code comes from Python or srun.
 ((code == 0 || code == 2 || code == 3)) || code=4
 exit "$code"

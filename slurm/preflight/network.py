@@ -1,9 +1,9 @@
-"""The all-reduce of the preflight: NCCL where torch sees a GPU on every rank, else Gloo with one rank a node.
+"""Measure all-reduce between nodes for preflight: NCCL if torch finds a GPU on every rank, else Gloo with one rank per node.
 
-Before any collective all ranks meet at a TCP store, so that those who do not come are known and left out; there they also say
-what they measured, and rank 0 reports it. Every wait has a limit. A pair that fails has measured 0, and its nodes go on.
+Before any collective all ranks register at a TCP store, so that missing ranks are known and left out. Ranks also store their
+measurements there, and rank 0 reports them. Every wait has a limit. A pair that fails counts as 0 MB/s, and its nodes continue.
 
-NCCL was never run here: no machine with two GPUs was at hand.
+NCCL is untested here: no machine with two GPUs was available.
 """
 
 import argparse
@@ -32,12 +32,12 @@ _LATENCY_REPEATS = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """Who measures, as rank 0 decides when all have come or enough time has passed."""
+    """The ranks that measure. Rank 0 decides when all ranks have registered or the limit has passed."""
 
     ranks: dict[str, list[int]]
     """By node."""
     came: int
-    """All ranks that did, those that do not measure among them."""
+    """Number of ranks that registered, including those that do not measure."""
     cuda: bool
 
     @property
@@ -52,7 +52,7 @@ def open_store(place: Topology, limit_s: float) -> dist.TCPStore:
 
 
 def agree_on_plan(store: dist.Store, place: Topology, limit_s: float) -> Plan:
-    """Every rank says that it is here and whether it has a GPU; rank 0 waits, and reports the nodes that came."""
+    """Register this rank and whether it has a GPU. Rank 0 waits, reports the nodes that joined, and shares the plan."""
     here = {"node": node_name(), "cuda": torch.cuda.is_available()}
     store.set(f"here/{place.rank}", json.dumps(here))
     if place.rank == 0:
@@ -77,7 +77,7 @@ def agree_on_plan(store: dist.Store, place: Topology, limit_s: float) -> Plan:
 
 
 def meet(store: dist.Store, name: str, count: int, limit_s: float) -> None:
-    """A barrier without collectives, which a broken network need not carry."""
+    """Wait for all members at the store: a barrier without collectives, which a broken network could not carry."""
     deadline_s = time.monotonic() + limit_s
     store.add(f"came to {name}", 1)
     while store.add(f"came to {name}", 0) < count:
@@ -87,8 +87,10 @@ def meet(store: dist.Store, name: str, count: int, limit_s: float) -> None:
 
 
 def measure(device: torch.device) -> tuple[float, float]:
-    """Bandwidth of an all-reduce in MB/s as nccl-tests count it, 2 (n - 1) / n bytes a second, and the time of a tiny one in
-    microseconds. Sizes grow until one takes long enough to be measured, so that a slow network is not asked for much."""
+    """Return an all-reduce's bus bandwidth in MB/s, as nccl-tests: 2 (n - 1) / n bytes/s, and the latency of 4 bytes in us.
+
+    The size grows until one all-reduce takes long enough to be measured, so that a slow network gets small ones.
+    """
 
     def seconds(x: torch.Tensor) -> float:
         started_s = time.perf_counter()
@@ -98,14 +100,16 @@ def measure(device: torch.device) -> tuple[float, float]:
         return time.perf_counter() - started_s
 
     tiny = torch.zeros(1, device=device)
-    seconds(tiny)  # connects
+    # The first one opens the connections.
+    seconds(tiny)
     latency_us = 1e6 * statistics.median(seconds(tiny) for _ in range(_LATENCY_REPEATS))
 
     size_bytes = _SMALLEST_BYTES
     while True:
         x = torch.zeros(size_bytes // 4, device=device)
         longest_s = torch.tensor([seconds(x)], device=device)
-        dist.all_reduce(longest_s, dist.ReduceOp.MAX)  # so that all go on alike
+        # All ranks must decide the same way about the next size.
+        dist.all_reduce(longest_s, dist.ReduceOp.MAX)
         best_s = float(longest_s.item())
         if best_s > _LONG_ENOUGH_S or size_bytes >= _LARGEST_BYTES[device.type]:
             break
@@ -117,22 +121,22 @@ def measure(device: torch.device) -> tuple[float, float]:
 
 
 class Measuring:
-    """The measurements of one member. Each is made in a world of its own, which can fail without the others."""
+    """The measurements of one member. Each has its own process group, so that one can fail without the others."""
 
     def __init__(self, store: dist.Store, place: Topology, plan: Plan, limit_s: float) -> None:
         self._store, self._rank, self._plan, self._limit_s = store, place.rank, plan, limit_s
         self._device = torch.device("cpu")
         if plan.cuda:
-            # Slurm shows a rank all GPUs of its node, or its own alone.
+            # Slurm lets a rank see all GPUs of its node, or only its own.
             self._device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self._device)
 
     def run(self, floors: Floors) -> None:
-        """All rounds, then all nodes together unless one of them is known to be slow. Rank 0 reports."""
+        """Measure all rounds, then all nodes together unless one of them is slow. Rank 0 reports."""
         measured: list[Measured] = []
         for number, pairs in enumerate(rounds(list(self._plan.ranks))):
             measured += self._run_round(f"round {number}", pairs)
-        # From the same results every member concludes the same.
+        # Every member has the same results, so all choose the same retrial.
         measured += self._run_round("retrial", retrial(measured, floors))
         if self._rank == 0:
             for each in measured:
@@ -143,7 +147,7 @@ class Measuring:
                 report("world", ranks=len(self._plan.members), mb_s=mb_s, latency_us=latency_us)
 
     def _run_round(self, name: str, pairs: Sequence[Pair]) -> list[Measured]:
-        """All pairs of a round measure at once; every member gets the results of all."""
+        """Measure all pairs of a round at the same time; every member gets all results."""
         for pair in pairs:
             if node_name() in pair:
                 result = self._measure(name, pair)
@@ -153,7 +157,7 @@ class Measuring:
         return [Measured(pair, *json.loads(self._store.get(f"{name} of {pair}"))) for pair in pairs]
 
     def _measure(self, name: str, nodes: Sequence[str]) -> tuple[float, float]:
-        """In a world of the ranks of these nodes; nothing at all, in an endless time, where it fails."""
+        """Measure in a process group of these nodes' ranks. Return 0 MB/s and infinite latency if it fails."""
         ranks = sorted(rank for node in nodes for rank in self._plan.ranks[node])
         try:
             dist.init_process_group(
@@ -174,13 +178,14 @@ class Measuring:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-s", type=float, required=True)
     parser.add_argument("--min-mb-s", type=float, default=0.0)
     parser.add_argument("--max-latency-us", type=float, default=0.0)
     options = parser.parse_args()
     place = find_topology()
-    # Ranks that load torch from a busy file system come minutes apart; what follows takes a second.
+    # Ranks that load torch from a busy file system arrive minutes apart; each later step takes about a second.
     come_s, step_s = options.limit_s / 2, max(10.0, options.limit_s / 10)
     store = open_store(place, options.limit_s)
     plan = agree_on_plan(store, place, come_s)
@@ -191,15 +196,17 @@ def main() -> None:
             report("failed", nodes=[], error=str(error)[:300])
     if place.rank == 0:
         report("over", transport="nccl" if plan.cuda else "gloo")
-        # The store goes with rank 0.
+        # The store ends with rank 0.
         leave_last(store, plan.came, step_s)
     else:
         store.add("leaving", 1)
     sys.stdout.flush()
-    os._exit(0)  # a communicator that failed may wait for ever in its destructor
+    # The destructor of a failed communicator may hang.
+    os._exit(0)
 
 
 def leave_last(store: dist.Store, count: int, limit_s: float) -> None:
+    """Wait until all other ranks have left, at most limit_s."""
     deadline_s = time.monotonic() + limit_s
     while store.add("leaving", 0) < count - 1 and time.monotonic() < deadline_s:
         time.sleep(0.02)

@@ -1,8 +1,8 @@
-"""What each task of the preflight reports: its place; and one task a node, what its node is like.
+"""Report each task's rank to preflight and, from one task per node, the checks of the node.
 
-Reports are lines of JSON on stdout, which srun brings to the batch node: no task writes a file on the shared file system. Each
-check has a line of its own, said at once: the first that is missing is the one that a node hangs in. Lines stay below 1,024
-bytes, up to which srun keeps them whole. Imports without torch: a thousand tasks start on one machine in a rehearsal.
+Reports are lines of JSON on stdout, which srun forwards to the batch node: no task writes a file on the shared file system. Each
+check prints its own line immediately: the first missing line names the check in which a node hangs. Lines stay below 1,024
+bytes, up to which srun keeps them whole. Imports without torch: in a rehearsal a thousand tasks start on one machine.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 from distributed.topology import Topology, find_topology, rendezvous
 
 CHECKS = ("clock", "disk", "versions", "gpus")
-"""In the order in which a node makes them."""
+"""In the order in which a node runs them."""
 
 _PACKAGES = (
     "torch",
@@ -56,12 +56,12 @@ _OLDER_NAMES = {"clocks_event_reasons.hw_slowdown": "clocks_throttle_reasons.hw_
 
 
 def report(kind: str, **values: Any) -> None:
-    """A line for the judge."""
+    """Print one report for the judge."""
     print(json.dumps({"preflight": kind, "host": node_name()} | values), flush=True)
 
 
 def node_name() -> str:
-    """As Slurm calls this node; its host name may be longer."""
+    """Return Slurm's name of this node; its host name may be longer."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -69,7 +69,7 @@ def node_name() -> str:
 
 
 class TimeServer(socketserver.ThreadingTCPServer):
-    """Tells the time of the first node, to one task of each other node."""
+    """Serve the first node's time to one task of each other node."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -90,8 +90,10 @@ class _TellTime(socketserver.BaseRequestHandler):
 
 
 def clock_offset(host: str, port: int, limit_s: float) -> dict[str, float]:
-    """How far this node's clock is ahead of the server's, from the quickest of some round trips, and that round trip: the offset
-    is true to half of it."""
+    """Return this node's clock minus the server's, from the fastest of several round trips, and the round trip's duration.
+
+    The error of the offset is at most half of the round trip.
+    """
     deadline_s = time.monotonic() + limit_s
     while True:
         try:
@@ -102,7 +104,7 @@ def clock_offset(host: str, port: int, limit_s: float) -> dict[str, float]:
                 raise
             time.sleep(0.1)
     best = {"round_trip_s": float("inf")}
-    # A busy first node answers late, which the round trip tells.
+    # A busy first node answers late, which shows in the round trip.
     connection.settimeout(max(1.0, deadline_s - time.monotonic()))
     with connection:
         for _ in range(_ROUND_TRIPS):
@@ -122,7 +124,7 @@ def clock_offset(host: str, port: int, limit_s: float) -> dict[str, float]:
 
 
 def try_disk(folder: Path) -> dict[str, float]:
-    """Free space and speeds of a disk, from a file that is written, synced, read back and removed."""
+    """Measure a disk's free space and write speed with a file that is written, synced, read back and removed."""
     free_gib = shutil.disk_usage(folder).free / 2**30
     file = folder / f".preflight-{node_name()}-{os.getpid()}"
     block = os.urandom(1 << 20)
@@ -135,12 +137,13 @@ def try_disk(folder: Path) -> dict[str, float]:
             os.fsync(written.fileno())
         write_s = time.perf_counter() - started_s
         with file.open("rb") as read:
-            os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+            # Drop the page cache, so that the file is read from the disk.
+            os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             digest = hashlib.file_digest(read, "sha256").digest()
     finally:
         file.unlink(missing_ok=True)
     if digest != hashlib.sha256(block * _TEST_FILE_MIB).digest():
-        raise OSError(f"{folder} gave back other bytes than were written")
+        raise OSError(f"{folder}: a file read back differs from what was written")
     return {"free_gib": free_gib, "write_mb_s": _TEST_FILE_MIB * 2**20 / 1e6 / write_s}
 
 
@@ -148,7 +151,7 @@ def try_disk(folder: Path) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """What the job runs on, without loading any of it."""
+    """Return the versions of Python and of the job's packages, without importing them."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -159,9 +162,9 @@ def versions() -> dict[str, str]:
 
 
 def gpus(limit_s: float) -> Iterator[dict[str, str]]:
-    """Each GPU of this node, as nvidia-smi sees it, with the cores that are near it.
+    """Yield each GPU of this node, as nvidia-smi reports it, with the cores near it.
 
-    Seconds where its persistence daemon does not run, for ever where a driver hangs.
+    nvidia-smi takes seconds without its persistence daemon, and hangs if the driver does.
     """
     fields = dict(_GPU_FIELDS)
     while True:
@@ -173,7 +176,8 @@ def gpus(limit_s: float) -> Iterator[dict[str, str]]:
         unknown = re.search(r'Field "([\w.]+)" is not a valid field', ended.stdout + ended.stderr)
         if unknown is None or unknown[1] not in fields:
             break
-        name = fields.pop(unknown[1])  # another driver, other fields
+        # Another driver version has other fields.
+        name = fields.pop(unknown[1])
         if unknown[1] in _OLDER_NAMES:
             fields[_OLDER_NAMES[unknown[1]]] = name
     if ended.returncode != 0:
@@ -184,7 +188,7 @@ def gpus(limit_s: float) -> Iterator[dict[str, str]]:
 
 
 def near_cores(bus: str, devices: Path = Path("/sys/bus/pci/devices")) -> str:
-    """The cores near a PCI device, as a list in the kernel's style (`0-20,42-62`); empty if the kernel does not say.
+    """Return the cores near a PCI device as the kernel's cpulist (`0-20,42-62`); empty if the kernel does not list them.
 
     nvidia-smi writes 00000000:1B:00.0 where the kernel writes 0000:1b:00.0.
     """
@@ -196,7 +200,7 @@ def near_cores(bus: str, devices: Path = Path("/sys/bus/pci/devices")) -> str:
 
 
 def kernel_list(cores: set[int]) -> str:
-    """Cores in the kernel's style: `0-3,8`."""
+    """Format cores as the kernel's cpulist: `0-3,8`."""
     parts, rest = [], sorted(cores)
     while rest:
         length = next((i for i, core in enumerate(rest) if core != rest[0] + i), len(rest))
@@ -209,7 +213,7 @@ def kernel_list(cores: set[int]) -> str:
 
 
 def check_node(place: Topology, nodes: int, options: argparse.Namespace) -> None:
-    """Make all checks of this node and report each; what fails is a report as well."""
+    """Run all checks of this node and report each, also those that fail."""
 
     def clock() -> None:
         if place.rank == 0:
@@ -244,12 +248,14 @@ def check_node(place: Topology, nodes: int, options: argparse.Namespace) -> None
 
 
 def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, required=True, help="of each node")
     parser.add_argument("--local-disk", type=Path, required=True)
     parser.add_argument("--limit-s", type=float, required=True)
     options = parser.parse_args()
-    options.limit_s = max(1.0, options.limit_s - 10)  # end before srun is ended
+    # End before the timeout of srun.
+    options.limit_s = max(1.0, options.limit_s - 10)
     try:
         place = find_topology()
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Which nodes measure with which, and which are slow: pure functions.
+"""Pair nodes for measurements, and find the slow nodes among the results: pure functions.
 
-Neighbours measure in rounds, each node with another partner in each, so that a slow node, slow with everyone, is told from its
-partners, slow with it alone. Whoever was slow with everyone measures once more, with a node that was fast with somebody.
+Neighbours measure in rounds, each node with a different partner per round. A slow node is slow with all its partners; a partner is
+slow only with it. A node that was slow with all partners measures again, with a node that was fast with at least one.
 """
 
 import math
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 Pair = tuple[str, str]
 
-_OF_THE_USUAL = 0.1  # below which a pair is slow where no floor is given; five times slower is seen where CPUs are busy
+# Without a floor, a pair is slow below this fraction of the usual bandwidth. Busy CPUs alone made a pair 5 times slower.
+_SLOW_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An all-reduce between the ranks of two nodes."""
+    """A measured all-reduce between the ranks of two nodes."""
 
     nodes: Pair
     mb_s: float
@@ -24,14 +25,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Floors:
-    """0: none given."""
+    """Limits set by the site; 0: none."""
 
     min_mb_s: float = 0.0
     max_latency_us: float = 0.0
 
 
 def rounds(nodes: Sequence[str]) -> list[list[Pair]]:
-    """Pairs of neighbours in a ring, each node in at most one pair of a round, and with both neighbours at the end."""
+    """Pair the neighbours in a ring: each node is in at most one pair per round, and meets both neighbours in all."""
     count = len(nodes)
     if count < 2:
         return []
@@ -44,28 +45,29 @@ def rounds(nodes: Sequence[str]) -> list[list[Pair]]:
 
 
 def usual_mb_s(measured: Iterable[Measured]) -> float:
-    """The upper quartile: of three nodes one that is slow makes two of three pairs slow, and no median tells."""
+    """Return the upper quartile: one slow node of three makes two of three pairs slow, so the median would be slow."""
     ordered = sorted(each.mb_s for each in measured)
     return ordered[math.ceil(0.75 * (len(ordered) - 1))] if ordered else 0.0
 
 
 def slow_pairs(measured: Iterable[Measured], floors: Floors) -> set[Pair]:
-    """Those below the floor; where none is given, those far below the usual."""
+    """Return the pairs below the floor or, without a floor, those far below the usual bandwidth."""
     measured = list(measured)
-    min_mb_s = floors.min_mb_s or _OF_THE_USUAL * usual_mb_s(measured)
+    min_mb_s = floors.min_mb_s or _SLOW_FRACTION * usual_mb_s(measured)
     max_latency_us = floors.max_latency_us or float("inf")
     return {each.nodes for each in measured if each.mb_s < min_mb_s or each.latency_us > max_latency_us}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Nodes slow with one that is fast with another; and nodes slow with everyone, none of whom is known to be fast."""
+    """Slow nodes, proven by a partner that is fast with another node; and undecided ones without such a partner."""
 
     slow: list[str]
     undecided: list[str]
 
 
 def judge_pairs(measured: Iterable[Measured], floors: Floors) -> Verdict:
+    """Find the slow and the undecided nodes."""
     measured = list(measured)
     slow = slow_pairs(measured, floors)
     fast = {node for each in measured if each.nodes not in slow for node in each.nodes}
@@ -75,7 +77,7 @@ def judge_pairs(measured: Iterable[Measured], floors: Floors) -> Verdict:
 
 
 def retrial(measured: Iterable[Measured], floors: Floors) -> list[Pair]:
-    """For each node that was slow with everyone, and whose partners were too, a partner that was fast with somebody."""
+    """Pair each undecided node with a node that was fast with at least one partner."""
     measured = list(measured)
     undecided = judge_pairs(measured, floors).undecided
     slow = slow_pairs(measured, floors)
