@@ -1,4 +1,4 @@
-"""What batch norm over two processes costs in a training step, against batch norm within each process.
+"""Measure the cost of batch norm over two processes in a training step, beside batch norm within each process.
 
 python benchmarks/batch_norm.py                          both networks, both backends
 python benchmarks/batch_norm.py --only horovod           one backend
@@ -123,7 +123,7 @@ def compare(name: str, setting: Setting, backend: Backend) -> dict[str, Any]:
 
 
 def torch_says(backend: Backend) -> str:
-    """What torch's SyncBatchNorm does with a CPU tensor in a world of two."""
+    """Compute what torch's SyncBatchNorm computes, on CPU tensors of two processes."""
     if backend.name != "torch":
         return "needs a process group of torch's"
     try:
@@ -134,7 +134,7 @@ def torch_says(backend: Backend) -> str:
 
 
 def work(name: str, setting: Setting, folder: Path) -> None:
-    """What each process of a launch does; rank 0 leaves its measurements in the folder."""
+    """Measure on one rank; rank 0 writes its measurements into the folder."""
     torch.set_num_threads(setting.threads)
     topology = find_topology()
     backend = make_backend(name, topology, torch.device("cpu"), timeout_s=120.0)

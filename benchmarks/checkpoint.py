@@ -1,4 +1,4 @@
-"""What a save costs the training: the stall of one that is written behind it, beside one that is written before it goes on.
+"""Measure how long saving a checkpoint stalls training: written in the background, beside written in the foreground.
 
 python benchmarks/checkpoint.py                          ResNet-50 at 400 classes with SGD's momentum
 python benchmarks/checkpoint.py --folder /scratch        on another disk

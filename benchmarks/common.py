@@ -1,4 +1,4 @@
-"""What the benchmarks share: statistics that fit a noisy machine, child processes that never outlive their parent, and tables.
+"""Tools that the benchmarks share: statistics for a noisy machine, child processes that end with their parent, tables.
 
 Two things are compared by taking turns in short blocks, so that a slow spell of the machine hits both, and by the ratio within
 each pair of blocks. Intervals assume nothing about how times are distributed.
@@ -149,7 +149,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """What the numbers depend on beside the code; `load` is the machine's one-minute average before the benchmark."""
+    """Facts of the machine that the results depend on; `load` is the machine's one-minute average before the benchmark."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

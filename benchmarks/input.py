@@ -1,13 +1,14 @@
-"""What a training clip costs from its file to its pixels: our loader beside others, and beside its own decoding alone; then what
-preparing the data is worth, in CPU time and in storage, and what a cluster needs for it.
+"""Measure a training clip from file to pixels: our loader beside others and beside its own decoding only.
 
-python benchmarks/input.py                                         what is in the environment
+Then the gain from preparing the data, in CPU time and storage, and what a cluster needs for it.
+
+python benchmarks/input.py                                         with what is in the environment
 pip install --target PEERS --no-deps decord opencv-python-headless
-python benchmarks/input.py --peers PEERS                           with the others
+python benchmarks/input.py --peers PEERS                           with other libraries
 python benchmarks/input.py --chart docs/input.svg --json FILE
 
-One thread, four real clips of 10 s (340x256, H.264), 8 frames of 224x224. All ways take turns on the same draws; ratios are of
-CPU time, which other programs on the machine change least.
+One thread, four real clips of 10 s (340x256, H.264), 8 frames of 224x224. All ways take turns on the same sampled frames and
+crops. Ratios are of CPU time, which other programs on the machine change least.
 """
 # ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
 

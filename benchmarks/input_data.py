@@ -24,7 +24,7 @@ Video = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Form:
-    """How clips are kept; `encoder` None: as they come, x264's own choices and a key frame in 250."""
+    """A form in which clips are stored. `encoder` None: as published, with x264's defaults and a key frame every 250 frames."""
 
     name: str
     encoder: Encoder | None = None

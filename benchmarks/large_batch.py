@@ -1,4 +1,4 @@
-"""How far the batch can grow at the same number of epochs: plain SGD, SGD scaled linearly behind a warm-up, and LARS.
+"""Find how far the batch can grow at the same number of epochs: plain SGD, SGD with linear scaling and warm-up, and LARS.
 
 python benchmarks/large_batch.py --json FILE --plot FILE      all runs: hours; stopped and called again, it goes on
 python benchmarks/large_batch.py --quick                      shows that it works

@@ -1,4 +1,4 @@
-"""What a manifest costs the processes of a node: opening it, memory that each has for itself and that they share, and the order.
+"""Measure the cost of a manifest to the processes of a node: opening it, private and shared memory, and the order.
 
 python benchmarks/manifest.py                    1 and 10 million rows, 1 to 8 processes
 python benchmarks/manifest.py --quick --json FILE

@@ -1,4 +1,4 @@
-"""What an optimizer's step costs on a network's parameters: LARS beside torch's SGD in its three forms, and timm's LARS.
+"""Measure an optimizer step on a network's parameters: LARS beside torch's SGD in its three forms, and timm's LARS.
 
 python benchmarks/optimizer.py                   ResNet-50 at 400 classes, two threads
 python benchmarks/optimizer.py --device cuda

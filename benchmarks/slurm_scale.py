@@ -1,4 +1,4 @@
-"""How the start of a job grows with its ranks: the real launch script on a real Slurm, all nodes on this one machine.
+"""Measure how the start of a job grows with its ranks: the real launch script on a real Slurm, all nodes on this one machine.
 
 python benchmarks/slurm_scale.py --json FILE          needs root and Slurm; 1,536 ranks: --nodes 256
 
@@ -28,7 +28,6 @@ sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of thi
 from benchmarks import common
 from pipelines.manifest import Manifest, write_manifest
 from pipelines.stream.order import StreamOrder
-from tools.slurm_emulator.rehearse import STEPS
 
 CHECKOUT = Path(__file__).parent.parent
 EMULATOR = CHECKOUT / "tools" / "slurm_emulator" / "cluster.sh"
@@ -92,11 +91,12 @@ def read_log(nodes: int, log: Path, global_batch: int) -> dict[str, Any]:
     text = log.read_text()
     ranks = [json.loads(line) for line in text.splitlines() if line.startswith('{"rehearsal"')]
     size = nodes * TASKS_PER_NODE
-    order = StreamOrder(CLIPS, 0).at(np.arange(STEPS * global_batch))[1]
+    steps = ranks[0]["steps"] if ranks else 0
+    order = StreamOrder(CLIPS, 0).at(np.arange(steps * global_batch))[1]
     right = (
         sorted(rank["rehearsal"] for rank in ranks) == list(range(size))
         and sum(rank["row_sum"] for rank in ranks) == int(order.sum())
-        and all(rank["clips"] == STEPS * 8 for rank in ranks)
+        and all(rank["clips"] == steps * 8 for rank in ranks)
     )
 
     def at(mark: str) -> float:

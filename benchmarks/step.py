@@ -207,7 +207,7 @@ def compare(setting: Setting, backend: Backend, control: ControlChannel, config:
 
 
 def work(launch: Launch, setting: Setting, folder: Path) -> None:
-    """What each process of a launch does; rank 0 leaves `{title: {"ours", "plain"}}` in the folder."""
+    """Measure on one rank; rank 0 writes `{title: {"ours", "plain"}}` in the folder."""
     torch.set_num_threads(setting.threads)
     topology = find_topology()
     device = pick_device(setting.device if launch.size == 1 else "cpu", topology)

@@ -1,1 +1,1 @@
-"""What builds and checks the project; nothing here is imported by it."""
+"""Programs that build and check the project; the product imports none of them."""

@@ -1,4 +1,4 @@
-"""What a clip costs: multiply-adds of a forward pass."""
+"""Count the multiply-adds of a forward pass per clip."""
 
 from collections.abc import Callable
 

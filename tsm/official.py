@@ -50,7 +50,7 @@ def tensors_in(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def trained_with(names: Iterable[str]) -> dict[str, Any]:
-    """What names say of the network: `shift` and `temporal_pool` as for `build_network`; empty where they say nothing."""
+    """Read `shift` and `temporal_pool` (as for `build_network`) from tensor names; empty where the names do not tell."""
     names = list(names)
     if not any(".net." in name for name in names):
         return {}  # a TSN, or the network of someone who does not wrap modules
@@ -189,7 +189,7 @@ def _mmaction_mobilenet_rules() -> Rules:
 
 
 def _rules_for(names: Iterable[str]) -> Rules:
-    """Which of the layouts the names are of: the same name can mean different tensors in two of them."""
+    """Find the layout that the names belong to: the same name can mean different tensors in two layouts."""
     names = list(names)
     if any(name.startswith("features.") for name in names):
         return _MOBILENET_NESTED if any(re.match(_NESTED, name) for name in names) else _flat_rules()

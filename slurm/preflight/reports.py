@@ -1,4 +1,4 @@
-"""What the judge reads and fills: the job's expectations, the reports of preflight's tasks, and the faults found in them."""
+"""Data that the judge reads and writes: the job's expectations, the reports of preflight's tasks, and the faults found."""
 
 import json
 from collections import defaultdict
@@ -14,7 +14,7 @@ EXCLUDE_AND_REPAIR = "exclude it and have it repaired"
 
 @dataclass(frozen=True)
 class Expected:
-    """What the job asks of its nodes."""
+    """Requirements of the job on its nodes."""
 
     nodes: list[str]
     tasks: int

@@ -25,7 +25,7 @@ from .summary import print_summary
 
 
 def run_one_phase(arguments: list[str]) -> None:
-    """What the process of a phase does."""
+    """Run one phase, in a process of its own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--phase", required=True)
     Settings.add_arguments(parser)

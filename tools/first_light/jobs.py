@@ -122,7 +122,7 @@ def run_launches(results: Results, launches: Mapping[str, Launch]) -> None:
 
 
 def run_launch(settings: Settings, launch: Launch) -> dict[str, Any]:
-    """How a run ended, and the accuracy of its last evaluation."""
+    """Outcome of a run, and the accuracy of its last evaluation."""
     fields: dict[str, Any] = {}
     if settings.left_s() < 2:
         return {"skipped": "no time"}

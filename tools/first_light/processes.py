@@ -22,7 +22,7 @@ _OUTPUT_KEPT = 20_000
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """Outcome of a command."""
 
     exit_code: int | None
     """None: it was killed at its limit."""

@@ -43,7 +43,7 @@ TINY = Shape("resnet18", 2, 3, 32)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a phase needs to know."""
+    """Settings of a phase."""
 
     mode: Mode
     out: Path
@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def tiny(self) -> bool:
-        """Whether only the code is tried, and nothing is measured."""
+        """True where only the code is tried and nothing is measured."""
         return self.mode != "gpu"
 
     @property

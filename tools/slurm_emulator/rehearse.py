@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from distributed.topology import choose_backend, find_topology
+from runtime import run_layout
 
 STEPS = 3
 
@@ -33,7 +34,7 @@ def main(folder: Path) -> None:
     from training.recipe import plan_execution
 
     imported_s = time.perf_counter()
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = yaml.safe_load((folder / run_layout.CONFIG).read_text())
     batch = config["batch"]
     execution = plan_execution(batch["global_batch"], batch["bn_group"], topology.size, batch["micro_batch"])
     configured_s = time.perf_counter()
@@ -53,6 +54,7 @@ def main(folder: Path) -> None:
         "order_s": ordered_s - opened_s,
         "cpu_s": time.process_time(),
         "private_mib": _private_mib(),
+        "steps": STEPS,
         "clips": len(clips),
         "position_sum": int(positions.sum()),
         "row_sum": int(row_N.sum()),
@@ -60,7 +62,7 @@ def main(folder: Path) -> None:
     print(json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in fields.items()}))
     # The batch script reads the job's outcome from this file.
     if topology.rank == 0:
-        (folder / "outcome.json").write_text('{"exit_code": 0, "reason": "rehearsed", "time_s": 0}\n')
+        (folder / run_layout.OUTCOME).write_text('{"exit_code": 0, "reason": "rehearsed", "time_s": 0}\n')
 
 
 def _private_mib() -> float:
