@@ -1,6 +1,8 @@
 """What a run goes on from, and what it goes on over: other code, another recipe, a full disk, a folder that is gone."""
 
 import dataclasses
+import functools
+import json
 import shutil
 import signal
 import time
@@ -26,7 +28,7 @@ from training.evaluation.evaluate import Evaluation
 from training.evaluation.metrics import Scores
 from training.job import Job
 from training.loop import train as train_loop
-from training.runs.code_version import check_code, code_version
+from training.runs.code_version import DECIDES_NUMBERS, check_code, code_version, decides_numbers
 from training.runs.run_folder import RunFolder
 from training.telemetry.metrics_log import Records, read_metrics
 
@@ -47,16 +49,33 @@ class Step:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("train.py", "training/step.py", "training/optim/lars.py", "docs/words.md", "tests/test_step.py"):
+    numbers = ("training/step.py", "training/optim/lars.py")
+    for name in ("train.py", *numbers, *CANNOT_CHANGE_NUMBERS, "docs/words.md", "tests/test_step.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(SOURCE)
     return tmp_path
 
 
-def refusal(before: dict[str, Any] | None, now: dict[str, Any], **checkpoint: bool) -> str:
+CANNOT_CHANGE_NUMBERS = (
+    "training/report/html.py",
+    "training/report/charts.py",
+    "training/telemetry/metrics_log.py",
+    "training/telemetry/stragglers.py",
+    "training/planning/summary.py",
+    "training/planning/dry_run.py",
+    "training/planning/memory.py",
+    "distributed/health/monitor.py",
+    "distributed/checkpoint/writer.py",
+    "pipelines/prepare/repack/stage.py",
+)
+"""Reports, telemetry, planning, and the like: a requeued job continues when they changed."""
+
+
+def refusal(before: dict[str, Any] | None, now: dict[str, Any], *overrides: str) -> str:
+    """The error of resuming code `now` from a checkpoint of code `before`; empty where it resumes."""
     register()
-    config = compose_config("experiment=smoke", *(f"checkpoint.{key}={value}" for key, value in checkpoint.items()))
+    config = compose_config("experiment=smoke", *overrides)
     state = {"step": 7} | ({} if before is None else {"code": before})
     try:
         check_code(config, now, RunFolder(Path("outputs/run")), Checkpoint({}, {}, state))
@@ -84,26 +103,81 @@ def test_what_cannot_change_a_result_does_not_count(checkout: Path, file: str, t
     assert refusal(before, code_version(checkout)) == ""
 
 
-def test_other_code_is_refused_and_named(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_code_that_decides_numbers_is_refused_and_named(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = code_version(checkout) | {"commit": "abc"}
     (checkout / "training/step.py").write_text(SOURCE.replace("size: int = 3", "size: int = 4"))
     (checkout / "training/optim/lars.py").unlink()
-    (checkout / "training/new.py").write_text("")
+    (checkout / "tsm").mkdir()
+    (checkout / "tsm/new.py").write_text("")
+    (checkout / "training/report/html.py").write_text(SOURCE.replace("size: int = 3", "size: int = 4"))
     now = code_version(checkout) | {"commit": "def"}
     told = refusal(before, now)
     assert "commit abc then, def now" in told
-    assert "these files differ: training/new.py, training/optim/lars.py, training/step.py)" in told
+    assert "and they decide numbers: training/optim/lars.py, training/step.py, tsm/new.py)" in told
     assert "Fix: go back" in told and "checkpoint.allow_code_change=true" in told
-    assert refusal(before, now, allow_code_change=True) == ""
-    assert "these files differ: training/new.py" in capsys.readouterr().out
+    assert refusal(before, now, "checkpoint.allow_code_change=true") == ""
+    warned = capsys.readouterr().out
+    assert "these files decide numbers: training/optim/lars.py, training/step.py, tsm/new.py" in warned
+
+
+@pytest.mark.parametrize("file", ["train.py", *CANNOT_CHANGE_NUMBERS])
+def test_other_code_that_decides_no_numbers_is_warned_of(
+    checkout: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    before = code_version(checkout)
+    (checkout / file).write_text(SOURCE.replace("size: int = 3", "size: int = 4"))
+    now = code_version(checkout)
+    assert refusal(before, now) == ""
+    told = capsys.readouterr().out
+    assert "code: WARNING: resuming with other code than the checkpoint of step 7" in told
+    assert f"none of these files decides numbers: {file}\n" in told
+    told = refusal(before, now, "numerics.deterministic=true")
+    assert f"in deterministic mode any change counts: {file})" in told
+    assert refusal(before, now, "numerics.deterministic=true", "checkpoint.allow_code_change=true") == ""
+
+
+def test_a_file_that_decided_numbers_then_counts_when_it_is_gone(checkout: Path) -> None:
+    """A file may move out of the list between the checkpoint and now."""
+    before = code_version(checkout)
+    before["decides_numbers"].append("training/moved.py")
+    before["files"]["training/moved.py"] = "digest"
+    assert "they decide numbers: training/moved.py)" in refusal(before, code_version(checkout))
+
+
+@pytest.mark.parametrize("overrides", [[], ["numerics.deterministic=true"]], ids=["usual", "deterministic"])
+def test_a_record_of_the_first_scheme_is_warned_of(
+    checkout: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
+) -> None:
+    """Runs that were started before the files moved resume, also in deterministic mode."""
+    before = {"commit": "abc", "files": {"train.py": "digest", "training/step.py": "digest"}}
+    now = code_version(checkout) | {"commit": "def"}
+    assert refusal(before, now, *overrides) == ""
+    told = capsys.readouterr().out
+    assert told.startswith("code: WARNING: the checkpoint of step 7 has an older record of its code")
+    assert "cannot be compared" in told and "commit abc then, def now" in told and "numbers may differ" in told
+
+
+def test_a_record_has_what_older_code_reads(checkout: Path) -> None:
+    """Older code compares `commit` and `files`; a checkpoint's state is JSON."""
+    record = json.loads(json.dumps(code_version(checkout)))
+    assert record == code_version(checkout)
+    assert set(record) >= {"commit", "files"} and len(record["files"]["training/step.py"]) == 64
 
 
 def test_a_checkpoint_that_does_not_know_its_code_is_taken(checkout: Path) -> None:
     assert refusal(None, code_version(checkout)) == ""
 
 
+@functools.cache
+def recorded_files() -> dict[str, str]:
+    files: dict[str, str] = code_version(CHECKOUT)["files"]
+    return files
+
+
 def test_the_code_of_this_checkout_is_all_that_trains() -> None:
-    files = code_version(CHECKOUT)["files"]
+    files = recorded_files()
     assert {
         "train.py",
         "training/step.py",
@@ -112,6 +186,19 @@ def test_the_code_of_this_checkout_is_all_that_trains() -> None:
         "pipelines/stream/order.py",
     } <= set(files)
     assert not [name for name in files if name.startswith(("tests", "docs", "tools", "benchmarks"))]
+
+
+@pytest.mark.parametrize("entry", DECIDES_NUMBERS)
+def test_every_entry_that_decides_numbers_exists(entry: str) -> None:
+    path = CHECKOUT / entry
+    assert path.is_dir() or path.is_file(), "a file moved: training.code_version names its old place"
+    assert decides_numbers(recorded_files(), [entry]), "no recorded file lies in it"
+
+
+@pytest.mark.parametrize("file", CANNOT_CHANGE_NUMBERS)
+def test_what_cannot_change_numbers_exists_and_is_in_no_entry(file: str) -> None:
+    assert (CHECKOUT / file).is_file()
+    assert decides_numbers([file]) == []
 
 
 # --- In this process --------------------------------------------------------------------------------------------------

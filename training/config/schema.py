@@ -208,7 +208,8 @@ class CheckpointConfig:
     allow_recipe_change: bool = False
     """Resume although the recipe differs from the checkpoint's."""
     allow_code_change: bool = False
-    """Resume although the code that decides results differs from the checkpoint's; comments and docstrings do not count."""
+    """Resume although code that decides numbers differs from the checkpoint's (deterministic mode: any code). Comments and
+    docstrings do not count."""
     allow_no_progress: bool = False
     """Start although two restarts behind faults have not come further than the start before them."""
 
