@@ -7,7 +7,7 @@
 #   sbatch --nodes=16 --ntasks-per-node=4 --gres=gpu:4 launch/something_v2_64.sh
 #
 # Check first:
-#   .venv/bin/python plan.py experiment=something_v2 batch.global_batch=512      the recipe, and what would keep it from starting
+#   .venv/bin/python plan.py experiment=something_v2_64      the recipe, and what would keep it from starting
 #   sbatch --test-only launch/something_v2_64.sh            would Slurm take it?
 #   TSM_CHECK_ONLY=1 sbatch launch/something_v2_64.sh       a job that composes and checks its nodes, and stops there
 #
@@ -28,5 +28,4 @@ source "$checkout/slurm/job.sh" || {
     echo "$checkout is not the checkout. Fix: cd CHECKOUT && sbatch launch/something_v2_64.sh, or TSM_CHECKOUT=FOLDER" >&2
     exit 2
 }
-run_job experiment=something_v2 batch.global_batch=512 schedule.warmup_epochs=5 schedule.warmup_start=0.01 \
-    distributed=horovod distributed.device=cuda numerics=gpu "$@"
+run_job experiment=something_v2_64 distributed=horovod distributed.device=cuda numerics=gpu "$@"

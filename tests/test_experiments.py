@@ -15,6 +15,7 @@ from training.recipe import Recipe, plan_execution
 
 KINETICS_CLIPS = 239_781  # training clips of the published 1,536-GPU run (reference: arXiv:1910.00932)
 SOMETHING_V1_CLIPS = 86_017
+SOMETHING_V2_CLIPS = 168_913
 UCF101_CLIPS = 9_537  # split 1
 
 # What each experiment leaves to the user.
@@ -58,7 +59,7 @@ def test_the_settings_are_the_published_ones(name: str) -> None:
     assert config.pipeline.size == 224
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "something_v2_64"])
 def test_every_experiment_says_its_source(name: str) -> None:
     from test_config import CONF
 
@@ -73,7 +74,9 @@ def test_the_published_precision_is_the_default(name: str) -> None:
     assert (config.numerics.dtype, config.numerics.amp, config.evaluation.amp) == ("float32", "off", "off")
 
 
-@pytest.mark.parametrize("name", ["kinetics_single_node", "kinetics_1536", "something_v1", "ucf101_finetune"])
+@pytest.mark.parametrize(
+    "name", ["kinetics_single_node", "kinetics_1536", "something_v1", "something_v2_64", "ucf101_finetune"]
+)
 def test_precision_is_stated(name: str) -> None:
     from test_config import CONF
 
@@ -103,6 +106,20 @@ def test_twice_the_batch_has_twice_the_rate() -> None:
     """The official README: "if you use a batch size of 256 you should set learning rate to 0.04"."""
     ours = recipe(experiment("kinetics_single_node", "batch.global_batch=256"), KINETICS_CLIPS)
     assert ours.schedule.peak == pytest.approx(0.04)
+
+
+def test_something_v2_on_64_processes() -> None:
+    """The official recipe at 8 times its batch: 8 times the rate, after 5 epochs of warm-up from the official rate on."""
+    config = experiment("something_v2_64")
+    ours, official = recipe(config, SOMETHING_V2_CLIPS), recipe(experiment("something_v2"), SOMETHING_V2_CLIPS)
+    assert (ours.global_batch, ours.bn_group, ours.epochs) == (512, 8, pytest.approx(official.epochs, rel=1e-3))
+    assert ours.schedule.peak == pytest.approx(8 * official.schedule.peak) == pytest.approx(0.08)
+    assert ours.schedule.warmup_steps == round(5 * SOMETHING_V2_CLIPS / 512)
+    assert ours.schedule.learning_rate(0) == pytest.approx(official.schedule.peak, rel=1e-2)
+    assert (ours.model, ours.augmentation) == (official.model, official.augmentation)
+    world = config.plan.world_size
+    assert world == 64
+    assert plan_execution(ours.global_batch, ours.bn_group, world).micro_batch == 8
 
 
 @pytest.mark.parametrize(

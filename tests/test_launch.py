@@ -1,6 +1,7 @@
 """The overrides of each launch script, as the script hands them on, composed by Hydra."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,7 @@ SCRIPTS = {
     "kinetics_384.sh": ("kinetics_384", "float16", "cuda"),
     "kinetics_single_node.sh": ("kinetics_single_node", "bfloat16", "cuda"),
     "something_v2_single_node.sh": ("something_v2", "bfloat16", "cuda"),
-    "something_v2_64.sh": ("something_v2", "bfloat16", "cuda"),
+    "something_v2_64.sh": ("something_v2_64", "bfloat16", "cuda"),
     "smoke.sh": ("smoke", "off", "cpu"),
 }
 WITH_OVERRIDES = sorted(SCRIPTS.keys() - {"kinetics_1536_lsf.sh"})
@@ -68,6 +69,40 @@ def test_the_users_precision_wins(script: str, tmp_path: Path) -> None:
     assert composed("reference", "numerics=reference").numerics.amp == "off"
     assert composed("gpu", "numerics=gpu", "seed=3").numerics.amp == "bfloat16"
     assert composed("key", "numerics.amp=off").numerics.amp == "off"
+
+
+DECIDED_BY_THE_MACHINE = {"distributed", "numerics", "plan.write_config", "pipeline.workers", "run_id"}
+"""Keys and groups that a launch script may set; all others are of the recipe, which is an experiment's."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_holds_no_recipe(script: str, tmp_path: Path) -> None:
+    experiment, *overrides = overrides_of(script, tmp_path)
+    assert experiment == f"experiment={SCRIPTS[script][0]}"
+    keys = {override.split("=")[0] for override in overrides}
+    recipe = {key for key in keys if not {key, key.split(".")[0]} & DECIDED_BY_THE_MACHINE}
+    assert recipe == set(), "Fix: move it to conf/experiment"
+
+
+@pytest.mark.parametrize("script", WITH_OVERRIDES)
+def test_the_first_check_of_a_script_plans_its_run(script: str, tmp_path: Path) -> None:
+    (line,) = re.findall(
+        r"^#   \.venv/bin/python plan\.py (\S.*?)(?:   .*)?$", (LAUNCH / script).read_text(), re.MULTILINE
+    )
+    planned, started = config_of(*line.split()), config_of(*overrides_of(script, tmp_path))
+    for part in (
+        "name",
+        "model",
+        "data",
+        "pipeline",
+        "batch",
+        "optimizer",
+        "schedule",
+        "seed",
+        "evaluation",
+        "checkpoint",
+    ):
+        assert getattr(planned, part) == getattr(started, part), part
 
 
 # --- launch/local.sh --------------------------------------------------------------------------------------------------
