@@ -299,6 +299,42 @@ def test_a_world_that_does_not_fit_is_told_as_train_tells_it(capsys: pytest.Capt
     assert f"worlds     of {fitting} processes fit" in text
 
 
+# experiment: training clips, steps an epoch
+WITHOUT_DATA = {
+    "kinetics_single_node": (239_781, "1873.29"),
+    "kinetics_1536": (239_781, "19.51"),
+    "something_v1": (86_017, "1344.02"),
+    "something_v2": (168_913, "2639.27"),
+    "something_v2_64": (168_913, "329.91"),
+    "jester": (118_562, "1852.53"),
+    "ucf101_finetune": (9_537, "149.02"),
+    "hmdb51_finetune": (3_570, "55.78"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_a_recipe_is_planned_before_the_data_is_here(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    clips, steps = WITHOUT_DATA[name]
+    initial = ["model.init=random"] if name.endswith("finetune") else []
+    _, text, found = problems(capsys, f"experiment={name}", f"data.root={tmp_path}", *initial)
+    assert len([line for line in found if "no such manifest" in line]) == 2
+    assert f"clips      {clips}: as published (data.train_clips)" in text
+    assert re.search(rf"^recipe     {clips} clips, \d+ a step = {re.escape(steps)} steps an epoch", text, re.MULTILINE)
+    assert re.search(r"^rate       ", text, re.MULTILINE)
+
+
+def test_every_published_data_set_says_its_training_clips() -> None:
+    """All but the generated one, whose size is a choice. The file's header and the key agree."""
+    for path in sorted((CONF / "data").glob("*.yaml")):
+        text = path.read_text()
+        clips = config_of("experiment=kinetics_single_node", f"data={path.stem}", "pipeline.flip=off").data.train_clips
+        assert (clips is None) == (path.stem == "shapes"), path.name
+        if clips not in (None, 239_781):
+            assert f"{clips:,}" in text.splitlines()[0], path.name
+
+
 def test_missing_data_alone_has_a_code_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, text, found = problems(capsys, "experiment=smoke", f"data.root={tmp_path}")
     assert code == 3
