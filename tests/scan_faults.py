@@ -1,4 +1,4 @@
-"""What scanning processes run in tests; in a file of its own because they import it by name."""
+"""What worker processes of prepare.py run in tests; in a file of its own because they import it by name."""
 
 import os
 import signal
@@ -25,3 +25,7 @@ def die_on_bad(item: str) -> str:
         Path(item.removeprefix("sleep ")).write_text(str(os.getpid()))
         time.sleep(600)
     return item.upper()
+
+
+def fail(task: object) -> object:
+    raise ValueError("a fault of the program")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from clips import plain_video, smooth_video, turned, write_frames, write_mp4
 from PIL import Image
-from scan_faults import die_on_bad
+from scan_faults import die_on_bad, fail
 
 import prepare
 from pipelines.errors import BadClip
@@ -39,14 +39,14 @@ PREPARE = [sys.executable, str(CHECKOUT / "prepare.py")]
 
 def test_every_item_comes_back_once() -> None:
     items = [str(number) for number in range(40)]
-    found = dict(run_guarded(die_on_bad, [f"a{item}" for item in items], 3))
+    found = dict(run_guarded(die_on_bad, [f"a{item}" for item in items], 3, "scanning"))
     assert found == {index: f"A{item}" for index, item in enumerate(items)}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_that_dies_costs_its_item_only(workers: int, tmp_path: Path) -> None:
     items = ["a", "kill", "b", f"once {tmp_path / 'mark'}", "segfault", "c", "exit", "d"]
-    found = list(run_guarded(die_on_bad, items, workers))
+    found = list(run_guarded(die_on_bad, items, workers, "scanning"))
     assert sorted(index for index, _ in found) == list(range(len(items)))
     results = dict(found)
     died = {items[index]: result.how for index, result in results.items() if isinstance(result, Died)}
@@ -57,11 +57,54 @@ def test_a_process_that_dies_costs_its_item_only(workers: int, tmp_path: Path) -
 
 def test_a_fault_of_the_program_is_none_of_the_file() -> None:
     with pytest.raises(RuntimeError, match="scanning raise failed: ValueError: a fault of the program"):
-        list(run_guarded(die_on_bad, ["raise"], 1))
+        list(run_guarded(die_on_bad, ["raise"], 1, "scanning"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video as `files`, and in `shards`."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_mp4(root / "files" / "train" / "one" / "0.mp4", smooth_video(9))
+    write_mp4(root / "files" / "val" / "one" / "0.mp4", smooth_video(9))
+    assert prepare.main(["folder", "--root", str(root / "files"), "--workers", "0"]) == 0
+    assert prepare.main(["shard", "--root", str(root / "files"), "--to", str(root / "shards"), "--workers", "0"]) == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "source", "function", "failed"),
+    [
+        ("folder", "new", "datasets.write.scan_one", r"scanning \S*/new/train/one/0\.mp4"),
+        ("transcode", "files", "prepared.transcode.transcode_clip", r"encoding \S*/files/train\.arrow, row 0,"),
+        ("shard", "files", "prepared.shard.write_shard", r"writing \S*/made/\S+\.tar"),
+        ("verify", "files", "prepared.verify.check", r"verifying \S*/files/train\.arrow, rows from 0"),
+        ("verify", "shards", "prepared.verify.check", r"verifying \S*/shards/\S+\.tar"),
+        ("stage", "shards", "prepared.stage.copy_files", r"copying \S*/shards/\S+\.tar"),
+    ],
+)
+def test_a_fault_of_the_program_names_the_work(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    source: str,
+    function: str,
+    failed: str,
+) -> None:
+    monkeypatch.setattr(f"pipelines.{function}", fail)
+    if source == "new":
+        shutil.copytree(
+            prepared / "files", root := tmp_path / "new", ignore=shutil.ignore_patterns("*.arrow", "*.jsonl")
+        )
+    else:
+        root = prepared / source
+    target = [] if command in ("folder", "verify") else ["--to", str(tmp_path / "made")]
+    with pytest.raises(RuntimeError, match=rf"^{failed} failed: ValueError: a fault of the program$"):
+        prepare.main([command, "--root", str(root), *target, "--workers", "1"])
 
 
 def test_leaving_early_ends_the_processes(tmp_path: Path) -> None:
-    results = run_guarded(die_on_bad, [f"sleep {tmp_path / 'pid'}", "a"], 2)
+    results = run_guarded(die_on_bad, [f"sleep {tmp_path / 'pid'}", "a"], 2, "scanning")
     assert next(results) == (1, "A")
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     results.close()  # type: ignore[attr-defined]
@@ -492,8 +535,10 @@ def test_a_process_that_is_killed_as_it_starts_is_replaced_once(
     monkeypatch.syspath_prepend(str(tmp_path))
     double = importlib.import_module(name).double
     if lives == 2:
-        assert sorted(run_guarded(double, range(5), 1)) == [(number, 2 * number) for number in range(5)]
+        assert sorted(run_guarded(double, range(5), 1, "doubling")) == [(number, 2 * number) for number in range(5)]
         assert (tmp_path / "lost").read_text() == "xx"
     else:
-        with pytest.raises(RuntimeError, match="before its first file .signal 9"):
-            list(run_guarded(double, range(5), 1))
+        with pytest.raises(
+            RuntimeError, match="doubling failed: a worker process ended before its first file .signal 9"
+        ):
+            list(run_guarded(double, range(5), 1, "doubling"))

@@ -30,9 +30,16 @@ class _Worker:
     """The index of the item that it has; None until it has started up."""
 
 
-def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """(index, function(item)) of every item, in the order in which they finish; Died where the process did not survive.
+def run_guarded(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int,
+    work: str,
+    name_of: Callable[[Any], str] = str,
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index, function(item)) of every item, in the order in which they finish; Died where the process did not survive.
 
+    `work` and `name_of(item)` name in errors what failed: "scanning" and a file's path.
     `workers`: processes (spawned: the function is imported there); 0 works in this one, unguarded. Close the iterator, or
     leave it by an exception, and all processes end at once. An exception of the function's own ends it with RuntimeError.
     """
@@ -53,7 +60,7 @@ def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: i
                     crew.remove(worker)
                     if worker.item is None:
                         killed_at_start += 1
-                        _check_start(worker, died, killed_at_start)
+                        _check_start(worker, died, killed_at_start, work)
                     crew.append(_start(function))
                     if worker.item is None:  # killed from outside, and it had nothing
                         continue
@@ -65,7 +72,7 @@ def run_guarded(function: Callable[[Any], Any], items: Sequence[Any], workers: i
                     continue
                 item = worker.item
                 if isinstance(result, _Raised) and item is not None:
-                    raise RuntimeError(f"scanning {items[item]} failed: {result.text}")
+                    raise RuntimeError(f"{work} {name_of(items[item])} failed: {result.text}")
                 _give_next(worker, waiting, items, crew)  # before the caller looks at the result
                 if item is not None:
                     yield item, result
@@ -123,10 +130,12 @@ def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew:
         worker.pipe.send(items[worker.item])
 
 
-def _check_start(worker: _Worker, died: Died, attempts: int) -> None:
+def _check_start(worker: _Worker, died: Died, attempts: int, work: str) -> None:
     """Raise RuntimeError for a process that ended by itself before its first file, or that was killed there too often."""
     if (worker.process.exitcode or 0) >= 0 or attempts == _ATTEMPTS:
-        raise RuntimeError(f"a scanning process ended before its first file ({died.how}); its output above says why")
+        raise RuntimeError(
+            f"{work} failed: a worker process ended before its first file ({died.how}); its output above says why"
+        )
 
 
 def _died(worker: _Worker) -> Died:

@@ -101,13 +101,17 @@ def _require_room(target: Path, needed_bytes: int) -> None:
 
 
 def _written(tasks: list[ShardTask], workers: int) -> Iterator[ShardTask]:
-    with closing(run_guarded(write_shard, tasks, workers)) as results:  # type: ignore[type-var]
+    with closing(run_guarded(write_shard, tasks, workers, "writing", _name)) as results:  # type: ignore[type-var]
         for number, result in results:
             if isinstance(result, Died):
-                result = f"{tasks[number].path}: the process that wrote it died ({result.how}), twice"
+                result = f"{_name(tasks[number])}: the process that wrote it died ({result.how}), twice"
             if result:
                 raise DataSetError(result)
             yield tasks[number]
+
+
+def _name(task: ShardTask) -> str:
+    return str(task.path)
 
 
 def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask], new: int) -> Sharded:

@@ -183,11 +183,15 @@ def _is_whole(task: CopyTask) -> bool:
 
 
 def _copied(tasks: Sequence[CopyTask], workers: int) -> Iterator[tuple[CopyTask, str]]:
-    with closing(run_guarded(copy_files, tasks, workers)) as results:  # type: ignore[type-var]
+    with closing(run_guarded(copy_files, tasks, workers, "copying", _name)) as results:  # type: ignore[type-var]
         for number, result in results:
             if isinstance(result, Died):
-                result = f"{tasks[number].sources[0]}: the process that copied it died ({result.how}), twice"
+                result = f"{_name(tasks[number])}: the process that copied it died ({result.how}), twice"
             yield tasks[number], result
+
+
+def _name(task: CopyTask) -> str:
+    return str(task.sources[0])
 
 
 def copy_files(task: CopyTask) -> str:

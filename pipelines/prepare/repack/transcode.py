@@ -89,7 +89,7 @@ def plan_clips(name: str, manifest: Manifest, target: Path, settings: Settings) 
 
 def _encoded(tasks: list[ClipTask], workers: int) -> Iterator[tuple[ClipTask, str]]:
     """Each task, and why its clip is not there."""
-    with closing(run_guarded(transcode_clip, tasks, workers)) as results:  # type: ignore[type-var]
+    with closing(run_guarded(transcode_clip, tasks, workers, "encoding", _name)) as results:  # type: ignore[type-var]
         for number, result in results:
             if isinstance(result, Died):
                 yield tasks[number], f"the process that encoded it died ({result.how}), twice"
@@ -97,6 +97,10 @@ def _encoded(tasks: list[ClipTask], workers: int) -> Iterator[tuple[ClipTask, st
             if result.fatal:
                 raise DataSetError(result.fatal)
             yield tasks[number], result.bad
+
+
+def _name(task: ClipTask) -> str:
+    return f"{task.manifest}, row {task.number},"
 
 
 def _finish(

@@ -76,7 +76,7 @@ def _check_index(root: Path, manifests: dict[str, Manifest], index: ShardIndex |
 
 
 def _checked(tasks: list[ShardCheck | RowsCheck], workers: int) -> Iterator[list[str]]:
-    with closing(run_guarded(check, tasks, workers)) as results:  # type: ignore[type-var]
+    with closing(run_guarded(check, tasks, workers, "verifying", _name)) as results:  # type: ignore[type-var]
         for number, result in results:
             if isinstance(result, Died):
                 result = [f"{_name(tasks[number])}: the process that checked it died ({result.how}), twice"]
@@ -84,7 +84,7 @@ def _checked(tasks: list[ShardCheck | RowsCheck], workers: int) -> Iterator[list
 
 
 def _name(task: ShardCheck | RowsCheck) -> str:
-    return str(task.path) if isinstance(task, ShardCheck) else f"{task.manifest}, rows from {task.first} on"
+    return str(task.path) if isinstance(task, ShardCheck) else f"{task.manifest}, rows from {task.first}"
 
 
 def check(task: ShardCheck | RowsCheck) -> list[str]:

@@ -93,13 +93,17 @@ Task = tuple[Path, str, Scanned | None]
 
 
 def _results(tasks: Sequence[Task], workers: int) -> Iterator[Scanned]:
-    with closing(run_guarded(scan_one, tasks, workers)) as results:  # type: ignore[type-var]
+    with closing(run_guarded(scan_one, tasks, workers, "scanning", _name)) as results:  # type: ignore[type-var]
         for index, result in results:
             if isinstance(result, Died):
-                root, path, _ = tasks[index]
-                reason = f"{root / path}: the process that decoded it died ({result.how}), twice"
-                result = Scanned(path, 0, 0, reason=reason)  # not remembered: the next start tries again
+                reason = f"{_name(tasks[index])}: the process that decoded it died ({result.how}), twice"
+                result = Scanned(tasks[index][1], 0, 0, reason=reason)  # not remembered: the next start tries again
             yield result
+
+
+def _name(task: Task) -> str:
+    root, path, _ = task
+    return str(root / path)
 
 
 def scan_one(task: Task) -> Scanned:
