@@ -204,6 +204,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("distributed.wire", "int8"),
     ("distributed.timeout_s", 0.0),
     ("logger.wandb", "sometimes"),
+    ("logger.tags", [""]),
     ("logger.every_steps", 0),
     ("checkpoint.every_epochs", 0),
     ("checkpoint.every_steps", 0),

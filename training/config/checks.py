@@ -98,6 +98,8 @@ def check(config: Config) -> None:
     for key in nullable:
         if value(key) is not None and not value(key) > 0:
             raise ConfigError(f"{key} must be more than 0, or null, got {value(key)}")
+    if not all(1 <= len(tag) <= 64 for tag in config.logger.tags):
+        raise ConfigError(f"logger.tags must have 1 to 64 characters each, got {config.logger.tags}")
     if config.max_steps is not None and config.max_steps < 1:
         raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
     if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):

@@ -187,6 +187,10 @@ class LoggerConfig:
     wandb: str = "offline"
     """offline, online or disabled; rank 0 alone. metrics.jsonl is always written."""
     project: str = "tsm"
+    group: str | None = None
+    """wandb's group of this run, such as the restarts or seeds of one study; null: the name of the experiment."""
+    tags: list[str] = field(default_factory=list)
+    """wandb's tags of this run, beside the network's and the data set's names."""
     every_steps: int = 10
     """Steps between two training records."""
     diagnostics: bool = False

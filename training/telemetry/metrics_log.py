@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from distributed.health.rank_log import Journal
 from training.config.schema import Config
-from training.runs.run_folder import RunFolder
+from training.runs.run_folder import RunFolder, git
 
 
 class Records:
@@ -136,7 +137,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _start_wandb(config: Config, folder: Path) -> Any:
-    import wandb  # slow to import, and on rank 0 alone
+    # Slow to import, and needed on rank 0 only.
+    import wandb
 
     return wandb.init(
         project=config.logger.project,
@@ -146,4 +148,20 @@ def _start_wandb(config: Config, folder: Path) -> Any:
         mode="offline" if config.logger.wandb == "offline" else "online",
         resume="allow" if config.logger.wandb == "online" else None,
         settings=wandb.Settings(silent=True, console="off"),
+        **wandb_fields(config),
     )
+
+
+def wandb_fields(config: Config) -> dict[str, Any]:
+    """Return what runs can be filtered and grouped by in wandb, as arguments of wandb.init."""
+    return {
+        # wandb joins nested keys with dots itself, and wants none in the names that it is given.
+        "config": asdict(config) | {"commit": git("rev-parse", "HEAD")},
+        # A resumed run may have another configuration, such as another number of workers.
+        "allow_val_change": True,
+        "group": config.logger.group or config.name,
+        "job_type": "train",
+        "tags": [
+            tag for tag in dict.fromkeys([config.model.backbone, config.data.name[:64], *config.logger.tags]) if tag
+        ],
+    }
