@@ -390,3 +390,16 @@ def test_a_whole_skipped_file_counts(tmp_path: Path) -> None:
 
 def test_a_run_without_tests_fails(tmp_path: Path) -> None:
     assert inner_pytest(tmp_path, "", forbid=False).returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+# --- What git ignores -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "symlink"])
+def test_git_ignores_the_environment(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    environment = tmp_path / ".venv"
+    environment.mkdir() if kind == "folder" else environment.symlink_to("elsewhere")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    assert subprocess.run(["git", "check-ignore", "--quiet", ".venv"], cwd=tmp_path).returncode == 0

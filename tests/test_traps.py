@@ -13,16 +13,18 @@ one machine repeated themselves all the same, as they happened to arrive alike, 
 | micro-steps are summed, not averaged | the loss is divided | test_worlds: weights_after_20_steps[groups_of_2_accumulated] |
 | hvd.SyncBatchNorm: GPUs and the whole world alone | batch norm of our own | test_worlds: weights_after_20_steps[groups_of_4], test_batch_norm |
 | clipping and loss scale in front of the reduction | the order in Trainer | test_worlds: loss_scale_clipping_and_accumulation; test_step: the_loss_scale_is_off_before_the_clipping |
-| the stall inspector is silent under Gloo | the control channel | test_worlds: a_barrier_names_who_is_missing (of a hang within a collective nothing tells yet) |
+| the stall inspector is silent under Gloo | the control channel, and the monitor's hang detection | test_worlds: a_barrier_names_who_is_missing; test_faults: a_stopped_rank_is_named_with_the_stacks_of_all (a hang within a collective) |
 | grouped reduction ignores its pre-scaling | pre-scaling in the compressor | below; test_worlds: half_precision_wire ("in fixed groups") |
 | fusion by arrival order | fixed groups, never fused | test_worlds: deterministic_mode_repeats (4 ranks) |
 | DDP lays buckets out anew after step 1 | find_unused_parameters in that mode | test_worlds: deterministic_mode_repeats (the resumed run) |
 | a rank that ends early takes the others down | a barrier in close() | test_worlds: a_rank_that_is_done_first |
 | each launcher sets other variables | topology | test_topology, and each world by its launcher |
 
-Not here: bare `srun`, which needs a cluster or its emulation, and all of this over NCCL, which needs GPUs.
+Not here: bare `srun` (test_slurm_jobs, on an emulated cluster), and NCCL, which needs GPUs (test_gpu).
 """  # noqa: E501
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,16 @@ from torch import Tensor
 from distributed.backends.fp16_compression import half_part
 
 SUMMIT = 1536  # ranks of the published run
+
+
+def test_every_test_of_the_table_exists() -> None:
+    tests = {path.stem: path.read_text() for path in Path(__file__).parent.rglob("test_*.py")}
+    # One entry is `file: name, name[case], ...`; a word without an underscore is prose.
+    named = re.findall(r"(test_\w+): ((?:\w+_\w+(?:\[\w+\])?(?:, )?)+)", __doc__ or "")
+    assert len(named) > 10
+    for file, names in named:
+        for name in re.sub(r"\[\w+\]", "", names).strip(", ").split(", "):
+            assert f"def test_{name}" in tests[file] or name in tests, f"{file}: {name}"
 
 
 def ring_sum(parts_RN: Tensor) -> Tensor:
