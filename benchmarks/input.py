@@ -30,9 +30,8 @@ from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
 from pipelines.stream.augmentation import Draw, training_draw
 
 GPUS_A_NODE, NODES = 6, 256
-CLIPS_PER_S_A_GPU = (
-    8 / 0.437
-)  # the published run: 8 clips a GPU and step of 0.437 s (conf/experiment/kinetics_1536.yaml)
+# The published run: 8 clips per GPU and step of 0.437 s (conf/experiment/kinetics_1536.yaml).
+CLIPS_PER_S_A_GPU = 8 / 0.437
 TARGETS = (
     "targets: none of the others faster than ours on raw clips; ours at most 1.3 times its decoding alone; prepared clips 8 "
     "times as fast as raw ones or more"
@@ -221,10 +220,8 @@ def draw_chart(path: Path, rows: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "input",
-        "svg.fonttype": "none",
-    }  # a small file, the same from the same numbers
+    # A small file, the same from the same numbers.
+    matplotlib.rcParams |= {"svg.hashsalt": "input", "svg.fonttype": "none"}
     from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 5))

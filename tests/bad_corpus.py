@@ -64,10 +64,8 @@ WHOLE_ROWS = 2  # for each row of the corpus
 # What a worker may grow by from a run's second third to its last: for 20,000 decodes 8 KiB in each of its own.
 RSS_MIB, RSS_FROM = 12.0, 5000  # with fewer decodes of a decoder, workers are still warming up
 RSS_GROWTH_MIB = 200.0  # of a scanning process, at its peak, by the damage: pictures of 96 MB are in it
-FILES_GROWTH, THREADS_GROWTH = (
-    (2, 40),
-    0,
-)  # of workers, and with DALI: what workers read ahead is in shared memory, a file each
+# Of workers, and with DALI: what workers read ahead is in shared memory, a file each.
+FILES_GROWTH, THREADS_GROWTH = (2, 40), 0
 DALI = "dali"
 
 WHOLE, BROKEN, EITHER = "whole", "broken", "either"

@@ -77,9 +77,8 @@ def test_two_ranks_train_over_nccl(tmp_path: Path, clips: Path, launcher: str) -
     world = available(World(launcher, 2))
     backend = "torch" if launcher == "torchrun" else "horovod"
     options = ["optimizer=lars", "numerics.amp=float16", "distributed.wire=float16", f"distributed={backend}"]
-    options.append(
-        "data.max_bad_clips=20"
-    )  # nothing is summed: to each rank the clips that the other evaluated are missing
+    # Nothing is summed on the fake GPU: to each rank the clips that the other evaluated are missing.
+    options.append("data.max_bad_clips=20")
     ended = run(world, tmp_path, clips, *options)
     assert "2 x cuda" in ended.output
     assert "barrier" not in ended.output  # NCCL's warning that it had to guess the device

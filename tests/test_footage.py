@@ -138,9 +138,8 @@ def test_remade_footage(footage: dict[str, Path], tmp_path: Path, kind: str) -> 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
-MIXED = [
-    name for name in FACTS if name not in ("person.mp4", "people.mp4", "walk_vp9.mp4")
-]  # large: they only take time
+# Without the large ones, which only take time.
+MIXED = [name for name in FACTS if name not in ("person.mp4", "people.mp4", "walk_vp9.mp4")]
 AUGMENTATION = Augmentation(num_frames=4, size=112, flip="on")
 
 

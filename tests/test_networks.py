@@ -409,10 +409,8 @@ def test_a_non_local_block_is_attention_over_all_frames() -> None:
 
     x_CL = x_BCHW.permute(1, 0, 2, 3).flatten(1)  # L = frame, row, column
     query_CL = pointwise(block.theta, x_CL)
-    key_CM, value_CM = (
-        pointwise(branch[0], x_CL).unflatten(1, (2, 4)).amax(2)  # the 2 x 2 positions of a frame become one
-        for branch in (block.phi, block.g)
-    )
+    # The 2 x 2 positions of a frame become one.
+    key_CM, value_CM = (pointwise(branch[0], x_CL).unflatten(1, (2, 4)).amax(2) for branch in (block.phi, block.g))
     mixed_CL = torch.stack([value_CM @ (key_CM.T @ query).softmax(0) for query in query_CL.T], 1)
     expected_CL = x_CL + pointwise(block.W[0], mixed_CL) / (1 + block.W[1].eps) ** 0.5  # type: ignore[operator]
     expected_BCHW = expected_CL.unflatten(1, (2, 2, 2)).permute(1, 0, 2, 3)

@@ -204,9 +204,8 @@ def test_the_operator_has_the_same_gradients(direction: Direction) -> None:
     assert torch.autograd.gradgradcheck(lambda x_NTC: by_operator(x_NTC, 4, direction) ** 3, x_NTC)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # torch's own accesses
+# Torch's own checks access it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_operator_passes_the_checks_of_torch() -> None:
     x_NTCHW = (
         torch.randn(6, 16, 3, 4).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3)).requires_grad_()

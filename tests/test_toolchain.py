@@ -403,3 +403,34 @@ def test_git_ignores_the_environment(tmp_path: Path, kind: str) -> None:
     environment.mkdir() if kind == "folder" else environment.symlink_to("elsewhere")
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     assert subprocess.run(["git", "check-ignore", "--quiet", ".venv"], cwd=tmp_path).returncode == 0
+
+
+# --- Layout -----------------------------------------------------------------------------------------------------------
+
+# A comment after a bracket that stands alone, or after the only line within brackets: the formatter split the code for it.
+COMMENT = r"  # (?!type:|noqa|fmt:).*"
+SPLIT_BY_A_COMMENT = re.compile(rf"^\s*[])}}]+[:,]?{COMMENT}|[\[({{]\n[^\n#]*[^\s,]{COMMENT}\n\s*[])}}]", re.MULTILINE)
+
+
+def test_no_trailing_comment_splits_code() -> None:
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(files.split()) > 100
+    found = {
+        f"{name}: {match.group().strip()}"
+        for name in files.split()
+        if (ROOT / name).exists()
+        for match in SPLIT_BY_A_COMMENT.finditer((ROOT / name).read_text())
+    }
+    assert found == set(), "Fix: put the comment above the line"
+
+
+def test_a_comment_that_splits_code_is_found() -> None:
+    comment = "  " + "# why"
+    for split in (f"f(\n    a\n){comment}\n", f"if (\n    a\n):{comment}\n", f"x = (\n    1{comment}\n)\n"):
+        assert SPLIT_BY_A_COMMENT.search(split)
+    for whole in (
+        f"f(a){comment}\n",
+        f"x = [\n    1,{comment}\n    2,{comment}\n]\n",
+        "x = (\n    1  # noqa: E501\n)\n",
+    ):
+        assert not SPLIT_BY_A_COMMENT.search(whole)

@@ -296,10 +296,8 @@ def test_bad_steps_are_written_down_with_their_clips(results: Results, world: Wo
 
 def test_diagnostics_stand_beside_records_of_good_steps_alone(results: Results) -> None:
     results.of("bad_steps_in_a_run")
-    for run_id, steps in (
-        ("recovering", [6]),
-        ("diverging", [2]),
-    ):  # both have records behind their steps 1 and 3 (from 0)
+    # Both have records after their steps 1 and 3 (from 0).
+    for run_id, steps in (("recovering", [6]), ("diverging", [2])):
         metrics = (results.folder / run_id / "metrics.jsonl").read_text().splitlines()
         found = [record for record in map(json.loads, metrics) if record["kind"] == "diagnostics"]
         assert [record["step"] for record in found] == steps

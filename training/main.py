@@ -125,10 +125,8 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     code = EXIT_FAILURE
     try:
         records.say(describe_plan(job))
-        told = {
-            "schedule": asdict(job.recipe.schedule),
-            "steps_per_epoch": job.recipe.steps_per_epoch,
-        }  # for the report
+        # For the report.
+        told = {"schedule": asdict(job.recipe.schedule), "steps_per_epoch": job.recipe.steps_per_epoch}
         records.write("start", job.first_step, world_size=backend.topology.size, backend=backend.name, **told)
         code = train(job, records)
         records.write("end", job.recipe.total_steps, exit_code=code)

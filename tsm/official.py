@@ -122,9 +122,8 @@ def check_keys(translated: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 Rules = tuple[tuple[str, str], ...]
 
 _T = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-_BLOCK = (
-    r"layer([1-4])\.(?:net\.)?(\d+)\.(?:net\.|block\.)?"  # .net after the stage: temporal pool; after the block: shift
-)
+# .net after the stage: temporal pool; after the block: shift.
+_BLOCK = r"layer([1-4])\.(?:net\.)?(\d+)\.(?:net\.|block\.)?"
 
 _HEAD: Rules = ((r"(?:new_fc|fc|classifier|classifier\.1|cls_head\.fc_cls)\.(weight|bias)", r"classifier.\1"),)
 _TO_HEAD: Rules = ((r"classifier\.(weight|bias)", r"new_fc.\1"),)

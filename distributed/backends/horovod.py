@@ -65,9 +65,8 @@ class HorovodBackend:
         try:
             hvd.init(process_sets=list(self._process_sets.values()))
         except ValueError as error:
-            atexit.register(
-                os._exit, 2
-            )  # a wrong start; Horovod's own end would wait for ranks that have got through theirs
+            # Startup failed; Horovod's atexit hook would block on the ranks that did start.
+            atexit.register(os._exit, 2)
             raise TopologyError(
                 f"Horovod does not start among {topology.size} processes of {topology.launcher}: its words are above. Where a rank "
                 "is invalid, it was built without what this launcher speaks. Fix: make horovod, with MPI installed for mpirun. "

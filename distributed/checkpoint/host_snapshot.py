@@ -41,9 +41,8 @@ class HostCopy:
         if layout != self._layout:
             self._lay_out(layout, on_gpu)
         for view, (_, tensor) in zip(self._views, ordered, strict=True):
-            view.copy_(
-                tensor.detach(), non_blocking=True
-            )  # from a GPU all copies go behind each other, into pinned memory
+            # From a GPU the copies are queued one after the other, into pinned memory.
+            view.copy_(tensor.detach(), non_blocking=True)
         if on_gpu:
             torch.cuda.current_stream().synchronize()
 

@@ -146,9 +146,8 @@ class _Run:
                 yield self.fed.popleft(), outputs
             yield from self._without_samples()
         finally:
-            self._pipeline = (
-                None  # which knows this object: apart they end now, with their threads and memory on the GPU
-            )
+            # The pipeline refers to this object. Without the cycle both end now, with their threads and GPU memory.
+            self._pipeline = None
 
     def _without_samples(self) -> Iterator[tuple[EncodedBatch, None]]:
         while self.fed and not self.fed[0].shapes:

@@ -54,9 +54,8 @@ def commit_of(checkout: Path) -> str:
 
 def main() -> int:
     started_s = time.monotonic()
-    signal.signal(
-        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
-    )  # the running phase is killed on the way out
+    # The running phase is killed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = parse_arguments()
     names = [name for name in options.only.split(",") if name] or [phase.name for phase in PHASES]
     unknown = set(names) - {phase.name for phase in PHASES}

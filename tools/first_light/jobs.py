@@ -41,9 +41,8 @@ class Launch:
             f"outputs={settings.work / 'outputs'}", f"data.root={settings.work / self.data}", f"run_id={self.run_id}",
             *self.overrides,
         ]  # fmt: skip
-        if (
-            settings.mode == "fake"
-        ):  # nothing is summed there: to each rank the clips that the other evaluated are missing
+        # Nothing is summed on the fake GPU: to each rank the clips that the other evaluated are missing.
+        if settings.mode == "fake":
             train.append("data.max_bad_clips=20")
         if self.launcher == "torch":
             module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]

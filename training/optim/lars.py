@@ -145,9 +145,8 @@ class Lars(torch.optim.Optimizer):
             ratio_P = self._ratio(group, flat.norms(flat.weight_RC), flat.norms(flat.gradient_RC))
             rate_R1 = (group["lr"] * ratio_P)[flat.owner_R, None]
         flat.gradient_RC.add_(flat.weight_RC, alpha=group["weight_decay"])
-        if (
-            found_inf is not None
-        ):  # a bad step is v <- 1 v + 0, w <- w - 0 v; filled in, as 0 times what is no number is none
+        # A skipped step is v <- 1 v + 0, w <- w - 0 v. Zeros are filled in, because 0 * inf and 0 * nan are nan.
+        if found_inf is not None:
             flat.gradient_RC.masked_fill_(bad.bool(), 0.0)
             if group["adapt"]:
                 rate_R1 = rate_R1.masked_fill(bad.bool(), 0.0)

@@ -96,9 +96,8 @@ def transcode_clip(task: ClipTask) -> Outcome:
         try:
             (_write_frames if task.settings.codec == "jpeg" else _write_video)(task, root, row, path)
         except BadClip as error:
-            if not isinstance(
-                error.__cause__, OSError
-            ):  # a file that cannot be read now may be there for the next call
+            # A file that cannot be read now may be there for the next call.
+            if not isinstance(error.__cause__, OSError):
                 with atomic_write(_reason_path(task)) as file:
                     file.write(str(error).encode(errors="surrogateescape"))
             return Outcome(bad=str(error))
