@@ -95,9 +95,9 @@ test-fake-gpu: $(DEV)  ## the host code of torch's CUDA build, on a GPU that com
 
 faults: $(DEV) horovod  ## kill jobs at 50 random moments, which must end bit-equal to one left alone; 1,000 broken files; 45 minutes
 	@mkdir -p outputs
-	$(BIN)/python tests/kill_runs.py --kills 50 --json outputs/faults.json $(ARGS)
-	$(BIN)/python tests/clean_run.py --json outputs/clean.json
-	$(BIN)/python tests/bad_corpus.py --files 1000 --decodes 20000 --json outputs/bad_corpus.json
+	$(BIN)/python tests/soak/kill_runs.py --kills 50 --json outputs/faults.json $(ARGS)
+	$(BIN)/python tests/soak/clean_run.py --json outputs/clean.json
+	$(BIN)/python tests/soak/bad_corpus.py --files 1000 --decodes 20000 --json outputs/bad_corpus.json
 
 bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmarks/*.json
 	@mkdir -p outputs/benchmarks

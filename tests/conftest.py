@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from fake_gpu.counters import is_loaded as fake_gpu_is_loaded
 
-pytest_plugins = ["skip_report", "slurm_cluster"]
+from tests.fake_gpu.counters import is_loaded as fake_gpu_is_loaded
+
+pytest_plugins = ["tests.helpers.skip_report", "tests.helpers.slurm_cluster"]
 
 # Nothing under test may reach the network.
 os.environ.setdefault("WANDB_MODE", "offline")

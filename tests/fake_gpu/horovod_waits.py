@@ -8,13 +8,13 @@ CHECKOUT = Path(__file__).parent.parent.parent
 
 
 def main() -> None:
-    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
+    sys.path.insert(0, str(CHECKOUT))
     import torch
 
     from distributed.backends.horovod import HorovodBackend
     from distributed.backends.make import pick_device
     from distributed.topology import find_topology
-    from fake_gpu.counters import counts
+    from tests.fake_gpu.counters import counts
 
     topology = find_topology()
     backend = HorovodBackend(topology, pick_device("cuda", topology), timeout_s=60)

@@ -31,7 +31,6 @@ def run_one_phase(arguments: list[str]) -> None:
     Settings.add_arguments(parser)
     options = parser.parse_args(arguments)
     settings = Settings.parse(options)
-    sys.path.append(str(CHECKOUT / "tests"))  # for tests/trainers.py
     module, _, name = options.phase.partition(":")
     getattr(importlib.import_module(module), name)(Results(settings, settings.device_name()))
 

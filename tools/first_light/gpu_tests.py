@@ -46,7 +46,7 @@ def files() -> list[str]:
     """Test files that have such tests: collecting each of the others costs its imports."""
     return sorted(
         str(path.relative_to(CHECKOUT))
-        for path in (CHECKOUT / "tests").glob("test_*.py")
+        for path in (CHECKOUT / "tests").rglob("test_*.py")
         if "mark.gpu" in path.read_text()
     )
 

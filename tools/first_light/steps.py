@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from trainers import batches_of, trainer_of  # of tests/
 
 from pipelines.loading.clips import ClipBatch
+from tests.helpers.trainers import batches_of, trainer_of
 from training.optim.ema import WeightAverage
 from training.step import Trainer
 

@@ -12,7 +12,7 @@ shape and its own family of hues. That is a help, on purpose; the task measures 
 Two things could betray the order without motion, and are kept from it:
 - The encoder. A predicted frame depends on the frames before it, and the first frame of a GOP is the sharpest: "sharp and
   large" would mean shrink. Here each frame is coded by itself (GOP of 1) at one fixed quantiser, so a decoded frame is a
-  function of the drawn frame alone: a twin's decoded video is its twin's, reversed, bit for bit (tests/test_shapes.py).
+  function of the drawn frame alone: a twin's decoded video is its twin's, reversed, bit for bit (test_shapes.py).
 - The sampler. TSM's rule cuts a clip in n equal segments of whole frames and leaves the rest at the end unseen; its centre
   frames are symmetric only when a segment has an odd number of frames. The default lengths, 24 and 40, are 8 x 3 and 8 x 5.
 

@@ -1,0 +1,170 @@
+"""Whole jobs for tests: train.py under a launcher, what it printed, how it ended, what it left running, and its last checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distributed.checkpoint.store import load_newest
+from training.telemetry.metrics_log import read_metrics
+
+from .worlds import CHECKOUT, World
+
+_MARK = "TSM_TEST_JOB"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    exit_code: int
+    output: str
+    duration_s: float
+    left_running: list[str]
+
+
+class RunningJob:
+    """A job in a process group of its own, as a terminal starts one; each of its processes carries a mark."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._mark = uuid.uuid4().hex
+        self.log = log
+        self._started_s = time.monotonic()
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=CHECKOUT,
+                env=environment | {_MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the terminal sends SIGINT to the whole foreground process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank that runs train.py now."""
+        found = {}
+        for pid, command in self._processes():
+            words = command.split()
+            if "python" not in words[0] or "train.py" not in words[1:3]:
+                continue
+            with suppress(OSError):  # ended meanwhile
+                environ = dict(
+                    entry.split("=", 1)
+                    for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
+                    if "=" in entry
+                )
+                names = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
+                found[next((int(environ[name]) for name in names if name in environ), 0)] = pid
+        return found
+
+    def loader_workers(self, rank: int) -> list[int]:
+        """The processes that decode for a rank: grandchildren, by way of its server of workers."""
+        parents = {pid: _parent(pid) for pid, _ in self._processes()}
+        servers = {pid for pid, parent in parents.items() if parent == self.ranks()[rank]}
+        return sorted(pid for pid, parent in parents.items() if parent in servers)
+
+    def wait(self, limit_s: float) -> Ended:
+        """Wait for the end. Raises AssertionError, with the output, for a job that is still there after `limit_s`."""
+        started_s = time.monotonic()
+        try:
+            exit_code = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {limit_s} s:\n{self.log.read_text()[-5000:]}") from None
+        duration_s = time.monotonic() - started_s
+        # The server of loader workers notices the end of its job when it has imported torch, seconds later on a busy machine.
+        deadline_s = time.monotonic() + 30
+        while self._processes() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        left = [command for _, command in self._processes()]
+        self.kill()
+        return Ended(exit_code, self.log.read_text(), duration_s, left)
+
+    def kill(self) -> None:
+        for pid, _ in self._processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def _processes(self) -> list[tuple[int, str]]:
+        """(pid, command line) of every living process that carries the job's mark."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{_MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
+                    found.append((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")))
+            except OSError:  # ended meanwhile
+                continue
+        return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
+
+
+def make_clips(root: Path) -> Path:
+    """The shapes with 40 clips to train on and 20 to evaluate."""
+    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
+    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
+    return root
+
+
+def start_training(
+    world: World, log: Path, *overrides: str, rank_variable: str | None = None, program: str = "train.py"
+) -> RunningJob:
+    """Start train.py in a world; with `rank_variable` each rank gets `seed=` that variable: ranks that disagree."""
+    if rank_variable is None:
+        return RunningJob(world.command(program, *overrides), world.environment, log)
+    script = log.with_suffix(".py")
+    script.write_text(
+        "import os, sys\n"
+        f"os.execv(sys.executable, [sys.executable, 'train.py', *sys.argv[1:], 'seed=' + os.environ['{rank_variable}']])\n"
+    )
+    return RunningJob(world.command(str(script), *overrides), world.environment, log)
+
+
+def wait_for_record(metrics: Path, kind: str, limit_s: float = 120, step: int = 0) -> None:
+    """Wait until a run has written a record of this kind, of this step or a later one."""
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s:
+        records = read_metrics(metrics) if metrics.exists() else []
+        if any(record["kind"] == kind and record["step"] >= step for record in records):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no {kind} record of step {step} or later in {metrics} after {limit_s} s")
+
+
+def differing(one: Path, other: Path, step: int) -> list[str]:
+    """What is not bit-equal in the last checkpoints of two runs, which must be of this step."""
+    ours, theirs = last_checkpoint(one, step), last_checkpoint(other, step)
+    names = sorted(ours.keys() | theirs.keys())
+    return [
+        name for name in names if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    ]
+
+
+def last_checkpoint(run: Path, step: int) -> dict[str, Tensor]:
+    """Everything that the last checkpoint of a run holds, which must be of this step."""
+    checkpoint, broken = load_newest(run / "checkpoints")
+    assert checkpoint is not None and not broken, broken
+    assert checkpoint.state["step"] == step
+    best = torch.tensor(checkpoint.state["best_top1_percent"], dtype=torch.float64)
+    return checkpoint.network | checkpoint.optimizer | {"best_top1_percent": best}

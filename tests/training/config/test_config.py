@@ -1,0 +1,293 @@
+"""Hydra's composition of every experiment, and the checks of values, each of which names its key."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from training.config import checks
+from training.config.checks import check
+from training.config.load import from_composed, read_config, register
+from training.config.schema import Config, NumericsConfig
+from training.errors import ConfigError
+from training.runs.run_folder import RunFolder
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def compose(*overrides: str) -> Any:
+    """What `python train.py OVERRIDES` composes."""
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def config_of(*overrides: str) -> Config:
+    return from_composed(compose(*overrides))
+
+
+# --- Composition ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment: str) -> None:
+    first_weights = [] if compose(f"experiment={experiment}").model.init else ["model.init=FILE"]  # left to the user
+    assert config_of(f"experiment={experiment}", *first_weights).name == experiment
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "experiment"],
+)
+def test_every_choice_of_a_group_composes(choice: str) -> None:
+    config_of("experiment=smoke", choice)
+
+
+def test_the_command_line_wins_over_the_experiment() -> None:
+    config = config_of("experiment=smoke", "batch.global_batch=32", "distributed=torch", "schedule.milestones=[1,2.5]")
+    assert config.name == "smoke"
+    assert config.batch.global_batch == 32
+    assert config.distributed.backend == "torch"
+    assert config.schedule.milestones == [1, 2.5]
+
+
+def test_an_experiment_wins_over_its_groups() -> None:
+    assert config_of("experiment=smoke_tsn").model.shift == "none"
+    assert config_of("experiment=smoke").model.backbone == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "amp", "channels_last"),
+    [
+        ([], "off", False),
+        (["numerics=gpu"], "bfloat16", True),
+        (["numerics=gpu_fp16"], "float16", True),
+        (["numerics=gpu", "numerics=reference"], "off", False),
+        (["numerics=gpu", "numerics.amp=float16"], "float16", True),
+    ],
+)
+def test_numerics_are_chosen_by_name_and_the_last_name_counts(
+    overrides: list[str], amp: str, channels_last: bool
+) -> None:
+    """Batch scripts rely on the last: they put the user's overrides after their own."""
+    numerics = config_of("experiment=kinetics_single_node", *overrides).numerics
+    assert (numerics.amp, numerics.channels_last) == (amp, channels_last)
+    assert numerics == replace(NumericsConfig(), amp=amp, channels_last=channels_last)
+
+
+@pytest.mark.parametrize("numerics", ["reference", "gpu"])
+def test_an_experiments_own_memory_format_stays_under_any_numerics(numerics: str) -> None:
+    assert config_of("experiment=smoke", f"numerics={numerics}").numerics.channels_last
+
+
+def test_evaluation_is_never_lowered_with_training() -> None:
+    """Published accuracies are of float32: only evaluation.amp itself changes how a run is scored."""
+    for numerics in ("reference", "gpu", "gpu_fp16"):
+        assert (
+            config_of("experiment=kinetics_dense", f"numerics={numerics}", "evaluation=dense_30").evaluation.amp
+            == "off"
+        )
+
+
+@pytest.mark.parametrize(
+    "override", ["batch.global_batsch=8", "optimizer.learning_rate=1", "no_such_group.key=1", "no_such_key=1"]
+)
+def test_an_unknown_key_is_refused(override: str) -> None:
+    key = re.escape(override.split("=")[0])
+    with pytest.raises(ConfigCompositionException, match=rf"Could not override '{key}'"):
+        compose("experiment=smoke", override)
+
+
+def test_an_unknown_key_in_a_file_is_refused() -> None:
+    config = OmegaConf.create(OmegaConf.to_container(composed_once()))
+    OmegaConf.update(config, "batch.global_batsch", 8, force_add=True)
+    with pytest.raises(Exception, match="global_batsch"):
+        from_composed(config)
+
+
+@pytest.mark.parametrize("override", ["batch.global_batch=many", "model.dropout=half", "model.temporal_pool=perhaps"])
+def test_a_value_of_the_wrong_type_is_refused(override: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=re.escape(override.split("=")[0])):
+        compose("experiment=smoke", override)
+
+
+def test_missing_values_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"no value for batch\.global_batch.*Fix: .*experiment=smoke"):
+        config_of()
+
+
+def test_a_composed_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = config_of("experiment=smoke", "run_id=abc")
+    OmegaConf.save(OmegaConf.structured(config), tmp_path / "config.yaml")
+    assert from_composed(OmegaConf.load(tmp_path / "config.yaml")) == config
+
+
+def test_a_run_folder_says_how_to_go_on(tmp_path: Path) -> None:
+    """Ranks of a batch job read what the batch script has composed; a folder that was moved is found where it is."""
+    written = config_of("experiment=smoke", "run_id=there", "seed=17")
+    RunFolder(tmp_path / "there").write_config(written)
+    (tmp_path / "there").rename(tmp_path / "here")
+    config = read_config(tmp_path / "here")
+    assert (config.seed, config.run_id, config.outputs) == (17, "here", str(tmp_path))
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("text", [None, "seed: [1", "seed: seventeen", "sede: 17", "[]"])
+def test_a_folder_without_a_configuration_is_named(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"(?s)config.yaml.*Fix: "):
+        read_config(tmp_path)
+
+
+# --- Values -----------------------------------------------------------------------------------------------------------
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    ("model.backbone", "vgg"),
+    ("model.init", ""),
+    ("model.init_sha256", "abc"),
+    ("model.shift", "inplace"),
+    ("model.direction", "future"),
+    ("model.num_frames", 0),
+    ("model.dropout", 1.0),
+    ("model.dropout", -0.1),
+    ("data.num_classes", 0),
+    ("data.max_bad_clips", -1),
+    ("pipeline.workers", -1),
+    ("pipeline.prefetch", 0),
+    ("pipeline.size", 0),
+    ("pipeline.crop_scales", []),
+    ("pipeline.crop_scales", [1.0, 0.0]),
+    ("pipeline.crop_scales", [1.1]),
+    ("pipeline.loader", "decord"),
+    ("pipeline.dali_threads", 0),
+    ("pipeline.sampling", "random"),
+    ("pipeline.flip", "sometimes"),
+    ("data.mirrored_words", [["left"]]),
+    ("data.mirrored_words", [["left", "Left"]]),
+    ("data.mirrored_words", [["left", ""]]),
+    ("data.mirrored_words", [["left", "right"], ["Right", "wrong"]]),
+    ("batch.precise_bn_steps", -1),
+    ("batch.global_batch", 0),
+    ("optimizer.name", "adam"),
+    ("optimizer.scaling", "cubic"),
+    ("optimizer.lr", 0.0),
+    ("optimizer.lr", float("nan")),
+    ("numerics.max_bad_steps_in_a_row", 0),
+    ("optimizer.base_batch", 0),
+    ("optimizer.weight_decay", -1e-4),
+    ("optimizer.bias_lr_multiplier", 0.0),
+    ("optimizer.classifier_lr_multiplier", 0.0),
+    ("optimizer.trust_coefficient", 0.0),
+    ("optimizer.eps", -1.0),
+    ("optimizer.momentum", 1.0),
+    ("optimizer.beta2", 1.0),
+    ("optimizer.label_smoothing", 1.0),
+    ("optimizer.ema_decay", 1.0),
+    ("schedule.decay", "linear"),
+    ("schedule.epochs", 0.0),
+    ("schedule.warmup_epochs", -1.0),
+    ("schedule.warmup_epochs", 1e4),
+    ("numerics.dtype", "float16"),
+    ("numerics.amp", "float32"),
+    ("evaluation.amp", "float32"),
+    ("distributed.backend", "mpi"),
+    ("distributed.controller", "ssh"),
+    ("distributed.device", "tpu"),
+    ("distributed.wire", "int8"),
+    ("distributed.timeout_s", 0.0),
+    ("logger.wandb", "sometimes"),
+    ("logger.tags", [""]),
+    ("logger.every_steps", 0),
+    ("checkpoint.every_epochs", 0),
+    ("checkpoint.every_steps", 0),
+    ("checkpoint.every_minutes", 0.0),
+    ("checkpoint.keep", 0),
+    ("evaluation.checkpoint", "last"),
+    ("evaluation.every_epochs", 0),
+    ("evaluation.batch", 0),
+    ("evaluation.clips", "thrice"),
+    ("evaluation.crops", 4),
+]
+
+
+@cache
+def composed_once() -> Any:
+    return compose("experiment=smoke")
+
+
+def smoke() -> Config:
+    return from_composed(composed_once())
+
+
+def with_value(key: str, value: Any) -> Config:
+    config = smoke()
+    group, name = key.split(".")
+    assert hasattr(getattr(config, group), name)
+    setattr(getattr(config, group), name, value)
+    return config
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_a_bad_value_is_named_by_its_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)) as caught:
+        check(with_value(key, value))
+    assert str(value) in str(caught.value)
+
+
+def test_every_check_has_a_bad_value_above() -> None:
+    checked = {*checks._CHOICES, *checks._POSITIVE, *checks._NOT_NEGATIVE}
+    assert checked <= {key for key, _ in BAD_VALUES}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.dropout", 0.0),
+        ("pipeline.workers", 0),
+        ("optimizer.weight_decay", 0.0),
+    ],
+)
+def test_values_at_the_edge_are_taken(key: str, value: Any) -> None:
+    check(with_value(key, value))
+
+
+def test_a_run_of_nothing_but_warm_up_is_taken() -> None:
+    check(with_value("schedule.warmup_epochs", smoke().schedule.epochs))
+
+
+@pytest.mark.parametrize("key", ["numerics.amp", "evaluation.amp"])
+def test_float64_with_lower_precision_is_refused(key: str) -> None:
+    config = with_value(key, "bfloat16")
+    config.numerics.dtype = "float64"
+    with pytest.raises(ConfigError, match=rf"{key}=bfloat16.*numerics\.dtype=float64.*Fix: {key}=off"):
+        check(config)
+
+
+@pytest.mark.parametrize("run_id", ["../other", "a/b", "/tmp/run", "..", ".", ""])
+def test_a_run_id_that_leads_elsewhere_is_refused(run_id: str) -> None:
+    config = smoke()
+    config.run_id = run_id
+    with pytest.raises(ConfigError, match="run_id must be a plain folder name"):
+        check(config)
+
+
+def test_every_field_has_a_default_or_is_asked_for() -> None:
+    """Nothing is left to chance: what a user must say is exactly what the message of missing values can name."""
+    missing = OmegaConf.missing_keys(OmegaConf.structured(Config))
+    assert missing == {
+        "data.name", "data.root", "data.num_classes", "batch.global_batch", "optimizer.lr", "optimizer.base_batch",
+        "schedule.epochs",
+    }  # fmt: skip
+
+
+def test_zero_gammas_are_for_random_weights() -> None:
+    with pytest.raises(ConfigError, match=r"model\.zero_init_gamma=true.*model\.init=imagenet.*Fix"):
+        config_of("experiment=smoke", "model.zero_init_gamma=true", "model.init=imagenet")

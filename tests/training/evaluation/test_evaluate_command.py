@@ -1,0 +1,172 @@
+"""evaluate.py as people call it: a run that was trained, evaluated in several ways, and ensembles of what that saved."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
+from pipelines.manifest import Manifest
+from tests.helpers.worlds import CHECKOUT
+from training.evaluation.saved_logits import load_logits
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = (
+    "experiment=smoke logger=disabled pipeline.decoder=pyav pipeline.workers=0 pipeline.size=32 model.num_frames=4 "
+    "batch.global_batch=8 schedule.epochs=1 schedule.warmup_epochs=0 distributed=single run_id=run"
+).split()
+
+
+def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, program, *arguments], cwd=CHECKOUT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips and a run of five steps."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    done = call("prepare.py", "shapes", "--root", str(folder / "clips"), "--train-clips", "40", "--val-clips", "20")
+    assert done.returncode == 0, done.stderr
+    done = call("train.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def evaluate(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
+    """`(exit code, the record, all output)`."""
+    done = call("evaluate.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", *overrides)
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, records[0] if records else {}, done.stdout + done.stderr
+
+
+def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
+    """Without a protocol of its own the command repeats the last validation, on the way there and back through a checkpoint."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    (trained,) = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
+    code, record, output = evaluate(folder)
+    assert code == 0, output
+    assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
+    assert record["amp"] == trained["amp"] == "off"
+    for name in set(record) - {"protocol", "source", "amp"}:
+        assert record[name] == pytest.approx(trained[name], rel=1e-5), name
+
+
+def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: Path) -> None:
+    """Three processes, which the batch of training does not divide by, and a data set without its training split."""
+    alone = evaluate(folder)[1]
+    clips = tmp_path / "clips"
+    shutil.copytree(folder / "clips", clips)
+    (clips / "train.arrow").unlink()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    overrides = [*OPTIONS, "distributed=torch", f"data.root={clips}", f"outputs={folder}"]
+    done = call(*torchrun, "evaluate.py", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {name: record[name] for name in ("clips", "missing", "top1_percent")} == {
+        name: alone[name] for name in ("clips", "missing", "top1_percent")
+    }
+    assert record["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_the_best_of_a_run_or_its_newest(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    best = load_checkpoint(checkpoints / "best")
+    other = {name: tensor.flip(0) if "classifier" in name else tensor for name, tensor in best.network.items()}
+    save_checkpoint(checkpoints, Checkpoint(other, best.optimizer, best.state | {"step": 6}), keep=1)
+    places = [f"data.root={folder / 'clips'}", f"outputs={tmp_path}"]
+    steps_and_losses = []
+    for which in ("best", "newest"):
+        code, record, output = evaluate(folder, *places, f"evaluation.checkpoint={which}")
+        assert code == 0, output
+        steps_and_losses.append((record["step"], record["loss"]))
+    run = evaluate(folder)[1]
+    assert steps_and_losses[0] == (5, run["loss"])
+    assert steps_and_losses[1][0] == 6 and steps_and_losses[1][1] != run["loss"]
+    (checkpoints / "best").unlink()
+    code, _, output = evaluate(folder, *places, "evaluation.checkpoint=best")
+    assert code == 2 and "Fix: evaluation.checkpoint=newest" in output, output
+
+
+def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:
+    run = evaluate(folder)[1]
+    code, record, output = evaluate(
+        folder, "run_id=null", f"model.init={folder / 'run' / 'checkpoints' / 'step-00000005' / 'network.safetensors'}"
+    )
+    assert code == 0, output
+    assert (record["source"], record["loss"]) == ("network", run["loss"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["run_id=null"], "what is to be evaluated? Fix: run_id=NAME"),
+        (["run_id=other"], "holds no whole checkpoint. Fix: run_id=NAME"),
+        (["model.shift=none"], "run was trained with model.shift=residual, not none. Fix: model.shift=residual"),
+        (["model.backbone=resnet34"], "the checkpoint of run is of another network"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(folder: Path, overrides: list[str], says: str) -> None:
+    code, _, output = evaluate(folder, *overrides)
+    assert code == 2, output
+    assert says in output
+
+
+def test_another_protocol_saved_and_averaged(folder: Path) -> None:
+    files = []
+    for protocol in ("ten_crop", "two_clips_full"):
+        code, record, output = evaluate(folder, f"evaluation={protocol}", "evaluation.save_logits=true")
+        assert code == 0, output
+        assert (record["step"], record["clips"], record["missing"]) == (5, 20, 0)
+        files.append(folder / "run" / "logits" / f"step-00000005-{record['protocol']}.safetensors")
+        alone = call("evaluate.py", f"evaluation.ensemble=[{files[-1]}]")
+        again = json.loads(alone.stdout.splitlines()[-1])
+        assert {name: again[name] for name in again.keys() & record.keys()} == {
+            name: record[name] for name in again.keys() & record.keys()
+        }
+    done = call("evaluate.py", f"evaluation.ensemble=[{files[0]},{files[1]}]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ensemble of 2")
+
+
+def test_half_precision_is_asked_for_and_told(folder: Path) -> None:
+    """Its logits are float32, and lie beside those of float32 under another name."""
+    whole = evaluate(folder, "evaluation.save_logits=true")[1]
+    code, record, output = evaluate(folder, "evaluation.amp=bfloat16", "evaluation.save_logits=true")
+    assert code == 0, output
+    assert (whole["amp"], record["amp"]) == ("off", "bfloat16")
+    assert record["loss"] != whole["loss"]
+    assert record["loss"] == pytest.approx(whole["loss"], rel=0.02)
+    name = f"step-00000005-{record['protocol']}"
+    logits = {
+        file: load_logits(folder / "run" / "logits" / f"{file}.safetensors") for file in (name, f"{name}-bfloat16")
+    }
+    assert [origin.amp for _, origin in logits.values()] == ["off", "bfloat16"]
+    assert {clip_logits.logit_NK.dtype for clip_logits, _ in logits.values()} == {torch.float32}
+
+
+def test_a_missing_clip_is_named_and_ends_with_the_code_of_bad_data(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "clips", copy / "clips")
+    shutil.copytree(folder / "run", copy / "run")
+    victim = copy / "clips" / Manifest.open(copy / "clips" / "val.arrow").row(7).path
+    victim.write_bytes(victim.read_bytes()[:300])
+    code, record, output = evaluate(copy)
+    assert code == 3, output
+    assert (record["clips"], record["missing"]) == (19, 1)
+    assert f"missing: {victim}" in output
+    assert evaluate(copy, "data.max_bad_clips=1")[0] == 0
+
+
+def test_training_refuses_what_only_an_evaluation_does(folder: Path) -> None:
+    done = call(
+        "train.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", "evaluation.save_logits=true"
+    )
+    assert done.returncode == 2
+    assert "evaluation.save_logits" in done.stderr and "evaluate.py" in done.stderr

@@ -1,0 +1,89 @@
+"""What a run records in wandb, read back from the files that wandb writes offline."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.config.test_config import config_of
+from training.runs.run_folder import RunFolder, git
+from training.telemetry.metrics_log import Records, wandb_fields
+
+_HEADER_BYTES = 7
+_BLOCK_BYTES = 32768
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Yield the records of a .wandb file: protobuf messages in LevelDB's log format, after a header of wandb's own."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, message = path.read_bytes(), _HEADER_BYTES, b""
+    while position + 7 <= len(content):
+        if _BLOCK_BYTES - position % _BLOCK_BYTES < 7:
+            position += _BLOCK_BYTES - position % _BLOCK_BYTES
+            continue
+        # A checksum of 4 bytes, a length, and a kind: whole, first, middle or last.
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        if position + 7 + length > len(content):
+            return
+        message += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record.ParseFromString(message)
+            message = b""
+            yield record
+
+
+def whole_run(path: Path) -> list[Any]:
+    """The records up to the run's end: wandb's service may write them shortly after `finish` has returned."""
+    deadline_s = time.monotonic() + 60
+    while not (records := list(wandb_records(path))) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline_s, [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.05)
+    return records
+
+
+def test_a_run_can_be_filtered_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    folder = RunFolder(tmp_path / "run-1")
+    folder.path.mkdir()
+    config = config_of("experiment=smoke", "logger=offline", "logger.tags=[mine,shapes]", "optimizer.lr=0.25")
+    records = Records(config, folder, True, 0, 10)
+    records.write("train", 5, loss=1.5)
+    records.close(0)
+
+    (path,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
+    written = whole_run(path)
+    runs = [record.run for record in written if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.project, run.run_group, run.job_type) for run in runs} == {
+        ("run-1", "tsm", "smoke", "train")
+    }
+    assert [sorted(run.tags) for run in runs] == [["mine", "resnet18", "shapes"]] * len(runs)
+    values = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
+    assert values["commit"] == git("rev-parse", "HEAD")
+    assert (values["batch"]["global_batch"], values["optimizer"]["lr"]) == (16, 0.25)
+    assert (values["model"]["backbone"], values["data"]["name"], values["seed"]) == ("resnet18", "shapes", 0)
+    (history,) = [record.history for record in written if record.WhichOneof("record_type") == "history"]
+    logged = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+    assert logged["train/loss"] == 1.5
+
+
+def test_every_key_of_the_configuration_is_given() -> None:
+    from omegaconf import OmegaConf
+
+    config = config_of("experiment=something_v1")
+    given = wandb_fields(config)["config"]
+    expected = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(expected, dict)
+    assert {key: given[key] for key in expected} == expected
+    # wandb joins nested keys with dots, so that a key with a dot could not be told from them.
+    assert not [key for key in given if "." in key]
+
+
+def test_the_group_can_be_chosen() -> None:
+    fields = wandb_fields(config_of("experiment=smoke", "logger.group=warm-up study", "logger.tags=[resnet18]"))
+    assert (fields["group"], fields["tags"]) == ("warm-up study", ["resnet18", "shapes"])

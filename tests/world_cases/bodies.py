@@ -1,0 +1,469 @@
+"""What each process of a test world does; tests/distributed/test_worlds.py checks what comes back. Results are plain JSON."""
+
+import functools
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+import training.job
+from distributed.backends.base import Backend, ReducerOptions
+from distributed.batch_norm.layer import convert_batch_norm
+from distributed.batch_norm.running_statistics import average_running_statistics
+from distributed.health.control_channel import ControlChannel
+from distributed.topology import find_topology
+from pipelines.loading.clips import ClipBatch
+from pipelines.stream.augmentation import dropout_seeds
+from training.config.load import from_composed, register
+from training.config.schema import Config
+from training.errors import ConfigError, DivergedError
+from training.evaluation.validate import score
+from training.job import Job, build_job
+from training.loop import train
+from training.main import join_world
+from training.optim.gradient_diagnostics import Diagnostics
+from training.optim.optimizers import optimizer_tensors
+from training.runs.resume import check_agreement
+from training.telemetry.metrics_log import Records
+from tsm.networks import TemporalNetwork, build_network
+
+from .bodies_batch_norm import batch_norm_over_ranks
+
+CHECKOUT = Path(__file__).parents[2]
+
+# 20 steps of float64 over real clips: the design's equivalence test. 40 clips, 8 a step.
+EQUIVALENCE = [
+    "experiment=smoke",
+    "logger=disabled",
+    "logger.every_steps=5",
+    "pipeline.decoder=pyav",
+    "pipeline.workers=0",
+    "pipeline.size=24",
+    "model.num_frames=4",
+    "batch.global_batch=8",
+    "schedule.epochs=4",
+    "schedule.warmup_epochs=1",
+    "optimizer.lr=0.02",
+    "model.dropout=0.5",
+    "numerics.dtype=float64",
+    "evaluation.every_epochs=100",
+    "evaluation.batch=7",
+    "checkpoint.every_epochs=2",
+]
+
+LARS = ["optimizer.name=lars", "optimizer.lr=4", "optimizer.label_smoothing=0.1"]
+AVERAGE = "optimizer.ema_decay=0.8"
+# name -> overrides; every one is trained in every world, the first with the published ResNet-18, the others with a narrow one
+VARIANTS = {
+    "whole_world": ["numerics.channels_last=true"],
+    "groups_of_4": [*LARS, "batch.bn_group=4", "batch.precise_bn_steps=2"],
+    "groups_of_2_accumulated": [*LARS, "batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=1", AVERAGE],
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    folder: Path
+    backend: Backend
+    control: ControlChannel
+
+
+def compose_config(*overrides: str) -> Config:
+    with initialize_config_dir(str(CHECKOUT / "conf"), version_base="1.3"):
+        return from_composed(compose("config", overrides=list(overrides)))
+
+
+def start(folder: Path) -> Context:
+    register()
+    training.job.code_version = functools.cache(training.job.code_version)  # a second of each job that is built
+    torch.set_num_threads(1)
+    topology = find_topology()
+    backend = join_world(
+        compose_config("experiment=smoke", "pipeline.workers=0"), topology, rank_groups=halves(topology.size)
+    )
+    return Context(folder, backend, ControlChannel(backend))
+
+
+def halves(size: int) -> list[list[int]]:
+    """The groups that all bodies do with, beside the whole world."""
+    return [list(range(size // 2)), list(range(size // 2, size))] if size > 1 else [[0]]
+
+
+def config_for(context: Context, run_id: str, *overrides: str) -> Config:
+    data = f"data.root={context.folder.parent / 'clips'}"
+    return compose_config(*EQUIVALENCE, data, f"outputs={context.folder}", f"run_id={run_id}", *overrides)
+
+
+def narrowed(network: TemporalNetwork) -> TemporalNetwork:
+    """The same with a quarter of the channels, from random weights: as many tensors of the same names, a tenth of the time.
+
+    Float64 is what the time goes into: its convolutions are slow, and a ResNet-18's 11 M parameters are sent and saved.
+    """
+    for name, module in list(network.named_modules()):
+        small: nn.Module
+        if isinstance(module, nn.Conv2d):
+            channels = 3 if module.in_channels == 3 else module.in_channels // 4, module.out_channels // 4
+            small = nn.Conv2d(*channels, module.kernel_size, module.stride, module.padding, bias=False)  # type: ignore[arg-type]
+            small._forward_pre_hooks = module._forward_pre_hooks  # the shift
+        elif isinstance(module, nn.BatchNorm2d):
+            small = nn.BatchNorm2d(module.num_features // 4)
+        elif isinstance(module, nn.Linear):
+            small = nn.Linear(module.in_features // 4, module.out_features)
+        else:
+            continue
+        network.set_submodule(name, small)
+    return network
+
+
+def job_of(context: Context, run_id: str, *overrides: str, narrow: bool = False) -> Job:
+    config = config_for(context, run_id, *overrides)
+    torch.manual_seed(config.seed)
+    build = (lambda *arguments: narrowed(build_network(*arguments))) if narrow else build_network
+    with patch("training.build.model.build_network", build):
+        return build_job(config, context.backend, context.control)
+
+
+def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, ...] = (), narrow: bool = False) -> Job:
+    """Train a run to its end (or max_steps) as train.py does; its checkpoint stays in the folder.
+
+    In the steps `spoiled` the last rank's clips are not finite.
+    """
+    job = job_of(context, run_id, *overrides, narrow=narrow)
+    config, take_step = job.config, job.trainer.step
+
+    def step(number: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
+        last = context.backend.topology.rank == context.backend.topology.size - 1
+        if number in spoiled and last:
+            batches = [damaged(batch, math.inf) for batch in batches]
+        return take_step(number, batches, diagnostics)
+
+    job.trainer.step = step  # type: ignore[method-assign, assignment]
+    if context.backend.topology.rank == 0:
+        job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    context.backend.barrier()
+    records = Records(config, job.folder, context.backend.topology.rank == 0, job.first_step, job.recipe.total_steps)
+    assert train(job, records) == 0
+    records.close(0)
+    return job
+
+
+def equivalence(context: Context) -> dict[str, Any]:
+    """Train every variant; and what the trained network scores. Alone, also with groups of the whole batch in place of smaller."""
+    scores = {}
+    for name, overrides in VARIANTS.items():
+        narrow = name != "whole_world"
+        job = trained(context, name, *overrides, narrow=narrow)
+        scores[name] = score(job, job.recipe.total_steps).scores.as_dict()
+        if context.backend.topology.size == 1 and narrow:
+            whole = [
+                option
+                for option in overrides
+                if option.partition("=")[0] not in ("batch.bn_group", "batch.micro_batch")
+            ]
+            trained(context, f"{name}_whole", *whole, narrow=True)
+    return scores
+
+
+def resumed(context: Context) -> bool:
+    """Go on from the checkpoint at step 10 of `groups_of_4`, as if that run had ended there; and save with every record."""
+    if context.backend.topology.rank == 0:
+        half_way = "checkpoints/step-00000010"
+        shutil.copytree(context.folder / "groups_of_4" / half_way, context.folder / "resumed" / half_way)
+    context.backend.barrier()
+    minutes = "checkpoint.every_minutes=0.0001"
+    return trained(context, "resumed", *VARIANTS["groups_of_4"], minutes, narrow=True).first_step == 10
+
+
+def deterministic(context: Context) -> list[str]:
+    """Runs of 7 steps in the deterministic mode: which tensors differ in any bit when one saves on the way, and stops, and goes on.
+
+    With batch norm over all ranks and within each where there are several. The run that is left alone saves nothing before its end;
+    the other saves behind steps 2, 4 and 6 too, and its first start ends behind step 3, within an epoch.
+    """
+    options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
+    differing = []
+    for kind, group in (("whole", []), ("local", ["batch.bn_group=2"])):
+        run_id, left_alone = f"deterministic-{kind}", f"deterministic-{kind}-alone"
+        expected = state_of(trained(context, left_alone, *options, *group, "max_steps=7", narrow=True))
+        for stop in ("max_steps=3", "max_steps=7"):
+            job = trained(context, run_id, *options, *group, "checkpoint.every_steps=2", stop, narrow=True)
+        found = state_of(job)
+        differing += [f"{kind}: {key}" for key in expected if not expected[key].equal(found[key])]
+    torch.use_deterministic_algorithms(False)
+    return differing
+
+
+def collectives(context: Context) -> dict[str, Any]:
+    """Sums, broadcasts and gathers of known values."""
+    backend = context.backend
+    rank, size = backend.topology.rank, backend.topology.size
+    total = torch.full((3,), float(rank + 1), dtype=torch.float64)
+    backend.all_reduce_(total, "test.sum")
+    sent = torch.full((2,), float(rank + 5))
+    backend.broadcast_(sent, "test.broadcast")
+    group = backend.group(halves(size))
+    assert group is not None
+    within = torch.ones(1) * (rank + 1)
+    backend.all_reduce_(within, "test.group", group)
+    return {
+        "sum": total.tolist(),
+        "broadcast": sent.tolist(),
+        "group": [list(group.ranks), within.item()],
+        "object": backend.broadcast_object({"from": rank}),
+        "objects": backend.all_gather_objects([rank, "x" * rank]),
+    }
+
+
+def running_statistics(context: Context) -> list[float]:
+    """Ghost groups with accumulation: running statistics after averaging are those of all groups of the step."""
+    size, rank = context.backend.topology.size, context.backend.topology.rank
+    norm = nn.Sequential(nn.BatchNorm2d(3)).double()
+    convert_batch_norm(norm, context.backend, ghosts=4 // size, rank_groups=[], accumulation=2)
+    x_NCHW = torch.randn(16, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for micro_NCHW in x_NCHW.chunk(2):
+        norm(micro_NCHW.chunk(size)[rank])
+    average_running_statistics(norm, context.backend)
+    child: Any = norm[0]
+    return [*child.running_mean.tolist(), *child.running_var.tolist()]
+
+
+def damaged(batch: ClipBatch, value: float) -> ClipBatch:
+    """The same clips, with a value in one place that no uint8 video could have."""
+    video_NTCHW = batch.video_NTCHW.double()
+    video_NTCHW[0, 0, 0, 7, 7] = value
+    return replace(batch, video_NTCHW=video_NTCHW)
+
+
+def state_of(job: Job) -> dict[str, Tensor]:
+    """Copies of weights, running statistics and optimizer state."""
+    network = job.trainer.network
+    live = network.state_dict() | optimizer_tensors(network, job.trainer.optimizer)
+    return {name: tensor.clone() for name, tensor in live.items()}
+
+
+def bad_steps(context: Context) -> dict[str, Any]:
+    """Three steps, the second of them spoiled on the last rank alone; and a run that only takes the first and third.
+
+    Groups of 2 clips, so that batch norm is local in every world: the other ranks' running statistics stay numbers. With 1e200
+    variances overflow and the last rank's loss and gradients do not.
+    """
+    backend = context.backend
+    last = backend.topology.rank == backend.topology.size - 1
+    options = ["batch.bn_group=2", "optimizer.clip_norm=1"]
+    results: dict[str, Any] = {"flags": [], "changed": [], "differences": []}
+    ends = []
+    for value in (None, math.inf, 1e200):
+        job = job_of(context, "none", *options, narrow=True)
+        batches = job.loader(job.training_clips).batches(job.execution.stream_positions(backend.topology.rank, 0, 3))
+        flags = []
+        for step in range(3):
+            batch = next(batches)
+            before = state_of(job)
+            if step == 1 and value is None:
+                continue
+            spoiled = step == 1 and last and value is not None
+            flags.append(job.trainer.step(step, [damaged(batch, value) if spoiled and value else batch])[3].item())
+            if step == 1:
+                results["changed"] += [name for name, tensor in state_of(job).items() if not tensor.equal(before[name])]
+        results["flags"].append(flags)
+        ends.append(state_of(job))
+    for end in ends[1:]:
+        results["differences"].append(max((end[name] - ends[0][name]).abs().max().item() for name in end))
+    return results
+
+
+def bad_steps_in_a_run(context: Context) -> list[str]:
+    """A run that recovers from three bad steps, and one that ends at the third in a row: what each rank hears.
+
+    Training records are due at steps 2, 4 and 6, checkpoints at 5 and 6.
+    """
+    options = ["batch.bn_group=2", "numerics.max_bad_steps_in_a_row=3", "checkpoint.every_epochs=1"]
+    options += ["logger.every_steps=2", "logger.diagnostics=true"]
+    ended = []
+    for run_id, spoiled in (("recovering", (0, 1, 3)), ("diverging", (2, 3, 4))):
+        try:
+            trained(context, run_id, *options, "max_steps=6", spoiled=spoiled, narrow=True)
+            ended.append("done")
+        except DivergedError as error:
+            ended.append(str(error))
+    return ended
+
+
+def scaled_and_clipped(context: Context) -> float:
+    """Two steps with a loss scale and a limit on the norm that is always reached, from two micro-steps; the weights are kept."""
+    options = ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=0.1"]
+    job = job_of(context, "none", *options, narrow=True)
+    trainer = job.trainer
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batches = job.loader(job.training_clips).batches(
+        job.execution.stream_positions(context.backend.topology.rank, 0, 2)
+    )
+    for step in range(2):
+        assert trainer.step(step, [next(batches) for _ in range(job.execution.accumulation)])[3] == 0
+    return float(sum(parameter.detach().abs().sum() for parameter in trainer.network.parameters()))
+
+
+def measured_step(context: Context) -> dict[str, Any]:
+    """What diagnostics say of a step with LARS, clipping, a loss scale and micro-steps, beside the same by autograd alone."""
+    backend = context.backend
+    options = ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.name=lars", "optimizer.clip_norm=0.1"]
+    job = job_of(context, "none", *options, narrow=True)
+    trainer, network = job.trainer, job.trainer.network
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batches = job.loader(job.training_clips).batches(job.execution.stream_positions(backend.topology.rank, 0, 1))
+    micro_batches = [next(batches) for _ in range(job.execution.accumulation)]
+    names = [name for name, _ in network.named_parameters()]
+    squares = []
+    mean = [torch.zeros(parameter.shape, dtype=parameter.dtype) for parameter in network.parameters()]
+    for micro_step, batch in enumerate(micro_batches):
+        slot_N = job.execution.slots(backend.topology.rank, micro_step)
+        network.dropout.seed_N = torch.from_numpy(dropout_seeds(job.recipe.seed, 0, slot_N))
+        loss = nn.functional.cross_entropy(network(trainer.normalise(batch.video_NTCHW)), batch.label_N)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))  # runs no hook of DDP or Horovod
+        squares.append(sum(gradient.square().sum().item() for gradient in gradients))
+        for total, gradient in zip(mean, gradients, strict=True):
+            total += gradient / job.execution.accumulation / backend.topology.size
+    for name, total in zip(names, mean, strict=True):
+        backend.all_reduce_(total, f"test.{name}")
+    small_square = sum(backend.all_gather_objects(squares[0])) / backend.topology.size
+    norms = {name: total.norm().item() for name, total in zip(names, mean, strict=True)}
+    weights = {name: parameter.norm().item() for name, parameter in network.named_parameters()}
+    diagnostics = Diagnostics(network, trainer.optimizer, backend, job.execution)
+    assert trainer.step(0, micro_batches, diagnostics)[3] == 0
+    return {"values": diagnostics.values(), "small_square": small_square, "norms": norms, "weights": weights}
+
+
+def half_wire(context: Context) -> dict[str, float]:
+    """Gradients whose mean fp16 can hold and whose sum, or largest part, it cannot."""
+    backend = context.backend
+    rank, size = backend.topology.rank, backend.topology.size
+
+    def mean(gradient: float, deterministic: bool = False) -> float:
+        layer = nn.Linear(4, 1, bias=False)
+        reducer = backend.reducer(layer, ReducerOptions(half_wire=True, deterministic=deterministic))
+        with reducer.micro_step(last=True):
+            (reducer.network(torch.ones(1, 4)) * gradient).sum().backward()
+        reducer.finish()
+        assert layer.weight.grad is not None
+        return layer.weight.grad.max().item()
+
+    bare = torch.full((4,), 60000.0, dtype=torch.float16)
+    backend.all_reduce_(bare, "test.half")
+    return {
+        "alike": mean(60000.0),
+        "in fixed groups": mean(60000.0, deterministic=True),
+        "one of them large": mean(60000.0 * size if rank == 0 else 0.0),
+        "too large": mean(70000.0 * size if rank == 0 else 0.0),
+        "sum of fp16": bare.max().item(),
+    }
+
+
+def reduced_gradients(context: Context) -> dict[str, list[float]]:
+    """Means over ranks of gradients that Horovod cannot take as they are: bf16, channels_last, of several micro-steps."""
+    backend = context.backend
+    value = float(backend.topology.rank + 1)
+    means = {}
+    for name, layer in (
+        ("bfloat16", nn.Conv2d(2, 2, 2, bias=False, dtype=torch.bfloat16)),
+        ("channels_last", nn.Conv2d(2, 2, 2, bias=False).to(memory_format=torch.channels_last)),  # type: ignore[call-overload]
+    ):
+        reducer = backend.reducer(layer, ReducerOptions(accumulation=2))
+        optimizer = _Plain(list(layer.parameters()), 1.0)
+        nn.init.zeros_(layer.weight)
+        for _ in range(2):  # the second time there are gradients to take away
+            optimizer.zero_grad(set_to_none=True)
+            for last in (False, True):
+                with reducer.micro_step(last):
+                    x_BCHW = torch.arange(8.0).view(1, 2, 2, 2).to(layer.weight) * value * (1 + last)
+                    (reducer.network(x_BCHW).sum() / 2).backward()
+            reducer.finish()
+            optimizer.step()
+        means[name] = (-layer.weight / 2).flatten().tolist()
+    return means
+
+
+class _Plain(torch.optim.Optimizer):
+    """Gradient descent whose rate has no default, so that it cannot be made again from its parameters alone."""
+
+    def __init__(self, params: list[nn.Parameter], rate: float) -> None:
+        super().__init__(params, {"rate": rate})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad * group["rate"])
+
+
+def disagreement(context: Context) -> str:
+    """The last rank comes with another seed: every rank must hear which key and rank."""
+    backend = context.backend
+    config = config_for(context, "none")
+    if backend.topology.size > 1 and backend.topology.rank == backend.topology.size - 1:
+        config.seed = 99
+    try:
+        check_agreement(backend, config, ["same"])
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def missing_at_barrier(context: Context) -> str:
+    """Rank 0 waits for a rank that does not come."""
+    topology = context.backend.topology
+    message = ""
+    if topology.size > 1 and topology.rank == 0:
+        try:
+            context.control.barrier("nobody", timeout_s=0.5)
+        except TimeoutError as error:
+            message = str(error)
+    context.backend.barrier()
+    return message
+
+
+def agreed_stop(context: Context) -> list[int]:
+    """The last rank wants to stop at step 3; every rank must leave behind the same step."""
+    topology = context.backend.topology
+    for step in range(20):
+        context.backend.barrier()  # stands for the step's reduction
+        wanted = "SIGUSR1" if step >= 3 and topology.rank == topology.size - 1 else None
+        if context.control.agreed_stop(step, 0, wanted) is not None:
+            return [step]
+    return []
+
+
+def no_leftovers(context: Context) -> bool:
+    """Rank 0 drops the runs' larger files, so that a test session does not fill the disk."""
+    if context.backend.topology.rank == 0:
+        for optimizer in context.folder.glob("*/checkpoints/*/optimizer.safetensors"):
+            optimizer.unlink(missing_ok=True)  # once by its own name, once by that of the best
+        for run in context.folder.glob("deterministic-*"):
+            shutil.rmtree(run)
+    return True
+
+
+BODIES: list[Callable[[Context], Any]] = [
+    collectives,
+    running_statistics,
+    batch_norm_over_ranks,
+    disagreement,
+    missing_at_barrier,
+    equivalence,
+    resumed,
+    deterministic,
+    bad_steps,
+    bad_steps_in_a_run,
+    scaled_and_clipped,
+    measured_step,
+    half_wire,
+    reduced_gradients,
+    no_leftovers,
+    agreed_stop,  # last: a stop that was agreed on stays agreed on, and would end every run behind it
+]
