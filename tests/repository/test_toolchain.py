@@ -87,6 +87,14 @@ def test_nothing_is_ever_installed_into_site_packages() -> None:
     assert PROJECT["tool"]["setuptools"]["packages"] == []
 
 
+def test_no_folder_of_tests_hides_a_package() -> None:
+    """With tests/ on the path, tests/distributed could stand in for distributed."""
+    assert (ROOT / "tests").resolve() not in {Path(folder).resolve() for folder in sys.path}
+    for folder in ("distributed", "pipelines", "runtime", "tests", "tools", "training", "tsm"):
+        spec = importlib.util.find_spec(folder)
+        assert spec is not None and list(spec.submodule_search_locations or ()) == [str(ROOT / folder)]
+
+
 def imported_packages(source: str) -> set[str]:
     """Top-level names that a source file imports, anywhere in it."""
     names: set[str] = set()
