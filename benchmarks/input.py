@@ -27,7 +27,7 @@ from benchmarks import common
 from benchmarks.input_data import FORMS, HEIGHT, RAW, Form, decoded, footage, prepared, write_clips
 from benchmarks.input_ways import AUGMENTATION, OURS, RAW_WAYS, Way, decode_alone, ours, pillow_frames
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
-from pipelines.stream.augmentation import Draw, training_draw
+from pipelines.stream.augmentation import SampleParams, sample_training_params
 
 GPUS_A_NODE, NODES = 6, 256
 # The published run: 8 clips per GPU and step of 0.437 s (conf/experiment/kinetics_1536.yaml).
@@ -55,9 +55,9 @@ class Clips:
     root: Path
     rows: list[ManifestRow]
 
-    def draws(self, epoch: int) -> list[Draw]:
+    def samples(self, epoch: int) -> list[SampleParams]:
         return [
-            training_draw(AUGMENTATION, row.num_frames, *row.upright_size, 0, epoch, number)
+            sample_training_params(AUGMENTATION, row.num_frames, *row.upright_size, 0, epoch, number)
             for number, row in enumerate(self.rows)
         ]
 
@@ -109,7 +109,7 @@ def contests_of(made: dict[Form, Clips]) -> list[Contest]:
 
 def _works(contest: Contest) -> bool:
     try:
-        contest.way(contest.clips.root, contest.clips.rows, contest.clips.draws(0))
+        contest.way(contest.clips.root, contest.clips.rows, contest.clips.samples(0))
     except Exception as error:  # a package that is not there, or does not get on with another
         print(f"LEFT OUT: {contest.name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
         return False
@@ -120,9 +120,9 @@ def take_turns(contests: list[Contest], rounds: int) -> None:
     for number in range(rounds):
         for contest in contests:
             clips = contest.clips
-            draws = clips.draws(number)
+            samples = clips.samples(number)
             read, start = bytes_read(), common.Clock.now()
-            contest.way(clips.root, clips.rows, draws)
+            contest.way(clips.root, clips.rows, samples)
             took = common.Clock.now().since(start, len(clips.rows))
             contest.cpu_s.append(took.cpu_s)
             contest.wall_s.append(took.wall_s)

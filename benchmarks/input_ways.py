@@ -1,6 +1,6 @@
-"""Ways to turn a clip's file into the pixels of a training step: ours, and what others do, on the same draws.
+"""Ways to turn a clip's file into the pixels of a training step: ours, and what others do, on the same samples.
 
-A way takes (root, rows, draws) of a batch and returns uint8 (N, T, 3, SIDE, SIDE), or the same laid out otherwise. Peers also
+A way takes (root, rows, samples) of a batch and returns uint8 (N, T, 3, SIDE, SIDE), or the same laid out otherwise. Peers also
 normalise to float on the CPU; that is left out here, to their advantage. Each peer is written anew from how its project decodes
 and scales.
 """
@@ -19,18 +19,18 @@ from torch.nn.functional import interpolate
 from pipelines.decoding.decode import decode_clip
 from pipelines.loading.clips import ClipSource
 from pipelines.manifest import ManifestRow, frame_file
-from pipelines.stream.augmentation import Augmentation, Draw
+from pipelines.stream.augmentation import Augmentation, SampleParams
 
 SIDE = 224
 AUGMENTATION = Augmentation(num_frames=8, size=SIDE, flip="on")
 
-Way = Callable[[Path, list[ManifestRow], list[Draw]], Any]
+Way = Callable[[Path, list[ManifestRow], list[SampleParams]], Any]
 
 
 def ours(decoder: str) -> Way:
-    def batch(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+    def batch(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
         source = _source(root, decoder)
-        return torch.stack([source.pixels(row, draw, SIDE) for row, draw in zip(rows, draws, strict=True)])
+        return torch.stack([source.pixels(row, params, SIDE) for row, params in zip(rows, samples, strict=True)])
 
     return batch
 
@@ -44,83 +44,85 @@ def _source(root: Path, decoder: str) -> ClipSource:
 def decode_alone(decoder: str) -> Way:
     """The bound of `ours`: the frames as they are."""
 
-    def batch(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> list[Tensor]:
-        return [decode_clip(decoder, root, row, draw.frame_T) for row, draw in zip(rows, draws, strict=True)]
+    def batch(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> list[Tensor]:
+        return [decode_clip(decoder, root, row, params.frame_T) for row, params in zip(rows, samples, strict=True)]
 
     return batch
 
 
-def pytorchvideo(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+def pytorchvideo(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
     """All frames of the clip by PyAV, of which some are taken (its encoded_video and UniformTemporalSubsample); torch scales."""
     videos = []
-    for row, draw in zip(rows, draws, strict=True):
+    for row, params in zip(rows, samples, strict=True):
         with av.open(str(root / row.path)) as container:
             container.streams.video[0].thread_count = 1
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        video_TCHW = torch.from_numpy(np.stack([frames[index] for index in draw.frame_T])).permute(0, 3, 1, 2)
-        videos.append(_scaled_by_torch(cut(video_TCHW, draw)))
+        video_TCHW = torch.from_numpy(np.stack([frames[index] for index in params.frame_T])).permute(0, 3, 1, 2)
+        videos.append(_scaled_by_torch(cut(video_TCHW, params)))
     return torch.stack(videos)
 
 
-def mmaction2(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+def mmaction2(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
     """decord and OpenCV, frame by frame (its DecordDecode, MultiScaleCrop, Resize and Flip)."""
     import cv2
     import decord
 
     cv2.setNumThreads(1)
     videos = []
-    for row, draw in zip(rows, draws, strict=True):
+    for row, params in zip(rows, samples, strict=True):
         reader = decord.VideoReader(str(root / row.path), num_threads=1)
-        images = reader.get_batch(draw.frame_T.tolist()).asnumpy()
-        cuts = [image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width] for image in images]
+        images = reader.get_batch(params.frame_T.tolist()).asnumpy()
+        cuts = [
+            image[params.top : params.top + params.height, params.left : params.left + params.width] for image in images
+        ]
         scaled = [cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR) for image in cuts]
-        video_THWC = np.stack([cv2.flip(image, 1) for image in scaled] if draw.flip else scaled)
+        video_THWC = np.stack([cv2.flip(image, 1) for image in scaled] if params.flip else scaled)
         videos.append(torch.from_numpy(video_THWC.transpose(0, 3, 1, 2)))
     return torch.stack(videos)
 
 
-def torchvision_and_torchcodec(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+def torchvision_and_torchcodec(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
     """As both document it: the approximate index, and transforms v2."""
     from torchcodec.decoders import VideoDecoder
     from torchvision.transforms.v2 import functional
 
     videos = []
-    for row, draw in zip(rows, draws, strict=True):
+    for row, params in zip(rows, samples, strict=True):
         decoder = VideoDecoder(str(root / row.path), seek_mode="approximate", num_ffmpeg_threads=1)
-        video_TCHW = decoder.get_frames_at(draw.frame_T.tolist()).data
-        place = (draw.top, draw.left, draw.height, draw.width)
+        video_TCHW = decoder.get_frames_at(params.frame_T.tolist()).data
+        place = (params.top, params.left, params.height, params.width)
         scaled_TCHW = functional.resized_crop(video_TCHW, *place, [SIDE, SIDE], antialias=True)
-        videos.append(functional.horizontal_flip(scaled_TCHW) if draw.flip else scaled_TCHW)
+        videos.append(functional.horizontal_flip(scaled_TCHW) if params.flip else scaled_TCHW)
     return torch.stack(videos)
 
 
-def pillow_frames(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Tensor:
+def pillow_frames(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
     """Folders of JPEG files by Pillow, as the official TSM code."""
     from PIL import Image
 
     videos = []
-    for row, draw in zip(rows, draws, strict=True):
+    for row, params in zip(rows, samples, strict=True):
         images = []
-        for index in draw.frame_T.tolist():
+        for index in params.frame_T.tolist():
             image = Image.open(frame_file(root / row.path, row.offset + index)).convert("RGB")
-            place = (draw.left, draw.top, draw.left + draw.width, draw.top + draw.height)
+            place = (params.left, params.top, params.left + params.width, params.top + params.height)
             image = image.crop(place).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            images.append(np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image))
+            images.append(np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if params.flip else image))
         videos.append(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
     return torch.stack(videos)
 
 
-def dali(root: Path, rows: list[ManifestRow], draws: list[Draw]) -> Any:
+def dali(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Any:
     """DALI's CPU operators in one graph with one thread, as in pipelines/loading/dali_graph.py.
 
     The project's own loader would decode ahead, in the time of the other ways. It decodes every frame and keeps the sampled ones.
     """
     graph = _dali_graph(len(rows))
     graph.feed_input("data", [np.fromfile(root / row.path, dtype=np.uint8) for row in rows])
-    graph.feed_input("frame_T", [draw.frame_T.astype(np.int32) for draw in draws])
-    graph.feed_input("corner", [np.array([draw.top, draw.left], dtype=np.int32) for draw in draws])
-    graph.feed_input("shape", [np.array([draw.height, draw.width], dtype=np.int32) for draw in draws])
-    graph.feed_input("flip", [np.array(draw.flip, dtype=np.int32) for draw in draws])
+    graph.feed_input("frame_T", [params.frame_T.astype(np.int32) for params in samples])
+    graph.feed_input("corner", [np.array([params.top, params.left], dtype=np.int32) for params in samples])
+    graph.feed_input("shape", [np.array([params.height, params.width], dtype=np.int32) for params in samples])
+    graph.feed_input("flip", [np.array(params.flip, dtype=np.int32) for params in samples])
     (videos,) = graph.run()
     return videos
 
@@ -149,9 +151,9 @@ def _dali_graph(batch: int) -> Any:
     return graph
 
 
-def cut(video_TCHW: Tensor, draw: Draw) -> Tensor:
-    crop_TCHW = video_TCHW[:, :, draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
-    return crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+def cut(video_TCHW: Tensor, params: SampleParams) -> Tensor:
+    crop_TCHW = video_TCHW[:, :, params.top : params.top + params.height, params.left : params.left + params.width]
+    return crop_TCHW.flip(-1) if params.flip else crop_TCHW
 
 
 def _scaled_by_torch(video_TCHW: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestRow
-from pipelines.stream.augmentation import Augmentation, Draw, replacement_row, training_draw
-from pipelines.stream.eval_views import Protocol, evaluation_views
+from pipelines.stream.augmentation import Augmentation, SampleParams, replacement_row, sample_training_params
+from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.mirror_labels import mirrored_labels
 from pipelines.stream.order import StreamOrder
 
@@ -72,12 +72,12 @@ class ClipSource:
     def manifest(self) -> Manifest:
         return Manifest.open(self.manifest_path)
 
-    def pixels(self, row: ManifestRow, draw: Draw, size: int) -> Tensor:
+    def pixels(self, row: ManifestRow, params: SampleParams, size: int) -> Tensor:
         """The clip as training draws it, uint8 (T, 3, size, size). Raises BadClip."""
-        crop_TCHW = _crop(self._frames(row, draw.frame_T), draw)
+        crop_TCHW = _crop(self._frames(row, params.frame_T), params)
         return _resized(crop_TCHW, size, size)
 
-    def view_pixels(self, row: ManifestRow, views: list[Draw]) -> Tensor:
+    def view_pixels(self, row: ManifestRow, views: list[SampleParams]) -> Tensor:
         """All views of a clip, which are scaled alike, uint8 (V, T, 3, H, W); each frame is decoded once. Raises BadClip."""
         assert views[0].scaled is not None
         width, height = views[0].scaled
@@ -96,19 +96,19 @@ class ClipSource:
         return video_TCHW
 
 
-def frames_needed(views: list[Draw]) -> NDArray[np.int64]:
+def frames_needed(views: list[SampleParams]) -> NDArray[np.int64]:
     """The frames that the views of a clip look at, in ascending order, each there once."""
     return np.unique(np.concatenate([view.frame_T for view in views]))
 
 
-def cut_views(frames_FCHW: Tensor, needed_F: NDArray[Any], views: list[Draw]) -> Tensor:
+def cut_views(frames_FCHW: Tensor, needed_F: NDArray[Any], views: list[SampleParams]) -> Tensor:
     """All views, (V, T, 3, H, W), from the frames `needed_F` of a clip, upright and scaled."""
     return torch.stack([_crop(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)] for view in views])
 
 
-def _crop(video_TCHW: Tensor, draw: Draw) -> Tensor:
-    crop_TCHW = video_TCHW[:, :, draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
-    return crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+def _crop(video_TCHW: Tensor, params: SampleParams) -> Tensor:
+    crop_TCHW = video_TCHW[:, :, params.top : params.top + params.height, params.left : params.left + params.width]
+    return crop_TCHW.flip(-1) if params.flip else crop_TCHW
 
 
 def _resized(video_TCHW: Tensor, width: int, height: int) -> Tensor:
@@ -154,15 +154,17 @@ class TrainingClips(Dataset[ClipBatch]):
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
-            draw = training_draw(self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate)
+            params = sample_training_params(
+                self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate
+            )
             try:
-                video_TCHW = source.pixels(entry, draw, self.augmentation.size)
+                video_TCHW = source.pixels(entry, params, self.augmentation.size)
             except BadClip as error:
                 substitute = replacement_row(len(source.manifest), self.seed, epoch, row, attempt)
                 bad_clips.append(BadClipRecord(candidate, epoch, str(error), substitute))
                 candidate = substitute
                 continue
-            return video_TCHW, self._mirrored_labels[entry.label] if draw.flip else entry.label, candidate
+            return video_TCHW, self._mirrored_labels[entry.label] if params.flip else entry.label, candidate
         raise BadClip(
             f"row {row} and {_REPLACEMENT_ATTEMPTS - 1} replacements cannot be decoded; the last: {bad_clips[-1].reason}"
         )
@@ -174,7 +176,7 @@ class EvaluationClips(Dataset[ClipBatch]):
     not real."""
 
     source: ClipSource
-    protocol: Protocol
+    protocol: EvalProtocol
 
     def __getitem__(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> ClipBatch:
         batch = _collate(*self.clips(rows))

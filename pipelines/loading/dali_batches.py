@@ -17,7 +17,7 @@ from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
 from pipelines.decoding.decode import decode_clip
 from pipelines.decoding.jpeg import check_picture, jpeg_size
 from pipelines.manifest import ManifestRow
-from pipelines.stream.augmentation import Draw
+from pipelines.stream.augmentation import SampleParams
 
 from .clips import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 
@@ -42,7 +42,7 @@ class EncodedClip:
     """Counter-clockwise, that turn the scaled frames upright."""
     flip: bool
     """Mirror left and right, once upright."""
-    views: list[Draw] = field(default_factory=list)
+    views: list[SampleParams] = field(default_factory=list)
     """Of an evaluation: what is then cut from the upright frames. Its frames are in ascending order, each there once."""
 
 
@@ -88,15 +88,15 @@ class EncodedSource(ClipSource):
     feed: str = VIDEOS
     codecs: frozenset[str] = frozenset()
 
-    def pixels(self, row: ManifestRow, draw: Draw, size: int) -> Tensor | EncodedClip:  # type: ignore[override]
+    def pixels(self, row: ManifestRow, params: SampleParams, size: int) -> Tensor | EncodedClip:  # type: ignore[override]
         if not self._is_known(row):
-            return super().pixels(row, draw, size)
+            return super().pixels(row, params, size)
         turns, stored = self._orientation(row)
-        window = stored_window(draw, turns, *stored)
-        parts = self._parts(row, draw.frame_T)
-        return EncodedClip(parts, draw.frame_T.astype(np.int32), stored, window, (size, size), turns, draw.flip)
+        window = stored_window(params, turns, *stored)
+        parts = self._parts(row, params.frame_T)
+        return EncodedClip(parts, params.frame_T.astype(np.int32), stored, window, (size, size), turns, params.flip)
 
-    def view_pixels(self, row: ManifestRow, views: list[Draw]) -> Tensor | EncodedClip:  # type: ignore[override]
+    def view_pixels(self, row: ManifestRow, views: list[SampleParams]) -> Tensor | EncodedClip:  # type: ignore[override]
         if not self._is_known(row):
             return super().view_pixels(row, views)
         turns, stored = self._orientation(row)
@@ -141,10 +141,10 @@ def _picture_bytes(root: Path, row: ManifestRow, index: int) -> NDArray[np.uint8
     return np.frombuffer(content, np.uint8)
 
 
-def stored_window(draw: Draw, turns: int, height: int, width: int) -> tuple[int, int, int, int]:
+def stored_window(params: SampleParams, turns: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(top, left, height, width) in frames stored as (height, width) of a crop of the upright ones, which are those after so
     many counter-clockwise quarter turns."""
-    top, left, high, wide = draw.top, draw.left, draw.height, draw.width
+    top, left, high, wide = params.top, params.left, params.height, params.width
     if turns == 1:  # a row of the upright frame is a column of the stored one, from its right edge on
         return left, width - top - high, wide, high
     if turns == 2:

@@ -1,1 +1,1 @@
-"""The clip stream: which clips, frames and crops, as pure functions."""
+"""The clip stream: which clips, frames and crops training and evaluation use, as pure functions."""

@@ -1,6 +1,7 @@
-"""Random numbers as a pure function of a key: no state to save, and the same bits in every version of every library.
+"""A counter-based random number generator: a pure function of a key, with no state to checkpoint.
 
-The mixing function is the finalizer of splitmix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014).
+The bits are the same in every version of every library. The mixing function is the finalizer of splitmix64 (Steele et al.,
+"Fast splittable pseudorandom number generators", 2014).
 """
 
 import numpy as np
@@ -11,14 +12,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(word: int) -> int:
-    """A bijection of 64-bit words that spreads every input bit over all output bits."""
+    """Mix a 64-bit word: a bijection that spreads every input bit over all output bits."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
     return word ^ (word >> 31)
 
 
 def key_of(*parts: int) -> int:
-    """A 64-bit key from any number of integers; the order of the parts matters."""
+    """Hash any number of integers to a 64-bit key; the order of the parts matters."""
     key = 0
     for part in parts:
         key = mix((key + _GOLDEN + (part & _MASK)) & _MASK)
@@ -26,18 +27,18 @@ def key_of(*parts: int) -> int:
 
 
 def words(key: int, count: int) -> NDArray[np.uint64]:
-    """`count` 64-bit words of the stream that `key` names."""
+    """Generate the first `count` 64-bit words of the stream that `key` selects."""
     counter = np.arange(1, count + 1, dtype=np.uint64)
     return mix_array(np.uint64(key) + counter * np.uint64(_GOLDEN))
 
 
 def uniforms(key: int, count: int) -> NDArray[np.float64]:
-    """`count` doubles in [0, 1), multiples of 2**-53, of the stream that `key` names."""
+    """Generate the first `count` doubles in [0, 1), multiples of 2**-53, of the stream that `key` selects."""
     return (words(key, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def mix_array(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`mix` on an array; unsigned arithmetic wraps by definition."""
+    """Apply `mix` to an array; unsigned NumPy arithmetic wraps around."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))

@@ -1,7 +1,7 @@
-"""Which clip stands where in training: one endless stream, a permutation of the manifest for each epoch.
+"""The order of training clips: one endless stream, a new permutation of the manifest in each epoch.
 
-A keyed bijection gives any position in O(1) memory, so 1,536 ranks need no shared list and resuming needs one integer.
-Imports without torch.
+A keyed bijection computes the clip at any position in O(1) memory, so 1,536 ranks share no list and a resume needs one
+integer. Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from .counter_rng import key_of, mix_array
 
-_ROUNDS = 6  # 4 make a Feistel network a pseudo-random permutation for good round functions; 2 more for small domains
+# 4 rounds make a Feistel network a pseudo-random permutation, given good round functions; 2 more for small domains.
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """The stream of `num_rows` manifest rows under `seed`: position p is in epoch `p // num_rows`.
+    """The stream of `num_rows` manifest rows for one seed: position p is in epoch `p // num_rows`.
 
-    Step s of a run with a global batch of B takes the positions `[s * B, (s + 1) * B)`: nothing is dropped at an epoch's end
-    and a step may hold the end of one epoch and the start of the next.
+    Step s of a run with global batch B takes the positions `[s * B, (s + 1) * B)`. No clip is dropped at the end of an epoch;
+    a step may contain the end of one epoch and the start of the next.
     """
 
     num_rows: int
@@ -27,10 +28,10 @@ class StreamOrder:
 
     def __post_init__(self) -> None:
         if self.num_rows < 1:
-            raise ValueError(f"a stream needs 1 row or more, got {self.num_rows}")
+            raise ValueError(f"a stream needs at least 1 row, got {self.num_rows}")
 
     def at(self, position_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`(epoch_N, row_N)` of stream positions, in any order."""
+        """Compute `(epoch_N, row_N)` of stream positions, given in any order."""
         position_N = np.asarray(position_N, dtype=np.int64)
         epoch_N, index_N = np.divmod(position_N, self.num_rows)
         row_N = np.empty_like(index_N)
@@ -41,10 +42,10 @@ class StreamOrder:
 
 
 def permute(index_N: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """Images of indices under a bijection of `[0, size)` that `key` selects: a Feistel network with cycle walking.
+    """Permute indices by a bijection of `[0, size)` that `key` selects: a Feistel network with cycle walking.
 
-    The network permutes `[0, 4**h)`, the smallest such power that holds `size`; an image outside `[0, size)` is fed in again,
-    which keeps the map a bijection (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    The network permutes `[0, 4**h)`, the smallest such domain that contains `[0, size)`. An image outside `[0, size)` is
+    permuted again, which keeps the map a bijection (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     image_N = _feistel(index_N.astype(np.uint64), half_bits, key)
@@ -67,14 +68,15 @@ def _feistel(word_N: NDArray[np.uint64], half_bits: int, key: int) -> NDArray[np
 def evaluation_rows(
     num_rows: int, batch: int, rank: int, size: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
-    """This rank's batches of an evaluation: `(row_N, real_N)` each, all of `batch` rows and as many on every rank.
+    """List one rank's evaluation batches as `(row_N, real_N)`: `batch` rows each, the same number of batches on every rank.
 
-    Every row is real exactly once over all ranks; what fills the last batches up is marked and must never be counted.
+    Each row is real exactly once over all ranks. Padding in the last batches has `real_N` False and must not be counted.
     """
     per_rank = -(-num_rows // size)
     batches = -(-per_rank // batch)
     slot = np.arange(batches * batch)
-    row = slot * size + rank  # neighbouring rows on neighbouring ranks: an uneven end differs by one row
+    # Neighbouring rows go to neighbouring ranks, so that the ranks' real rows differ by at most one.
+    row = slot * size + rank
     real = row < num_rows
     row = np.where(real, row, rank % num_rows)
     return list(zip(row.reshape(batches, batch), real.reshape(batches, batch), strict=True))

@@ -39,7 +39,7 @@ from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.annotations.base import Annotations, Clip
 from pipelines.prepare.scan.write_manifests import BAD_FILES_NAME, write_manifests
 from pipelines.stream.augmentation import Augmentation, replacement_row
-from pipelines.stream.eval_views import Protocol
+from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.order import StreamOrder, evaluation_rows
 from tests.helpers.broken_files import (
     DAMAGE,
@@ -126,7 +126,7 @@ class BrokenFile:
         kind = KINDS[self.kind]
         if self.form.codec is None:
             if self.kind in DAMAGE:
-                return EITHER  # the frames that are drawn may be whole ones
+                return EITHER  # the sampled frames may be whole ones
             return BROKEN if self.kind == "wrong ending" else kind.decode
         return kind.same_size if self.follow and kind.same_size else kind.decode
 
@@ -459,7 +459,7 @@ def check_rule(outcome: Outcome, batch: ClipBatch, epochs: list[int], rows: list
 def evaluate(
     outcome: Outcome, decoder: str, source: ClipSource, files: list[BrokenFile], alive: Callable[[], None]
 ) -> None:
-    clips = EvaluationClips(source, Protocol(num_frames=4, size=64))
+    clips = EvaluationClips(source, EvalProtocol(num_frames=4, size=64))
     for batch in make_loader(decoder, clips).batches(evaluation_rows(len(files), BATCH, 0, 1)):
         alive()
         failed = {record.row: record.reason for record in batch.bad_clips}

@@ -14,7 +14,7 @@ from pipelines.loading.dali_support import choose_feed, describe
 from pipelines.loading.worker_loader import ClipLoader
 from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
-from pipelines.stream.eval_views import Protocol
+from pipelines.stream.eval_views import EvalProtocol
 from runtime.checkout import CHECKOUT
 from training.config.schema import Config
 from training.errors import ConfigError, DataError
@@ -94,10 +94,10 @@ def augmentation_of(config: Config) -> Augmentation:
     )
 
 
-def protocol_of(config: Config) -> Protocol:
+def protocol_of(config: Config) -> EvalProtocol:
     """How clips are evaluated: no part of the recipe, so that a run can be evaluated in any way."""
     evaluation, clips = config.evaluation, config.evaluation.clips
-    return Protocol(
+    return EvalProtocol(
         num_frames=config.model.num_frames,
         size=config.pipeline.size,
         clips=f"{config.pipeline.sampling}_validation" if clips == "validation" else clips,

@@ -35,8 +35,8 @@ from pipelines.loading.worker_loader import ClipLoader, WorkerLostError, start_w
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
 from pipelines.prepare.scan.frame_folders import scan_frames
 from pipelines.prepare.scan.scan_clip import scan_clip
-from pipelines.stream.augmentation import Augmentation, Draw
-from pipelines.stream.eval_views import Protocol
+from pipelines.stream.augmentation import Augmentation, SampleParams
+from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.order import StreamOrder, evaluation_rows
 from tests.helpers.clips import smooth_video, turned, write_frames, write_video
 from tests.helpers.jobs import differing, make_clips, start_training
@@ -108,7 +108,7 @@ def training(manifest: Path, augmentation: Augmentation = AUGMENTATION) -> Train
 
 
 def evaluation(manifest: Path, crops: int = 1) -> EvaluationClips:
-    return EvaluationClips(ClipSource(manifest, "pyav"), Protocol(4, 64, "uniform_validation", crops))
+    return EvaluationClips(ClipSource(manifest, "pyav"), EvalProtocol(4, 64, "uniform_validation", crops))
 
 
 def positions(batches: int, size: int, first: int = 0) -> list[NDArray[np.int64]]:
@@ -232,8 +232,8 @@ def test_the_window_of_a_turned_frame(turns: int, data: st.DataObject) -> None:
     top = data.draw(st.integers(0, upright_HW.shape[0] - high))
     left = data.draw(st.integers(0, upright_HW.shape[1] - wide))
     expected_HW = upright_HW[top : top + high, left : left + wide]
-    draw = Draw(np.zeros(1, np.int64), left, top, wide, high, flip=False)
-    t, l, h, w = stored_window(draw, turns, height, width)  # noqa: E741
+    params = SampleParams(np.zeros(1, np.int64), left, top, wide, high, flip=False)
+    t, l, h, w = stored_window(params, turns, height, width)  # noqa: E741
     assert np.array_equal(np.rot90(stored_HW[t : t + h, l : l + w], turns), expected_HW)
 
 

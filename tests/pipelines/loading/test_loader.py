@@ -25,14 +25,14 @@ from pipelines.loading.worker_loader import ClipLoader, WorkerLostError, start_w
 from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes.drawing import encode_clip
-from pipelines.stream.augmentation import Augmentation, replacement_row, training_draw
-from pipelines.stream.eval_views import Protocol, evaluation_views
+from pipelines.stream.augmentation import Augmentation, replacement_row, sample_training_params
+from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.order import StreamOrder, evaluation_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 CLIPS, FRAMES, WIDTH, HEIGHT, SEED = 6, 12, 48, 40, 3
 AUGMENTATION = Augmentation(num_frames=4, size=32, flip="on")
-PROTOCOL = Protocol(num_frames=4, size=32)
+PROTOCOL = EvalProtocol(num_frames=4, size=32)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def training_clips(folder: Path, augmentation: Augmentation = AUGMENTATION) -> T
     return TrainingClips(source(folder), augmentation, SEED)
 
 
-def evaluation_clips(folder: Path, protocol: Protocol = PROTOCOL) -> EvaluationClips:
+def evaluation_clips(folder: Path, protocol: EvalProtocol = PROTOCOL) -> EvaluationClips:
     return EvaluationClips(source(folder), protocol)
 
 
@@ -143,12 +143,12 @@ def test_pixels_are_those_of_the_draw(made: Path) -> None:
     flips = set()
     for position, row in enumerate(batch.row_N.tolist()):
         width = WIDTH + 16 * (row == 2)
-        draw = training_draw(augmentation, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
-        frames_TCHW = frames_of(made, row, draw.frame_T)
-        crop_TCHW = frames_TCHW[:, :, draw.top : draw.top + 20, draw.left : draw.left + 20]
-        expected_TCHW = crop_TCHW.flip(-1) if draw.flip else crop_TCHW
+        params = sample_training_params(augmentation, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
+        frames_TCHW = frames_of(made, row, params.frame_T)
+        crop_TCHW = frames_TCHW[:, :, params.top : params.top + 20, params.left : params.left + 20]
+        expected_TCHW = crop_TCHW.flip(-1) if params.flip else crop_TCHW
         assert torch.equal(batch.video_NTCHW[position], expected_TCHW)
-        flips.add(draw.flip)
+        flips.add(params.flip)
     assert flips == {True, False}
 
 
@@ -157,16 +157,16 @@ def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
     augmentation = Augmentation(num_frames=4, size=10, crop_scales=(1.0,))
     (batch,) = ClipLoader(training_clips(made, augmentation), 0, 2).batches(positions(1))
     row = int(batch.row_N[0])
-    draw = training_draw(augmentation, FRAMES, WIDTH + 16 * (row == 2), HEIGHT, SEED, 0, row)
-    frames_TCHW = frames_of(made, row, draw.frame_T)
-    crop_TCHW = frames_TCHW[..., draw.left : draw.left + draw.width].float()
+    params = sample_training_params(augmentation, FRAMES, WIDTH + 16 * (row == 2), HEIGHT, SEED, 0, row)
+    frames_TCHW = frames_of(made, row, params.frame_T)
+    crop_TCHW = frames_TCHW[..., params.left : params.left + params.width].float()
     difference = batch.video_NTCHW[0].float().mean((1, 2, 3)) - crop_TCHW.mean((1, 2, 3))
     assert difference.abs().max() < 2
     assert batch.video_NTCHW[0].float().std() < crop_TCHW.std() / 2
 
 
 def test_mirrored_clips_get_the_mirrored_label(made: Path, tmp_path: Path) -> None:
-    """Labels 0 and 1 change places where the draw mirrors, and nowhere else; pixels are those of flip=on."""
+    """Labels 0 and 1 change places where the sampled augmentation mirrors, and nowhere else; pixels are those of flip=on."""
     rows = [source(made).manifest.row(row) for row in range(CLIPS)]
     for row in rows:
         (tmp_path / row.path).symlink_to(made / row.path)
@@ -178,9 +178,9 @@ def test_mirrored_clips_get_the_mirrored_label(made: Path, tmp_path: Path) -> No
     seen = set()
     for position, (row, label) in enumerate(zip(batch.row_N.tolist(), batch.label_N.tolist(), strict=True)):
         width = WIDTH + 16 * (row == 2)
-        draw = training_draw(AUGMENTATION, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
-        assert label == ([1, 0, 2][row % 3] if draw.flip else row % 3)
-        seen.add((row % 3, draw.flip))
+        params = sample_training_params(AUGMENTATION, FRAMES, width, HEIGHT, SEED, position // CLIPS, row)
+        assert label == ([1, 0, 2][row % 3] if params.flip else row % 3)
+        seen.add((row % 3, params.flip))
     assert len(seen) == 6
 
 
@@ -286,14 +286,14 @@ def test_an_evaluation_has_every_clip_once_and_marks_padding(made: Path) -> None
 
 def test_an_evaluation_takes_the_centre(made: Path) -> None:
     """At a size of 35 frames of a shorter side of 40 pixels need no scaling."""
-    (batch,) = ClipLoader(evaluation_clips(made, Protocol(4, 35)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
+    (batch,) = ClipLoader(evaluation_clips(made, EvalProtocol(4, 35)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     frames_TCHW = frames_of(made, 0, np.array([1, 4, 7, 10]))
     assert torch.equal(batch.video_NTCHW[0], frames_TCHW[:, :, 2:37, 6:41])
 
 
 def test_all_views_of_a_clip_lie_side_by_side(made: Path) -> None:
     """Ten dense clips of frames 0, 4, 8, 0 (12 frames are fewer than a window), each with 10 crops."""
-    protocol = Protocol(4, 35, clips="dense", crops=10)
+    protocol = EvalProtocol(4, 35, clips="dense", crops=10)
     (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(CLIPS, CLIPS, 0, 1))
     assert batch.video_NTCHW.shape == (CLIPS * 100, 4, 3, 35, 35)
     assert batch.label_N.tolist() == [0, 1, 2, 0, 1, 2]
@@ -318,7 +318,7 @@ def test_a_frame_that_many_views_see_is_decoded_once(made: Path, monkeypatch: py
         return decode_clip(decoder, root, row, frame_T)
 
     monkeypatch.setattr("pipelines.loading.clips.decode_clip", noted)
-    protocol = Protocol(4, 32, clips="twice", crops=3)
+    protocol = EvalProtocol(4, 32, clips="twice", crops=3)
     (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     assert decoded == [[0, 1, 3, 4, 6, 7, 9, 10]]
     assert batch.video_NTCHW.shape == (6, 4, 3, 32, 32)
@@ -326,7 +326,7 @@ def test_a_frame_that_many_views_see_is_decoded_once(made: Path, monkeypatch: py
 
 def test_views_are_those_of_the_protocol(made: Path) -> None:
     """Scaled to a shorter side of 36, whichever view."""
-    protocol = Protocol(4, 32, clips="twice", crops=3, full_resolution=True)
+    protocol = EvalProtocol(4, 32, clips="twice", crops=3, full_resolution=True)
     (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     for number, view in enumerate(evaluation_views(protocol, FRAMES, WIDTH, HEIGHT)):
         frames_TCHW = frames_of(made, 0, view.frame_T)

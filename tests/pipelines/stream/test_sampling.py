@@ -1,4 +1,4 @@
-"""Which frames and which pixels: the official rules written anew, and what a draw depends on."""
+"""Which frames and which pixels: the official rules written again, and what the sample parameters depend on."""
 
 from dataclasses import replace
 
@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.stream.augmentation import Augmentation, Draw, dropout_seeds, replacement_row, training_draw
+from pipelines.stream.augmentation import (
+    Augmentation,
+    SampleParams,
+    dropout_seeds,
+    replacement_row,
+    sample_training_params,
+)
 from pipelines.stream.frame_sampling import EVALUATION_RULES, TRAINING_RULES, dense_training, uniform_training
 
 AUGMENTATION = Augmentation(num_frames=8, size=224, flip="on")
@@ -40,33 +46,33 @@ def official_evaluation(rule: str, num_frames: int, segments: int) -> list[list[
     positions = max(1, 1 + num_frames - 64)
     if rule == "dense":
         return [official_dense(num_frames, segments, start) for start in np.linspace(0, positions - 1, 10, dtype=int)]
-    return [official_dense(num_frames, segments, (positions - 1) // 2)]  # ours: there it is drawn
+    return [official_dense(num_frames, segments, (positions - 1) // 2)]  # ours: there it is sampled
 
 
 @given(num_frames=LENGTHS, segments=st.integers(1, 64), seed=st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
 def test_uniform_training_frames_are_the_official_ones(num_frames: int, segments: int, seed: int) -> None:
-    draw_T = np.random.default_rng(seed).random(segments)
-    randint_T = [int(draw * (num_frames // segments)) for draw in draw_T]
+    uniform_T = np.random.default_rng(seed).random(segments)
+    randint_T = [int(uniform * (num_frames // segments)) for uniform in uniform_T]
     expected = official_uniform_training(num_frames, segments, randint_T)
-    assert uniform_training(num_frames, segments, draw_T).tolist() == expected
+    assert uniform_training(num_frames, segments, uniform_T).tolist() == expected
 
 
-@given(num_frames=LENGTHS, segments=st.integers(1, 64), draw=st.floats(0, 1, exclude_max=True))
+@given(num_frames=LENGTHS, segments=st.integers(1, 64), uniform=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=100, deadline=None)
-def test_dense_training_frames_are_official_ones(num_frames: int, segments: int, draw: float) -> None:
+def test_dense_training_frames_are_official_ones(num_frames: int, segments: int, uniform: float) -> None:
     """For one of the starts that `randint(0, P - 1)`, which leaves its end out, can give."""
     positions = max(1, 1 + num_frames - 64)
-    frame_T = dense_training(num_frames, segments, np.full(segments, draw)).tolist()
-    start = 0 if positions == 1 else int(draw * (positions - 1))
+    frame_T = dense_training(num_frames, segments, np.full(segments, uniform)).tolist()
+    start = 0 if positions == 1 else int(uniform * (positions - 1))
     assert 0 <= start < max(1, positions - 1)
     assert frame_T == official_dense(num_frames, segments, start)
 
 
-def test_dense_training_draws_every_start_but_the_last() -> None:
-    draws = np.linspace(0, 0.9999, 300)
-    assert {int(dense_training(70, 8, np.array([draw] * 8))[0]) for draw in draws} == set(range(6))
-    assert {int(dense_training(65, 8, np.array([draw] * 8))[0]) for draw in draws} == {0}
+def test_dense_training_samples_every_start_but_the_last() -> None:
+    uniforms = np.linspace(0, 0.9999, 300)
+    assert {int(dense_training(70, 8, np.array([uniform] * 8))[0]) for uniform in uniforms} == set(range(6))
+    assert {int(dense_training(65, 8, np.array([uniform] * 8))[0]) for uniform in uniforms} == {0}
 
 
 @given(rule=st.sampled_from(sorted(EVALUATION_RULES)), num_frames=LENGTHS, segments=st.integers(1, 64))
@@ -109,7 +115,7 @@ def test_evaluation_reference_values(rule: str, num_frames: int, segments: int, 
     assert EVALUATION_RULES[rule](num_frames, segments).tolist() == frame_VT
 
 
-# (rule, length, frames taken, the numbers drawn, frames)
+# (rule, length, frames taken, the numbers sampled, frames)
 TRAINING_TABLE = [
     ("uniform", 300, 4, [0.0, 0.5, 0.99, 0.1], [0, 112, 224, 232]),
     ("uniform", 65, 4, [0.0, 0.5, 0.99, 0.1], [0, 24, 47, 49]),
@@ -126,11 +132,11 @@ TRAINING_TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "num_frames", "segments", "draws", "frame_T"), TRAINING_TABLE)
+@pytest.mark.parametrize(("rule", "num_frames", "segments", "uniforms", "frame_T"), TRAINING_TABLE)
 def test_training_reference_values(
-    rule: str, num_frames: int, segments: int, draws: list[float], frame_T: list[int]
+    rule: str, num_frames: int, segments: int, uniforms: list[float], frame_T: list[int]
 ) -> None:
-    assert TRAINING_RULES[rule](num_frames, segments, np.array(draws)).tolist() == frame_T
+    assert TRAINING_RULES[rule](num_frames, segments, np.array(uniforms)).tolist() == frame_T
 
 
 @given(rule=st.sampled_from(sorted(EVALUATION_RULES)), num_frames=LENGTHS, segments=st.integers(1, 64))
@@ -147,90 +153,98 @@ def test_evaluation_frames_lie_in_the_clip(rule: str, num_frames: int, segments:
 @given(
     rule=st.sampled_from(sorted(TRAINING_RULES)),
     num_frames=st.integers(1, 500),
-    draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=32),
+    uniforms=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=32),
 )
 @settings(max_examples=150, deadline=None)
-def test_training_frames_lie_in_the_clip(rule: str, num_frames: int, draws: list[float]) -> None:
-    frame_T = TRAINING_RULES[rule](num_frames, len(draws), np.array(draws))
+def test_training_frames_lie_in_the_clip(rule: str, num_frames: int, uniforms: list[float]) -> None:
+    frame_T = TRAINING_RULES[rule](num_frames, len(uniforms), np.array(uniforms))
     assert frame_T.dtype == np.int64
     assert 0 <= frame_T.min() <= frame_T.max() < num_frames
     if rule == "uniform" or num_frames >= 64:
         assert (np.diff(frame_T) >= 0).all()
 
 
-def test_training_draws_reach_every_frame_of_a_segment() -> None:
-    frames = {int(uniform_training(10, 2, np.array([draw, draw]))[1]) for draw in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9999)}
+def test_training_samples_reach_every_frame_of_a_segment() -> None:
+    frames = {
+        int(uniform_training(10, 2, np.array([uniform, uniform]))[1]) for uniform in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9999)
+    }
     assert frames == {5, 6, 7, 8, 9}
 
 
 # --- Crop and flip ----------------------------------------------------------------------------------------------------
 
 
-def check_inside(draw: Draw, width: int, height: int) -> None:
+def check_inside(params: SampleParams, width: int, height: int) -> None:
     """At least a pixel, and none beyond the frame."""
-    assert 1 <= draw.width <= width
-    assert 1 <= draw.height <= height
-    assert 0 <= draw.left <= width - draw.width
-    assert 0 <= draw.top <= height - draw.height
+    assert 1 <= params.width <= width
+    assert 1 <= params.height <= height
+    assert 0 <= params.left <= width - params.width
+    assert 0 <= params.top <= height - params.height
 
 
 @given(width=SIDES, height=SIDES, size=st.integers(1, 300), epoch=st.integers(0, 100), row=st.integers(0, 1000))
 @settings(max_examples=150, deadline=None)
 def test_training_crops_lie_in_the_frame(width: int, height: int, size: int, epoch: int, row: int) -> None:
-    draw = training_draw(replace(AUGMENTATION, size=size), 30, width, height, 0, epoch, row)
-    check_inside(draw, width, height)
-    assert 0 <= draw.frame_T.min() <= draw.frame_T.max() < 30
+    params = sample_training_params(replace(AUGMENTATION, size=size), 30, width, height, 0, epoch, row)
+    check_inside(params, width, height)
+    assert 0 <= params.frame_T.min() <= params.frame_T.max() < 30
 
 
 @pytest.mark.parametrize("side", [1, 2])
 def test_crops_of_the_smallest_frames_hold_a_pixel(side: int) -> None:
     for row in range(40):
-        check_inside(training_draw(AUGMENTATION, 30, side, 40, 0, 0, row), side, 40)
+        check_inside(sample_training_params(AUGMENTATION, 30, side, 40, 0, 0, row), side, 40)
 
 
-def many(count: int, augmentation: Augmentation = AUGMENTATION, width: int = 340, height: int = 256) -> list[Draw]:
-    return [training_draw(augmentation, 100, width, height, 0, 0, row) for row in range(count)]
+def many(
+    count: int, augmentation: Augmentation = AUGMENTATION, width: int = 340, height: int = 256
+) -> list[SampleParams]:
+    return [sample_training_params(augmentation, 100, width, height, 0, 0, row) for row in range(count)]
 
 
 def test_crop_sizes_are_the_officials() -> None:
     """Base 256: scales 1, .875, .75, .66; the two sides at most one step apart."""
     sides = [256, 224, 192, 168]
     expected = {(sides[i], sides[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1}
-    draws = many(1000)
-    assert {(draw.width, draw.height) for draw in draws} == expected
-    counts = [sum((draw.width, draw.height) == pair for draw in draws) for pair in expected]
+    samples = many(1000)
+    assert {(params.width, params.height) for params in samples} == expected
+    counts = [sum((params.width, params.height) == pair for params in samples) for pair in expected]
     assert min(counts) > 60  # of 100 on the average
 
 
 def test_a_side_near_the_networks_input_becomes_it() -> None:
     """Base 254: .875 of it is 222, two pixels from 224."""
-    widths = {draw.width for draw in many(300, height=254)}
+    widths = {params.width for params in many(300, height=254)}
     assert 224 in widths
     assert 222 not in widths
-    assert 219 in {draw.width for draw in many(300, height=251)}  # five pixels from it stay
+    assert 219 in {params.width for params in many(300, height=251)}  # five pixels from it stay
 
 
 def test_a_frame_just_smaller_than_the_networks_input_is_not_exceeded() -> None:
-    assert max(draw.width for draw in many(300, width=300, height=222)) == 222
+    assert max(params.width for params in many(300, width=300, height=222)) == 222
 
 
 def test_all_thirteen_offsets_are_hit() -> None:
     """In quarters of the free space: corners, centre, middles of the edges, and four between."""
-    draws = [draw for draw in many(3000, width=256 + 224, height=256 + 224) if (draw.width, draw.height) == (480, 480)]
-    assert {(draw.left, draw.top) for draw in draws} == {(0, 0)}
+    samples = [
+        params
+        for params in many(3000, width=256 + 224, height=256 + 224)
+        if (params.width, params.height) == (480, 480)
+    ]
+    assert {(params.left, params.top) for params in samples} == {(0, 0)}
     square = replace(AUGMENTATION, crop_scales=(0.5,))
-    seen = {(draw.left // 4, draw.top // 4) for draw in many(1000, square, 32, 32)}
+    seen = {(params.left // 4, params.top // 4) for params in many(1000, square, 32, 32)}
     quarters = {(i, j) for i in range(5) for j in range(5)}
     official = {(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)}
     assert seen == official < quarters
 
 
 def test_flip_is_a_fair_coin() -> None:
-    assert sum(draw.flip for draw in many(2000)) == pytest.approx(1000, abs=110)  # five deviations
+    assert sum(params.flip for params in many(2000)) == pytest.approx(1000, abs=110)  # five deviations
 
 
 def test_flip_is_off_unless_asked_for() -> None:
-    assert not any(draw.flip for draw in many(200, Augmentation(8, 224)))
+    assert not any(params.flip for params in many(200, Augmentation(8, 224)))
 
 
 def test_flip_off_changes_nothing_else() -> None:
@@ -246,24 +260,26 @@ def test_dense_sampling_changes_nothing_but_the_frames() -> None:
 
 def test_relabelling_mirrors_the_same_clips() -> None:
     relabel = replace(AUGMENTATION, flip="relabel", mirrored_words=(("left", "right"),))
-    assert [draw.flip for draw in many(50)] == [draw.flip for draw in many(50, relabel)]
+    assert [params.flip for params in many(50)] == [params.flip for params in many(50, relabel)]
 
 
 def test_frames_crop_and_flip_are_drawn_apart() -> None:
-    draws = many(4000)
-    numbers = np.array([[*draw.frame_T, draw.width, draw.left / (341 - draw.width), draw.flip] for draw in draws])
+    samples = many(4000)
+    numbers = np.array(
+        [[*params.frame_T, params.width, params.left / (341 - params.width), params.flip] for params in samples]
+    )
     correlation = np.corrcoef(numbers.T)
     assert np.abs(correlation - np.eye(len(correlation))).max() < 5 / 4000**0.5
 
 
-# --- What a draw depends on -------------------------------------------------------------------------------------------
+# --- What sample parameters depend on -------------------------------------------------------------------------------------------
 
 
-def values_of(draw: Draw) -> tuple[object, ...]:
-    return (tuple(draw.frame_T.tolist()), draw.left, draw.top, draw.width, draw.height, draw.flip)
+def values_of(params: SampleParams) -> tuple[object, ...]:
+    return (tuple(params.frame_T.tolist()), params.left, params.top, params.width, params.height, params.flip)
 
 
-def test_golden_draws() -> None:
+def test_golden_sample_params() -> None:
     """A change here breaks every resumed run: it would cut its clips otherwise."""
     golden = {
         (42, 0, 0): ((27, 69, 81, 140, 168, 197, 239, 280), 116, 16, 224, 224, True),
@@ -271,14 +287,14 @@ def test_golden_draws() -> None:
         (42, 1, 0): ((6, 50, 103, 145, 150, 214, 223, 283), 84, 0, 256, 224, True),
         (43, 0, 0): ((12, 67, 78, 140, 148, 218, 252, 274), 74, 88, 192, 168, False),
     }
-    drawn = {key: values_of(training_draw(AUGMENTATION, 300, 340, 256, *key)) for key in golden}
-    assert drawn == golden
+    sampled = {key: values_of(sample_training_params(AUGMENTATION, 300, 340, 256, *key)) for key in golden}
+    assert sampled == golden
 
 
 @given(seed=st.integers(0, 1 << 40), epoch=st.integers(0, 1000), row=st.integers(0, 1 << 30))
 @settings(max_examples=40, deadline=None)
 def test_the_same_key_gives_the_same_draw(seed: int, epoch: int, row: int) -> None:
-    first, second = (values_of(training_draw(AUGMENTATION, 300, 340, 256, seed, epoch, row)) for _ in range(2))
+    first, second = (values_of(sample_training_params(AUGMENTATION, 300, 340, 256, seed, epoch, row)) for _ in range(2))
     assert first == second
 
 
@@ -287,8 +303,8 @@ def test_the_same_key_gives_the_same_draw(seed: int, epoch: int, row: int) -> No
 def test_seed_epoch_and_row_each_matter(key: tuple[int, int, int], which: int) -> None:
     other = tuple(part + (index == which) for index, part in enumerate(key))
     seed, epoch, row = other
-    first = training_draw(AUGMENTATION, 100_000, 340, 256, *key)
-    assert values_of(first) != values_of(training_draw(AUGMENTATION, 100_000, 340, 256, seed, epoch, row))
+    first = sample_training_params(AUGMENTATION, 100_000, 340, 256, *key)
+    assert values_of(first) != values_of(sample_training_params(AUGMENTATION, 100_000, 340, 256, seed, epoch, row))
 
 
 @given(rows=st.integers(1, 10_000), key=st.tuples(*[st.integers(0, 1000)] * 4))

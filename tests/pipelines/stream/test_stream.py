@@ -143,7 +143,7 @@ def test_neighbours_in_the_manifest_do_not_stay_neighbours() -> None:
 
 
 def test_a_stream_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 row or more, got 0"):
+    with pytest.raises(ValueError, match="at least 1 row, got 0"):
         StreamOrder(0, 0)
 
 

@@ -12,18 +12,18 @@ from torchvision.transforms import CenterCrop, PILToTensor, Resize
 from torchvision.transforms import functional as vision
 
 from pipelines.loading.clips import _crop, _resized
-from pipelines.stream.augmentation import Draw, crop_offsets
-from pipelines.stream.eval_views import Protocol, evaluation_views
+from pipelines.stream.augmentation import SampleParams, crop_offsets
+from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.frame_sampling import EVALUATION_RULES
 
-CENTRE = Protocol(num_frames=8, size=224)
+CENTRE = EvalProtocol(num_frames=8, size=224)
 SIDES = st.integers(16, 700)
 WIDTHS_AND_HEIGHTS = [(340, 256), (256, 340), (320, 256), (171, 128), (256, 256), (1280, 720), (639, 427), (100, 31)]
 
 
 def crops(width: int, height: int, **options: object) -> list[tuple[int, int]]:
     """(left, top) of the crops of one temporal view."""
-    views = evaluation_views(Protocol(8, 224, **options), 24, width, height)  # type: ignore[arg-type]
+    views = evaluation_views(EvalProtocol(8, 224, **options), 24, width, height)  # type: ignore[arg-type]
     return [(view.left, view.top) for view in views]
 
 
@@ -48,7 +48,7 @@ def crops(width: int, height: int, **options: object) -> list[tuple[int, int]]:
 def test_frames_are_scaled_to_a_shorter_side_of_8_sevenths(
     size: int, frame: tuple[int, int], scaled: tuple[int, int]
 ) -> None:
-    assert Protocol(8, size).scaled_size(*frame) == scaled
+    assert EvalProtocol(8, size).scaled_size(*frame) == scaled
 
 
 @given(size=st.integers(8, 300), width=SIDES, height=SIDES)
@@ -56,7 +56,7 @@ def test_frames_are_scaled_to_a_shorter_side_of_8_sevenths(
 def test_the_scaled_size_is_torchvisions(size: int, width: int, height: int) -> None:
     image = torch.zeros(1, height, width, dtype=torch.uint8)
     resized = vision.resize(image, [size * 256 // 224], antialias=True)
-    assert Protocol(8, size).scaled_size(width, height) == (resized.shape[2], resized.shape[1])
+    assert EvalProtocol(8, size).scaled_size(width, height) == (resized.shape[2], resized.shape[1])
 
 
 # --- Crops ------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_the_centre_crop(frame: tuple[int, int], left: int, top: int) -> None:
 @given(width=SIDES, height=SIDES, size=st.integers(8, 300))
 @settings(max_examples=100, deadline=None)
 def test_the_centre_crop_is_torchvisions(width: int, height: int, size: int) -> None:
-    protocol = Protocol(8, size)
+    protocol = EvalProtocol(8, size)
     (view,) = evaluation_views(protocol, 24, width, height)
     scaled_width, scaled_height = protocol.scaled_size(width, height)
     where_HW = torch.arange(scaled_height * scaled_width).view(1, scaled_height, scaled_width)
@@ -127,7 +127,7 @@ def test_three_crops(
 def test_five_and_ten_crops(frame: tuple[int, int], expected: list[tuple[int, int]]) -> None:
     """Corners and centre; of ten each is followed by its mirror image."""
     assert crops(*frame, crops=5) == expected
-    views = evaluation_views(Protocol(8, 224, crops=10), 24, *frame)
+    views = evaluation_views(EvalProtocol(8, 224, crops=10), 24, *frame)
     assert [(view.left, view.top) for view in views] == [place for place in expected for _ in range(2)]
     assert [view.flip for view in views] == [False, True] * 5
 
@@ -143,7 +143,7 @@ def test_the_thirteen_training_offsets_of_a_frame() -> None:
 
 
 ANY_PROTOCOL = st.builds(
-    Protocol,
+    EvalProtocol,
     num_frames=st.integers(1, 16),
     size=st.integers(8, 300),
     clips=st.sampled_from(sorted(EVALUATION_RULES)),
@@ -155,7 +155,7 @@ ANY_PROTOCOL = st.builds(
 
 @given(protocol=ANY_PROTOCOL, num_frames=st.integers(1, 300), width=SIDES, height=SIDES)
 @settings(max_examples=150, deadline=None)
-def test_every_view_lies_in_the_scaled_frame(protocol: Protocol, num_frames: int, width: int, height: int) -> None:
+def test_every_view_lies_in_the_scaled_frame(protocol: EvalProtocol, num_frames: int, width: int, height: int) -> None:
     views = evaluation_views(protocol, num_frames, width, height)
     assert len(views) == protocol.views
     for view in views:
@@ -172,7 +172,7 @@ def test_protocols_that_look_at_other_pixels_have_other_names() -> None:
     for clips, count, full, bug, size in product(
         EVALUATION_RULES, (1, 3, 5, 10), (False, True), (False, True), (32, 224)
     ):
-        protocol = Protocol(8, size, clips, count, full, bug)
+        protocol = EvalProtocol(8, size, clips, count, full, bug)
         views = [
             (view.frame_T.tolist(), view.left, view.top, view.width, view.flip, view.scaled)
             for frame in ((340, 256), (256, 340))
@@ -194,7 +194,7 @@ def test_protocols_that_look_at_other_pixels_have_other_names() -> None:
     ],
 )
 def test_the_published_protocols(options: dict[str, object], side: int, views: int) -> None:
-    protocol = Protocol(8, 224, **options)  # type: ignore[arg-type]
+    protocol = EvalProtocol(8, 224, **options)  # type: ignore[arg-type]
     assert (protocol.side, protocol.views) == (side, views)
 
 
@@ -209,7 +209,7 @@ def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
     return np.clip(waves_HW3 + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
-def ours(image_HWC: np.ndarray, view: Draw) -> torch.Tensor:
+def ours(image_HWC: np.ndarray, view: SampleParams) -> torch.Tensor:
     assert view.scaled is not None
     frame_TCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
     return _crop(_resized(frame_TCHW, *view.scaled), view)[0]
@@ -237,7 +237,7 @@ def test_pixels_are_torchvisions_and_pillows(width: int, height: int) -> None:
 def test_pixels_of_many_crops_are_pillows(width: int, height: int, full_resolution: bool) -> None:
     image_HWC = noise(width, height)
     scaled = Resize(256)(Image.fromarray(image_HWC))
-    protocol = Protocol(8, 224, crops=10, full_resolution=full_resolution)
+    protocol = EvalProtocol(8, 224, crops=10, full_resolution=full_resolution)
     for view in evaluation_views(protocol, 24, width, height):
         cut = scaled.crop((view.left, view.top, view.left + protocol.side, view.top + protocol.side))
         expected = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else cut
@@ -249,7 +249,7 @@ def test_training_pixels_are_pillows() -> None:
     image_HWC = noise(340, 256)
     frame_TCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
     for left, top, width, height in [(42, 32, 256, 192), (0, 0, 168, 168), (84, 0, 224, 256)]:
-        draw = Draw(np.arange(1), left, top, width, height, flip=False)
+        params = SampleParams(np.arange(1), left, top, width, height, flip=False)
         cut = Image.fromarray(image_HWC).crop((left, top, left + width, top + height))
         expected = PILToTensor()(cut.resize((224, 224), Image.Resampling.BILINEAR))
-        assert largest_gap(_resized(_crop(frame_TCHW, draw), 224, 224)[0], expected) <= 1
+        assert largest_gap(_resized(_crop(frame_TCHW, params), 224, 224)[0], expected) <= 1

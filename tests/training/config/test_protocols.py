@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipelines.prepare.shapes.drawing import CLASSES
-from pipelines.stream.eval_views import Protocol
+from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.frame_sampling import EVALUATION_RULES
 from pipelines.stream.mirror_labels import mirrored_labels
 from training.build.data import augmentation_of, protocol_of
@@ -17,11 +17,11 @@ from training.errors import ConfigError
 from .test_config import config_of, smoke
 
 PROTOCOLS = {
-    "validation": Protocol(8, 32, "uniform_validation"),
-    "centre": Protocol(8, 32, "uniform"),
-    "two_clips_full": Protocol(8, 32, "twice", 3, full_resolution=True, portrait_bug=True),
-    "dense_30": Protocol(8, 32, "dense", 3, full_resolution=True, portrait_bug=True),
-    "ten_crop": Protocol(8, 32, "uniform", 10),
+    "validation": EvalProtocol(8, 32, "uniform_validation"),
+    "centre": EvalProtocol(8, 32, "uniform"),
+    "two_clips_full": EvalProtocol(8, 32, "twice", 3, full_resolution=True, portrait_bug=True),
+    "dense_30": EvalProtocol(8, 32, "dense", 3, full_resolution=True, portrait_bug=True),
+    "ten_crop": EvalProtocol(8, 32, "uniform", 10),
 }
 
 
@@ -33,7 +33,7 @@ def test_the_protocols_of_the_configuration(name: str) -> None:
 def test_a_run_validates_as_it_samples() -> None:
     assert protocol_of(smoke()) == PROTOCOLS["validation"]
     dense = config_of("experiment=smoke", "pipeline.sampling=dense")
-    assert protocol_of(dense) == Protocol(8, 32, "dense_validation")
+    assert protocol_of(dense) == EvalProtocol(8, 32, "dense_validation")
     assert all(protocol_of(config).clips in EVALUATION_RULES for config in (smoke(), dense))
 
 

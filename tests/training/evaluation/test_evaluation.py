@@ -22,7 +22,7 @@ from pipelines.loading.worker_loader import ClipLoader
 from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes.drawing import encode_clip
-from pipelines.stream.eval_views import Protocol
+from pipelines.stream.eval_views import EvalProtocol
 from training.build.normalise import Normaliser
 from training.config.schema import Config, NumericsConfig
 from training.evaluation.evaluate import evaluate
@@ -32,7 +32,7 @@ from tsm.networks import build_network
 
 CLIPS, FRAMES, SIZE = 5, 12, 35  # at a size of 35 frames with a shorter side of 40 need no scaling
 CPU = torch.device("cpu")
-CENTRE = Protocol(4, SIZE, "uniform")
+CENTRE = EvalProtocol(4, SIZE, "uniform")
 
 
 class OneOf(SingleBackend):
@@ -107,7 +107,7 @@ def run(
     folder: Path,
     network: nn.Module,
     normalise: Normaliser,
-    protocol: Protocol,
+    protocol: EvalProtocol,
     batch: int,
     rank: int = 0,
     size: int = 1,
@@ -153,7 +153,7 @@ def test_logits_are_those_of_one_clip_at_a_time(made: Path, network: nn.Module, 
 
 def test_views_are_averaged(made: Path, network: nn.Module, normalise: Normaliser) -> None:
     """Two clips of three crops: left, right and centre, from top to bottom in a portrait clip."""
-    found, _ = run(made, network, normalise, Protocol(4, SIZE, "twice", 3), batch=4)
+    found, _ = run(made, network, normalise, EvalProtocol(4, SIZE, "twice", 3), batch=4)
     for row in (0, 1):
         places = [(0, 2), (20, 2), (10, 2)] if row == 0 else [(2, 0), (2, 20), (2, 10)]
         views = [(frames, left, top, False) for frames in (MIDDLE, FIRST) for left, top in places]
@@ -161,7 +161,7 @@ def test_views_are_averaged(made: Path, network: nn.Module, normalise: Normalise
 
 
 def test_mirrored_crops_are_averaged(made: Path, network: nn.Module, normalise: Normaliser) -> None:
-    found, _ = run(made, network, normalise, Protocol(4, SIZE, "uniform", 10), batch=16)
+    found, _ = run(made, network, normalise, EvalProtocol(4, SIZE, "uniform", 10), batch=16)
     places = [(0, 0), (20, 0), (0, 4), (20, 4), (10, 2)]
     views = [(MIDDLE, left, top, mirrored) for left, top in places for mirrored in (False, True)]
     torch.testing.assert_close(found.logit_NK[2], by_hand(made, network, 2, views))
@@ -172,8 +172,8 @@ def test_the_network_takes_no_more_views_than_a_batch(
     batch: int, made: Path, network: nn.Module, normalise: Normaliser
 ) -> None:
     noting = Noting(network)
-    found, _ = run(made, noting, normalise, Protocol(4, SIZE, "twice", 3), batch)
-    whole, _ = run(made, network, normalise, Protocol(4, SIZE, "twice", 3), batch=30)
+    found, _ = run(made, noting, normalise, EvalProtocol(4, SIZE, "twice", 3), batch)
+    whole, _ = run(made, network, normalise, EvalProtocol(4, SIZE, "twice", 3), batch=30)
     assert max(noting.taken) <= batch
     assert sum(noting.taken) >= 6 * CLIPS
     torch.testing.assert_close(found.logit_NK, whole.logit_NK)
@@ -230,7 +230,7 @@ class NotingTypes(Noting):
 def test_evaluation_under_autocast(amp: str, made: Path, network: nn.Module) -> None:
     """Layers compute in the lower precision, logits and their means over views come out as float32."""
     noting, single = NotingTypes(copy.deepcopy(network).float()), Normaliser(CPU, NumericsConfig())
-    protocol = Protocol(4, SIZE, "twice", 3)
+    protocol = EvalProtocol(4, SIZE, "twice", 3)
     whole, _ = run(made, noting, single, protocol, batch=4)
     assert set(noting.types.values()) == {torch.float32}
     found, _ = run(made, noting, single, protocol, batch=4, amp=amp)
