@@ -19,7 +19,7 @@ def mirrored_labels(classes: Sequence[str], words: Sequence[Sequence[str]]) -> l
         mirrored = pattern.sub(lambda found: _in_case_of(found[0], partner[found[0].lower()]), name) if words else name
         if mirrored not in label_of:
             raise ValueError(
-                f"class {name!r} mirrored by data.mirrored_words is {mirrored!r}, and there is no such class. "
+                f"class {name!r} mirrored would be {mirrored!r} (by data.mirrored_words), which is not a class. "
                 "Fix: pipeline.flip=off, or change data.mirrored_words"
             )
         labels.append(label_of[mirrored])

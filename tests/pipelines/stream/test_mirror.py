@@ -72,7 +72,7 @@ def test_a_second_mirror_gives_the_first_label() -> None:
 
 
 def test_a_class_without_a_partner_is_named() -> None:
-    with pytest.raises(ValueError, match=r"class 'Turn left' would be 'Turn right'.*data\.mirrored_words"):
+    with pytest.raises(ValueError, match=r"class 'Turn left' mirrored would be 'Turn right'.*data\.mirrored_words"):
         mirrored_labels(["Turn left", "Stop"], LEFT_RIGHT)
 
 
