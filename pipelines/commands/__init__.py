@@ -1,1 +1,0 @@
-"""The subcommands of prepare.py: their arguments, and what they print."""
