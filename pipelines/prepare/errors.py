@@ -1,5 +1,5 @@
-"""The error of a data set that cannot be prepared."""
+"""The error that prepare.py reports for a data set it cannot prepare."""
 
 
 class DataSetError(ValueError):
-    """Annotations or videos that cannot be used; the message names file and line and says the fix."""
+    """Unusable annotations, videos or options; the message names the file and line, and the fix."""

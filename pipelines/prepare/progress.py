@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, a line every tenth elsewhere."""
+"""Progress of a long loop: a bar on a terminal, a line every tenth elsewhere."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], total: int, what: str, unit: str = "clip") -> Iterator[Item]:
-    """The items, while standard error says how many of `total` are done."""
+    """Yield the items, and report on standard error how many of `total` are done."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=what, unit=unit)
         return

@@ -1,4 +1,4 @@
-"""A function over many items in processes that may die: a decoder's crash on one file costs that file and nothing else."""
+"""Run a function over many items in worker processes that may crash: a decoder's crash costs only its own file."""
 
 import multiprocessing
 import signal
@@ -12,14 +12,16 @@ from typing import Any
 
 from runtime.child_processes import exit_with_parent
 
-_ATTEMPTS = 2  # a process that was killed from outside (out of memory) says nothing about its item: one more try
+# A process killed from outside (out of memory) says nothing about its item, so try the item again.
+_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
 class Died:
-    """In place of a result: the process that worked on the item ended, in each attempt."""
+    """Stands for a result: the worker process died on the item in every attempt."""
 
     how: str
+    """The signal or exit code."""
 
 
 @dataclass
@@ -27,7 +29,7 @@ class _Worker:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     item: int | None = None
-    """The index of the item that it has; None until it has started up."""
+    """Index of the item it works on; None until the process has started."""
 
 
 def run_guarded(
@@ -62,7 +64,8 @@ def run_guarded(
                         killed_at_start += 1
                         _check_start(worker, died, killed_at_start, work)
                     crew.append(_start(function))
-                    if worker.item is None:  # killed from outside, and it had nothing
+                    # Killed from outside, before it had an item.
+                    if worker.item is None:
                         continue
                     failures[worker.item] += 1
                     if failures[worker.item] < _ATTEMPTS:
@@ -85,15 +88,19 @@ def run_guarded(
 
 @dataclass(frozen=True)
 class _Raised:
+    """An exception of the function, sent from the worker process."""
+
     text: str
 
 
 def _start(function: Callable[[Any], Any]) -> _Worker:
-    context = multiprocessing.get_context("spawn")  # no thread, lock or GPU of the caller is taken along
+    # spawn: a fork would inherit the caller's threads, locks and GPU context.
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-    resource_tracker.ensure_running()  # which unblocks SIGINT once it has started: not behind the next lines' back
-    # A child inherits the mask: Ctrl-C reaches the whole terminal's group, but the parent alone decides what it means.
+    # The resource tracker unblocks SIGINT when it starts, so start it before the signal is blocked.
+    resource_tracker.ensure_running()
+    # A child inherits the signal mask. Ctrl-C reaches the terminal's whole process group; only the parent handles it.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -105,7 +112,8 @@ def _start(function: Callable[[Any], Any]) -> _Worker:
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     exit_with_parent()
-    pipe.send(None)  # started up
+    # Report that the process has started.
+    pipe.send(None)
     while True:
         try:
             item = pipe.recv()
@@ -119,14 +127,15 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
 
 
 def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew: list[_Worker]) -> None:
-    """Hand out the next item, or let the process go when there is none."""
+    """Send the worker its next item, or end it when none is left."""
     if not waiting:
         worker.pipe.close()
         worker.process.join()
         crew.remove(worker)
         return
     worker.item = waiting.popleft()
-    with suppress(OSError):  # it died just now: receiving from it will say so
+    # When the worker has just died, the next receive from it reports that.
+    with suppress(OSError):
         worker.pipe.send(items[worker.item])
 
 

@@ -1,1 +1,1 @@
-"""Read the annotation files of the published data sets."""
+"""Annotation files of data sets: which clips there are, with which labels."""

@@ -1,4 +1,4 @@
-"""A folder with a folder for each class, cut in splits by folder or by a hash of each clip's name."""
+"""A folder per class, split by folders or by a hash of each clip's name."""
 
 import hashlib
 import os
@@ -13,18 +13,18 @@ _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "t
 
 
 def read_class_folders(videos: Path, val_fraction: float | None, seed: int = 0) -> Annotations:
-    """VIDEOS/train/CLASS/CLIP and VIDEOS/val/CLASS/CLIP; with `val_fraction` VIDEOS/CLASS/CLIP.
+    """Read VIDEOS/train/CLASS/CLIP and VIDEOS/val/CLASS/CLIP; with `val_fraction` VIDEOS/CLASS/CLIP.
 
     A clip is a video or a folder of JPEG frames. Classes are sorted by name. Whether a clip is held out for validation
-    depends on the seed and its own name alone: clips that are added later move no other.
+    depends only on the seed and its own name: clips added later do not move others.
     """
     require_folder(videos)
     split_folders = {split: _first_folder(videos, names) for split, names in _SPLIT_FOLDERS.items()}
     if val_fraction is not None:
-        return _cut(videos, val_fraction, seed)
+        return _split_by_hash(videos, val_fraction, seed)
     if split_folders["train"] is None or split_folders["val"] is None:
         raise DataSetError(
-            f"{videos} has no folders train and val; give --val-fraction 0.1 to hold out a tenth of its clips"
+            f"{videos} has no folders train and val. Fix: give --val-fraction 0.1 to hold out a tenth of its clips"
         )
     found = {split: _clips_below(folder) for split, folder in split_folders.items() if folder is not None}
     labels = number_classes(split_folders["train"], sorted({name for name, _ in found["train"][0]}))
@@ -34,23 +34,23 @@ def read_class_folders(videos: Path, val_fraction: float | None, seed: int = 0) 
         splits[split] = [
             Clip(path, label_of(labels, name, str(path), f"{split_folders['train']}"), where) for name, path in clips
         ]
-    return Annotations(list(labels), splits, _notes(sum(passed_over for _, passed_over in found.values())))
+    return Annotations(list(labels), splits, _notes(sum(skipped for _, skipped in found.values())))
 
 
-def _cut(videos: Path, val_fraction: float, seed: int) -> Annotations:
+def _split_by_hash(videos: Path, val_fraction: float, seed: int) -> Annotations:
     if not 0 < val_fraction < 1:
-        raise DataSetError(f"--val-fraction is {val_fraction}: give a number between 0 and 1")
-    clips, passed_over = _clips_below(videos)
+        raise DataSetError(f"--val-fraction is {val_fraction}. Fix: give a number between 0 and 1")
+    clips, skipped = _clips_below(videos)
     labels = number_classes(videos, sorted({name for name, _ in clips}))
     splits: dict[str, list[Clip]] = {"train": [], "val": []}
     for name, path in clips:
         split = "val" if _uniform(seed, path.relative_to(videos)) < val_fraction else "train"
         splits[split].append(Clip(path, labels[name], str(videos)))
-    return Annotations(list(labels), splits, _notes(passed_over))
+    return Annotations(list(labels), splits, _notes(skipped))
 
 
 def _uniform(seed: int, name: Path) -> float:
-    """A number in [0, 1) from the seed and a clip's name."""
+    """Hash the seed and a clip's name to a number in [0, 1)."""
     digest = hashlib.blake2b(name.as_posix().encode("utf-8", "surrogateescape"), digest_size=8, key=str(seed).encode())
     return int.from_bytes(digest.digest()) / 2**64
 
@@ -60,8 +60,8 @@ def _first_folder(parent: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _clips_below(folder: Path) -> tuple[list[tuple[str, Path]], int]:
-    """(class, clip) pairs sorted by name, and the number of files that are no video by their ending."""
-    clips, passed_over = [], 0
+    """Return (class, clip) pairs sorted by name, and the number of files without a video suffix."""
+    clips, skipped = [], 0
     for class_folder in sorted(folder.iterdir()):
         if not class_folder.is_dir() or class_folder.name.startswith("."):
             continue
@@ -72,11 +72,11 @@ def _clips_below(folder: Path) -> tuple[list[tuple[str, Path]], int]:
                 if entry.is_dir() or Path(entry.name).suffix.lower() in VIDEO_SUFFIXES:
                     clips.append((class_folder.name, class_folder / entry.name))
                 else:
-                    passed_over += 1
+                    skipped += 1
     if not clips:
-        raise DataSetError(f"{folder}: no clip; it must hold a folder for each class, with videos in it")
-    return clips, passed_over
+        raise DataSetError(f"{folder}: no clip found. Fix: make a folder for each class, with videos in it")
+    return clips, skipped
 
 
-def _notes(passed_over: int) -> tuple[str, ...]:
-    return (f"{passed_over} files passed over that are no video by their ending",) if passed_over else ()
+def _notes(skipped: int) -> tuple[str, ...]:
+    return (f"{skipped} files skipped: no video by their suffix",) if skipped else ()

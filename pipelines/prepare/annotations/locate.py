@@ -1,4 +1,4 @@
-"""Where the videos of a data set are on the disk."""
+"""Find the videos of a data set on the disk."""
 
 import os
 from collections import defaultdict
@@ -11,14 +11,15 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-def require_folder(folder: Path, option: str = "--videos") -> Path:
+def require_folder(folder: Path) -> Path:
+    """Return the folder of the clips, or raise DataSetError if it does not exist."""
     if not folder.is_dir():
-        raise DataSetError(f"{folder}: no such folder; say where the clips are with {option}")
+        raise DataSetError(f"{folder}: no such folder. Fix: give the folder of the clips with --videos")
     return folder
 
 
 def entries_by_stem(folder: Path) -> dict[str, Path]:
-    """The videos and folders directly in `folder`, by name without ending; of a clip that is there twice the video."""
+    """Return the videos and folders directly in `folder` by stem; a video wins over a folder of the same stem."""
     found: dict[str, Path] = {}
     with os.scandir(require_folder(folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -31,7 +32,7 @@ def entries_by_stem(folder: Path) -> dict[str, Path]:
 
 
 def videos_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """Every video anywhere below `folder`, by name without ending; only folders are read, no file is touched."""
+    """Return every video anywhere below `folder` by stem. It only lists folders and opens no file."""
     found: dict[str, list[Path]] = defaultdict(list)
     for parent, folders, names in os.walk(require_folder(folder), followlinks=True):
         folders.sort()

@@ -1,4 +1,4 @@
-"""Something-Something v1 and v2 (Goyal et al., arXiv:1706.04261) and Jester, in the form that TwentyBN and Qualcomm hand out."""
+"""Something-Something v1 and v2 (Goyal et al., arXiv:1706.04261) and Jester, as TwentyBN and Qualcomm publish them."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ CLASS_ORDERS = ("sorted", "file")
 
 
 def read_twentybn_csv(name: str, annotations: Path, videos: Path, class_order: str = "sorted") -> Annotations:
-    """Something-Something v1 (`something-something-v1`) and Jester (`jester-v1`): `NAME-{labels,train,validation,test}.csv`.
+    """Read `NAME-{labels,train,validation,test}.csv`; NAME is `something-something-v1` or `jester-v1`.
 
-    Lines are `ID;class`; a clip is the folder `videos/ID` of frames, or a video of that name. `class_order`: sorted by name, as
-    the official TSM code and its released networks have them, or as in the labels file, as mmaction2 has them.
+    Lines are `ID;class`. A clip is the folder of frames `videos/ID`, or a video of that name. `class_order` "sorted": by name,
+    as in the official TSM code and its released networks; "file": as in the labels file, as in mmaction2.
     """
     labels_file = _find(annotations, name, "labels.csv")
     names = [line for _, line in read_lines(labels_file)]
@@ -26,7 +26,7 @@ def read_twentybn_csv(name: str, annotations: Path, videos: Path, class_order: s
     for split, list_name in _LIST_NAMES.items():
         rows = _test_answers(annotations) if split == "test" else None
         if rows is None and split == "test" and _has_no_labels(annotations, name):
-            notes.append(f"the test list of {annotations} has no labels: no manifest for it")
+            notes.append(f"the test list of {annotations} has no labels, so the test split gets no manifest")
             continue
         rows = rows or read_fields(_find(annotations, name, f"{list_name}.csv"), ";")
         splits[split] = [
@@ -37,10 +37,10 @@ def read_twentybn_csv(name: str, annotations: Path, videos: Path, class_order: s
 
 
 def read_something_v2(annotations: Path, videos: Path) -> Annotations:
-    """`something-something-v2-{labels,train,validation,test}.json`, or the same without the data set's name.
+    """Read `something-something-v2-{labels,train,validation,test}.json`, or the same names without the data set's.
 
-    The labels file maps each class to its number. A clip's class is its `template` without the brackets; its video is
-    `videos/ID.webm`, or another kind of video or a folder of frames of that name.
+    The labels file maps each class to its number. A clip's class is its `template` without the brackets. Its video is
+    `videos/ID.webm`, or a video with another suffix or a folder of frames of that name.
     """
     name = "something-something-v2"
     labels_file = _find(annotations, name, "labels.json")
@@ -50,9 +50,7 @@ def read_something_v2(annotations: Path, videos: Path) -> Annotations:
         if split == "test":
             rows = _test_answers(annotations)
             if rows is None:
-                notes.append(
-                    f"{annotations} has no test-answers.csv, and the test list has no labels: no manifest for it"
-                )
+                notes.append(f"{annotations} has no test-answers.csv, so the test split gets no manifest")
                 continue
             answers = list(map(_two_fields, rows))
         else:
@@ -73,7 +71,7 @@ def _find(annotations: Path, name: str, ending: str) -> Path:
 
 
 def _has_no_labels(annotations: Path, name: str) -> bool:
-    """Whether the test list is missing or, as it was first handed out, names the clips only."""
+    """Return whether the test list is missing, or lists only clips, as in the first release."""
     try:
         rows = read_fields(_find(annotations, name, "test.csv"), ";")
     except DataSetError:
@@ -89,7 +87,7 @@ def _test_answers(annotations: Path) -> list[tuple[str, list[str]]] | None:
 def _two_fields(row: tuple[str, list[str]]) -> tuple[str, list[str]]:
     where, fields = row
     if len(fields) != 2 or not all(fields):
-        raise DataSetError(f"{where}: {';'.join(fields)!r} is not `ID;class`; correct or remove the line")
+        raise DataSetError(f"{where}: {';'.join(fields)!r} is not `ID;class`. Fix: correct or remove the line")
     return where, fields
 
 
@@ -101,9 +99,11 @@ def _read_json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise DataSetError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download it again") from None
+        raise DataSetError(f"{path}, line {error.lineno}: not JSON ({error.msg}). Fix: download it again") from None
     if not isinstance(content, kind):
-        raise DataSetError(f"{path}: holds a {type(content).__name__}, not a {kind.__name__}; is it another file?")
+        raise DataSetError(
+            f"{path}: holds a {type(content).__name__}, not a {kind.__name__}. Fix: check that it is the right file"
+        )
     return content
 
 
@@ -111,19 +111,22 @@ def _numbered_labels(path: Path) -> dict[str, int]:
     try:
         labels = {_without_brackets(name): int(number) for name, number in _read_json(path, dict).items()}
     except (TypeError, ValueError) as error:
-        raise DataSetError(f"{path}: a class's number is no number ({error}); download it again") from None
+        raise DataSetError(f"{path}: a class's number is no number ({error}). Fix: download it again") from None
     if not labels or sorted(labels.values()) != list(range(len(labels))):
         raise DataSetError(
-            f"{path}: {len(labels)} classes that are not numbered 0 to {len(labels) - 1}; download it again"
+            f"{path}: {len(labels)} classes that are not numbered 0 to {len(labels) - 1}. Fix: download it again"
         )
     return labels
 
 
 def _templates(path: Path) -> list[tuple[str, list[str]]]:
+    """Return (where, [ID, template]) of each entry of a list."""
     answers = []
     for number, item in enumerate(_read_json(path, list), start=1):
         where = f"{path}, entry {number}"
         if not isinstance(item, dict) or "id" not in item or "template" not in item:
-            raise DataSetError(f"{where}: has no id or no template: {item!r}; is it the list of another data set?")
+            raise DataSetError(
+                f"{where}: has no id or no template: {item!r}. Fix: check that it is this data set's list"
+            )
         answers.append((where, [str(item["id"]), item["template"]]))
     return answers

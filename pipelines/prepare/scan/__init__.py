@@ -1,1 +1,1 @@
-"""Scan every clip once and write the manifests."""
+"""The scan: decode every clip once, and write the manifests."""

@@ -1,4 +1,4 @@
-"""Clips that are kept as a folder with one JPEG file for each frame, as the official TSM code and mmaction2 do."""
+"""Clips stored as a folder with one JPEG file per frame, as in the official TSM code and mmaction2."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _FRAME_NAME = re.compile(r"(?P<prefix>.*?)(?P<digits>\d+)(?P<suffix>\.jpe?g)", r
 
 @dataclass(frozen=True)
 class FrameSeries:
-    """The frames of one folder: files `pattern % number` for `count` numbers from `first` on."""
+    """The frames of one folder: files `pattern % number` for `count` numbers, from `first`."""
 
     pattern: str
     first: int
@@ -23,9 +23,10 @@ class FrameSeries:
 
 
 def find_frames(folder: Path) -> FrameSeries:
-    """The frames in a folder, by name. Raises BadClip when none is there, one is missing, or two series are mixed.
+    """Find the frames in a folder by their names.
 
-    Files that are no JPEG by name, and optical flow (`flow_x_00001.jpg`) beside the pictures, are passed over.
+    Raises BadClip when there is none, one is missing, or two series are mixed. Files without a JPEG suffix and optical flow
+    (`flow_x_00001.jpg`) next to the frames are ignored.
     """
     names = _frame_names(folder)
     if not names:
@@ -44,15 +45,15 @@ def find_frames(folder: Path) -> FrameSeries:
             raise BadClip(f"{folder}: frame {number} is missing: there is no {pattern % number}")
         if match.string != pattern % number:
             raise BadClip(
-                f"{folder}: {match.string} is there where {pattern % number} should be: two series of frames?"
+                f"{folder}: found {match.string} where {pattern % number} was expected: two series of frames?"
             )
     return FrameSeries(pattern, start, len(matches))
 
 
 def stat_frames(folder: Path) -> tuple[int, int]:
-    """(bytes of all frames, the newest change in nanoseconds of the folder or a frame): a cheap test for "unchanged".
+    """Return (bytes of all frames, newest mtime in ns of the folder or a frame): a cheap test for "unchanged".
 
-    Raises BadClip when a frame is no regular file.
+    Raises BadClip when a frame is not a regular file.
     """
     size, newest_ns = 0, os.stat(folder).st_mtime_ns
     for name in _frame_names(folder):
@@ -64,8 +65,9 @@ def stat_frames(folder: Path) -> tuple[int, int]:
 
 
 def scan_frames(folder: str | Path) -> tuple[FrameSeries, ClipFacts]:
-    """Decode every frame of a folder; BadClip where that is not possible, or where two frames differ in size."""
-    from pipelines.decoding.jpeg import decode_jpeg_bytes  # loads torch, which scanning of videos does without
+    """Decode every frame of a folder. Raises BadClip when one does not decode, or two differ in size."""
+    # Imported here because it loads torch, which scanning videos does not need.
+    from pipelines.decoding.jpeg import decode_jpeg_bytes
 
     folder = Path(folder)
     series = find_frames(folder)

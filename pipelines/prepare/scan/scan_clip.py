@@ -1,4 +1,4 @@
-"""What a video file really holds: decoded once from end to end, as containers are often wrong about their own length."""
+"""Scan a video file: decode it once from end to end, because containers are often wrong about their own length."""
 
 import os
 import stat
@@ -11,35 +11,35 @@ from pipelines.errors import BadClip, MissingClip
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """The fields of a manifest's row that the file, or the folder of frames, decides."""
+    """The fields of a manifest row that follow from the file, or the folder of frames."""
 
     length: int
     """Bytes of the file, or of all frames."""
     num_frames: int
-    """Frames that decode, whatever the container claims."""
+    """Number of frames that decode, whatever the container claims."""
     codec: str
     width: int
     height: int
     """As stored, before any rotation."""
     rotation: int
-    """Degrees, 0 to 359, counter-clockwise, by which a player turns the stored picture to show it."""
+    """Degrees, 0 to 359, counter-clockwise, by which a player turns the stored frames for display."""
 
 
-_TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names; decode.py has their endings
+# FFmpeg's names of the containers whose suffixes decoding/decode.py lists.
+_TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 def check_regular(path: Path, mode: int) -> None:
-    """Raises BadClip for what is no file, by its `st_mode`: opening a pipe would wait for ever."""
+    """Raise BadClip unless `mode` (`st_mode`) is a regular file's: opening a pipe would block forever."""
     if not stat.S_ISREG(mode):
-        raise BadClip(f"{path}: no regular file, but a folder, a pipe, a socket or a device")
+        raise BadClip(f"{path}: not a regular file, but a folder, a pipe, a socket or a device")
 
 
 def scan_clip(path: str | Path) -> ClipFacts:
-    """Decode every frame of the first video stream; BadClip where that is not possible.
+    """Decode every frame of the first video stream. Raises BadClip when one does not decode.
 
-    A stream that is damaged in its head may decode to frames in another order than they are shown in, and then no two
-    decoders mean the same by "frame 7": bad as well. Only MP4 and Matroska are asked for that, as others need not hold the time
-    at which each frame is shown.
+    Frames out of display order are bad too. A stream with a damaged head may decode that way, and then decoders disagree on
+    which frame is frame 7. Only MP4 and Matroska are checked: other containers need not store each frame's display time.
     """
     path = Path(path)
     try:
@@ -51,7 +51,7 @@ def scan_clip(path: str | Path) -> ClipFacts:
 
 
 def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
-    """Like `scan_clip`, of a video of `length` bytes wherever it is."""
+    """Scan a video of `length` bytes, in a file or in memory, as `scan_clip` does."""
     path = video.name
     if length == 0:
         raise BadClip(f"{path}: the file is empty")
@@ -63,17 +63,20 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
                 if frame.is_corrupt:
                     raise BadClip(f"{path}: frame {num_frames} is corrupt")
                 if has_times and last_pts is not None and frame.pts is not None and frame.pts <= last_pts:
-                    raise BadClip(f"{path}: frame {num_frames} is to be shown before frame {num_frames - 1}: damaged")
+                    raise BadClip(
+                        f"{path}: damaged: frame {num_frames} has an earlier display time than frame {num_frames - 1}"
+                    )
                 last_pts = frame.pts
                 rotation = int(frame.rotation) % 360 if num_frames == 0 else rotation
                 num_frames += 1
             codec, width, height = stream.codec_context.name, stream.codec_context.width, stream.codec_context.height
     except BadClip:
         raise
-    except Exception as error:  # a decoder fails in as many ways as a file can be broken
+    # Decoders raise exceptions of many types for broken files.
+    except Exception as error:
         raise BadClip(f"{path}: does not decode ({getattr(error, 'strerror', None) or error})") from error
     if num_frames == 0:
-        raise BadClip(f"{path}: holds no frame")
+        raise BadClip(f"{path}: contains no frame")
     if rotation % 90:
-        raise BadClip(f"{path}: turned by {rotation} degrees, which is no quarter turn")
+        raise BadClip(f"{path}: rotated by {rotation} degrees, which is not a multiple of 90")
     return ClipFacts(length, num_frames, codec, width, height, rotation)

@@ -1,4 +1,4 @@
-"""What has been scanned so far, as JSON lines that are written as they come: a killed scan goes on where it stopped."""
+"""The scan journal: results of a scan as JSON lines, flushed one by one, so that a killed scan resumes where it stopped."""
 
 import json
 from collections.abc import Iterator
@@ -12,58 +12,68 @@ from runtime.file_lock import lock_open_file
 
 from .scan_clip import ClipFacts
 
-VERSION = 2  # raise it when the scan finds other facts in the same file: what an older one wrote is then scanned again
+VERSION = 2
+"""Raise it when the scan finds other facts in the same file: clips recorded by an older version are then scanned again."""
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What a scan found at one path. `facts` of a good clip, otherwise `reason`."""
+    """The result of scanning one path: `facts` of a good clip, or the `reason` why it is bad."""
 
     path: str
-    """As the manifest has it: relative to its folder, or absolute; of frames the folder."""
+    """As in the manifest: relative to the manifest's folder, or absolute. For frames: their folder."""
     size: int
+    """Bytes of the file, or of all frames."""
     mtime_ns: int
-    """Of frames: the bytes of all, and the newest change of the folder or a frame."""
+    """Modification time of the file; for frames the newest of the folder and its frames."""
     facts: ClipFacts | None = None
     reason: str = ""
     pattern: str = ""
-    """Of frames: the files' names, `%05d.jpg`."""
+    """For frames: pattern of the file names, `%05d.jpg`."""
     first: int = 0
-    """Of frames: the number of the first file."""
+    """For frames: number of the first file."""
     missing: bool = False
-    """There is nothing at the path."""
+    """Nothing exists at the path."""
 
     @property
-    def lasting(self) -> bool:
-        """Whether an unchanged file needs no second scan. What is missing has no size and time to be known again by."""
+    def reusable(self) -> bool:
+        """Tell whether a later scan may reuse this. A missing clip has no size and time that would show a change."""
         return not self.missing and self.mtime_ns > 0
 
 
 @contextmanager
-def open_journal(path: Path) -> Iterator[tuple[dict[str, Scanned], "Journal"]]:
-    """The newest record of each path, and the journal to add to; one process at a time."""
+def open_journal(path: Path) -> Iterator[tuple[dict[str, Scanned], "ScanJournal"]]:
+    """Yield the newest record of each path, and the journal to add to. Locked: one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         if not lock_open_file(file, wait=False):
-            raise DataSetError(f"{path} is in use: another prepare.py scans this data set; wait for its end")
-        known, whole = _read(file)
-        if not whole:
-            file.write("\n")  # the last line of a killed scan: ours must not be glued to it
-        yield known, Journal(file)
+            raise DataSetError(f"{path} is in use: another prepare.py is scanning this data set. Fix: wait for its end")
+        known, ends_with_newline = _read(file)
+        if not ends_with_newline:
+            # End the partial line that a killed scan left.
+            file.write("\n")
+        yield known, ScanJournal(file)
 
 
-class Journal:
+class ScanJournal:
+    """Appends records to an open journal file."""
+
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def add(self, scanned: Scanned) -> None:
-        if scanned.lasting:
+        """Append a record, unless a later scan could not reuse it."""
+        if scanned.reusable:
             self._file.write(json.dumps({"version": VERSION, **asdict(scanned)}) + "\n")
-            self._file.flush()  # to the system, so that killing this process loses nothing
+            # Hand it to the kernel, so that killing this process loses nothing.
+            self._file.flush()
 
 
 def _read(file: TextIO) -> tuple[dict[str, Scanned], bool]:
-    """A line that is not a whole record of this version is passed over: its file is scanned again."""
+    """Return the newest record of each path, and whether the file ends with a newline.
+
+    Lines that are no complete record of this version are skipped, so their clips are scanned again.
+    """
     file.seek(0)
     known: dict[str, Scanned] = {}
     line = "\n"

@@ -1,4 +1,4 @@
-"""From annotations to manifests: every clip is decoded once, in parallel, and what does not decode is left out and named."""
+"""Write manifests from annotations: decode every clip once, in parallel; leave out and list those that do not decode."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.prepare.annotations.base import Annotations, Clip, check_annotations
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.progress import progress
-from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, refuse_bad, write_bad_files
+from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, check_fraction, refuse_bad, write_bad_files
 from pipelines.prepare.worker_pool import Died, run_guarded
 
 from .frame_folders import scan_frames, stat_frames
@@ -27,13 +27,12 @@ def write_manifests(
 ) -> dict[str, SplitReport]:
     """Scan every clip, write `root/SPLIT.arrow` in the order of the annotations, and `root/bad_files.csv`.
 
-    Raises DataSetError, and writes no manifest, when more than `max_bad` or `max_missing` (parts of a split) are unusable.
+    Raises DataSetError, and writes no manifest, when a larger fraction of a split than `max_bad` or `max_missing` is unusable.
     """
-    for name, part in (("--max-bad", max_bad), ("--max-missing", max_missing)):
-        if not 0 <= part <= 1:
-            raise DataSetError(f"{name} is {part}: give a part of 1, like 0.05")
+    check_fraction("--max-bad", max_bad)
+    check_fraction("--max-missing", max_missing)
     if workers < 0:
-        raise DataSetError(f"--workers is {workers}: give 0 (scan in this process) or more")
+        raise DataSetError(f"--workers is {workers}. Fix: give 0 (scan in this process) or more")
     check_annotations(annotations)
     try:
         scanned, unchanged = _scan_all(root, annotations, workers)
@@ -41,7 +40,7 @@ def write_manifests(
         rows = {}
         for split, clips in annotations.splits.items():
             paths = [row_path(root, clip.path) for clip in clips]
-            reports[split], rows[split] = _sort_out(clips, paths, scanned)
+            reports[split], rows[split] = _collect(clips, paths, scanned)
             reports[split].unchanged = sum(path in unchanged for path in paths)
         write_bad_files(root / BAD_FILES_NAME, reports)
         for split, report in reports.items():
@@ -50,17 +49,17 @@ def write_manifests(
             write_manifest(root / f"{split}.arrow", split_rows, annotations.classes, split=split)
     except OSError as error:
         raise DataSetError(
-            f"cannot write {error.filename or root}: {error.strerror or error}; free space there or choose another folder "
-            "with --root, then run the same command, which goes on where it stopped"
+            f"cannot write {error.filename or root}: {error.strerror or error}. Fix: free space there or choose another "
+            "folder with --root, then run the same command again: it resumes where it stopped"
         ) from error
     return reports
 
 
 def row_path(root: Path, path: Path) -> str:
-    """A clip's path as the manifest has it, so that moving both together breaks nothing.
+    """Return a clip's path for the manifest in `root`, chosen so that clips and manifest can be moved together.
 
-    Below the manifest's folder: relative. Elsewhere: relative with `..` when the two share more than the file system's root
-    (symbolic links resolved, as `..` behind a link leads elsewhere), otherwise absolute.
+    Below the manifest's folder it is relative. Elsewhere it is relative with `..` when the two share more than the file
+    system's root (with symbolic links resolved, because `..` after a link leads elsewhere), otherwise absolute.
     """
     lexical, lexical_root = (Path(os.path.normpath(each.absolute())) for each in (path, root))
     if lexical.is_relative_to(lexical_root):
@@ -75,7 +74,7 @@ def _real_folder(path: Path) -> Path:
 
 
 def _scan_all(root: Path, annotations: Annotations, workers: int) -> tuple[dict[str, Scanned], set[str]]:
-    """The scan of every clip by its row's path, and the paths that an earlier scan had found and that have not changed."""
+    """Return the record of every clip by its manifest path, and the paths whose records come from an earlier scan."""
     paths = dict.fromkeys(row_path(root, clip.path) for clips in annotations.splits.values() for clip in clips)
     scanned, unchanged = {}, set()
     with open_journal(root / JOURNAL_NAME) as (known, journal):
@@ -107,7 +106,7 @@ def _name(task: Task) -> str:
 
 
 def scan_one(task: Task) -> Scanned:
-    """Decode one clip, a file or a folder of frames, unless it is as it was when `known` was found."""
+    """Decode one clip, a file or a folder of frames; return `known` if it has not changed since."""
     root, path, known = task
     full_path = root / path
     size, mtime_ns = 0, 0
@@ -127,13 +126,15 @@ def scan_one(task: Task) -> Scanned:
             return known
         if not is_folder:
             check_regular(full_path, status.st_mode)
-            open(full_path, "rb").close()  # whether it may be read at all is no fact about its content
+            # Missing permission says nothing about the content, so it must raise here, outside of scan_clip.
+            open(full_path, "rb").close()
             return Scanned(path, size, mtime_ns, scan_clip(full_path))
         series, facts = scan_frames(full_path)
         return Scanned(path, size, mtime_ns, facts, pattern=series.pattern, first=series.first)
     except BadClip as error:
         return Scanned(path, size, mtime_ns, reason=str(error), missing=isinstance(error, MissingClip))
-    except OSError as error:  # no permission, a disk's error: may be mended without the file changing
+    # A permission or disk error can be fixed without changing the file, so no size and time are recorded.
+    except OSError as error:
         return Scanned(path, 0, 0, reason=f"{full_path}: {error.strerror}")
 
 
@@ -141,12 +142,11 @@ def _require_utf8(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise BadClip(f"{path!r}: its name is not UTF-8; rename it") from None
+        raise BadClip(f"{path!r}: its name is not UTF-8. Fix: rename it") from None
 
 
-def _sort_out(
-    clips: list[Clip], paths: list[str], scanned: dict[str, Scanned]
-) -> tuple[SplitReport, list[ManifestRow]]:
+def _collect(clips: list[Clip], paths: list[str], scanned: dict[str, Scanned]) -> tuple[SplitReport, list[ManifestRow]]:
+    """Return the report of a split, and the rows of its good clips."""
     report, rows = SplitReport(listed=len(clips)), []
     for clip, path in zip(clips, paths, strict=True):
         found = scanned[path]
@@ -156,7 +156,7 @@ def _sort_out(
         report.codecs[found.facts.codec] += 1
         if clip.listed_frames not in (None, found.facts.num_frames):
             report.miscounted.append(
-                f"{clip.where}: {clip.listed_frames} frames, and {path} has {found.facts.num_frames}"
+                f"{clip.where}: {clip.listed_frames} frames listed, but {path} has {found.facts.num_frames}"
             )
         full_path = f"{path}/{found.pattern}" if found.pattern else path
         rows.append(ManifestRow(full_path, found.first, label=clip.label, **asdict(found.facts)))

@@ -158,12 +158,12 @@ def test_kinetics_of_two_videos_takes_the_one_in_its_folder(kinetics: Path, a_cl
 
 def test_kinetics_two_videos_that_fit_alike(kinetics: Path, a_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copies(a_clip, [kinetics / "videos" / "train" / "yoga" / "-3B32lodo2M_000059_000069.webm"])
-    assert "train.csv, line 2: more than one video of it" in refused(capsys, "kinetics", "--root", kinetics)
+    assert "train.csv, line 2: more than one video matches" in refused(capsys, "kinetics", "--root", kinetics)
 
 
 def test_kinetics_too_many_are_missing(kinetics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "kinetics", "--root", kinetics, "--max-missing", "0.1")
-    assert "train: 1 of 5 clips are not there, more than 10.00% of them" in message
+    assert "train: 1 of 5 clips do not exist, more than the limit of 10.00%" in message
     assert "gone0000001_000012_000022.mp4: no such file" in message and "--max-missing 0.2" in message
     assert "gone0000001" in (kinetics / "bad_files.csv").read_text()
 
@@ -171,7 +171,7 @@ def test_kinetics_too_many_are_missing(kinetics: Path, capsys: pytest.CaptureFix
 def test_kinetics_all_are_missing(kinetics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(kinetics / "videos" / "val")
     message = refused(capsys, "kinetics", "--root", kinetics, "--max-missing", "1")
-    assert "val: 2 of 2 clips are not there" in message and "Check --videos" in message
+    assert "val: 2 of 2 clips do not exist" in message and "Fix: check --videos" in message
 
 
 KINETICS_ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -246,7 +246,7 @@ def test_something_v1(something_v1: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (row.width, row.height, row.rotation) == (48, 32, 0)
     assert row.length == sum(path.stat().st_size for path in files)
     said = capsys.readouterr().out
-    assert "3 of 3 clips, 3 jpeg-frames" in said and "has no labels: no manifest for it" in said
+    assert "3 of 3 clips, 3 jpeg-frames" in said and "has no labels, so the test split gets no manifest" in said
 
 
 def test_something_v1_in_the_order_of_its_labels_file(something_v1: Path) -> None:
@@ -258,7 +258,7 @@ def test_something_v1_in_the_order_of_its_labels_file(something_v1: Path) -> Non
 TWENTYBN_ERRORS = {
     "train.csv": (["1;Opening something"], "train.csv, line 1: the class 'Opening something' is not in"),
     "validation.csv": (["7"], "validation.csv, line 1: '7' is not `ID;class`"),
-    "labels.csv": (["Closing something"] * 2, "labels.csv: the class 'Closing something' is there twice"),
+    "labels.csv": (["Closing something"] * 2, "labels.csv: the class 'Closing something' is listed twice"),
 }
 
 
@@ -273,7 +273,7 @@ def test_a_clip_that_is_missing(something_v1: Path, capsys: pytest.CaptureFixtur
     """No data set but Kinetics loses clips: a copy that was not finished is no reason to train on less."""
     shutil.rmtree(something_v1 / "20bn-something-something-v1" / "3")
     message = refused(capsys, "something-v1", "--root", something_v1)
-    assert "train: 1 of 3 clips are not there, more than 0.00% of them" in message and "/3: no such file" in message
+    assert "train: 1 of 3 clips do not exist, more than the limit of 0.00%" in message and "/3: no such file" in message
 
 
 def test_jester_with_answers_to_its_test(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_hmdb51(tmp_path: Path, an_avi: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     text(lists / "wave_test_split1.txt", "a.avi 3")
     assert run("hmdb51", "--root", tmp_path) == 2
-    assert "wave_test_split1.txt, line 1: 'a.avi 3' is not a file's name and 0, 1 or 2" in capsys.readouterr().err
+    assert "wave_test_split1.txt, line 1: 'a.avi 3' is not a file name and 0, 1 or 2" in capsys.readouterr().err
 
 
 # --- Lists ------------------------------------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def test_a_list_is_corrected_about_frames_and_says_so(listed: Path, capsys: pyte
     assert run("frames", *list_arguments(listed)[1:]) == 0  # another name of the same
     assert Manifest.open(listed / "train.arrow").row(1).num_frames == 3
     assert "NOTE: 1 train clips hold another number of frames" in (said := capsys.readouterr().out)
-    assert "train.txt, line 2: 5 frames, and abseil/frames has 3" in said
+    assert "train.txt, line 2: 5 frames listed, but abseil/frames has 3" in said
 
 
 def test_a_test_list_may_repeat_the_validation_clips(listed: Path) -> None:
@@ -524,12 +524,12 @@ def test_any_path_can_be_listed(
 
 
 LIST_ERRORS = {
-    "no common number of fields": (["a b.mp4 0", "c.mp4 1"], "no delimiter cuts its first 2 lines"),
+    "no common number of fields": (["a b.mp4 0", "c.mp4 1"], "no delimiter splits its first 2 lines"),
     "label too large": (["a.mp4 0", "c.mp4 2"], "train.txt, line 2: the label 2 is outside of 0 to 1"),
     "label below 0": (["a.mp4 -1"], "train.txt, line 1: the label -1 is outside of 0 to 1"),
     "unknown class": (["a.mp4,swim"], "train.txt, line 1: the class 'swim' is not in"),
     "no number of frames": (["a.mp4 many 0"], "train.txt, line 1: 'many' is no number of frames"),
-    "an open quote": (['"a.mp4 0'], "no delimiter cuts"),
+    "an open quote": (['"a.mp4 0'], "no delimiter splits"),
     "a later line": (["a.mp4 0"] * 100 + ["b.mp4 1 2 3"], "train.txt, line 101: 4 fields"),
     "empty": ([], "train.txt: the list is empty"),
     "twice": (
@@ -577,7 +577,7 @@ def test_folders_of_splits(tmp_path: Path, a_clip: Path, an_avi: Path, capsys: p
     ]  # fmt: skip
     assert Manifest.open(tmp_path / "train.arrow").row(0).offset == 0
     assert (rows(tmp_path, "val"), rows(tmp_path, "test")) == ([("val/wave/c.mp4", 1)], [("test/jump/t.avi", 0)])
-    assert "1 files passed over" in capsys.readouterr().out
+    assert "1 files skipped" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -601,14 +601,14 @@ def test_a_part_is_held_out_by_name(class_folders: Path, a_clip: Path) -> None:
 
 
 FOLDER_ERRORS: list[tuple[list[object], str]] = [
-    ([], "has no folders train and val; give --val-fraction 0.1"),
-    (["--val-fraction", "1.5"], "--val-fraction is 1.5: give a number between 0 and 1"),
+    ([], "has no folders train and val. Fix: give --val-fraction 0.1"),
+    (["--val-fraction", "1.5"], "--val-fraction is 1.5. Fix: give a number between 0 and 1"),
     (["--val-fraction", "0.0001"], "no clip is annotated for the split val"),
     (
         ["--videos", "nowhere", "--val-fraction", "0.1"],
-        "nowhere: no such folder; say where the clips are with --videos",
+        "nowhere: no such folder. Fix: give the folder of the clips with --videos",
     ),
-    (["--val-fraction", "0.3", "--max-bad", "5"], "--max-bad is 5.0: give a part of 1"),
+    (["--val-fraction", "0.3", "--max-bad", "5"], "--max-bad is 5.0. Fix: give a fraction from 0 to 1"),
 ]
 
 

@@ -203,7 +203,7 @@ def test_frames_are_found_by_name(tmp_path: Path, names: list[str], series: Fram
         (["00001.jpg", "00002.jpg", "00004.jpg"], "frame 3 is missing: there is no 00003.jpg"),
         (["00002.jpg", "00003.jpg"], "frame 1 is missing: the first file is 00002.jpg"),
         (["1.jpg", "01.jpg"], "two series of frames?"),
-        (["a_1.jpg", "b_2.jpg"], "b_2.jpg is there where a_2.jpg should be"),
+        (["a_1.jpg", "b_2.jpg"], "found b_2.jpg where a_2.jpg was expected"),
     ],
 )
 def test_frames_that_are_no_series(tmp_path: Path, names: list[str], message: str) -> None:
@@ -352,14 +352,14 @@ def test_a_pipe_is_no_clip(tmp_path: Path, name: str) -> None:
         path.mkdir()
     os.mkfifo(path / "00001.jpg" if name == "frames" else path)
     scanned = scan_one((tmp_path, name, None))
-    assert "no regular file" in scanned.reason and scanned.facts is None
+    assert "not a regular file" in scanned.reason and scanned.facts is None
 
 
 def test_only_quarter_turns_are_known(tmp_path: Path) -> None:
     for degrees in (0, 90, 180, 270):
         path = turned(write_mp4(tmp_path / f"{degrees}.mp4", plain_video(4)), degrees)
         assert scan_clip(path).rotation == -degrees % 360  # counter-clockwise
-    with pytest.raises(BadClip, match="degrees, which is no quarter turn"):
+    with pytest.raises(BadClip, match="degrees, which is not a multiple of 90"):
         scan_clip(turned(write_mp4(tmp_path / "odd.mp4", plain_video(4)), 45))
 
 
@@ -367,7 +367,7 @@ def test_too_many_bad_clips_write_nothing(root: Path) -> None:
     write_manifests(root, annotate(root), workers=0)
     before = (root / "train.arrow").read_bytes()
     os.truncate(root / "clips" / "5.mp4", 100)
-    message = "train: 1 of 14 clips cannot be decoded, more than 5.00% of them"
+    message = "train: 1 of 14 clips cannot be decoded, more than the limit of 5.00%"
     with pytest.raises(DataSetError, match=message) as caught:
         write_manifests(root, annotate(root), workers=0)
     assert "--max-bad 0.072" in str(caught.value) and "5.mp4" in (root / BAD_FILES_NAME).read_text()

@@ -156,7 +156,7 @@ def test_scan_refuses_what_does_not_decode(tmp_path: Path) -> None:
         (text, "does not decode"),
         (cut, "does not decode"),
         (sound, "no video stream"),
-        (tmp_path, "no regular file"),
+        (tmp_path, "not a regular file"),
     ]:
         with pytest.raises(BadClip, match=rf"{path.name}.*({why})"):
             scan_clip(path)

@@ -177,7 +177,7 @@ def test_a_clip_that_fails_is_left_out_and_named(
     (spoiled / "train" / "b" / "odd.mkv").unlink()
     (spoiled / "train" / "b" / "frames" / "00005.jpg").write_bytes(b"no picture")
     assert transcode(spoiled, tmp_path / "made", "--short-side", "48") == 2
-    assert "2 of 7 clips cannot be decoded, more than 5.00%" in capsys.readouterr().err
+    assert "2 of 7 clips cannot be decoded, more than the limit of 5.00%" in capsys.readouterr().err
     assert not (tmp_path / "made" / "train.arrow").exists()
     assert transcode(spoiled, tmp_path / "made", "--short-side", "48", "--max-bad", "0.3") == 0
     said = capsys.readouterr().out
