@@ -1,4 +1,4 @@
-"""Everything that knows there is more than one process.
+"""Code that knows of more than one process: topology, backends, batch norm over ranks, checkpoints, health.
 
-Kept free of imports: `distributed.topology` must load without torch.
+This file imports nothing, so that `distributed.topology` loads without torch.
 """

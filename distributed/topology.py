@@ -1,4 +1,4 @@
-"""Who am I among the processes of this job? Read from any launcher's environment, and refused where it contradicts itself.
+"""The place of this process in its job: rank, size and node, from any launcher's environment. Contradictions are refused.
 
 Imports without torch.
 """
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 
 class TopologyError(ValueError):
-    """The launcher's environment and the wish for a world contradict each other; the message says how to start the job."""
+    """A contradiction between the launcher's environment and the configured world; the message says how to start the job."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A process' place in the world. `local_*` count within its node; `node` numbers the nodes from 0.
+    """A process' place in the world. `local_*` count within its node; `node` counts nodes from 0.
 
     `launcher`: none, torchrun, horovodrun, mpirun, jsrun, srun, or srun --mpi=pmix or --mpi=pmi2, whose tasks may join MPI.
     """
@@ -33,7 +33,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class _Launcher:
-    """Names of the variables in which a launcher tells rank, size, local rank, local size and node."""
+    """Names of the variables in which a launcher passes rank, size, local rank, local size and node."""
 
     name: str
     rank: str
@@ -57,7 +57,7 @@ _LAUNCHERS = (
     ),
     _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
 )
-# LSF's launcher on machines like Summit. Its MPI sets Open MPI's variables too, so those are not asked there.
+# LSF's launcher on machines like Summit. Its MPI also sets Open MPI's variables, so mpirun's names are not read there.
 _JSRUN = _Launcher(
     "jsrun",
     "JSM_NAMESPACE_RANK",
@@ -69,9 +69,9 @@ _JSRUN = _Launcher(
 
 
 def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
-    """This process' place, from the environment of torchrun, horovodrun (Gloo or MPI), mpirun, jsrun, srun, or none of them.
+    """Return this process' place, from the environment of torchrun, horovodrun (Gloo or MPI), mpirun, jsrun, srun, or none.
 
-    A launcher that srun starts, once on each node, knows more than srun: its word counts.
+    Where srun starts another launcher once on each node, that launcher's variables take precedence.
 
     Raises TopologyError for variables that are incomplete, out of range or of two launchers that disagree.
     """
@@ -84,13 +84,14 @@ def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
         if (other.rank, other.size) != (found[0].rank, found[0].size):
             raise TopologyError(
                 f"{found[0].launcher} says rank {found[0].rank} of {found[0].size}, {other.launcher} says rank {other.rank} of "
-                f"{other.size}. Fix: start the job with one launcher, from a shell that was not started by another"
+                f"{other.size}. Fix: start the job with one launcher, from a shell that no other launcher started"
             )
     if found:
         return found[0]
-    if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # a batch script has none, an interactive shell one
+    # A batch script has no such variable, and an interactive shell has one task.
+    if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         return _read_srun(environ)
-    # Alone in a step of srun, as in a sweep, it has a job of its own; in a shell inside an allocation it may be one of several.
+    # The only task of an srun step, as in a sweep, owns its Slurm job; a process in a shell inside an allocation may not.
     job_id = environ.get("SLURM_JOB_ID") if "SLURM_STEP_NUM_TASKS" in environ else None
     return Topology("none", 0, 1, 0, 1, 0, socket.gethostname(), job_id)
 
@@ -105,7 +106,7 @@ def _read_srun(environ: Mapping[str, str]) -> Topology:
     if sum(tasks_per_node) != _srun_number("SLURM_STEP_NUM_TASKS", environ) or not 0 <= node < len(tasks_per_node):
         raise TopologyError(
             f"srun says {environ['SLURM_STEP_NUM_TASKS']} tasks, SLURM_STEP_TASKS_PER_NODE="
-            f"{environ.get('SLURM_STEP_TASKS_PER_NODE')!r} and node {node}, which cannot be. "
+            f"{environ.get('SLURM_STEP_TASKS_PER_NODE')!r} and node {node}, which is impossible. "
             "Fix: start the job with srun instead of setting these variables by hand"
         )
     rank, local_rank = _srun_number("SLURM_PROCID", environ), _srun_number("SLURM_LOCALID", environ)
@@ -128,35 +129,35 @@ def _srun_number(name: str, environ: Mapping[str, str]) -> int:
     except (KeyError, ValueError):
         raise TopologyError(
             f"srun started this process, but {name}={environ.get(name)!r} is not a number. "
-            "Fix: keep Slurm's variables (srun --export=ALL, and in a container too)"
+            "Fix: keep Slurm's variables (srun --export=ALL; pass them into a container)"
         ) from None
 
 
 def tasks_of_nodes(text: str) -> list[int]:
-    """Slurm's short form of the tasks on each node, `2(x3),1`, written out: [2, 2, 2, 1]; [] for what is no such form."""
+    """Expand Slurm's list of tasks per node, `2(x3),1`, to [2, 2, 2, 1]; return [] for any other text."""
     if re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text) is None:
         return []
     return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
 
 
 def first_host(node_list: str) -> str:
-    """The first of Slurm's short list of nodes, as `scontrol show hostnames` would say: `rack1n[003-010,12]` -> `rack1n003`."""
+    """Return the first host of Slurm's node list, as `scontrol show hostnames` would: `rack1n[003-010,12]` -> `rack1n003`."""
     bare = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", bare.group() if bare else "")
 
 
 def rendezvous(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Where the tasks of srun find rank 0, which Slurm does not say: (host, port).
+    """Return the (host, port) of rank 0 for the tasks of srun: Slurm passes no such address.
 
-    Task 0 runs on the first node of the step. The port follows from job and step, so that two jobs on a node do not meet, and
-    lies below those that the system hands out. MASTER_ADDR and MASTER_PORT, as for torchrun, override both.
+    Task 0 runs on the first node of the step. The port is derived from job and step, so that two jobs on a node do not collide,
+    and is below the kernel's ephemeral ports. MASTER_ADDR and MASTER_PORT, as for torchrun, override both.
     """
     host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
     job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
     port = environ.get("MASTER_PORT") or str(20_000 + (7 * job + step) % 10_000)
     if not host or not port.isdecimal():
         raise TopologyError(
-            f"where is rank 0? SLURM_STEP_NODELIST={environ.get('SLURM_STEP_NODELIST')!r}, MASTER_PORT={port!r}. "
+            f"no address for rank 0: SLURM_STEP_NODELIST={environ.get('SLURM_STEP_NODELIST')!r}, MASTER_PORT={port!r}. "
             "Fix: start with srun, or set MASTER_ADDR and MASTER_PORT for all tasks"
         )
     return host, int(port)
@@ -185,7 +186,7 @@ def _read(launcher: _Launcher, environ: Mapping[str, str]) -> Topology:
     rank, size = number(launcher.rank), number(launcher.size)
     local_rank, local_size = number(launcher.local_rank), number(launcher.local_size)
     node = number(launcher.node, default=rank // max(1, local_size))
-    # torchrun's own run id is no job: --standalone makes a random one.
+    # torchrun's run id is not a job id: --standalone makes a random one.
     return _checked(
         Topology(launcher.name, rank, size, local_rank, local_size, node, socket.gethostname(), _job_id(environ))
     )
@@ -195,27 +196,27 @@ def _checked(place: Topology) -> Topology:
     rank, size, local_rank, local_size = place.rank, place.size, place.local_rank, place.local_size
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise TopologyError(
-            f"{place.launcher} says rank {rank} of {size} and local rank {local_rank} of {local_size}, which cannot be. "
+            f"{place.launcher} says rank {rank} of {size} and local rank {local_rank} of {local_size}, which is impossible. "
             f"Fix: start the job with {place.launcher} instead of setting these variables by hand"
         )
     return place
 
 
 def choose_backend(wanted: str, topology: Topology, world_size: int | None = None) -> str:
-    """`single`, `torch` or `horovod`: what the configuration wants, checked against the launcher.
+    """Return `single`, `torch` or `horovod`: the configured backend, checked against the launcher.
 
-    Raises TopologyError when the world is not `world_size`, or the launcher cannot start the backend.
+    Raises TopologyError when the world's size is not `world_size`, or the launcher cannot start the backend.
     """
     if world_size is not None and topology.size != world_size:
         raise TopologyError(
             f"distributed.world_size={world_size}, but {_started(topology)}. Fix: start {world_size} processes, or drop the key"
         )
-    natural = _NATURAL[topology.launcher]
+    default = _DEFAULT_BACKEND[topology.launcher]
     if wanted == "auto":
-        return natural
+        return default
     if wanted == "single" and topology.size > 1:
         raise TopologyError(
-            f"distributed.backend=single, but {_started(topology)}. Fix: distributed.backend={natural}, or start one process"
+            f"distributed.backend=single, but {_started(topology)}. Fix: distributed.backend={default}, or start one process"
         )
     if wanted == "torch" and topology.launcher in ("horovodrun", "mpirun", "jsrun"):
         raise TopologyError(
@@ -224,13 +225,13 @@ def choose_backend(wanted: str, topology: Topology, world_size: int | None = Non
         )
     if wanted == "horovod" and topology.launcher == "torchrun" and topology.size > 1:
         raise TopologyError(
-            f"distributed.backend=horovod, but {_started(topology)}, which Horovod does not know. "
+            f"distributed.backend=horovod, but {_started(topology)}, which Horovod does not support. "
             "Fix: start with srun, horovodrun or mpirun, or distributed.backend=torch"
         )
     return wanted
 
 
-_NATURAL = {
+_DEFAULT_BACKEND = {
     "none": "single",
     "torchrun": "torch",
     "srun": "torch",
@@ -243,38 +244,38 @@ _NATURAL = {
 
 
 def choose_controller(wanted: str, topology: Topology) -> str | None:
-    """`mpi` or `gloo`: by what Horovod's ranks find each other, where that must be told to it; None: its launcher does.
+    """Return Horovod's controller, `mpi` or `gloo`; None where the launcher tells Horovod.
 
-    Raises TopologyError when the launcher cannot do what the configuration wants.
+    Raises TopologyError when the launcher does not support the configured controller.
     """
-    speaks = {
+    supported = {
         "srun": ("gloo",),
         "srun --mpi=pmix": ("mpi", "gloo"),
         "srun --mpi=pmi2": ("mpi", "gloo"),
         "mpirun": ("mpi",),
         "jsrun": ("mpi",),
     }.get(topology.launcher)
-    if speaks is None:
+    if supported is None:
         return None
     if wanted == "auto":
-        return speaks[0] if topology.launcher.startswith("srun") else None
-    if wanted not in speaks:
-        remedy = "srun --mpi=pmix" if wanted == "mpi" else "srun, or horovodrun --gloo"
+        return supported[0] if topology.launcher.startswith("srun") else None
+    if wanted not in supported:
+        fix = "srun --mpi=pmix" if wanted == "mpi" else "srun, or horovodrun --gloo"
         raise TopologyError(
-            f"distributed.controller={wanted}, but {_started(topology)}. Fix: start with {remedy}, or distributed.controller=auto"
+            f"distributed.controller={wanted}, but {_started(topology)}. Fix: start with {fix}, or distributed.controller=auto"
         )
     return wanted
 
 
 def choose_gpu(num_visible: int, topology: Topology) -> int:
-    """Which of the GPUs that this process sees is its own.
+    """Return the index of this process' GPU among those that it sees.
 
-    Slurm shows a task all GPUs of its node (--gres, or no binding at all), or only its own (--gpus-per-task): the local rank
-    counts in the first case alone.
+    A Slurm task sees all GPUs of its node (--gres, or no binding), or only its own (--gpus-per-task). The local rank is the
+    index in the first case only.
     """
     if num_visible == 0:
         raise TopologyError(
-            "distributed.device=cuda, but torch sees no GPU. Fix: distributed.device=cpu, or ask for GPUs"
+            "distributed.device=cuda, but torch sees no GPU. Fix: distributed.device=cpu, or request GPUs"
         )
     if 1 < num_visible < topology.local_size:
         raise TopologyError(

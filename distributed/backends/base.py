@@ -1,7 +1,4 @@
-"""What the rest of the project may ask of a world of processes, and the world of one.
-
-Three backends fulfil the protocol: `SingleBackend` here, `TorchBackend` and `HorovodBackend` in files of their own.
-"""
+"""The backend protocol: the operations that the rest of the project may ask of a world of processes."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,11 +19,23 @@ class Group:
     handle: Any = None
 
 
+@dataclass(frozen=True)
+class ReducerOptions:
+    """How a reducer averages gradients."""
+
+    accumulation: int = 1
+    """Micro-steps per step."""
+    fp16_compression: bool = False
+    """Send gradients as fp16."""
+    deterministic: bool = False
+    """Sum in an order that does not depend on the order in which gradients become ready."""
+
+
 class Reducer(Protocol):
     """Averages gradients over ranks and micro-steps.
 
     Run every forward pass through `network`, and each micro-step's forward and backward inside `micro_step`. After `finish`,
-    `.grad` of each parameter holds the mean over ranks of what the micro-steps summed up: unscaled, uncompressed, and in the
+    `.grad` of each parameter holds the mean over ranks of the sum over micro-steps: unscaled, uncompressed, and in the
     parameter's memory layout.
     """
 
@@ -38,53 +47,44 @@ class Reducer(Protocol):
 
 
 class Backend(Protocol):
-    """A world of processes. All collectives must be called by all ranks (of the group) in the same order."""
+    """A world of processes. All ranks (of the group) must call its collectives in the same order."""
 
     name: str
     topology: Topology
     device: torch.device
     waited_s: float
-    """Host time in `all_reduce_` so far, most of it waiting for other ranks."""
+    """Host time spent in `all_reduce_` so far, most of it waiting for other ranks."""
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
         """Sum a contiguous tensor over the group (None: the world), in place; `name` is unique among those in flight."""
 
     def broadcast_(self, x: Tensor, name: str) -> None:
-        """Copy rank 0's contiguous tensor to all, in place."""
+        """Copy rank 0's contiguous tensor to all ranks, in place."""
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's small picklable object."""
+        """Return rank 0's small picklable object."""
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's small picklable object, by rank."""
+        """Return every rank's small picklable object, by rank."""
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
-        """This rank's one of several disjoint groups; all ranks call it with the same list. Over Horovod these are among those
-        that it was made with (ValueError)."""
+        """Return this rank's group among several disjoint ones; all ranks call it with the same list.
 
-    def reducer(self, network: nn.Module, options: "ReducerOptions") -> Reducer: ...
+        Horovod knows only the groups that the backend was made with, and raises ValueError for others.
+        """
 
-    def barrier(self) -> None: ...
+    def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer: ...
 
     def close(self) -> None:
-        """Leave the world in good order; all ranks call it."""
-
-
-@dataclass(frozen=True)
-class ReducerOptions:
-    """`accumulation`: micro-steps to a step. `half_wire`: send fp16. `deterministic`: sums do not depend on arrival order."""
-
-    accumulation: int = 1
-    half_wire: bool = False
-    deterministic: bool = False
+        """Leave the world without harm to other ranks; all ranks call it."""
 
 
 def broadcast_network(backend: Backend, network: nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers, one message for each type of number."""
+    """Copy rank 0's parameters and buffers to every rank, in one message per dtype."""
     tensors = [tensor.detach() for tensor in network.state_dict(keep_vars=True).values()]
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in of_type])
+        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in of_dtype])
         backend.broadcast_(flat, f"network.{dtype}")
-        for tensor, part in zip(of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True):
+        for tensor, part in zip(of_dtype, flat.split([tensor.numel() for tensor in of_dtype]), strict=True):
             tensor.copy_(part.view(tensor.shape))

@@ -1,4 +1,4 @@
-"""The world over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun or srun."""
+"""The backend over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun or srun."""
 
 import inspect
 import time
@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from distributed.topology import Topology, TopologyError, rendezvous
 
 from .base import Group, Reducer, ReducerOptions
-from .fp16_compression import half_part
+from .fp16_compression import fp16_share
 
 
 class TorchBackend:
-    """See `distributed.backends.base.Backend`."""
+    """Runs collectives over torch.distributed; see `distributed.backends.base.Backend`."""
 
     name = "torch"
     waited_s = 0.0
@@ -28,7 +28,7 @@ class TorchBackend:
     def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         self.topology = topology
         self.device = device
-        # Gloo beside NCCL carries the small objects, which live on the CPU.
+        # Gloo carries the small objects, which are on the CPU.
         transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if topology.launcher == "none":
             dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
@@ -42,8 +42,8 @@ class TorchBackend:
             dist.init_process_group(transport, timeout=timeout)
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(
-                f"{topology.launcher} promised rank {topology.rank} of {topology.size}, torch.distributed has rank "
-                f"{dist.get_rank()} of {dist.get_world_size()}"
+                f"{topology.launcher} set rank {topology.rank} of {topology.size}, but torch.distributed has rank "
+                f"{dist.get_rank()} of {dist.get_world_size()}. Fix: start all processes with one launcher"
             )
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
@@ -66,7 +66,8 @@ class TorchBackend:
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
         mine = None
-        for ranks in rank_groups:  # every rank takes part in the making of every group
+        # Every rank must create every group.
+        for ranks in rank_groups:
             handle = dist.new_group(list(ranks))
             if self.topology.rank in ranks:
                 mine = Group(tuple(ranks), handle)
@@ -75,17 +76,12 @@ class TorchBackend:
     def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
         return _DdpReducer(network, self.device, options)
 
-    def barrier(self) -> None:
-        # NCCL has to be told the device. Bound to the world instead (init_process_group's device_id), it would also make every
-        # group of ranks by a split in which all ranks take part: 192 collectives at start for 192 groups of batch norm.
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
     def close(self) -> None:
         dist.destroy_process_group()
 
 
 def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:
-    """Keyword arguments that keep DistributedDataParallel from broadcasting buffers before each forward pass.
+    """Return the keyword argument that stops DistributedDataParallel from broadcasting buffers before each forward pass.
 
     The argument is `broadcast_buffers` in torch 2.11 and `forward_sync_buffers` in torch 2.14, which warns about the old name.
     """
@@ -94,25 +90,25 @@ def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init
 
 
 class _DdpReducer:
-    """DistributedDataParallel inside the Reducer protocol: buckets and overlap with backward are DDP's own."""
+    """A Reducer on DistributedDataParallel, which fuses gradients into buckets and overlaps them with backward."""
 
     def __init__(self, network: nn.Module, device: torch.device, options: ReducerOptions) -> None:
-        # Said of 1 x 1 convolutions, whose strides are ambiguous: both layouts are the same bytes.
+        # DDP warns about 1 x 1 convolutions, whose strides are ambiguous: both layouts are the same bytes.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP constructor")
         self._ddp = DistributedDataParallel(
             network,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # DDP lays its buckets out anew after the first step, by arrival; a resumed run would then sum its first step in
-            # other parts than the run that it resumes. It leaves them alone when it has to look for unused parameters.
+            # DDP rebuilds its buckets after the first step, in arrival order, so a resumed run would sum its first step in
+            # other buckets than the original run did. It does not rebuild them when it must find unused parameters.
             find_unused_parameters=options.deterministic,
-            # Batch-norm statistics are averaged by our own rule.
+            # distributed.batch_norm averages the running statistics.
             **without_buffer_sync(),
         )
         self.network: nn.Module = self._ddp
-        if options.half_wire:
-            self._ddp.register_comm_hook(dist.get_world_size(), _reduce_in_half)
+        if options.fp16_compression:
+            self._ddp.register_comm_hook(dist.get_world_size(), _reduce_in_fp16)
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -120,11 +116,11 @@ class _DdpReducer:
             yield
 
     def finish(self) -> None:
-        pass  # DDP's backward returns with the reduced gradients in place
+        """Do nothing: DDP's backward returns after it has reduced the gradients."""
 
 
-def _reduce_in_half(size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook for a bucket: its mean over the world, by way of fp16."""
+def _reduce_in_fp16(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the world in fp16, as a DDP communication hook."""
     gradient = bucket.buffer()
-    sent = dist.all_reduce(half_part(gradient, size), async_op=True)
+    sent = dist.all_reduce(fp16_share(gradient, world_size), async_op=True)
     return sent.get_future().then(lambda done: gradient.copy_(done.value()[0]))

@@ -1,4 +1,4 @@
-"""The world over Horovod: NCCL on GPUs, MPI or Gloo on CPUs. Only this file and horovod_rendezvous.py import horovod."""
+"""The backend over Horovod: NCCL on GPUs, MPI or Gloo on CPUs. Only this file and horovod_rendezvous.py import horovod."""
 
 import atexit
 import os
@@ -7,28 +7,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Read by hvd.init(): a group of gradients is never fused with another, so that the order of a sum does not depend on which
+# hvd.init() reads this: Horovod then never fuses two groups of gradients, so that the order of a sum does not depend on which
 # gradient was ready first (see ReducerOptions.deterministic).
 os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
 
 import horovod.torch as hvd
 import torch
+from horovod.runner.http.http_server import RendezvousHTTPServer
 from torch import Tensor, nn
 
 from distributed.topology import Topology, TopologyError, choose_controller
+from runtime.exit_codes import EXIT_CONFIG
 
 from .base import Group, Reducer, ReducerOptions
-from .fp16_compression import half_part
+from .fp16_compression import fp16_share
 from .horovod_rendezvous import prepare_gloo
 
-if not hasattr(hvd, "init"):  # what an installation without its compiled part looks like
+# An installation without the compiled extension imports, but has no functions.
+if not hasattr(hvd, "init"):
     raise ImportError("its extension for torch was not built")
 
-_GROUP_BYTES = 64 << 20  # gradients in one fixed group of the deterministic mode: Horovod's default fusion threshold
+# Gradients in one fixed group of the deterministic mode: Horovod's default fusion threshold.
+_GROUP_BYTES = 64 << 20
 
 
 class HorovodBackend:
-    """See `distributed.backends.base.Backend`."""
+    """Runs collectives over Horovod; see `distributed.backends.base.Backend`."""
 
     name = "horovod"
     waited_s = 0.0
@@ -43,44 +47,30 @@ class HorovodBackend:
     ) -> None:
         self.topology = topology
         self.device = device
-        self._rendezvous = None
-        chosen = choose_controller(controller, topology)
-        if chosen is not None:  # under srun both would work, and Horovod takes MPI wherever it was built with it
-            os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = chosen
-        if chosen == "gloo":
-            self._rendezvous = prepare_gloo(topology, timeout_s)
-        # Its own limit is 30 s: less than a busy node may take, and less than the monitor needs to say who hangs.
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(round(timeout_s)))
-        # No dynamic process sets: with them all ranks meet in each of its cycles, and while one does not come, another that hands
-        # in a tensor waits for Horovod's lock with Python's in its hands, and its control channel falls silent.
-        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "0"
-        if device.type == "cuda":
-            # For the host a reduction is done when it is queued, and torch's stream waits for it on the GPU. Without this the host
-            # waits for the end of each one, and queues no step ahead. The stream that waits is the default one: we use no other.
-            os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
-        everyone = tuple(range(topology.size))
+        self._rendezvous = _prepare_start(topology, device, timeout_s, controller)
+        whole_world = tuple(range(topology.size))
         self._process_sets = {
-            ranks: hvd.ProcessSet(list(ranks)) for ranks in map(tuple, rank_groups) if ranks != everyone
+            ranks: hvd.ProcessSet(list(ranks)) for ranks in map(tuple, rank_groups) if ranks != whole_world
         }
         try:
             hvd.init(process_sets=list(self._process_sets.values()))
         except ValueError as error:
             # Startup failed; Horovod's atexit hook would block on the ranks that did start.
-            atexit.register(os._exit, 2)
+            atexit.register(os._exit, EXIT_CONFIG)
             raise TopologyError(
-                f"Horovod does not start among {topology.size} processes of {topology.launcher}: its words are above. Where a rank "
-                "is invalid, it was built without what this launcher speaks. Fix: make horovod, with MPI installed for mpirun. "
-                "Where process sets are mismatching, ranks have other groups of batch norm. Fix: one configuration for all ranks"
+                f"Horovod did not start on {topology.size} processes of {topology.launcher}; its own message is above. "
+                "If a rank is invalid, Horovod was built without support for this launcher. Fix: make horovod, with MPI "
+                "installed for mpirun. If process sets mismatch, the ranks have different batch-norm groups. "
+                "Fix: one configuration for all ranks"
             ) from error
-        self._process_sets[everyone] = hvd.global_process_set
+        self._process_sets[whole_world] = hvd.global_process_set
         if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):
             raise TopologyError(
-                f"{topology.launcher} promised rank {topology.rank} of {topology.size}, Horovod has rank {hvd.rank()} of "
-                f"{hvd.size()}: it was built without what this launcher speaks. Fix: make horovod, with MPI installed for mpirun"
+                f"{topology.launcher} set rank {topology.rank} of {topology.size}, but Horovod has rank {hvd.rank()} of "
+                f"{hvd.size()}: it was built without support for this launcher. Fix: make horovod, with MPI installed for mpirun"
             )
-
         if hvd.mpi_enabled():
-            _check_node(topology)
+            _check_placement(topology)
 
     def all_reduce_(self, x: Tensor, name: str, group: Group | None = None) -> None:
         started_s = time.perf_counter()
@@ -94,7 +84,7 @@ class HorovodBackend:
         hvd.broadcast_(x, root_rank=0, name=name)
 
     def broadcast_object(self, value: Any) -> Any:
-        # Without a name Horovod takes the value's type for one, which differs where only rank 0 has a value: a deadlock.
+        # Without a name Horovod uses the value's type as the name. Where only rank 0 has a value, the types differ: a deadlock.
         return hvd.broadcast_object(value, root_rank=0, name="object")
 
     def all_gather_objects(self, value: Any) -> list[Any]:
@@ -105,7 +95,7 @@ class HorovodBackend:
         unknown = [ranks for ranks in map(tuple, rank_groups) if ranks not in self._process_sets]
         if unknown:
             raise ValueError(
-                f"Horovod learns of its groups when it starts, and not of {unknown[0]}. Fix: make_backend(rank_groups=)"
+                f"Horovod's groups are fixed when it starts, and {unknown[0]} is not one. Fix: make_backend(rank_groups=)"
             )
         mine = next((ranks for ranks in map(tuple, rank_groups) if self.topology.rank in ranks), None)
         return None if mine is None else Group(mine, self._process_sets[mine])
@@ -113,20 +103,38 @@ class HorovodBackend:
     def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
         return _HorovodReducer(network, options)
 
-    def barrier(self) -> None:
-        hvd.barrier()
-
     def close(self) -> None:
-        hvd.barrier()  # under MPI the others fail if one leaves while they still reduce
+        # Under MPI the other ranks fail if one leaves while they still reduce.
+        hvd.barrier()
         hvd.shutdown()
         if self._rendezvous is not None:
             self._rendezvous.shutdown()
 
 
-def _check_node(topology: Topology) -> None:
-    """Refuse a launcher that places processes otherwise than MPI finds them: two would take one GPU. Needs mpi4py.
+def _prepare_start(
+    topology: Topology, device: torch.device, timeout_s: float, controller: str
+) -> RendezvousHTTPServer | None:
+    """Set the environment that hvd.init() reads; returns the rendezvous server where this rank serves one."""
+    chosen = choose_controller(controller, topology)
+    if chosen is not None:
+        # Under srun both work, and Horovod takes MPI wherever it was built with it.
+        os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = chosen
+    # The default is 30 s: a busy node may need longer, and so does the monitor, to name a rank that hangs.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(round(timeout_s)))
+    # Dynamic process sets synchronize all ranks every cycle. If one rank is stuck, another rank's enqueue blocks on Horovod's
+    # mutex while holding the GIL, which also silences its control thread.
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "0"
+    if device.type == "cuda":
+        # The host returns as soon as a reduction is queued, and torch's stream waits for it on the GPU. Without this the host
+        # waits for each reduction, and cannot queue work ahead. Horovod waits on the default stream, the only one we use.
+        os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
+    return prepare_gloo(topology, timeout_s) if chosen == "gloo" else None
 
-    mpi4py joins the MPI that Horovod has started.
+
+def _check_placement(topology: Topology) -> None:
+    """Raise TopologyError if the launcher's local ranks differ from MPI's: two processes would use one GPU.
+
+    Needs mpi4py, which joins the MPI that Horovod has started.
     """
     try:
         from mpi4py import MPI
@@ -143,7 +151,7 @@ def _check_node(topology: Topology) -> None:
 
 
 class _HorovodReducer:
-    """Horovod's DistributedOptimizer inside the Reducer protocol: its hooks overlap the reduction with backward.
+    """A Reducer on Horovod's DistributedOptimizer, whose hooks overlap the reduction with backward.
 
     The optimizer that it wraps never takes a step.
     """
@@ -156,7 +164,7 @@ class _HorovodReducer:
         self._hooks = hvd.DistributedOptimizer(
             torch.optim.SGD(parameters, lr=0.0),
             named_parameters=named,
-            compression=_Compressor(hvd.size(), options.half_wire),
+            compression=GradientCompressor(hvd.size(), options.fp16_compression),
             backward_passes_per_step=options.accumulation,
             op=hvd.Sum,
             groups=-(-num_bytes // _GROUP_BYTES) if options.deterministic else None,
@@ -164,7 +172,8 @@ class _HorovodReducer:
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
-        yield  # the hooks count micro-steps themselves
+        # Horovod's hooks count micro-steps.
+        yield
 
     def finish(self) -> None:
         if hvd.size() == 1:
@@ -178,7 +187,7 @@ class _HorovodReducer:
 def _wait(handle: int) -> None:
     """Sleep until an operation is done.
 
-    Horovod's own synchronize() spins, and takes a core from the threads that reduce: on 2 cores a step of two processes took
+    Horovod's synchronize() spins, which takes a core from the threads that reduce: on 2 cores a step of two processes took
     1.3 to 1.8 times as long as DDP's, and with this wait about as long (benchmarks/step.py).
     """
     pause_s = 20e-6
@@ -187,15 +196,16 @@ def _wait(handle: int) -> None:
         pause_s = min(2 * pause_s, 500e-6)
 
 
-class _Compressor:
-    """Turns a gradient into what Horovod can send, and back: contiguous, fp32 (or fp64) or fp16, scaled by 1/size.
+class GradientCompressor:
+    """Converts a gradient into a tensor that Horovod can send, and back: contiguous, fp32 (or fp64) or fp16, divided by the
+    world size.
 
-    Scaled before the sum (see `half_part`), and here, because Horovod's grouped reduction ignores its own pre-scaling.
+    Divides before the sum (see `fp16_share`), and here, because Horovod's grouped reduction ignores its prescale_factor.
     """
 
-    def __init__(self, size: int, half_wire: bool) -> None:
-        self._size = size
-        self._half_wire = half_wire
+    def __init__(self, world_size: int, fp16: bool) -> None:
+        self._world_size = world_size
+        self._fp16 = fp16
 
     def compress(self, gradient: Tensor) -> tuple[Tensor, tuple[torch.dtype, bool]]:
         channels_last = gradient.dim() == 4 and not gradient.is_contiguous()
@@ -203,11 +213,12 @@ class _Compressor:
         if not dense.is_contiguous():
             dense, channels_last = gradient.contiguous(), False
         context = (gradient.dtype, channels_last)
-        if self._half_wire:
-            return half_part(dense, self._size), context
-        if gradient.dtype == torch.bfloat16:  # which Horovod cannot reduce
-            return dense.float() * (1.0 / self._size), context
-        return dense.mul_(1.0 / self._size), context
+        if self._fp16:
+            return fp16_share(dense, self._world_size), context
+        # Horovod cannot reduce bfloat16.
+        if gradient.dtype == torch.bfloat16:
+            return dense.float() * (1.0 / self._world_size), context
+        return dense.mul_(1.0 / self._world_size), context
 
     def decompress(self, reduced: Tensor, context: tuple[torch.dtype, bool]) -> Tensor:
         dtype, channels_last = context

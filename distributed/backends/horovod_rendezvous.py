@@ -1,7 +1,7 @@
-"""How Horovod's ranks find each other under plain srun: no MPI, no ssh, no horovodrun.
+"""Horovod's Gloo rendezvous under plain srun: no MPI, no ssh, no horovodrun.
 
-horovodrun would serve a key-value store over HTTP and tell every rank of it in the environment. Here rank 0 serves it, and the
-environment follows from Slurm's.
+horovodrun serves a key-value store over HTTP and passes its address to every rank in the environment. Here rank 0 serves the
+store, and each rank derives that environment from Slurm's.
 """
 
 import os
@@ -16,15 +16,17 @@ from distributed.topology import Topology, TopologyError, rendezvous, tasks_of_n
 
 
 class _Server(RendezvousHTTPServer):  # type: ignore[misc]  # horovod has no types
-    request_queue_size = 4096  # all ranks come at once; the default is 5
+    # All ranks connect at once; the default is 5.
+    request_queue_size = 4096
     daemon_threads = True
-    allow_reuse_address = True  # a job that was requeued to the same node finds its old connections there
+    # The port of a job that was requeued to the same node still has old connections in TIME_WAIT.
+    allow_reuse_address = True
 
 
 def prepare_gloo(topology: Topology, timeout_s: float) -> RendezvousHTTPServer | None:
-    """Set what hvd.init() reads; on rank 0 serve the store until its `shutdown()`, elsewhere wait until it is there.
+    """Set the environment that hvd.init() reads; on rank 0 serve the store until `shutdown()`, elsewhere wait for the store.
 
-    Raises TopologyError when the port is taken, or nobody answers within `timeout_s`.
+    Raises TopologyError when the port is in use, or the store does not answer within `timeout_s`.
     """
     host, port = rendezvous()
     address = _look_up(host, topology)
@@ -34,7 +36,7 @@ def prepare_gloo(topology: Topology, timeout_s: float) -> RendezvousHTTPServer |
         "HOROVOD_SIZE": str(topology.size),
         "HOROVOD_LOCAL_RANK": str(topology.local_rank),
         "HOROVOD_LOCAL_SIZE": str(topology.local_size),
-        # Among the ranks of this local rank, one on each node that has so many.
+        # Rank and size among the processes with this local rank, one on each node that has enough processes.
         "HOROVOD_CROSS_RANK": str(sum(tasks > topology.local_rank for tasks in tasks_per_node[: topology.node])),
         "HOROVOD_CROSS_SIZE": str(sum(tasks > topology.local_rank for tasks in tasks_per_node)),
         "HOROVOD_HOSTNAME": _node_name(topology.node),
@@ -48,7 +50,7 @@ def prepare_gloo(topology: Topology, timeout_s: float) -> RendezvousHTTPServer |
 
 
 def _node_name(node: int) -> str:
-    """Horovod's store tells nodes apart by name alone."""
+    """Return a unique name: Horovod's store distinguishes nodes by name only."""
     return f"node{node}"
 
 
@@ -57,7 +59,7 @@ def _look_up(host: str, topology: Topology) -> str:
         return socket.gethostbyname(host)
     except OSError as error:
         raise TopologyError(
-            f"rank {topology.rank} on {topology.host} cannot look up {host}, where rank 0 is: {error}. "
+            f"rank {topology.rank} on {topology.host} cannot look up {host}, the host of rank 0: {error}. "
             "Fix: MASTER_ADDR=ADDRESS for all tasks"
         ) from None
 
@@ -85,6 +87,6 @@ def _wait_for(address: str, port: int, topology: Topology, timeout_s: float) -> 
             if time.monotonic() > deadline_s:
                 raise TopologyError(
                     f"rank {topology.rank} on {topology.host} waited {timeout_s:.0f} s for rank 0 at {address}:{port}: {error}. "
-                    "Fix: see why rank 0 does not start; open the port between nodes, or MASTER_PORT=ANOTHER"
+                    "Fix: find out why rank 0 does not start; open the port between nodes, or MASTER_PORT=ANOTHER"
                 ) from None
             time.sleep(0.2)

@@ -11,7 +11,7 @@ from .single import SingleBackend
 
 
 def pick_device(wanted: str, topology: Topology) -> torch.device:
-    """This process' device: its own GPU among those it sees, or the CPU."""
+    """Return this process' device: its own GPU among the visible ones, or the CPU."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     device = torch.device("cuda", choose_gpu(torch.cuda.device_count(), topology))
@@ -27,8 +27,11 @@ def make_backend(
     controller: str = "auto",
     rank_groups: Sequence[Sequence[int]] = (),
 ) -> Backend:
-    """Join the world; `controller` is Horovod's, and so are `rank_groups`, all groups that are going to be asked for, the same
-    list on all ranks. Raises TopologyError when the processes found are not those promised."""
+    """Join the world.
+
+    `controller` and `rank_groups` are for Horovod. `rank_groups`: all groups that `Backend.group` will be asked for, the same
+    list on all ranks. Raises TopologyError when the processes are not those that the launcher announced.
+    """
     if name == "single":
         return SingleBackend(topology, device)
     if name == "torch":
@@ -39,6 +42,6 @@ def make_backend(
         from .horovod import HorovodBackend
     except ImportError as error:
         raise TopologyError(
-            f"distributed.backend=horovod, but Horovod does not load here ({error}). Fix: make horovod"
+            f"distributed.backend=horovod, but Horovod cannot be imported ({error}). Fix: make horovod"
         ) from error
     return HorovodBackend(topology, device, timeout_s, controller, rank_groups)

@@ -38,17 +38,14 @@ class SingleBackend:
         return Group((0,))
 
     def reducer(self, network: nn.Module, options: ReducerOptions) -> Reducer:
-        return _LocalReducer(network)
-
-    def barrier(self) -> None:
-        pass
+        return _SingleReducer(network)
 
     def close(self) -> None:
         pass
 
 
-class _LocalReducer:
-    """The mean over one rank is what backward left."""
+class _SingleReducer:
+    """Leaves `.grad` as backward wrote it: the mean over one rank."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -225,18 +225,6 @@ class ControlChannel:
             return self.stop_reason(wanted)
         return None
 
-    def barrier(self, name: str, timeout_s: float) -> None:
-        """Wait for all ranks; raises TimeoutError that names those who did not come. `name` must be new each time."""
-        if self._store is None:
-            return
-        self._store.set(f"barrier/{name}/{self._rank}", "")
-        everyone = {rank: f"barrier/{name}/{rank}" for rank in range(self._size)}
-        try:
-            self._store.wait(list(everyone.values()), timedelta(seconds=timeout_s))
-        except RuntimeError:
-            absent = [rank for rank, key in everyone.items() if not self._store.check([key])]
-            raise TimeoutError(f"after {timeout_s:.0f} s at {name!r}, these ranks are missing: {absent}") from None
-
     def close(self) -> None:
         """Leave in good order, when all ranks have come here; rank 0, which has a report to write, may be late."""
         self.progress(self._place.step, "close")

@@ -178,7 +178,7 @@ def test_what_is_not_a_number_is_named(launcher: str, index: int) -> None:
 def test_what_is_out_of_range_is_refused(launcher: str, values: tuple[str, ...]) -> None:
     environment = ENVIRONMENTS[launcher]
     changed = dict(zip(list(environment)[:4], values, strict=True))
-    refused(environment | changed, "which cannot be", f"rank {values[0]} of {values[1]}")
+    refused(environment | changed, "which is impossible", f"rank {values[0]} of {values[1]}")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
@@ -208,7 +208,7 @@ def test_what_srun_leaves_out_is_refused(name: str) -> None:
     ],
 )
 def test_what_srun_cannot_have_said_is_refused(changed: dict[str, str]) -> None:
-    refused(SRUN | changed, "which cannot be")
+    refused(SRUN | changed, "which is impossible")
 
 
 def test_one_task_of_srun_is_a_world_of_one() -> None:

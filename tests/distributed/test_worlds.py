@@ -242,10 +242,9 @@ def test_a_rank_with_another_configuration_is_named(results: Results, world: Wor
             assert "seed" in message and "99" in message and set(named) <= set(odd), message
 
 
-def test_a_barrier_names_who_is_missing(results: Results, world: World) -> None:
-    message = results.of("missing_at_barrier")[0]
-    expected = "" if world.size == 1 else f"these ranks are missing: {list(range(1, world.size))}"
-    assert message.endswith(expected)
+def test_the_first_reason_to_stop_counts_on_all_ranks(results: Results) -> None:
+    for (reason,) in results.of("stop_reasons"):
+        assert reason == "SIGUSR1"
 
 
 def test_ranks_stop_behind_the_same_step(results: Results) -> None:
@@ -333,7 +332,7 @@ def test_diagnostics_are_those_of_plain_autograd(results: Results) -> None:
 
 
 def test_half_precision_wire_does_not_overflow_where_the_mean_does_not(results: Results, world: World) -> None:
-    for means in results.of("half_wire"):
+    for means in results.of("fp16_compression"):
         assert means.pop("too large") == (70000.0 if world.size == 1 else math.inf)
         assert means.pop("sum of fp16") == (60000.0 if world.size == 1 else math.inf)
         assert means == pytest.approx(dict.fromkeys(means, 60000.0), rel=1e-3)
@@ -371,7 +370,7 @@ def test_a_rank_that_others_wait_for_leaves_them_their_other_threads(name: str) 
 DISAGREEING = """
 import sys
 import torch
-from distributed.backend import make_backend
+from distributed.backends.make import make_backend
 from distributed.topology import TopologyError, find_topology
 topology = find_topology()
 groups = {"number": [[[0], [1]], []], "ranks": [[[0]], [[1]]]}[sys.argv[1]][topology.rank]

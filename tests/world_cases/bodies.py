@@ -91,6 +91,11 @@ def start(folder: Path) -> Context:
     return Context(folder, backend, ControlChannel(backend))
 
 
+def wait_for_all(backend: Backend) -> None:
+    """Return when every rank has called this."""
+    backend.all_gather_objects(None)
+
+
 def halves(size: int) -> list[list[int]]:
     """The groups that all bodies do with, beside the whole world."""
     return [list(range(size // 2)), list(range(size // 2, size))] if size > 1 else [[0]]
@@ -147,7 +152,7 @@ def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, 
     job.trainer.step = step  # type: ignore[method-assign, assignment]
     if context.backend.topology.rank == 0:
         job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    context.backend.barrier()
+    wait_for_all(context.backend)
     records = Records(config, job.folder, context.backend.topology.rank == 0, job.first_step, job.recipe.total_steps)
     assert train(job, records) == 0
     records.close(0)
@@ -176,7 +181,7 @@ def resumed(context: Context) -> bool:
     if context.backend.topology.rank == 0:
         half_way = "checkpoints/step-00000010"
         shutil.copytree(context.folder / "groups_of_4" / half_way, context.folder / "resumed" / half_way)
-    context.backend.barrier()
+    wait_for_all(context.backend)
     minutes = "checkpoint.every_minutes=0.0001"
     return trained(context, "resumed", *VARIANTS["groups_of_4"], minutes, narrow=True).first_step == 10
 
@@ -340,14 +345,14 @@ def measured_step(context: Context) -> dict[str, Any]:
     return {"values": diagnostics.values(), "small_square": small_square, "norms": norms, "weights": weights}
 
 
-def half_wire(context: Context) -> dict[str, float]:
+def fp16_compression(context: Context) -> dict[str, float]:
     """Gradients whose mean fp16 can hold and whose sum, or largest part, it cannot."""
     backend = context.backend
     rank, size = backend.topology.rank, backend.topology.size
 
     def mean(gradient: float, deterministic: bool = False) -> float:
         layer = nn.Linear(4, 1, bias=False)
-        reducer = backend.reducer(layer, ReducerOptions(half_wire=True, deterministic=deterministic))
+        reducer = backend.reducer(layer, ReducerOptions(fp16_compression=True, deterministic=deterministic))
         with reducer.micro_step(last=True):
             (reducer.network(torch.ones(1, 4)) * gradient).sum().backward()
         reducer.finish()
@@ -415,24 +420,21 @@ def disagreement(context: Context) -> str:
     return ""
 
 
-def missing_at_barrier(context: Context) -> str:
-    """Rank 0 waits for a rank that does not come."""
-    topology = context.backend.topology
-    message = ""
-    if topology.size > 1 and topology.rank == 0:
-        try:
-            context.control.barrier("nobody", timeout_s=0.5)
-        except TimeoutError as error:
-            message = str(error)
-    context.backend.barrier()
-    return message
+def stop_reasons(context: Context) -> list[str]:
+    """After `agreed_stop` every rank gives a reason of its own too late: the first one, the last rank's, counts on all."""
+    own = f"too late, from rank {context.backend.topology.rank}"
+    context.control.request_stop(own)
+    wanted = "SIGUSR1" if context.backend.topology.size == 1 else own
+    wait_for_all(context.backend)
+    assert context.control.stop_wanted(wanted)
+    return [context.control.stop_reason(wanted)]
 
 
 def agreed_stop(context: Context) -> list[int]:
-    """The last rank wants to stop at step 3; every rank must leave behind the same step."""
+    """The last rank wants to stop at step 3; every rank must stop after the same step."""
     topology = context.backend.topology
     for step in range(20):
-        context.backend.barrier()  # stands for the step's reduction
+        context.backend.all_reduce_(torch.zeros(1), "test.step")
         wanted = "SIGUSR1" if step >= 3 and topology.rank == topology.size - 1 else None
         if context.control.agreed_stop(step, 0, wanted) is not None:
             return [step]
@@ -454,7 +456,6 @@ BODIES: list[Callable[[Context], Any]] = [
     running_statistics,
     batch_norm_over_ranks,
     disagreement,
-    missing_at_barrier,
     equivalence,
     resumed,
     deterministic,
@@ -462,8 +463,10 @@ BODIES: list[Callable[[Context], Any]] = [
     bad_steps_in_a_run,
     scaled_and_clipped,
     measured_step,
-    half_wire,
+    fp16_compression,
     reduced_gradients,
     no_leftovers,
-    agreed_stop,  # last: a stop that was agreed on stays agreed on, and would end every run behind it
+    # Last: a stop that was agreed on stays agreed on, and would end every later run.
+    agreed_stop,
+    stop_reasons,
 ]

@@ -13,7 +13,7 @@ one machine repeated themselves all the same, as they happened to arrive alike, 
 | micro-steps are summed, not averaged | the loss is divided | test_worlds: weights_after_20_steps[groups_of_2_accumulated] |
 | hvd.SyncBatchNorm: GPUs and the whole world alone | batch norm of our own | test_worlds: weights_after_20_steps[groups_of_4], test_batch_norm |
 | clipping and loss scale in front of the reduction | the order in Trainer | test_worlds: loss_scale_clipping_and_accumulation; test_step: the_loss_scale_is_off_before_the_clipping |
-| the stall inspector is silent under Gloo | the control channel, and the monitor's hang detection | test_worlds: a_barrier_names_who_is_missing; test_faults: a_stopped_rank_is_named_with_the_stacks_of_all (a hang within a collective) |
+| the stall inspector is silent under Gloo | the control channel, and the monitor's hang detection | test_monitor: ranks_that_never_come_are_named; test_faults: a_stopped_rank_is_named_with_the_stacks_of_all (a hang within a collective) |
 | grouped reduction ignores its pre-scaling | pre-scaling in the compressor | below; test_worlds: half_precision_wire ("in fixed groups") |
 | fusion by arrival order | fixed groups, never fused | test_worlds: deterministic_mode_repeats (4 ranks) |
 | DDP lays buckets out anew after step 1 | find_unused_parameters in that mode | test_worlds: deterministic_mode_repeats (the resumed run) |
@@ -31,7 +31,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed.backends.fp16_compression import half_part
+from distributed.backends.fp16_compression import fp16_share
 
 SUMMIT = 1536  # ranks of the published run
 
@@ -66,14 +66,14 @@ def tree_sum(parts_RN: Tensor) -> Tensor:
 def compressor_of() -> Any:
     """Makes the compressor for a world of any size."""
     try:
-        from distributed.backends.horovod import _Compressor
+        from distributed.backends.horovod import GradientCompressor
     except ImportError as error:
         pytest.skip(f"Horovod is not built here (make horovod): {error}")
-    return _Compressor
+    return GradientCompressor
 
 
 def test_a_sum_of_1536_fp16_gradients_overflows_unless_they_are_divided_first(compressor_of: Any) -> None:
-    compressor = compressor_of(SUMMIT, half_wire=True)
+    compressor = compressor_of(SUMMIT, fp16=True)
     for gradient in (60.0, 60000.0):
         gradients_RN = torch.full((SUMMIT, 3), gradient)
         assert ring_sum(gradients_RN.half()).isinf().all()
@@ -93,7 +93,7 @@ def test_noisy_gradients_lose_little_to_a_half_precision_ring() -> None:
     gradients_RN = 1e-2 * torch.randn(SUMMIT, 1000, generator=torch.Generator().manual_seed(0)) + 1e-3
     scale = 65536.0  # of the loss, which fp16 arithmetic has
     mean_N = (
-        ring_sum(torch.stack([half_part(gradient_N * scale, SUMMIT) for gradient_N in gradients_RN])).float() / scale
+        ring_sum(torch.stack([fp16_share(gradient_N * scale, SUMMIT) for gradient_N in gradients_RN])).float() / scale
     )
     exact_N = gradients_RN.double().mean(0).float()
     assert (mean_N - exact_N).norm() / exact_N.norm() < 0.02
@@ -101,22 +101,22 @@ def test_noisy_gradients_lose_little_to_a_half_precision_ring() -> None:
 
 def test_the_division_comes_before_the_rounding() -> None:
     """A local gradient that fp16 cannot hold has a part of the mean that it can."""
-    assert half_part(torch.tensor([1e7]), SUMMIT).item() == pytest.approx(1e7 / SUMMIT, rel=1e-3)
-    assert half_part(torch.tensor([1e9]), SUMMIT).isinf().all()  # the mean itself is too large: a bad step
+    assert fp16_share(torch.tensor([1e7]), SUMMIT).item() == pytest.approx(1e7 / SUMMIT, rel=1e-3)
+    assert fp16_share(torch.tensor([1e9]), SUMMIT).isinf().all()  # the mean itself is too large: a bad step
 
 
 def test_small_gradients_need_the_loss_scale_on_a_half_precision_wire() -> None:
     """Documents the other end of fp16 in a large world: 1e-5 is an ordinary gradient."""
-    assert half_part(torch.tensor([1e-5]), SUMMIT).item() == 0
-    scaled = half_part(torch.tensor([1e-5 * 65536]), SUMMIT).float() * SUMMIT / 65536
+    assert fp16_share(torch.tensor([1e-5]), SUMMIT).item() == 0
+    scaled = fp16_share(torch.tensor([1e-5 * 65536]), SUMMIT).float() * SUMMIT / 65536
     assert scaled.item() == pytest.approx(1e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("half_wire", [False, True])
+@pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_what_is_sent_is_contiguous_and_comes_back_as_it_was(
-    layout: str, dtype: torch.dtype, half_wire: bool, compressor_of: Any
+    layout: str, dtype: torch.dtype, fp16: bool, compressor_of: Any
 ) -> None:
     gradient = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(dtype)
     if layout == "channels_last":
@@ -124,10 +124,10 @@ def test_what_is_sent_is_contiguous_and_comes_back_as_it_was(
     if layout == "transposed":
         gradient = gradient.transpose(0, 1)
     expected, stride = gradient.clone() / 4, gradient.stride()
-    compressor = compressor_of(4, half_wire)
+    compressor = compressor_of(4, fp16)
     sent, context = compressor.compress(gradient)
     assert sent.is_contiguous()
-    assert sent.dtype == (torch.float16 if half_wire else torch.float32)
+    assert sent.dtype == (torch.float16 if fp16 else torch.float32)
     received = compressor.decompress(sent, context)
     assert received.dtype == dtype
     assert layout == "transposed" or received.stride() == stride
