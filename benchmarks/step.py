@@ -41,7 +41,7 @@ from training.build.numerics import set_numerics
 from training.config import schema
 from training.job import Job, build_job
 from training.loop import train
-from training.telemetry.metrics_log import Records
+from training.telemetry.metrics_log import MetricsLog
 from tsm.networks import build_network
 
 NUM_CLASSES = 10
@@ -200,7 +200,7 @@ def compare(setting: Setting, backend: Backend, control: ControlChannel, config:
     turns = TurnTaking(setting, batches, make_plain_step(config, setting, backend))
     if backend.topology.rank == 0:
         job.folder.checkpoints.mkdir(parents=True)
-    records = Records(config, job.folder, backend.topology.rank == 0, 0, job.recipe.total_steps)
+    records = MetricsLog(config, job.folder, backend.topology.rank == 0, 0, job.recipe.total_steps)
     train(MemoryJob(**vars(job), turns=turns), records)
     records.close(0)
     return turns

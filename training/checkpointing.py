@@ -8,7 +8,7 @@ from distributed.checkpoint.store import Checkpoint, CheckpointError
 from distributed.checkpoint.writer import CheckpointWriter, Written
 from training.optim.optimizers import step_counts
 from training.runs.resume import STATISTICS_BY_RANK, state_tensors
-from training.telemetry.metrics_log import Records
+from training.telemetry.metrics_log import MetricsLog
 
 from .job import Job
 
@@ -18,7 +18,7 @@ _LAST_WRITE_LIMIT_S = 10.0  # of a run that failed: less than what the other ran
 class Saves:
     """The checkpoints of one run; all ranks make it, and save together."""
 
-    def __init__(self, job: Job, records: Records) -> None:
+    def __init__(self, job: Job, records: MetricsLog) -> None:
         self._job, self._records = job, records
         self._writer: CheckpointWriter | None = None
         if job.backend.topology.rank == 0:
@@ -111,7 +111,7 @@ class Saves:
             self._newest_step = written.step
             self._records.write("checkpoint", written.step, **times)
             return
-        self._records.say(
+        self._records.info(
             f"NO CHECKPOINT at step {written.step}: {written.failed}{'' if self._finishing else '. Training goes on'}"
         )
         self._records.write("checkpoint", written.step, **times, failed=written.failed)

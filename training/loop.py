@@ -5,11 +5,11 @@ from collections import deque
 import torch
 
 from runtime.exit_codes import EXIT_DONE
-from training.evaluation.evaluate import Abandoned
+from training.evaluation.evaluate import EvaluationStopped
 from training.evaluation.validate import validate
 from training.optim.gradient_diagnostics import Diagnostics
-from training.telemetry.interval import Window
-from training.telemetry.metrics_log import Records
+from training.telemetry.interval import LogInterval
+from training.telemetry.metrics_log import MetricsLog
 
 from .checkpointing import Saves, check_finished
 from .job import Job
@@ -18,14 +18,14 @@ from .signals import StopSignal
 STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
 
 
-def train(job: Job, records: Records) -> int:
+def train(job: Job, records: MetricsLog) -> int:
     """Train to the recipe's end, or to a stop that all ranks agree on; the exit code."""
     config, recipe, control = job.config, job.recipe, job.control
     epoch_ends = {recipe.epoch_end_step(epoch): epoch for epoch in range(1, int(recipe.epochs) + 2)}
     last_step = min(recipe.total_steps, config.max_steps or recipe.total_steps)
     plan = job.execution.stream_positions(job.backend.topology.rank, job.first_step, last_step)
     batches = job.loader(job.training_clips).batches(plan)
-    window = Window(job)
+    window = LogInterval(job)
     diagnostics = _diagnostics(job) if config.logger.diagnostics else None
     in_flight = _StepsInFlight(job.backend.device)
     with StopSignal() as signal, Saves(job, records) as saves:
@@ -34,7 +34,7 @@ def train(job: Job, records: Records) -> int:
             """Whether the checkpoint behind it is to be kept as the best so far; and why the job stops, where that cut it off."""
             try:
                 best = validate(job, records, step, lambda: control.stop_wanted(signal.received))
-            except Abandoned:
+            except EvaluationStopped:
                 return False, control.stop_reason(signal.received)
             return best and config.checkpoint.keep_best, None
 
@@ -86,7 +86,7 @@ def train(job: Job, records: Records) -> int:
             return EXIT_DONE
         saved = "with a checkpoint" if failed is None else f"with none behind step {saves.newest_step}"
         owing = ", and the evaluation there still to be made" if owed else ""
-        records.say(
+        records.info(
             f"stopped by {stop} after step {taken}, {saved}{owing}: the same command with run_id={config.run_id} goes on"
         )
         return StopSignal.EXIT_CODES[stop]

@@ -21,7 +21,7 @@ from training.config.schema import Config
 from training.planning.summary import describe_plan
 from training.report.html import write_report
 from training.runs.restarts import check_progress
-from training.telemetry.metrics_log import Records
+from training.telemetry.metrics_log import MetricsLog
 
 from .errors import ConfigError, DataError, DivergedError, NoProgressError
 from .job import Job, build_job
@@ -121,10 +121,10 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
             check_progress(job.folder.provenance, job.folder.outcome, job.first_step)
         job.folder.create(config, backend.topology, hosts, job.first_step)
     control.open_log(job.folder.path)
-    records = Records(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.journal)
+    records = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.journal)
     code = EXIT_FAILURE
     try:
-        records.say(describe_plan(job))
+        records.info(describe_plan(job))
         # For the report.
         told = {"schedule": asdict(job.recipe.schedule), "steps_per_epoch": job.recipe.steps_per_epoch}
         records.write("start", job.first_step, world_size=backend.topology.size, backend=backend.name, **told)

@@ -15,7 +15,7 @@ from tests.helpers.jobs import Ended, RunningJob, make_clips, start_training
 from tests.helpers.worlds import World, available
 from tests.world_cases.bodies import Context, job_of, start
 from training.loop import STEPS_IN_FLIGHT, train
-from training.telemetry.metrics_log import Records
+from training.telemetry.metrics_log import MetricsLog
 
 pytestmark = pytest.mark.fake_gpu
 
@@ -97,7 +97,7 @@ def test_the_loop_waits_only_to_stay_a_few_steps_ahead(context: Context) -> None
 
     job.trainer.step = step  # type: ignore[method-assign, assignment]
     job.folder.checkpoints.mkdir(parents=True)
-    records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
+    records = MetricsLog(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
     assert train(job, records) == 0
     records.close(0)
     for before, after in zip(seen[STEPS_IN_FLIGHT + 1 :], seen[STEPS_IN_FLIGHT + 2 :], strict=False):

@@ -31,7 +31,7 @@ from training.main import join_world
 from training.optim.gradient_diagnostics import Diagnostics
 from training.optim.optimizers import optimizer_tensors
 from training.runs.resume import check_agreement
-from training.telemetry.metrics_log import Records
+from training.telemetry.metrics_log import MetricsLog
 from tsm.networks import TemporalNetwork, build_network
 
 from .bodies_batch_norm import batch_norm_over_ranks
@@ -153,7 +153,7 @@ def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, 
     if context.backend.topology.rank == 0:
         job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     wait_for_all(context.backend)
-    records = Records(config, job.folder, context.backend.topology.rank == 0, job.first_step, job.recipe.total_steps)
+    records = MetricsLog(config, job.folder, context.backend.topology.rank == 0, job.first_step, job.recipe.total_steps)
     assert train(job, records) == 0
     records.close(0)
     return job

@@ -15,7 +15,7 @@ from training.build.numerics import autocast
 from .metrics import ClipLogits, Scores, scores_of
 
 
-class Abandoned(Exception):
+class EvaluationStopped(Exception):
     """An evaluation that was left before its end, because the job is to stop; all ranks raise it together."""
 
 
@@ -67,7 +67,7 @@ def evaluate(
     Each rank fills its rows of a zeroed (N, K) matrix; one sum over ranks then gathers them exactly, in the clips' order on
     every world, with no pickling: 32 MB for the 20,000 clips and 400 classes of Kinetics, of the size of a step's gradients.
     No rank waits for another before that. So a rank that hears that the job is to stop leaves its other batches out, and
-    whether any has done so is what all ask first when they meet. Raises Abandoned where it is so.
+    whether any has done so is what all ask first when they meet. Raises EvaluationStopped where it is so.
     """
     manifest = clips.source.manifest
     views = clips.protocol.views
@@ -106,8 +106,8 @@ def evaluate(
 
 
 def leave_together(backend: Backend, unwanted: bool) -> None:
-    """Raise Abandoned on all ranks when any of them says so; collective."""
+    """Raise EvaluationStopped on all ranks when any of them says so; collective."""
     leaving = torch.tensor([float(unwanted)], device=backend.device)
     backend.all_reduce_(leaving, "evaluation.unwanted")
     if leaving.item():
-        raise Abandoned
+        raise EvaluationStopped

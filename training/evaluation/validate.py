@@ -15,15 +15,15 @@ from distributed.batch_norm.running_statistics import (
 from training.build.numerics import autocast
 from training.job import Job
 from training.telemetry.bad_clips import too_many
-from training.telemetry.metrics_log import Records
+from training.telemetry.metrics_log import MetricsLog
 
-from .evaluate import Abandoned, Evaluation, assess, leave_together
+from .evaluate import Evaluation, EvaluationStopped, assess, leave_together
 
 
-def validate(job: Job, records: Records, step: int, unwanted: Callable[[], bool]) -> bool:
+def validate(job: Job, records: MetricsLog, step: int, unwanted: Callable[[], bool]) -> bool:
     """Score the validation clips and write it down; whether it is the best evaluation of the run so far.
 
-    Raises Abandoned, on all ranks, when one of them finds the evaluation `unwanted` before it is done; nothing has changed then.
+    Raises EvaluationStopped on all ranks when one of them finds the evaluation `unwanted` before its end; nothing has changed then.
     """
     started_s = time.monotonic()
     evaluation = score(job, step, unwanted)
@@ -35,7 +35,7 @@ def validate(job: Job, records: Records, step: int, unwanted: Callable[[], bool]
     protocol = job.validation_clips.protocol.name
     how = {"protocol": protocol, "amp": job.config.evaluation.amp}
     records.write("evaluation", step, epoch=epoch, duration_s=duration_s, **how, **scores.as_dict())
-    records.say(scores.describe(f"step {step:6d}  validation"))
+    records.info(scores.describe(f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
         raise too_many(job, f"{scores.missing} validation clips are missing", missing)
     best = scores.top1_percent > job.best_top1_percent
@@ -46,7 +46,7 @@ def validate(job: Job, records: Records, step: int, unwanted: Callable[[], bool]
 def score(job: Job, step: int, unwanted: Callable[[], bool] = lambda: False) -> Evaluation:
     """Evaluate after `step` steps on the validation clips: the weights, or their average, with statistics that all ranks share.
 
-    Raises Abandoned as `validate` does.
+    Raises EvaluationStopped as `validate` does.
     """
     trainer, network = job.trainer, job.trainer.network
     own_S = own_running_statistics(network)
@@ -67,7 +67,7 @@ def score(job: Job, step: int, unwanted: Callable[[], bool] = lambda: False) -> 
                 progress=lambda _: job.control.progress(step - 1, "evaluation"),
                 unwanted=unwanted,
             )
-    except Abandoned:
+    except EvaluationStopped:
         set_running_statistics(network, own_S)  # whoever makes this evaluation anew begins with the same
         raise
 

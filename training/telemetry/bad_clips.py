@@ -4,7 +4,7 @@ from pipelines.loading.clips import BadClipRecord, ClipBatch
 from training.errors import DataError
 from training.job import Job
 
-from .metrics_log import Records
+from .metrics_log import MetricsLog
 
 
 class BadClips:
@@ -28,7 +28,7 @@ class BadClips:
         """On this rank since the last report."""
         return len(self._noted)
 
-    def report(self, records: Records) -> None:
+    def report(self, records: MetricsLog) -> None:
         """Write down all ranks' clips since the last report; collective. Raises DataError when too many were replaced."""
         job = self._job
         everywhere = [pair for part in job.backend.all_gather_objects(self._noted) for pair in part]
@@ -36,7 +36,7 @@ class BadClips:
             records.bad_clip(job.folder, split="train", step=step, **vars(record))
         self._seen += len(everywhere)
         self._noted.clear()
-        records.say(f"{self._seen} undecodable training clips were replaced so far: see {job.folder.bad_clips.name}")
+        records.info(f"{self._seen} undecodable training clips were replaced so far: see {job.folder.bad_clips.name}")
         if self._seen > job.config.data.max_bad_clips:
             bad = [record for _, record in everywhere]
             raise too_many(job, f"{self._seen} training clips could not be decoded", bad)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from training.errors import DivergedError
 from training.job import Job
 
-from .metrics_log import Records
+from .metrics_log import MetricsLog
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BadSteps:
         self._in_a_row = 0
         self._seen = 0
 
-    def report(self, steps: list[tuple[BadStep, bool]], records: Records) -> None:
+    def report(self, steps: list[tuple[BadStep, bool]], records: MetricsLog) -> None:
         """Take in the steps since the last report, in order, each with whether it was bad; collective where any was.
 
         Raises DivergedError when too many of them came in a row.
@@ -47,7 +47,7 @@ class BadSteps:
                     "schedule.warmup_epochs, or set optimizer.clip_norm, or numerics.amp=bfloat16 in place of float16"
                 )
 
-    def _write_down(self, bad: list[BadStep], records: Records) -> str:
+    def _write_down(self, bad: list[BadStep], records: MetricsLog) -> str:
         """A line for each in the run folder; in words, where the losses were not finite."""
         by_rank = self._job.backend.all_gather_objects([(step.rows, step.loss) for step in bad])
         ranks = set()
@@ -59,7 +59,7 @@ class BadSteps:
         self._seen += len(bad)
         records.write("bad_steps", bad[-1].step + 1, steps=[step.step for step in bad], since_start=self._seen)
         where = f"losses were not finite on ranks {sorted(ranks)}" if ranks else "losses were finite on all ranks"
-        records.say(
+        records.info(
             f"{len(bad)} steps were rolled back, the last of them step {bad[-1].step}: their gradient was not finite; {where}. "
             f"Clips: {self._job.folder.bad_steps.name}"
         )

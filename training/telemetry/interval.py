@@ -14,11 +14,11 @@ from training.job import Job
 from .bad_clips import BadClips
 from .bad_steps import BadStep, BadSteps
 from .input_stalls import WARM_UP_STEPS, ClipWorkers, InputWatch
-from .metrics_log import Records
+from .metrics_log import MetricsLog
 from .stragglers import BusyClock, Stragglers
 
 
-class Window:
+class LogInterval:
     """The steps since the last training record, of which the device keeps the sums and the host the times.
 
     Shapes: S steps, R ranks; the 4 of a step are as Trainer.step returns them.
@@ -61,7 +61,7 @@ class Window:
         self._unsettled.append((step, [batch.row_N for batch in micro_batches], totals))
         self._steps += 1
 
-    def settle(self, records: Records) -> None:
+    def settle(self, records: MetricsLog) -> None:
         """Learn how the steps went since the last time; the one place in the loop where a host waits for its device.
 
         Raises DivergedError when too many of them were bad.
@@ -80,7 +80,7 @@ class Window:
         self._unsettled.clear()
         self._bad_steps.report(steps, records)
 
-    def record(self, step: int, records: Records, save_here: bool) -> bool:
+    def record(self, step: int, records: MetricsLog, save_here: bool) -> bool:
         """Join the ranks' sums and write a training record of the steps that were not bad, if any.
 
         Returns whether any rank wants to save here: what rank 0's clock says rides on the message of the sums.
@@ -100,7 +100,7 @@ class Window:
         duration_s = time.monotonic() - self._started_s
         said = self._input.add(self._steps, duration_s, input_R.max().item())
         if said:
-            records.say(f"step {step:6d}  {said}")
+            records.info(f"step {step:6d}  {said}")
         if clips:
             records.train(
                 step,
@@ -118,12 +118,12 @@ class Window:
         self.restart()
         return bool(save_now)
 
-    def close(self, step: int, records: Records) -> None:
+    def close(self, step: int, records: MetricsLog) -> None:
         """Say what the whole run waited for its clips."""
         percent = self._input.wait_percent
         if percent is not None:
             records.write("input", step, wait_percent=percent)
-            records.say(f"after the first {WARM_UP_STEPS} steps the steps waited for clips {percent:.1f}% of the time")
+            records.info(f"after the first {WARM_UP_STEPS} steps the steps waited for clips {percent:.1f}% of the time")
 
     def _batch_norm_cost(self, messages_s: float, steps: int) -> dict[str, float]:
         """What this rank's messages of batch norm over ranks took; on GPUs the host does not see it."""
@@ -131,7 +131,7 @@ class Window:
             return {}
         return {"batch_norm_messages_s": messages_s / max(1, steps)}
 
-    def _name_stragglers(self, step: int, own_R: Tensor, queued_R: Tensor, steps: int, records: Records) -> None:
+    def _name_stragglers(self, step: int, own_R: Tensor, queued_R: Tensor, steps: int, records: MetricsLog) -> None:
         stragglers = self._stragglers.add(own_R, queued_R, steps)
         if not stragglers:
             return
@@ -139,7 +139,7 @@ class Window:
         for straggler in stragglers:
             host = hosts[straggler.rank]
             why = f"; it waits for cores of {host}, which other programs have" if straggler.queued else ""
-            records.say(
+            records.info(
                 f"rank {straggler.rank} on {host} holds the others up: it is busy for {straggler.busy_s:.3f} s a step, the median "
                 f"rank for {straggler.median_busy_s:.3f} s{why}"
             )

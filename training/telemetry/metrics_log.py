@@ -18,7 +18,7 @@ from training.config.schema import Config
 from training.runs.run_folder import RunFolder, git
 
 
-class Records:
+class MetricsLog:
     """Rank 0's records; on other ranks every method does nothing, but that their logs hear what is said.
 
     A record is a JSON line `{"kind", "time_s", "step", ...}`; units are in the names.
@@ -47,7 +47,7 @@ class Records:
         if config.logger.wandb != "disabled":
             self._wandb = _start_wandb(config, folder.path)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for whoever watches, and for this rank's log."""
         if self._journal is not None:
             self._journal.note(text)
@@ -75,7 +75,7 @@ class Records:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(loss=f"{values['loss']:.3f}", top1=f"{values['top1_percent']:.1f}%")
         else:
-            self.say(
+            self.info(
                 f"step {step:6d}  loss {values['loss']:.4f}  top-1 {values['top1_percent']:5.1f}%  "
                 f"lr {values['learning_rate']:.4g}  {values['clips_per_s']:.1f} clips/s  "
                 f"input wait {values['input_wait_percent']:.1f}%"
@@ -93,7 +93,7 @@ class Records:
                 with path.open("ab", buffering=0) as file:
                     self._put(file, values)
             except OSError as error:
-                self.say(f"NO RECORD in {path}: {error}. Training goes on")
+                self.info(f"NO RECORD in {path}: {error}. Training goes on")
 
     def _put(self, file: FileIO, values: dict[str, Any]) -> None:
         """A line; on a disk that is full it is lost, which is said once, and the run goes on."""
@@ -103,7 +103,7 @@ class Records:
         except OSError as error:
             refused = error
         if refused is not None and not self._refused:
-            self.say(f"NO RECORDS in {file.name}: {refused}. Training goes on")
+            self.info(f"NO RECORDS in {file.name}: {refused}. Training goes on")
         self._refused = refused is not None
 
     def close(self, exit_code: int) -> None:

@@ -30,7 +30,7 @@ from training.job import Job
 from training.loop import train as train_loop
 from training.runs.code_version import DECIDES_NUMBERS, check_code, code_version, decides_numbers
 from training.runs.run_folder import RunFolder
-from training.telemetry.metrics_log import Records, read_metrics
+from training.telemetry.metrics_log import MetricsLog, read_metrics
 
 # --- Other code -------------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ def run_with(
 
     job.trainer.step = step  # type: ignore[method-assign, assignment]
     job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    records = Records(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
+    records = MetricsLog(job.config, job.folder, True, job.first_step, job.recipe.total_steps)
     try:
         assert train_loop(job, records) == exit_code
     finally:
