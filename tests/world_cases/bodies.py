@@ -24,7 +24,7 @@ from pipelines.stream.augmentation import dropout_seeds
 from training.config.load import from_composed, register
 from training.config.schema import Config
 from training.errors import ConfigError, DivergedError
-from training.evaluation.validate import score
+from training.evaluation.validate import evaluate_weights
 from training.job import Job, build_job
 from training.loop import train
 from training.main import join_world
@@ -165,7 +165,7 @@ def equivalence(context: Context) -> dict[str, Any]:
     for name, overrides in VARIANTS.items():
         narrow = name != "whole_world"
         job = trained(context, name, *overrides, narrow=narrow)
-        scores[name] = score(job, job.recipe.total_steps).scores.as_dict()
+        scores[name] = evaluate_weights(job, job.recipe.total_steps).scores.as_dict()
         if context.backend.topology.size == 1 and narrow:
             whole = [
                 option

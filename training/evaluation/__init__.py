@@ -1,1 +1,1 @@
-"""Evaluation: metrics, protocols, saved logits, ensembles."""
+"""Evaluation: metrics, saved logits, ensembles, and the command of evaluate.py."""

@@ -1,4 +1,4 @@
-"""An ensemble: the mean of logits that several evaluations of the same clips saved, scored without network or clips."""
+"""Average the saved logits of several evaluations of the same clips (an ensemble), and score the mean."""
 
 import json
 import sys
@@ -19,9 +19,9 @@ from .saved_logits import load_logits
 
 
 def ensemble(paths: Sequence[Path], weights: Sequence[float]) -> tuple[ClipLogits, list[int] | None]:
-    """The weighted mean of saved logits, and the classes' order groups. No weights: equal ones.
+    """Return the weighted mean of saved logits, and the classes' order groups. No weights: equal weights.
 
-    The mean is taken of logits, before the softmax, as in the official test code. A clip counts where every file has seen it.
+    Logits are averaged before the softmax, as in the official test code. A clip counts if it was decoded for every file.
     Raises ConfigError for files of different clips or classes.
     """
     parts = [load_logits(path) for path in paths]
@@ -40,7 +40,7 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float]) -> tuple[ClipLogit
 
 
 def run_ensemble(composed: Any) -> int:
-    """Score the ensemble that `evaluation.ensemble` names, on one process; returns the exit code (training.errors)."""
+    """Score the ensemble that `evaluation.ensemble` names, in one process. Returns the exit code (runtime.exit_codes)."""
     try:
         paths, weights = _checked(OmegaConf.merge(OmegaConf.structured(EvaluationConfig), composed.evaluation))
         clip_logits, order_groups = ensemble(paths, weights)
@@ -48,16 +48,16 @@ def run_ensemble(composed: Any) -> int:
         print(f"error (ensemble): {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     scores = scores_of(clip_logits, order_groups)
-    print(scores.describe(f"ensemble of {len(paths)}, over the clips that all of them have seen"), flush=True)
-    said = {"ensemble": [str(path) for path in paths], "weights": weights, **scores.as_dict()}
-    print(json.dumps(said), flush=True)
+    print(scores.describe(f"ensemble of {len(paths)}, over the clips that all of them decoded"), flush=True)
+    fields = {"ensemble": [str(path) for path in paths], "weights": weights, **scores.as_dict()}
+    print(json.dumps(fields), flush=True)
     return EXIT_DATA if scores.missing > composed.data.max_bad_clips else EXIT_DONE
 
 
 def _checked(evaluation: Any) -> tuple[list[Path], list[float]]:
     paths, weights = [Path(name) for name in evaluation.ensemble], list(evaluation.ensemble_weights)
     if find_topology().size > 1:
-        raise ConfigError("evaluation.ensemble is the work of one process. Fix: python evaluate.py, without a launcher")
+        raise ConfigError("evaluation.ensemble runs in one process only. Fix: python evaluate.py, without a launcher")
     if weights and (len(weights) != len(paths) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
         raise ConfigError(
             f"evaluation.ensemble_weights must be {len(paths)} numbers of 0 or more, not all 0, one for each file; got {weights}"

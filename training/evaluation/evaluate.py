@@ -1,4 +1,7 @@
-"""The logits of every clip of a manifest, on any number of ranks."""
+"""Evaluate a network on every clip of a manifest, on any number of ranks.
+
+Shapes: N clips of the manifest, M clips of a batch that are no padding, K classes.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,103 +14,118 @@ from pipelines.loading.clips import BadClipRecord, EvaluationClips
 from pipelines.stream.order import evaluation_rows
 from training.build.data import Loader
 from training.build.numerics import autocast
+from training.config.schema import EvaluationConfig
 
 from .metrics import ClipLogits, Scores, scores_of
 
 
 class EvaluationStopped(Exception):
-    """An evaluation that was left before its end, because the job is to stop; all ranks raise it together."""
+    """Raised on all ranks together when an evaluation ends early because the job is to stop."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The same on every rank; `missing`: every rank's clips that could not be decoded."""
+    """The result of an evaluation, the same on every rank."""
 
     scores: Scores
     clip_logits: ClipLogits
     missing: list[BadClipRecord]
+    """Undecodable clips, of all ranks."""
 
 
-def assess(
-    network: nn.Module,
-    normalise: Callable[[Tensor], Tensor],
-    clips: EvaluationClips,
-    loader: Loader,
-    backend: Backend,
-    batch: int,
-    amp: str = "off",
-    progress: Callable[[int], None] = lambda _: None,
-    unwanted: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """`evaluate`, and what it comes to; rank 0 computes the scores."""
-    clip_logits, missing = evaluate(network, normalise, clips, loader, backend, batch, amp, progress, unwanted)
-    scores = scores_of(clip_logits, clips.source.manifest.order_groups) if backend.topology.rank == 0 else None
-    everywhere = [record for part in backend.all_gather_objects(missing) for record in part]
-    return Evaluation(backend.broadcast_object(scores), clip_logits, everywhere)
-
-
-@torch.inference_mode()
 def evaluate(
     network: nn.Module,
     normalise: Callable[[Tensor], Tensor],
     clips: EvaluationClips,
     loader: Loader,
     backend: Backend,
-    batch: int,
-    amp: str = "off",
+    settings: EvaluationConfig,
     progress: Callable[[int], None] = lambda _: None,
-    unwanted: Callable[[], bool] = lambda: False,
-) -> tuple[ClipLogits, list[BadClipRecord]]:
-    """Logits of every clip of the manifest, each from one rank, and this rank's undecodable clips.
+    stop_wanted: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate every clip of the manifest, each on one rank; collective.
 
-    A clip's logits are the mean over its views, as in the official test code. The network takes at most `batch` views at once,
-    whatever their number, under autocast where `amp` says so (evaluation.amp); logits and their means are float32 all the same,
-    or float64 where the network is. `progress` hears the number of batches done; `unwanted` is asked before each.
+    A clip's logits are the mean over its views, as in the official test code. The network takes at most `settings.batch` views
+    at once, under autocast if `settings.amp` names a type. Logits and their means are float32, or float64 if the network is.
+    `progress` receives the number of finished batches. `stop_wanted` is called before each batch.
 
-    Each rank fills its rows of a zeroed (N, K) matrix; one sum over ranks then gathers them exactly, in the clips' order on
-    every world, with no pickling: 32 MB for the 20,000 clips and 400 classes of Kinetics, of the size of a step's gradients.
-    No rank waits for another before that. So a rank that hears that the job is to stop leaves its other batches out, and
-    whether any has done so is what all ask first when they meet. Raises EvaluationStopped where it is so.
+    Raises EvaluationStopped on all ranks if `stop_wanted` returned True on any rank.
     """
-    manifest = clips.source.manifest
-    views = clips.protocol.views
-    plan = evaluation_rows(len(manifest), max(1, batch // views), backend.topology.rank, backend.topology.size)
-    double = next(network.parameters()).dtype == torch.float64
-    shape = (len(manifest), len(manifest.classes))
-    logit_NK = torch.zeros(shape, dtype=torch.float64 if double else torch.float32, device=backend.device)
-    times_seen_N = torch.zeros(len(manifest), dtype=torch.int32)  # on the host, which knows the rows
-    missing: list[BadClipRecord] = []
-    was_training, left = network.training, False
+    was_training = network.training
     network.eval()
-    for done, clip_batch in enumerate(loader.batches(plan), start=1):
-        left = unwanted()
-        if left:
+    part = _evaluate_own_rows(network, normalise, clips, loader, backend, settings, progress, stop_wanted)
+    network.train(was_training)
+    stop_together(backend, part.stopped)
+    clip_logits = _gather(part, clips, backend)
+    scores = scores_of(clip_logits, clips.source.manifest.order_groups) if backend.topology.rank == 0 else None
+    missing = [record for records in backend.all_gather_objects(part.missing) for record in records]
+    return Evaluation(backend.broadcast_object(scores), clip_logits, missing)
+
+
+def stop_together(backend: Backend, stop_wanted: bool) -> None:
+    """Raise EvaluationStopped on all ranks if any rank wants to stop; collective."""
+    stops = torch.tensor([float(stop_wanted)], device=backend.device)
+    backend.all_reduce_(stops, "evaluation.stop_wanted")
+    if stops.item():
+        raise EvaluationStopped
+
+
+@dataclass
+class _Part:
+    """One rank's part of an evaluation; rows of other ranks are 0."""
+
+    logit_NK: Tensor
+    times_seen_N: Tensor
+    """int32, on the CPU, where the rows are known."""
+    missing: list[BadClipRecord]
+    stopped: bool = False
+
+
+@torch.inference_mode()
+def _evaluate_own_rows(
+    network: nn.Module,
+    normalise: Callable[[Tensor], Tensor],
+    clips: EvaluationClips,
+    loader: Loader,
+    backend: Backend,
+    settings: EvaluationConfig,
+    progress: Callable[[int], None],
+    stop_wanted: Callable[[], bool],
+) -> _Part:
+    """Compute the logits of this rank's clips. No rank waits for another rank here, so each may stop by itself."""
+    manifest, views, batch = clips.source.manifest, clips.protocol.views, settings.batch
+    rows = evaluation_rows(len(manifest), max(1, batch // views), backend.topology.rank, backend.topology.size)
+    dtype = torch.float64 if next(network.parameters()).dtype == torch.float64 else torch.float32
+    logit_NK = torch.zeros(len(manifest), len(manifest.classes), dtype=dtype, device=backend.device)
+    part = _Part(logit_NK, torch.zeros(len(manifest), dtype=torch.int32), [])
+    for done, clip_batch in enumerate(loader.batches(rows), start=1):
+        if stop_wanted():
+            part.stopped = True
             break
-        with autocast(backend.device, amp):
-            parts = [
-                network(normalise(part_NTCHW)).to(logit_NK.dtype) for part_NTCHW in clip_batch.video_NTCHW.split(batch)
-            ]
-        mean_NK = torch.cat(parts).unflatten(0, (-1, views)).mean(1)
-        real_M = clip_batch.real_N.nonzero().flatten()  # on the CPU, where it costs no wait for the device
+        with autocast(backend.device, settings.amp):
+            logits = [network(normalise(video_NTCHW)).to(dtype) for video_NTCHW in clip_batch.video_NTCHW.split(batch)]
+        mean_NK = torch.cat(logits).unflatten(0, (-1, views)).mean(1)
+        # On the CPU, so that the host does not wait for the device.
+        real_M = clip_batch.real_N.nonzero().flatten()
         row_M = clip_batch.row_N[real_M]
         logit_NK[row_M.to(backend.device)] = mean_NK[real_M.to(backend.device)]
-        times_seen_N[row_M] += 1
-        missing.extend(clip_batch.bad_clips)
+        part.times_seen_N[row_M] += 1
+        part.missing.extend(clip_batch.bad_clips)
         progress(done)
-    network.train(was_training)
-    leave_together(backend, left)
-    backend.all_reduce_(logit_NK, "evaluation.logits")
-    seen_N = times_seen_N.to(backend.device)
-    backend.all_reduce_(seen_N, "evaluation.seen")
-    times_seen_N = seen_N.cpu()
+    return part
+
+
+@torch.inference_mode()
+def _gather(part: _Part, clips: EvaluationClips, backend: Backend) -> ClipLogits:
+    """Sum the parts of all ranks; collective.
+
+    Each row is not 0 on one rank only, so the sum is exact and does not depend on the world. It needs no pickling, and for
+    Kinetics (20,000 clips, 400 classes) has 32 MB, about the size of a step's gradients.
+    """
+    manifest = clips.source.manifest
+    backend.all_reduce_(part.logit_NK, "evaluation.logits")
+    times_seen_N = part.times_seen_N.to(backend.device)
+    backend.all_reduce_(times_seen_N, "evaluation.seen")
     assert times_seen_N.max() <= 1, "a clip was evaluated twice"
     label_N = torch.from_numpy(manifest.labels().astype("int64")).to(backend.device)
-    return ClipLogits(logit_NK, label_N, (times_seen_N > 0).to(backend.device)), missing
-
-
-def leave_together(backend: Backend, unwanted: bool) -> None:
-    """Raise EvaluationStopped on all ranks when any of them says so; collective."""
-    leaving = torch.tensor([float(unwanted)], device=backend.device)
-    backend.all_reduce_(leaving, "evaluation.unwanted")
-    if leaving.item():
-        raise EvaluationStopped
+    return ClipLogits(part.logit_NK, label_N, times_seen_N > 0)

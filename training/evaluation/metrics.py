@@ -1,6 +1,6 @@
-"""Every score of an evaluation, as one function of each clip's logits, so that it cannot depend on the world that made them.
+"""Compute the scores of an evaluation from the logits of each clip, so that they do not depend on the world size.
 
-Shapes: N clips of the manifest, M of them that were seen, K classes.
+Shapes: N clips of the manifest, M clips that could be decoded, K classes.
 """
 
 from dataclasses import dataclass
@@ -14,42 +14,44 @@ _CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class ClipLogits:
-    """Logits of a manifest's clips by row, averaged over each clip's views: `logit_NK`, `label_N` int64, and `seen_N` bool:
-    False for a clip that could not be decoded, whose logits mean nothing."""
+    """Logits of a manifest's clips, by row."""
 
     logit_NK: Tensor
+    """Mean over each clip's views."""
     label_N: Tensor
+    """int64."""
     seen_N: Tensor
+    """bool: False for a clip that could not be decoded; its logits are 0."""
 
     def seen(self) -> tuple[Tensor, Tensor]:
-        """`(logit_MK, label_M)` of the clips that count, on the CPU."""
+        """Return `(logit_MK, label_M)` of the decoded clips, on the CPU."""
         seen_N = self.seen_N.cpu()
         return self.logit_NK.cpu()[seen_N], self.label_N.cpu()[seen_N]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Results over `clips` counted clips; `missing` could not be decoded.
-
-    `mean_class_percent`: mean of the accuracies of the classes that have clips. `calibration_error_percent`: the expected
-    calibration error of the most likely class in 15 bins (Guo et al., arXiv:1706.04599). `order_group_percent`: answers in the
-    right group of classes that differ only in the order of their frames (None where the data set has no such groups).
-    """
+    """Scores over the decoded clips."""
 
     clips: int
+    """Number of decoded clips."""
     missing: int
+    """Number of clips that could not be decoded."""
     loss: float
     top1_percent: float
     top5_percent: float
     mean_class_percent: float
+    """Mean accuracy per class, over the classes that have clips."""
     calibration_error_percent: float
+    """Expected calibration error of the predicted class in 15 bins (Guo et al., arXiv:1706.04599)."""
     order_group_percent: float | None
+    """Predictions in the right group of classes that differ only in the order of their frames; None: the data set has no groups."""
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def describe(self, title: str) -> str:
-        """A line for people."""
+        """Return the main scores as one line to read."""
         group = "" if self.order_group_percent is None else f"  right order-pair {self.order_group_percent:.1f}%"
         missing = f"  MISSING {self.missing}" if self.missing else ""
         accuracy = f"top-1 {self.top1_percent:.1f}%  top-5 {self.top5_percent:.1f}%{group}"
@@ -57,8 +59,8 @@ class Scores:
 
 
 def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores:
-    """All scores, computed on the CPU; `order_groups`: the group of each class."""
-    # Rank 0 alone scores, so the others need not spend the seconds that this import takes.
+    """Compute all scores, on the CPU. `order_groups`: the group of each class."""
+    # This import takes seconds, and only rank 0 needs it.
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_stat_scores
 
     logit_MK, label_M = clip_logits.seen()
@@ -89,9 +91,9 @@ def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores
 
 
 def confusion_matrix(clip_logits: ClipLogits) -> Tensor:
-    """int64 (K, K): how many clips of a class (row) were answered with a class (column).
+    """Return int64 (K, K): the number of clips of each class (row) for each predicted class (column).
 
-    Not torchmetrics', which in torch's deterministic mode compares each clip with each cell: 26 GB for Kinetics.
+    torchmetrics' function is not used: in torch's deterministic mode it compares each clip with each cell, 26 GB for Kinetics.
     """
     logit_MK, label_M = clip_logits.seen()
     classes = logit_MK.shape[1]

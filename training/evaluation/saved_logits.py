@@ -1,4 +1,4 @@
-"""Logits of an evaluation as files: to be scored again, or averaged with others (training/evaluation/ensemble.py)."""
+"""Save the logits of an evaluation, and load them to score them again or average them (training/evaluation/ensemble.py)."""
 
 import csv
 import json
@@ -16,21 +16,25 @@ from .metrics import ClipLogits, Scores, confusion_matrix
 
 @dataclass(frozen=True)
 class Origin:
-    """Where saved logits come from. `manifest_digest` says which clips in which order the rows are; `order_groups` as in the
-    manifest; `recipe`: the fingerprint of what was trained; `protocol`: the name of how it was evaluated; `amp`: evaluation.amp."""
+    """Source of saved logits."""
 
     manifest_digest: str
+    """Identifies the clips and their order."""
     classes: list[str]
     order_groups: list[int] | None
+    """As in the manifest."""
     run_id: str
     step: int
     recipe: str
+    """Fingerprint of the recipe that trained the weights, or hash of their file."""
     protocol: str
+    """Name of the evaluation protocol."""
     amp: str = "off"
+    """evaluation.amp."""
 
 
 def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: Scores) -> Path:
-    """Write NAME.safetensors and, for people, NAME.json (the scores) and NAME.confusion.csv; returns the first's path."""
+    """Write NAME.safetensors, and to read NAME.json (scores) and NAME.confusion.csv. Returns the path of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step-{origin.step:08d}-{origin.protocol}{'' if origin.amp == 'off' else f'-{origin.amp}'}"
     path = folder / f"{name}.safetensors"
@@ -38,8 +42,8 @@ def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: S
     with atomic_write(path) as file:
         file.write(save(tensors, metadata={"tsm_logits": json.dumps(vars(origin))}))
     missing_rows = (~tensors["seen_N"]).nonzero().flatten().tolist()
-    about = {key: value for key, value in vars(origin).items() if key not in ("classes", "order_groups")}
-    summary = {**about, "scores": scores.as_dict(), "missing_rows": missing_rows}
+    fields = {key: value for key, value in vars(origin).items() if key not in ("classes", "order_groups")}
+    summary = {**fields, "scores": scores.as_dict(), "missing_rows": missing_rows}
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     with (folder / f"{name}.confusion.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -50,11 +54,12 @@ def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: S
 
 
 def load_logits(path: Path) -> tuple[ClipLogits, Origin]:
-    """Read what `save_logits` wrote. Raises ConfigError for any other file."""
+    """Load a file of `save_logits`. Raises ConfigError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             origin = Origin(**json.loads((file.metadata() or {})["tsm_logits"]))
-            clip_logits = ClipLogits(**{key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (no iterable)
+            keys = list(file.keys())
+            clip_logits = ClipLogits(**{key: file.get_tensor(key) for key in keys})
     except FileNotFoundError:
         raise ConfigError(
             f"evaluation.ensemble: {path}: no such file. Fix: name files of a run's logits folder"

@@ -1,4 +1,4 @@
-"""The evaluations that a run makes of itself while it trains."""
+"""Evaluate the network while it trains."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,37 +14,41 @@ from distributed.batch_norm.running_statistics import (
 )
 from training.build.numerics import autocast
 from training.job import Job
-from training.telemetry.bad_clips import too_many
+from training.telemetry.bad_clips import too_many_bad_clips
 from training.telemetry.metrics_log import MetricsLog
 
-from .evaluate import Evaluation, EvaluationStopped, assess, leave_together
+from .evaluate import Evaluation, EvaluationStopped, evaluate, stop_together
 
 
-def validate(job: Job, records: MetricsLog, step: int, unwanted: Callable[[], bool]) -> bool:
-    """Score the validation clips and write it down; whether it is the best evaluation of the run so far.
+def validate(job: Job, log: MetricsLog, step: int, stop_wanted: Callable[[], bool]) -> bool:
+    """Evaluate on the validation clips after `step` steps and log the scores. Returns True if top-1 is the run's best so far.
 
-    Raises EvaluationStopped on all ranks when one of them finds the evaluation `unwanted` before its end; nothing has changed then.
+    Raises EvaluationStopped on all ranks if `stop_wanted` returns True on any rank before the end; then nothing has changed.
     """
     started_s = time.monotonic()
-    evaluation = score(job, step, unwanted)
-    scores, missing = evaluation.scores, evaluation.missing
-    for record in missing:
-        records.bad_clip(job.folder, split="val", step=step, **vars(record))
-    duration_s = round(time.monotonic() - started_s, 3)
-    epoch = round(step / job.recipe.steps_per_epoch, 3)
-    protocol = job.validation_clips.protocol.name
-    how = {"protocol": protocol, "amp": job.config.evaluation.amp}
-    records.write("evaluation", step, epoch=epoch, duration_s=duration_s, **how, **scores.as_dict())
-    records.info(scores.describe(f"step {step:6d}  validation"))
+    evaluation = evaluate_weights(job, step, stop_wanted)
+    scores = evaluation.scores
+    for record in evaluation.missing:
+        log.bad_clip(job.folder, split="val", step=step, **vars(record))
+    log.write(
+        "evaluation",
+        step,
+        epoch=round(step / job.recipe.steps_per_epoch, 3),
+        duration_s=round(time.monotonic() - started_s, 3),
+        protocol=job.validation_clips.protocol.name,
+        amp=job.config.evaluation.amp,
+        **scores.as_dict(),
+    )
+    log.info(scores.describe(f"step {step:6d}  validation"))
     if scores.missing > job.config.data.max_bad_clips:
-        raise too_many(job, f"{scores.missing} validation clips are missing", missing)
-    best = scores.top1_percent > job.best_top1_percent
+        raise too_many_bad_clips(job.config.data, f"{scores.missing} validation clips are missing", evaluation.missing)
+    is_best = scores.top1_percent > job.best_top1_percent
     job.best_top1_percent = max(job.best_top1_percent, scores.top1_percent)
-    return best
+    return is_best
 
 
-def score(job: Job, step: int, unwanted: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Evaluate after `step` steps on the validation clips: the weights, or their average, with statistics that all ranks share.
+def evaluate_weights(job: Job, step: int, stop_wanted: Callable[[], bool] = lambda: False) -> Evaluation:
+    """Evaluate the weights after `step` steps, or their EMA, on the validation clips, with BN statistics that all ranks share.
 
     Raises EvaluationStopped as `validate` does.
     """
@@ -53,39 +57,42 @@ def score(job: Job, step: int, unwanted: Callable[[], bool] = lambda: False) -> 
     try:
         with trainer.average.in_place_of_weights() if trainer.average else nullcontext():
             if job.config.batch.precise_bn_steps:
-                _recompute_statistics(job, step, unwanted)
+                _recompute_statistics(job, step, stop_wanted)
             else:
                 average_running_statistics(network, job.backend)
-            return assess(
+            return evaluate(
                 network,
                 trainer.normalise,
                 job.validation_clips,
                 job.loader(job.validation_clips),
                 job.backend,
-                job.config.evaluation.batch,
-                job.config.evaluation.amp,
+                job.config.evaluation,
                 progress=lambda _: job.control.progress(step - 1, "evaluation"),
-                unwanted=unwanted,
+                stop_wanted=stop_wanted,
             )
     except EvaluationStopped:
-        set_running_statistics(network, own_S)  # whoever makes this evaluation anew begins with the same
+        # The run that repeats this evaluation must start from the same statistics.
+        set_running_statistics(network, own_S)
         raise
 
 
-def _recompute_statistics(job: Job, step: int, unwanted: Callable[[], bool]) -> None:
-    """Precise batch norm over the clips of the steps that would come next: on any world the same, at the end of the run too.
+def _recompute_statistics(job: Job, step: int, stop_wanted: Callable[[], bool]) -> None:
+    """Recompute BN statistics (precise batch norm) over the clips of the next steps, also after the run's last step.
 
-    They stay: the checkpoint then scores what its evaluation did, and training uses running statistics only to keep them up.
-    Clips that cannot be decoded are replaced by rule, and reported when training comes to them.
+    The result does not depend on the world. The network keeps the statistics, so that its checkpoint gives the scores of this
+    evaluation; training itself only updates them. Undecodable clips are replaced by rule, and reported when training needs them.
     """
-    plan = job.execution.stream_positions(job.backend.topology.rank, step, step + job.config.batch.precise_bn_steps)
+    positions = job.execution.stream_positions(
+        job.backend.topology.rank, step, step + job.config.batch.precise_bn_steps
+    )
 
     def inputs() -> Iterator[Tensor]:
-        for batch in job.loader(job.training_clips).batches(plan):
+        for batch in job.loader(job.training_clips).batches(positions):
             job.control.progress(step - 1, "evaluation")
-            leave_together(job.backend, unwanted())  # ranks may share batch-norm groups here: none can leave alone
+            # Ranks may share BN groups here, so no rank can stop by itself.
+            stop_together(job.backend, stop_wanted())
             yield job.trainer.normalise(batch.video_NTCHW)
 
-    # The statistics of the activations that the evaluation will see.
+    # The statistics must be those of the activations that the evaluation computes.
     with autocast(job.backend.device, job.config.evaluation.amp):
         recompute_running_statistics(job.trainer.network, job.backend, inputs())

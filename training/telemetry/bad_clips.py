@@ -1,6 +1,7 @@
-"""What becomes known of clips that could not be decoded: listed, and an end when they are more than the configuration allows."""
+"""Log training clips that cannot be decoded, and end the run if there are more than the configuration allows."""
 
 from pipelines.loading.clips import BadClipRecord, ClipBatch
+from training.config.schema import DataConfig
 from training.errors import DataError
 from training.job import Job
 
@@ -8,44 +9,47 @@ from .metrics_log import MetricsLog
 
 
 class BadClips:
-    """The replaced clips of a run's training; every rank notes its own, and reports them with the others."""
+    """The replaced training clips of a run. Each rank collects its own; `report` gathers those of all ranks."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._noted: list[tuple[int, BadClipRecord]] = []
-        self._seen = 0
+        self._total = 0
 
     def note(self, step: int, micro_batches: list[ClipBatch]) -> None:
-        """Note replaced clips; more than the limit on this rank alone end the run at once."""
+        """Collect the replaced clips of a step. Raises DataError if this rank alone has more than the limit."""
         for batch in micro_batches:
             self._noted += [(step, record) for record in batch.bad_clips]
-        if len(self._noted) > self._job.config.data.max_bad_clips:
+        data = self._job.config.data
+        if len(self._noted) > data.max_bad_clips:
             bad = [record for _, record in self._noted]
-            raise too_many(self._job, f"step {step} needs clips that cannot be decoded", bad)
+            raise too_many_bad_clips(data, f"step {step} needs clips that cannot be decoded", bad)
 
     @property
     def noted(self) -> int:
-        """On this rank since the last report."""
+        """Number of clips on this rank since the last report."""
         return len(self._noted)
 
-    def report(self, records: MetricsLog) -> None:
-        """Write down all ranks' clips since the last report; collective. Raises DataError when too many were replaced."""
+    def report(self, log: MetricsLog) -> None:
+        """Log the clips of all ranks since the last report; collective. Raises DataError if too many were replaced."""
         job = self._job
-        everywhere = [pair for part in job.backend.all_gather_objects(self._noted) for pair in part]
-        for step, record in everywhere:
-            records.bad_clip(job.folder, split="train", step=step, **vars(record))
-        self._seen += len(everywhere)
+        all_ranks = [pair for part in job.backend.all_gather_objects(self._noted) for pair in part]
+        for step, record in all_ranks:
+            log.bad_clip(job.folder, split="train", step=step, **vars(record))
+        self._total += len(all_ranks)
         self._noted.clear()
-        records.info(f"{self._seen} undecodable training clips were replaced so far: see {job.folder.bad_clips.name}")
-        if self._seen > job.config.data.max_bad_clips:
-            bad = [record for _, record in everywhere]
-            raise too_many(job, f"{self._seen} training clips could not be decoded", bad)
+        log.info(
+            f"bad clips: {self._total} undecodable training clips replaced so far, see {job.folder.bad_clips.name}"
+        )
+        if self._total > job.config.data.max_bad_clips:
+            bad = [record for _, record in all_ranks]
+            raise too_many_bad_clips(job.config.data, f"{self._total} training clips could not be decoded", bad)
 
 
-def too_many(job: Job, what: str, bad: list[BadClipRecord]) -> DataError:
-    """The error that ends a run with more bad clips than it may have; `bad`: some of them."""
+def too_many_bad_clips(data: DataConfig, problem: str, bad: list[BadClipRecord]) -> DataError:
+    """Return the error that ends a run with too many bad clips. `bad`: some of them, of which the message names the first."""
     first = f": {bad[0].reason}" if bad else ""
     return DataError(
-        f"{what}, data.max_bad_clips={job.config.data.max_bad_clips} allows no more{first}. "
-        f"Fix: restore the file, or make the manifest anew ({job.config.data.prepare or 'prepare.py'}), or raise data.max_bad_clips"
+        f"{problem}, more than data.max_bad_clips={data.max_bad_clips}{first}. "
+        f"Fix: restore the file, or make the manifest again ({data.prepare or 'prepare.py'}), or raise data.max_bad_clips"
     )

@@ -106,7 +106,7 @@ def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["run_id=null"], "what is to be evaluated? Fix: run_id=NAME"),
+        (["run_id=null"], "no weights to evaluate. Fix: run_id=NAME"),
         (["run_id=other"], "holds no whole checkpoint. Fix: run_id=NAME"),
         (["model.shift=none"], "run was trained with model.shift=residual, not none. Fix: model.shift=residual"),
         (["model.backbone=resnet34"], "the checkpoint of run is of another network"),

@@ -24,7 +24,7 @@ from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes.drawing import encode_clip
 from pipelines.stream.eval_views import EvalProtocol
 from training.build.normalise import Normaliser
-from training.config.schema import Config, NumericsConfig
+from training.config.schema import Config, EvaluationConfig, NumericsConfig
 from training.evaluation.evaluate import evaluate
 from training.evaluation.metrics import ClipLogits, scores_of
 from training.evaluation.validate import _recompute_statistics
@@ -116,9 +116,10 @@ def run(
     """The logits that a rank finds, and the rows of the clips that it could not decode."""
     clips = EvaluationClips(ClipSource(folder / "val.arrow", "pyav"), protocol)
     backend = OneOf(rank, size)
-    found, missing = evaluate(network, normalise, clips, ClipLoader(clips, 0, 2), backend, batch, amp)
-    assert backend.reduced == ["evaluation.unwanted", "evaluation.logits", "evaluation.seen"]
-    return found, [record.row for record in missing]
+    settings = EvaluationConfig(batch=batch, amp=amp)
+    evaluation = evaluate(network, normalise, clips, ClipLoader(clips, 0, 2), backend, settings)
+    assert backend.reduced == ["evaluation.stop_wanted", "evaluation.logits", "evaluation.seen"]
+    return evaluation.clip_logits, [record.row for record in evaluation.missing]
 
 
 def by_hand(folder: Path, network: nn.Module, row: int, views: list[tuple[list[int], int, int, bool]]) -> Tensor:

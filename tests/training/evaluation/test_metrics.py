@@ -130,7 +130,7 @@ def test_as_many_clips_and_classes_as_kinetics_fit_in_deterministic_mode() -> No
     code = """
 import resource
 import torch
-from training.metrics import ClipLogits, scores_of
+from training.evaluation.metrics import ClipLogits, scores_of
 import torchmetrics.functional.classification
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)

@@ -355,11 +355,11 @@ def test_the_best_is_saved_when_it_is_found_and_kept(
 ) -> None:
     tops = iter([20.0, 50.0, 30.0, 50.0])
 
-    def assess(*_: Any, **__: Any) -> Evaluation:
+    def evaluate(*_: Any, **__: Any) -> Evaluation:
         scores = dataclasses.replace(SCORES, top1_percent=next(tops))
         return Evaluation(scores, cast(Any, None), [])
 
-    monkeypatch.setattr("training.evaluation.validate.assess", assess)
+    monkeypatch.setattr("training.evaluation.validate.evaluate", evaluate)
     options = ["checkpoint.every_steps=null", "checkpoint.every_epochs=100", "evaluation.every_epochs=1"]
     job = run_with(alone, clips, {}, *options)
     assert steps_of(job, "evaluation", "top1_percent") == [5, 10, 15, 20]

@@ -88,7 +88,7 @@ def test_a_step_that_does_nothing_but_wait_has_an_advice() -> None:
 
 CORES = """
 from distributed.topology import Topology
-from training.input import cores_of_rank
+from training.build.data import cores_of_rank
 print(cores_of_rank(Topology("none", 0, 4, 0, 4, 0, "here")))
 """
 
