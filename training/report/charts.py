@@ -1,4 +1,4 @@
-"""How charts look: those of report.html, and the learning rate of a plan."""
+"""Charts in one style, for report.html and for the learning rate of a plan."""
 
 import logging
 import re
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from training.schedule import Schedule
 
-if TYPE_CHECKING:  # imported where it is needed: rank 0 alone draws, once
+# matplotlib is imported inside functions: only rank 0 draws, once.
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -18,8 +19,8 @@ _CURVE_POINTS = 600
 
 
 def new_chart(title: str, width_in: float, height_in: float) -> tuple["Figure", "Axes"]:
-    """An empty chart over steps."""
-    # matplotlib's first import on a machine says that it looks through the fonts.
+    """Return an empty chart over steps."""
+    # At its first import on a machine, matplotlib logs that it builds a font cache.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -41,10 +42,10 @@ def add_legend(axes: "Axes") -> None:
 
 
 def svg_chart(title: str, draw: Callable[["Axes"], None], width_in: float, height_in: float) -> str:
-    """A chart as an SVG element, without the header and the metadata that name places on the web."""
+    """Return a chart as an SVG element, without the header and the metadata that name web addresses."""
     import matplotlib
 
-    # Text stays text, and ids that differ between charts keep one from using another's clip paths.
+    # Text stays text. Ids must differ between charts, or one chart would use the clip paths of another.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure, axes = new_chart(title, width_in, height_in)
         draw(axes)
@@ -53,12 +54,13 @@ def svg_chart(title: str, draw: Callable[["Axes"], None], width_in: float, heigh
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)  # implied inside HTML
-    return re.sub(r' id="[\w.]+_\d+"', "", svg)  # names of groups, the same in every chart, that nothing refers to
+    # Namespaces are implied inside HTML. The ids of groups are the same in every chart, and unused.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
+    return re.sub(r' id="[\w.]+_\d+"', "", svg)
 
 
 def draw_schedule(axes: "Axes", schedule: Schedule, steps_per_epoch: float) -> None:
-    """The rate of each step of a whole run, epochs on an axis of their own, the warm-up's end and milestones marked."""
+    """Draw the learning rate of a whole run, with an axis for epochs, and mark milestones and the end of the warm-up."""
     marks = _marks(schedule)
     step_P = _points(schedule, marks)
     axes.plot(step_P, [schedule.learning_rate(step) for step in step_P], color=GREY, lw=1.2, label="planned")
@@ -88,7 +90,7 @@ def draw_schedule(axes: "Axes", schedule: Schedule, steps_per_epoch: float) -> N
 
 
 def schedule_figure(schedule: Schedule, steps_per_epoch: float) -> "Figure":
-    """The learning rate of a run as a figure of its own."""
+    """Return the learning rate of a run as a figure."""
     title = f"Learning rate: peak {schedule.peak:g}, {schedule.decay}, {schedule.total_steps:,} steps"
     figure, axes = new_chart(title, 7.2, 3.8)
     draw_schedule(axes, schedule, steps_per_epoch)
@@ -101,7 +103,7 @@ def _marks(schedule: Schedule) -> list[int]:
 
 
 def _points(schedule: Schedule, marks: Sequence[int]) -> list[int]:
-    """Steps that show a schedule whole: evenly spread ones, and both sides of each mark."""
+    """Return the steps to draw a schedule at: evenly spread ones, and both sides of each mark."""
     last = schedule.total_steps - 1
     spread = {round(last * point / _CURVE_POINTS) for point in range(_CURVE_POINTS + 1)}
     return sorted(spread | {step for mark in marks for step in (mark - 1, mark)})
