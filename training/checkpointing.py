@@ -15,7 +15,7 @@ from .job import Job
 _LAST_WRITE_LIMIT_S = 10.0  # of a run that failed: less than what the other ranks are given to end
 
 
-class Saves:
+class Checkpointer:
     """The checkpoints of one run; all ranks make it, and save together."""
 
     def __init__(self, job: Job, records: MetricsLog) -> None:
@@ -69,7 +69,7 @@ class Saves:
             "scaler": trainer.scaler.state_dict(),
             "step_counts": step_counts(trainer.optimizer),
         }
-        tensors = state_tensors(network, trainer.optimizer, trainer.average) | by_rank
+        tensors = state_tensors(network, trainer.optimizer, trainer.ema) | by_rank
         self._writer.save(Checkpoint(network.state_dict() | statistics, tensors, state), best)
         self._newest_s = time.monotonic()
 
@@ -92,7 +92,7 @@ class Saves:
         """On rank 0: where a start behind this one goes on."""
         return self._newest_step
 
-    def __enter__(self) -> "Saves":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(

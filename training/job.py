@@ -14,7 +14,7 @@ from training.build.model import _build_network
 from training.build.normalise import Normaliser
 from training.build.recipe import recipe_of
 from training.config.schema import Config
-from training.optim.ema import WeightAverage
+from training.optim.ema import EMA
 from training.optim.optimizers import make_optimizer, set_step_counts
 from training.runs.code_version import code_version
 from training.runs.resume import (
@@ -27,7 +27,7 @@ from training.runs.resume import (
 )
 from training.runs.run_folder import RunFolder, new_run_id
 
-from .recipe import Execution, Recipe, plan_execution
+from .recipe import Execution, Recipe, make_execution
 from .step import Trainer
 
 
@@ -44,7 +44,7 @@ class Job:
     trainer: Trainer
     training_clips: TrainingClips
     validation_clips: EvaluationClips
-    first_weights: str = ""
+    initial_weights: str = ""
     """What the network started from, in words, on rank 0 of a new run."""
     code: dict[str, Any] = field(default_factory=dict)
     """Which code this is (training.runs.code_version), on rank 0."""
@@ -72,14 +72,14 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     training, validation = open_manifest(config, "train"), open_manifest(config, "val")
     check_agreement(backend, config, [training.digest, validation.digest])
     recipe = recipe_of(config, len(training), training.digest, identity)
-    execution = plan_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
+    execution = make_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
     if resumed is not None:
         check_same(config, recipe, code, folder, resumed)
     state = backend.broadcast_object(resumed.state if resumed else None)
 
-    network, first_weights = _build_network(config, backend, execution, None if resumed else first)
+    network, initial_weights = _build_network(config, backend, execution, None if resumed else first)
     optimizer = make_optimizer(network, config.optimizer)
-    average = None if config.optimizer.ema_decay is None else WeightAverage(network, config.optimizer.ema_decay)
+    average = None if config.optimizer.ema_decay is None else EMA(network, config.optimizer.ema_decay)
     if state is not None:
         _restore(backend, network, state_tensors(network, optimizer, average), resumed)
     options = ReducerOptions(
@@ -97,7 +97,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         amp=config.numerics.amp,
         clip_norm=config.optimizer.clip_norm,
         label_smoothing=config.optimizer.label_smoothing,
-        average=average,
+        ema=average,
     )
     job = Job(
         config=config,
@@ -109,7 +109,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         trainer=trainer,
         training_clips=training_clips_of(config, source_of(config, training, backend.device)),
         validation_clips=EvaluationClips(source_of(config, validation, backend.device), protocol_of(config)),
-        first_weights=first_weights,
+        initial_weights=initial_weights,
         code=code,
     )
     if state is not None:

@@ -7,11 +7,11 @@ import torch
 from runtime.exit_codes import EXIT_DONE
 from training.evaluation.evaluate import EvaluationStopped
 from training.evaluation.validate import validate
-from training.optim.gradient_diagnostics import Diagnostics
+from training.optim.gradient_diagnostics import GradientDiagnostics
 from training.telemetry.interval import LogInterval
 from training.telemetry.metrics_log import MetricsLog
 
-from .checkpointing import Saves, check_finished
+from .checkpointing import Checkpointer, check_finished
 from .job import Job
 from .signals import StopSignal
 
@@ -28,7 +28,7 @@ def train(job: Job, records: MetricsLog) -> int:
     window = LogInterval(job)
     diagnostics = _diagnostics(job) if config.logger.diagnostics else None
     in_flight = _StepsInFlight(job.backend.device)
-    with StopSignal() as signal, Saves(job, records) as saves:
+    with StopSignal() as signal, Checkpointer(job, records) as checkpointer:
 
         def evaluate(step: int) -> tuple[bool, str | None]:
             """Whether the checkpoint behind it is to be kept as the best so far; and why the job stops, where that cut it off."""
@@ -43,7 +43,7 @@ def train(job: Job, records: MetricsLog) -> int:
             best, stop = evaluate(taken)
             owed = stop is not None
             if not owed:
-                saves.save(taken, best)
+                checkpointer.save(taken, best)
             window.restart()
         for step in range(job.first_step, last_step):
             if stop is not None:
@@ -60,10 +60,10 @@ def train(job: Job, records: MetricsLog) -> int:
             in_flight.wait()
             stop = control.agreed_stop(step, in_flight.limit, signal.received)
             ended = stop is not None or taken == last_step
-            saves.report()
+            checkpointer.report()
             save_now = False
             if taken % config.logger.every_steps == 0 or ended:
-                save_now = window.record(taken, records, saves.due_by_clock())
+                save_now = window.record(taken, records, checkpointer.due_by_clock())
             if measured is not None and (values := measured.values()):
                 records.write("diagnostics", taken, **values)
             epoch, best = epoch_ends.get(taken), False
@@ -74,17 +74,17 @@ def train(job: Job, records: MetricsLog) -> int:
                 best, stop = evaluate(taken)
                 owed = stop is not None
                 window.restart()
-            if ended or owed or save_now or best or saves.due(taken, epoch):
+            if ended or owed or save_now or best or checkpointer.due(taken, epoch):
                 control.progress(step, "checkpoint")
                 window.settle(records)
-                saves.save(taken, best, evaluation_owed=owed)
+                checkpointer.save(taken, best, evaluation_owed=owed)
                 window.restart()
         window.close(taken, records)
-        failed = saves.finish()
+        failed = checkpointer.finish()
         if stop is None:
             check_finished(failed, taken)
             return EXIT_DONE
-        saved = "with a checkpoint" if failed is None else f"with none behind step {saves.newest_step}"
+        saved = "with a checkpoint" if failed is None else f"with none behind step {checkpointer.newest_step}"
         owing = ", and the evaluation there still to be made" if owed else ""
         records.info(
             f"stopped by {stop} after step {taken}, {saved}{owing}: the same command with run_id={config.run_id} goes on"
@@ -92,8 +92,8 @@ def train(job: Job, records: MetricsLog) -> int:
         return StopSignal.EXIT_CODES[stop]
 
 
-def _diagnostics(job: Job) -> Diagnostics:
-    return Diagnostics(job.trainer.network, job.trainer.optimizer, job.backend, job.execution)
+def _diagnostics(job: Job) -> GradientDiagnostics:
+    return GradientDiagnostics(job.trainer.network, job.trainer.optimizer, job.backend, job.execution)
 
 
 class _StepsInFlight:

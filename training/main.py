@@ -26,7 +26,7 @@ from training.telemetry.metrics_log import MetricsLog
 from .errors import ConfigError, DataError, DivergedError, NoProgressError
 from .job import Job, build_job
 from .loop import train
-from .recipe import plan_execution
+from .recipe import make_execution
 
 Task = Callable[[Config, Backend, ControlChannel], int]
 
@@ -98,7 +98,7 @@ def _batch_norm_groups(config: Config, size: int) -> list[list[int]]:
     """None where the batch does not divide: that is said later, by a rank that can tell the others."""
     batch = config.batch
     try:
-        return plan_execution(batch.global_batch, batch.bn_clips, size, batch.micro_batch).bn_rank_groups()
+        return make_execution(batch.global_batch, batch.bn_clips, size, batch.micro_batch).bn_rank_groups()
     except ConfigError:
         return []
 

@@ -99,7 +99,7 @@ class Execution:
                 yield step * self.global_batch + self.slots(rank, micro_step)
 
 
-def plan_execution(global_batch: int, bn_group: int, world: int, micro_batch_limit: int | None = None) -> Execution:
+def make_execution(global_batch: int, bn_group: int, world: int, micro_batch_limit: int | None = None) -> Execution:
     """Lay a global batch and its batch-norm groups out on a world, with the fewest micro-steps.
 
     `micro_batch_limit`: clips that a process can hold at once (None: any number).
@@ -127,7 +127,7 @@ def plan_execution(global_batch: int, bn_group: int, world: int, micro_batch_lim
 
 
 def fitting_worlds(global_batch: int, bn_group: int, micro_batch_limit: int | None = None) -> list[int]:
-    """All numbers of processes on which `plan_execution` can lay the batch out."""
+    """All numbers of processes on which `make_execution` can lay the batch out."""
     return [size for size in _divisors(global_batch) if _lay_out(global_batch, bn_group, size, micro_batch_limit)]
 
 

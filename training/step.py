@@ -11,9 +11,9 @@ from pipelines.loading.clips import ClipBatch
 from pipelines.stream.augmentation import dropout_seeds
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast
-from training.optim.ema import WeightAverage
-from training.optim.gradient_diagnostics import Diagnostics
-from training.optim.nonfinite_guard import StepGuard, clip_, gradient_norms
+from training.optim.ema import EMA
+from training.optim.gradient_diagnostics import GradientDiagnostics
+from training.optim.nonfinite_guard import NonFiniteGuard, clip_, gradient_norms
 from training.optim.optimizers import set_learning_rate
 from tsm.networks import TemporalNetwork
 
@@ -35,16 +35,16 @@ class Trainer:
     amp: str
     clip_norm: float | None
     label_smoothing: float
-    average: WeightAverage | None
-    guard: StepGuard = field(init=False)
+    ema: EMA | None
+    guard: NonFiniteGuard = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guard = StepGuard(self.network, self.optimizer)
+        self.guard = NonFiniteGuard(self.network, self.optimizer)
 
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self.normalise.device, self.amp)
 
-    def step(self, step: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
+    def step(self, step: int, batches: list[ClipBatch], diagnostics: GradientDiagnostics | None = None) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
 
         A step whose gradient is not finite changes nothing (training.optim.nonfinite_guard). Returns `[sum of losses, right
@@ -87,7 +87,7 @@ class Trainer:
                 [loss.detach().double() * len(label_N), right.double(), torch.full_like(right, len(label_N)).double()]
             )
 
-    def _update(self, learning_rate: float, diagnostics: Diagnostics | None) -> Tensor:
+    def _update(self, learning_rate: float, diagnostics: GradientDiagnostics | None) -> Tensor:
         """Unscale, check, clip, step: all of them see the reduced gradient, so every rank does the same. Was the step bad?"""
         set_learning_rate(self.optimizer, learning_rate)
         self.scaler.unscale_(self.optimizer)
@@ -98,7 +98,7 @@ class Trainer:
         if diagnostics is not None:
             diagnostics.reduced(norm_P, self.scaler.scale(norm.new_ones(())))
         bad = self.guard.update(norm)
-        if self.average is not None:
-            self.average.update(bad)
+        if self.ema is not None:
+            self.ema.update(bad)
         self.scaler.update()  # halves the scale where it found the gradient not finite
         return bad

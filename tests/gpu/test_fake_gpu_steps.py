@@ -7,7 +7,7 @@ import torch
 
 from tests.fake_gpu.counters import WAITS, calls, counted
 from tests.helpers.trainers import batches_of, trainer_of
-from training.optim.ema import WeightAverage
+from training.optim.ema import EMA
 from training.step import Trainer
 
 pytestmark = pytest.mark.fake_gpu
@@ -80,7 +80,7 @@ def test_no_network_waits(title: str, channels_last: bool) -> None:
 
 def test_averaged_weights_wait_for_nothing() -> None:
     trainer = trainer_of(device="cuda")
-    trainer.average = WeightAverage(trainer.network, 0.9)
+    trainer.ema = EMA(trainer.network, 0.9)
     assert_no_wait(take_steps(trainer))
 
 

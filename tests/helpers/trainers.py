@@ -17,7 +17,7 @@ from training.build.numerics import place_network
 from training.config.schema import NumericsConfig, OptimizerConfig
 from training.optim.lars import Lars
 from training.optim.optimizers import DeviceStepCount, make_optimizer, parameter_groups
-from training.recipe import Recipe, plan_execution
+from training.recipe import Recipe, make_execution
 from training.schedule import Schedule
 from training.step import Trainer
 from tsm.networks import build_network
@@ -74,7 +74,7 @@ def trainer_of(
         seed=0, global_batch=clips, bn_group=bn_clips, total_steps=9, num_rows=99, manifest_digest="", schedule=schedule,
         model={}, optimizer={}, augmentation={}, numerics={},
     )  # fmt: skip
-    execution = plan_execution(clips, bn_clips, 1, micro_batch)
+    execution = make_execution(clips, bn_clips, 1, micro_batch)
     torch.manual_seed(0)
     network = build_network(backbone, classes, num_frames=frames, **network_options or {})
     rank_groups = [[0]] if over_ranks else []
@@ -86,7 +86,7 @@ def trainer_of(
         "amp": amp,
         "clip_norm": None,
         "label_smoothing": 0.0,
-        "average": None,
+        "ema": None,
     }
     return Trainer(
         recipe=recipe,

@@ -14,7 +14,7 @@ from training.build.numerics import autocast, check_device, place_network, set_n
 from training.config.schema import NumericsConfig
 from training.errors import ConfigError
 from training.planning.memory import step_costs
-from training.recipe import plan_execution
+from training.recipe import make_execution
 from tsm.networks import TemporalNetwork, build_network
 from tsm.non_local import NonLocalBlock
 
@@ -226,6 +226,6 @@ def test_a_plan_of_a_non_local_network_in_channels_last() -> None:
         "numerics=gpu",
         "numerics.channels_last=false",
     )
-    costs, expected = (step_costs(one, plan_execution(128, 16, 16)) for one in (config, contiguous))
+    costs, expected = (step_costs(one, make_execution(128, 16, 16)) for one in (config, contiguous))
     assert costs.weights_bytes == expected.weights_bytes
     assert costs.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training.build.recipe import recipe_of
 from training.config.schema import BatchConfig, Config, DataConfig, OptimizerConfig, ScheduleConfig
 from training.errors import ConfigError
-from training.recipe import Execution, Recipe, plan_execution
+from training.recipe import Execution, Recipe, make_execution
 from training.schedule import Schedule
 
 KINETICS_CLIPS = 239_781
@@ -46,7 +46,7 @@ def recipe(**changes: Any) -> Recipe:
 @settings(max_examples=300, deadline=None)
 def test_a_layout_holds_the_whole_batch_or_is_refused(batch: int, group: int, world: int, limit: int | None) -> None:
     try:
-        execution = plan_execution(batch, group, world, limit)
+        execution = make_execution(batch, group, world, limit)
     except ConfigError:
         return
     assert execution.world == world
@@ -69,7 +69,7 @@ def test_nothing_that_fits_is_refused(batch: int, group: int, world: int, limit:
         if micro <= limit and (micro % group == 0 or (group % micro == 0 and world * micro % group == 0))
     ]
     try:
-        assert plan_execution(batch, group, world, limit).accumulation == min(fitting)
+        assert make_execution(batch, group, world, limit).accumulation == min(fitting)
     except ConfigError:
         assert fitting == []
 
@@ -89,24 +89,24 @@ def test_nothing_that_fits_is_refused(batch: int, group: int, world: int, limit:
     ],
 )
 def test_layouts(arguments: tuple[int, ...], execution: Execution) -> None:
-    assert plan_execution(*arguments) == execution
+    assert make_execution(*arguments) == execution
 
 
 def test_rank_groups_are_neighbours_that_cover_the_world() -> None:
-    assert plan_execution(16, 8, 8).bn_rank_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert plan_execution(16, 16, 4).bn_rank_groups() == [[0, 1, 2, 3]]
-    assert plan_execution(16, 8, 2).bn_rank_groups() == []
+    assert make_execution(16, 8, 8).bn_rank_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert make_execution(16, 16, 4).bn_rank_groups() == [[0, 1, 2, 3]]
+    assert make_execution(16, 8, 2).bn_rank_groups() == []
 
 
 def test_batch_norm_over_the_whole_batch_cannot_accumulate() -> None:
     with pytest.raises(ConfigError, match="batch-norm groups of 16 and at most 4 clips"):
-        plan_execution(16, 16, world=2, micro_batch_limit=4)
-    assert plan_execution(16, 16, world=4, micro_batch_limit=4).accumulation == 1
+        make_execution(16, 16, world=2, micro_batch_limit=4)
+    assert make_execution(16, 16, world=4, micro_batch_limit=4).accumulation == 1
 
 
 @pytest.mark.parametrize(("limit", "accumulation"), [(None, 1), (8, 1), (7, 2), (4, 2), (3, 4), (1, 8)])
 def test_a_smaller_micro_batch_accumulates(limit: int | None, accumulation: int) -> None:
-    assert plan_execution(16, 1, world=2, micro_batch_limit=limit).accumulation == accumulation
+    assert make_execution(16, 1, world=2, micro_batch_limit=limit).accumulation == accumulation
 
 
 @pytest.mark.parametrize(
@@ -114,27 +114,27 @@ def test_a_smaller_micro_batch_accumulates(limit: int | None, accumulation: int)
 )
 def test_the_error_says_which_worlds_fit(batch: int, group: int, world: int, limit: int | None) -> None:
     with pytest.raises(ConfigError, match=rf"does not divide over {world} processes\. Fix: use ") as caught:
-        plan_execution(batch, group, world, limit)
+        make_execution(batch, group, world, limit)
     named = re.search(r"use ([\d, ]+)", str(caught.value))
     assert named is not None
     worlds = [int(number) for number in named[1].replace(",", " ").split()]
     for fitting in worlds:
-        plan_execution(batch, group, fitting, limit)
+        make_execution(batch, group, fitting, limit)
     if len(worlds) < 24:  # a longer list is cut
         for missing in set(range(1, batch + 1)) - set(worlds):
             with pytest.raises(ConfigError):
-                plan_execution(batch, group, missing, limit)
+                make_execution(batch, group, missing, limit)
 
 
 def test_a_group_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"batch\.bn_group=5 does not divide batch\.global_batch=16"):
-        plan_execution(16, 5, 1)
+        make_execution(16, 5, 1)
 
 
 @pytest.mark.parametrize(("batch", "group", "key"), [(0, 1, "batch.global_batch"), (8, 0, "batch.bn_group")])
 def test_sizes_below_one_are_refused(batch: int, group: int, key: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{key} must be 1 or more, got 0")):
-        plan_execution(batch, group, 1)
+        make_execution(batch, group, 1)
 
 
 # --- Recipe -----------------------------------------------------------------------------------------------------------

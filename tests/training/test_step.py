@@ -12,7 +12,7 @@ from distributed.backends.single import SingleBackend
 from distributed.topology import Topology
 from pipelines.stream.augmentation import dropout_seeds
 from tests.helpers.trainers import CLASSES, CLIPS, FRAMES, batches_of, trainer_of
-from training.optim.gradient_diagnostics import Diagnostics, noise_and_signal
+from training.optim.gradient_diagnostics import GradientDiagnostics, noise_and_signal
 from training.optim.lars import Lars
 from training.optim.nonfinite_guard import clip_, gradient_norms
 from training.optim.optimizers import step_counts
@@ -183,7 +183,7 @@ def test_noise_and_signal_are_recovered_from_their_definition() -> None:
 def test_a_measured_step_is_the_same_step_and_leaves_nothing_behind() -> None:
     trainer, other = trainer_of("lars", micro_batch=2, clip_norm=0.5), trainer_of("lars", micro_batch=2, clip_norm=0.5)
     backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
-    diagnostics = Diagnostics(trainer.network, trainer.optimizer, backend, trainer.execution)
+    diagnostics = GradientDiagnostics(trainer.network, trainer.optimizer, backend, trainer.execution)
     for step in range(2):
         trainer.step(step, batches_of(trainer, step), diagnostics)
         other.step(step, batches_of(other, step))
@@ -200,7 +200,7 @@ def test_a_measured_step_is_the_same_step_and_leaves_nothing_behind() -> None:
 def test_one_batch_of_one_rank_has_no_noise_scale() -> None:
     trainer = trainer_of()
     backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
-    diagnostics = Diagnostics(trainer.network, trainer.optimizer, backend, trainer.execution)
+    diagnostics = GradientDiagnostics(trainer.network, trainer.optimizer, backend, trainer.execution)
     trainer.step(0, batches_of(trainer, 0), diagnostics)
     values = diagnostics.values()
     assert "noise_scale_clips" not in values

@@ -28,7 +28,7 @@ from training.evaluation.validate import evaluate_weights
 from training.job import Job, build_job
 from training.loop import train
 from training.main import join_world
-from training.optim.gradient_diagnostics import Diagnostics
+from training.optim.gradient_diagnostics import GradientDiagnostics
 from training.optim.optimizers import optimizer_tensors
 from training.runs.resume import check_agreement
 from training.telemetry.metrics_log import MetricsLog
@@ -143,7 +143,7 @@ def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, 
     job = job_of(context, run_id, *overrides, narrow=narrow)
     config, take_step = job.config, job.trainer.step
 
-    def step(number: int, batches: list[ClipBatch], diagnostics: Diagnostics | None = None) -> Tensor:
+    def step(number: int, batches: list[ClipBatch], diagnostics: GradientDiagnostics | None = None) -> Tensor:
         last = context.backend.topology.rank == context.backend.topology.size - 1
         if number in spoiled and last:
             batches = [damaged(batch, math.inf) for batch in batches]
@@ -340,7 +340,7 @@ def measured_step(context: Context) -> dict[str, Any]:
     small_square = sum(backend.all_gather_objects(squares[0])) / backend.topology.size
     norms = {name: total.norm().item() for name, total in zip(names, mean, strict=True)}
     weights = {name: parameter.norm().item() for name, parameter in network.named_parameters()}
-    diagnostics = Diagnostics(network, trainer.optimizer, backend, job.execution)
+    diagnostics = GradientDiagnostics(network, trainer.optimizer, backend, job.execution)
     assert trainer.step(0, micro_batches, diagnostics)[3] == 0
     return {"values": diagnostics.values(), "small_square": small_square, "norms": norms, "weights": weights}
 

@@ -107,5 +107,5 @@ def state_after(way: Way, shape: Shape, device: str) -> torch.Tensor:
     trainer, batches = build(way, shape, device)
     totals = [trainer.step(step, batches) for step in range(STEPS)]
     tensors = [tensor for tensor in trainer.network.state_dict().values() if tensor.is_floating_point()]
-    averages = list(trainer.average.tensors().values()) if trainer.average else []
+    averages = list(trainer.ema.tensors().values()) if trainer.ema else []
     return torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in (*tensors, *averages, *totals)])

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.loading.clips import ClipBatch
 from tests.helpers.trainers import batches_of, trainer_of
-from training.optim.ema import WeightAverage
+from training.optim.ema import EMA
 from training.step import Trainer
 
 from .settings import Settings, Shape
@@ -74,7 +74,7 @@ def build(way: Way, shape: Shape, device: str) -> tuple[Trainer, list[ClipBatch]
         clip_norm=way.clip_norm,
     )
     if way.ema_decay is not None:
-        trainer.average = WeightAverage(trainer.network, way.ema_decay)
+        trainer.ema = EMA(trainer.network, way.ema_decay)
     batches = batches_of(trainer, 0, size=shape.size)
     return trainer, [batch.pin_memory() if device == "cuda" else batch for batch in batches]
 

@@ -31,12 +31,12 @@ def main(folder: Path) -> None:
 
     from pipelines.manifest import Manifest
     from pipelines.stream.order import StreamOrder
-    from training.recipe import plan_execution
+    from training.recipe import make_execution
 
     imported_s = time.perf_counter()
     config = yaml.safe_load((folder / run_layout.CONFIG).read_text())
     batch = config["batch"]
-    execution = plan_execution(batch["global_batch"], batch["bn_group"], topology.size, batch["micro_batch"])
+    execution = make_execution(batch["global_batch"], batch["bn_group"], topology.size, batch["micro_batch"])
     configured_s = time.perf_counter()
     manifest = Manifest.open(Path(config["data"]["root"]) / config["data"]["train"])
     opened_s = time.perf_counter()

@@ -42,6 +42,6 @@ def _build_network(
     network = network_of(config)
     convert_batch_norm(network, backend, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
     place_network(network, backend.device, config.numerics)
-    first_weights = "" if first is None else load_initial_weights(network, config.model, first)
+    initial_weights = "" if first is None else load_initial_weights(network, config.model, first)
     broadcast_network(backend, network)
-    return network.train(), first_weights
+    return network.train(), initial_weights

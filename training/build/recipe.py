@@ -11,10 +11,10 @@ from training.schedule import Schedule, scaled_rate
 from .data import augmentation_of
 
 
-def recipe_of(config: Config, num_rows: int, manifest_digest: str, first_weights: str | None = None) -> Recipe:
+def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weights: str | None = None) -> Recipe:
     """Derive the recipe: the peak rate from linear scaling, and everything that was said in epochs in steps.
 
-    `first_weights` identifies what `model.init` names (init_weights.py): a file may move, its content decides the result.
+    `initial_weights` identifies what `model.init` names (init_weights.py): a file may move, its content decides the result.
     """
     batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
     if num_rows < batch.global_batch:
@@ -45,14 +45,14 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, first_weights
             factor=schedule.factor,
             end=schedule.end,
         ),
-        model=_model_recipe(config, first_weights or config.model.init),
+        model=_model_recipe(config, initial_weights or config.model.init),
         optimizer=asdict(optimizer),
         augmentation=asdict(augmentation_of(config)),
         numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
     )
 
 
-def _model_recipe(config: Config, first_weights: str) -> dict[str, Any]:
-    model = asdict(config.model) | {"init": first_weights}
+def _model_recipe(config: Config, initial_weights: str) -> dict[str, Any]:
+    model = asdict(config.model) | {"init": initial_weights}
     del model["init_sha256"]
     return model

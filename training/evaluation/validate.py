@@ -55,7 +55,7 @@ def evaluate_weights(job: Job, step: int, stop_wanted: Callable[[], bool] = lamb
     trainer, network = job.trainer, job.trainer.network
     own_S = own_running_statistics(network)
     try:
-        with trainer.average.in_place_of_weights() if trainer.average else nullcontext():
+        with trainer.ema.in_place_of_weights() if trainer.ema else nullcontext():
             if job.config.batch.precise_bn_steps:
                 _recompute_statistics(job, step, stop_wanted)
             else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 PREFIX = "average."
 
 
-class WeightAverage:
+class EMA:
     """`average <- decay * average + (1 - decay) * weight` after every step that was taken (Polyak and Juditsky, 1992).
 
     Batch norm's running statistics are the network's own: they follow the weights of the last steps.

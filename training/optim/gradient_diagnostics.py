@@ -26,7 +26,7 @@ def noise_and_signal(small_square: float, large_square: float, small: int, large
     return noise, signal
 
 
-class Diagnostics:
+class GradientDiagnostics:
     """Measures the steps that a record is due for; steps without one never touch it.
 
     The small batch is the first micro-batch of every rank, of which one all-reduce takes the mean. Clips that share batch-norm

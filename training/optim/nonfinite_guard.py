@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .optimizers import DeviceStepCount
 
 
-class StepGuard:
+class NonFiniteGuard:
     """Around one step: `begin`, each forward pass, `checked` on the last one's loss, the reduction, then `update`.
 
     Running statistics are each rank's own, and a variance can overflow where the gradient does not. So a rank whose

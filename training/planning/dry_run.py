@@ -23,7 +23,7 @@ from training.build.recipe import recipe_of
 from training.config.load import from_composed
 from training.config.schema import Config
 from training.errors import ConfigError, DataError
-from training.recipe import Execution, Recipe, fitting_worlds, plan_execution
+from training.recipe import Execution, Recipe, fitting_worlds, make_execution
 from training.report.charts import schedule_figure
 from training.runs.code_version import code_version
 from training.runs.resume import check_same, find_start
@@ -127,7 +127,7 @@ def _derive(plan: Plan) -> None:
     config, batch = plan.config, plan.config.batch
     plan.network = plan.noting(lambda: network_figures(config))
     wanted = batch.global_batch, batch.bn_clips
-    plan.execution = plan.noting(lambda: plan_execution(*wanted, plan.world, batch.micro_batch))
+    plan.execution = plan.noting(lambda: make_execution(*wanted, plan.world, batch.micro_batch))
     plan.worlds = fitting_worlds(*wanted, batch.micro_batch)
     if plan.network is not None and plan.execution is not None:
         execution = plan.execution

@@ -22,7 +22,7 @@ from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast, place_network
 from training.config.schema import Config
-from training.optim.ema import WeightAverage
+from training.optim.ema import EMA
 from training.optim.lars import Lars
 from training.optim.optimizers import make_optimizer
 from training.recipe import Execution
@@ -70,7 +70,7 @@ def step_costs(config: Config, execution: Execution) -> StepCosts:
         live.hold(network.state_dict(keep_vars=True).values())
         weights_bytes = live.now
         optimizer, decay = make_optimizer(network, config.optimizer), config.optimizer.ema_decay
-        average = None if decay is None else WeightAverage(network, decay)
+        average = None if decay is None else EMA(network, decay)
         optimizer_bytes = live.now - weights_bytes
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         gradients_bytes = sum(parameter.nbytes for parameter in trained)

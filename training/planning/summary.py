@@ -24,7 +24,7 @@ def describe_plan(job: Job) -> str:
         describe_network(job.config, figures),
         describe_numerics(job.config),
         f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
-        *([f"weights    {job.first_weights}"] if job.first_weights else []),
+        *([f"weights    {job.initial_weights}"] if job.initial_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
         f"input      {describe_input(job.config, source, job.backend)}",
         *describe_execution(job.execution),

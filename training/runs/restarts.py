@@ -16,7 +16,7 @@ RESTARTS = 2  # that may begin at the same step, as in "two restarts without pro
 _FAULTS = (EXIT_FAILURE, EXIT_REQUEUE, None)  # None: nobody was left to say how it ended
 
 
-def note_start(provenance: Path, outcome: Path, start: dict[str, Any]) -> None:
+def record_start(provenance: Path, outcome: Path, start: dict[str, Any]) -> None:
     """Add a start, and to the one before it how it ended; one process calls it. Whole or not done, whatever happens."""
     starts = read_starts(provenance, outcome)
     write_text(provenance, json.dumps([*starts, start], indent=1))

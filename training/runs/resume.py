@@ -15,7 +15,7 @@ from training.build.data import CHECKOUT
 from training.build.init_weights import InitialWeights, find_initial_weights
 from training.config.schema import Config
 from training.errors import ConfigError
-from training.optim.ema import PREFIX, WeightAverage
+from training.optim.ema import EMA, PREFIX
 from training.optim.optimizers import optimizer_tensors
 from training.recipe import Recipe
 from tsm.networks import TemporalNetwork
@@ -58,9 +58,7 @@ def _flat(nested: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def state_tensors(
-    network: TemporalNetwork, optimizer: torch.optim.Optimizer, average: WeightAverage | None
-) -> dict[str, Tensor]:
+def state_tensors(network: TemporalNetwork, optimizer: torch.optim.Optimizer, average: EMA | None) -> dict[str, Tensor]:
     """What a checkpoint holds by name beside the network; the tensors are the live ones."""
     return optimizer_tensors(network, optimizer) | (average.tensors() if average else {})
 

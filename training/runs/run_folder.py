@@ -17,7 +17,7 @@ from runtime.checkout import CHECKOUT
 from training.config.schema import Config
 from training.errors import ConfigError
 
-from .restarts import note_start
+from .restarts import record_start
 
 _PACKAGES = (
     "torch",
@@ -53,7 +53,7 @@ class RunFolder:
         """Make the folder and write what the run was started with; a resumed run adds to its provenance."""
         self.write_config(config)
         self.checkpoints.mkdir(exist_ok=True)
-        note_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
+        record_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
 
     def write_config(self, config: Config) -> None:
         """Make the folder if need be, and write what it was started with: whole or not at all, for a requeued job reads it."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipelines.stream.counter_rng import key_of, mix, mix_array, uniforms, words
 from pipelines.stream.order import StreamOrder, evaluation_rows, permute
-from training.recipe import Execution, plan_execution
+from training.recipe import Execution, make_execution
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 PUBLISHED_BATCH, PUBLISHED_GROUP, PUBLISHED_CLIPS = 12_288, 8, 239_781
@@ -186,7 +186,7 @@ def layouts(global_batch: int, group: int, limit: int | None = None) -> list[Exe
     for world in range(1, global_batch + 1):
         if global_batch % world == 0:
             try:
-                fitting.append(plan_execution(global_batch, group, world, limit))
+                fitting.append(make_execution(global_batch, group, world, limit))
             except ValueError:
                 continue
     return fitting
@@ -231,7 +231,7 @@ def test_the_published_batch_fits_the_worlds_that_divide_it() -> None:
 @pytest.mark.parametrize("world", [w for w in range(1, 1537) if PUBLISHED_BATCH % w == 0])
 @pytest.mark.parametrize("limit", [None, 8, 2])
 def test_published_steps_hold_the_same_clips_on_every_world(world: int, limit: int | None) -> None:
-    execution = plan_execution(PUBLISHED_BATCH, PUBLISHED_GROUP, world, limit if world >= 8 else None)
+    execution = make_execution(PUBLISHED_BATCH, PUBLISHED_GROUP, world, limit if world >= 8 else None)
     for step in (0, 19, 1950):
         check_step_holds_its_clips(execution, step)
     check_groups_are_together(execution, PUBLISHED_GROUP)
@@ -239,7 +239,7 @@ def test_published_steps_hold_the_same_clips_on_every_world(world: int, limit: i
 
 
 def test_the_published_run_is_a_batch_norm_group_a_process() -> None:
-    assert plan_execution(PUBLISHED_BATCH, PUBLISHED_GROUP, 1536) == Execution(1536, PUBLISHED_BATCH, 8, 1, 1, 1)
+    assert make_execution(PUBLISHED_BATCH, PUBLISHED_GROUP, 1536) == Execution(1536, PUBLISHED_BATCH, 8, 1, 1, 1)
 
 
 @given(
@@ -261,7 +261,7 @@ def test_small_steps_hold_the_same_clips_on_every_world(
 
 
 def test_a_rank_takes_its_micro_steps_in_order() -> None:
-    execution = plan_execution(16, 2, world=2, micro_batch_limit=4)
+    execution = make_execution(16, 2, world=2, micro_batch_limit=4)
     assert execution.accumulation == 2
     of_rank_1 = [part.tolist() for part in execution.stream_positions(1, 3, 5)]
     assert of_rank_1 == [[52, 53, 54, 55], [60, 61, 62, 63], [68, 69, 70, 71], [76, 77, 78, 79]]
@@ -272,7 +272,7 @@ def test_a_rank_takes_its_micro_steps_in_order() -> None:
 def test_steps_of_several_epochs_are_one_stream() -> None:
     """No clip is dropped where an epoch ends within a step."""
     rows, batch, steps = 10, 4, 5
-    execution = plan_execution(batch, 2, world=2)
+    execution = make_execution(batch, 2, world=2)
     positions = [part for rank in range(2) for part in execution.stream_positions(rank, 0, steps)]
     _, row_N = StreamOrder(rows, 0).at(np.concatenate(positions))
     assert np.bincount(row_N).tolist() == [steps * batch // rows] * rows

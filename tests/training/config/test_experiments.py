@@ -10,7 +10,7 @@ from training.build.recipe import recipe_of
 from training.config.load import from_composed
 from training.config.schema import Config
 from training.errors import ConfigError
-from training.recipe import Recipe, plan_execution
+from training.recipe import Recipe, make_execution
 
 from .test_config import compose, config_of
 
@@ -130,7 +130,7 @@ def test_something_v2_on_64_processes() -> None:
 def test_the_batch_lies_on_the_usual_machines(name: str, clips: int, worlds: tuple[int, ...]) -> None:
     ours = recipe(experiment(name), clips)
     for world in worlds:
-        execution = plan_execution(ours.global_batch, ours.bn_group, world)
+        execution = make_execution(ours.global_batch, ours.bn_group, world)
         assert execution.micro_batch * world * execution.accumulation == ours.global_batch
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.helpers.worlds import CHECKOUT
-from training.optim.ema import WeightAverage
+from training.optim.ema import EMA
 
 GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -23,7 +23,7 @@ def linear() -> nn.Linear:
 
 def test_the_average_by_hand_leaves_bad_steps_out() -> None:
     network = linear()
-    average = WeightAverage(network, 0.9)
+    average = EMA(network, 0.9)
     expected = network.weight.detach().clone()
     for step in range(5):
         bad = BAD if step == 2 else GOOD
@@ -37,7 +37,7 @@ def test_the_average_by_hand_leaves_bad_steps_out() -> None:
 
 def test_the_weights_come_back_bit_for_bit_also_after_an_error() -> None:
     network = linear()
-    average = WeightAverage(network, 0.5)
+    average = EMA(network, 0.5)
     first = network.weight.detach().clone()
     with torch.no_grad():
         network.weight.mul_(1 / 3)
@@ -50,7 +50,7 @@ def test_the_weights_come_back_bit_for_bit_also_after_an_error() -> None:
 @pytest.mark.parametrize("decay", [0.0, 1.0])
 def test_a_decay_that_averages_nothing_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match=r"\(0, 1\)"):
-        WeightAverage(linear(), decay)
+        EMA(linear(), decay)
 
 
 @pytest.mark.slow

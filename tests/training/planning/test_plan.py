@@ -28,7 +28,7 @@ from training.planning import memory
 from training.planning.dry_run import as_dict, make_plan, run_plan
 from training.planning.estimates import rates_of, ring_bytes
 from training.planning.memory import LiveBytes, StepCosts, step_costs
-from training.recipe import Execution, Recipe, fitting_worlds, plan_execution
+from training.recipe import Execution, Recipe, fitting_worlds, make_execution
 from training.runs.resume import state_tensors
 
 LARGE = ("kinetics_1536", "kinetics_384", "kinetics_1536_lars")
@@ -41,7 +41,7 @@ def small(*overrides: str) -> Config:
 
 def costs(config: Config, world: int = 1) -> StepCosts:
     batch = config.batch
-    execution = plan_execution(batch.global_batch, batch.bn_group or batch.global_batch, world, batch.micro_batch)
+    execution = make_execution(batch.global_batch, batch.bn_group or batch.global_batch, world, batch.micro_batch)
     return step_costs(config, execution)
 
 
@@ -50,7 +50,7 @@ def laid_out(config: Config) -> tuple[Recipe, Execution]:
     batch, clips = config.batch, config.data.train_clips
     world = config.distributed.world_size or config.plan.world_size
     assert clips is not None and world is not None and batch.bn_group is not None
-    return recipe_of(config, clips, ""), plan_execution(batch.global_batch, batch.bn_group, world, batch.micro_batch)
+    return recipe_of(config, clips, ""), make_execution(batch.global_batch, batch.bn_group, world, batch.micro_batch)
 
 
 # --- The large runs ---------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class _OnRealTensors(LiveBytes):
 def test_memory_of_shapes_is_that_of_numbers(overrides: list[str]) -> None:
     config = small(*overrides)
     batch = config.batch
-    execution = plan_execution(batch.global_batch, batch.bn_group or batch.global_batch, 1)
+    execution = make_execution(batch.global_batch, batch.bn_group or batch.global_batch, 1)
     real = _OnRealTensors(config, execution)
     counted = step_costs(config, execution)
     assert counted.peak_bytes == pytest.approx(real.peak, rel=0.01)
@@ -235,12 +235,12 @@ def test_optimizers_cost_their_state() -> None:
 
 @pytest.mark.parametrize("overrides", [[], ["optimizer.name=lars", "optimizer.ema_decay=0.9"]])
 def test_checkpoint_bytes_are_those_of_the_files(tmp_path: Path, overrides: list[str]) -> None:
-    from training.optim.ema import WeightAverage
+    from training.optim.ema import EMA
 
     config = small(*overrides)
     network = network_of(config)
     optimizer, decay = make_optimizer(network, config.optimizer), config.optimizer.ema_decay
-    average = None if decay is None else WeightAverage(network, decay)
+    average = None if decay is None else EMA(network, decay)
     saved = Checkpoint(network.state_dict(), state_tensors(network, optimizer, average), {"step": 1})
     folder = save_checkpoint(tmp_path, saved, keep=1)
     size_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -291,7 +291,7 @@ def test_all_problems_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path
 @pytest.mark.parametrize("world", [5, 7, 1_000])
 def test_a_world_that_does_not_fit_is_told_as_train_tells_it(capsys: pytest.CaptureFixture[str], world: int) -> None:
     with pytest.raises(ConfigError) as refused:
-        plan_execution(12_288, 8, world, 8)
+        make_execution(12_288, 8, world, 8)
     code, text, found = problems(capsys, "experiment=kinetics_1536", f"distributed.world_size={world}")
     assert code == 2
     assert f"error (plan): {refused.value}" in found

@@ -281,8 +281,8 @@ def test_state_that_another_recipe_adds_starts_anew(
     job = job_of(alone, "run", *options, *changes)
     saved = load_newest(job.folder.checkpoints)[0]
     assert saved is not None and job.first_step == 2
-    assert job.trainer.average is not None
-    for name, average in job.trainer.average.tensors().items():
+    assert job.trainer.ema is not None
+    for name, average in job.trainer.ema.tensors().items():
         assert average.equal(saved.network[name.removeprefix("average.")]), name
     assert all(not state["exp_avg"].any() for state in job.trainer.optimizer.state.values())
     assert "has no state for exp_avg, exp_avg_sq, the average of weights: it starts anew" in capsys.readouterr().out

@@ -1,12 +1,13 @@
 """Starts of a run: what is known of them, and when another one is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from training.errors import NoProgressError
-from training.runs.restarts import check_progress, note_start, read_starts
+from training.runs.restarts import check_progress, read_starts, record_start
 
 
 class Run:
@@ -17,7 +18,7 @@ class Run:
 
     def start(self, first_step: int) -> None:
         check_progress(self.provenance, self.outcome, first_step)
-        note_start(self.provenance, self.outcome, {"first_step": first_step})
+        record_start(self.provenance, self.outcome, {"first_step": first_step})
 
     def end(self, exit_code: int | None, reason: str = "a fault") -> None:
         if exit_code is not None:
@@ -73,15 +74,14 @@ def test_each_start_knows_how_it_ended(run: Run) -> None:
 def test_a_kill_while_a_start_is_noted_leaves_the_earlier_ones(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.start(0)
 
-    def killed(self: Path, text: str) -> None:
-        with self.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def killed(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", killed)
+        patched.setattr(os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
-            note_start(run.provenance, run.outcome, {"first_step": 0})
+            record_start(run.provenance, run.outcome, {"first_step": 0})
     assert len(read_starts(run.provenance, run.outcome)) == 1
     run.start(0)
     assert len(read_starts(run.provenance, run.outcome)) == 2
