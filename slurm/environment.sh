@@ -38,6 +38,6 @@ set_environment() {
     # A rank that waits leaves its core to the decoders. Costs microseconds a message.
     export OMPI_MCA_mpi_yield_when_idle=1
 
-    # Horovod alone would wait for ever for a rank that hangs. Behind distributed.hang_s (300), whose report names it.
+    # Horovod alone would wait for ever for a rank that hangs. Behind distributed.hang_timeout_s (300), whose report names it.
     export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=900
 }

@@ -83,7 +83,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     if state is not None:
         _restore(backend, network, state_tensors(network, optimizer, average), resumed)
     options = ReducerOptions(
-        execution.accumulation, config.distributed.wire == "float16", config.numerics.deterministic
+        execution.accumulation, config.distributed.gradient_dtype == "float16", config.numerics.deterministic
     )
     trainer = Trainer(
         recipe=recipe,

@@ -41,7 +41,7 @@ def run(read: Callable[[], Config], task: Task) -> int:
         topology = find_topology()
         config = read()
         backend = join_world(config, topology)
-        control = ControlChannel(backend, config.distributed.hang_s)
+        control = ControlChannel(backend, config.distributed.hang_timeout_s)
         signal.signal(signal.SIGTERM, _leave_before_first_step)
         code = task(config, backend, control)
         control.close()

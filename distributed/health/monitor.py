@@ -260,7 +260,7 @@ class Monitor:
             f"{self._name(rank)} at {self._peers[rank].seen.place}{self._silence(rank)}" for rank in stuck[:8]
         )
         self._journal.warn(
-            f"no rank made progress for {stood_s:.0f} s (distributed.hang_s={hang_s:g}): waiting for {named}"
+            f"no rank made progress for {stood_s:.0f} s (distributed.hang_timeout_s={hang_s:g}): waiting for {named}"
             f"{f', and {len(stuck) - 8} more' if len(stuck) > 8 else ''}. Collecting the stacks of all ranks"
         )
         where = self._collect_stacks(stuck)

@@ -76,7 +76,7 @@ def test_two_ranks_train_over_nccl(tmp_path: Path, clips: Path, launcher: str) -
     """Batch norm over ranks, fp16 gradient compression, LARS, an evaluation and a checkpoint."""
     world = available(World(launcher, 2))
     backend = "torch" if launcher == "torchrun" else "horovod"
-    options = ["optimizer=lars", "numerics.amp=float16", "distributed.wire=float16", f"distributed={backend}"]
+    options = ["optimizer=lars", "numerics.amp=float16", "distributed.gradient_dtype=float16", f"distributed={backend}"]
     # Nothing is summed on the fake GPU: to each rank the clips that the other evaluated are missing.
     options.append("data.max_bad_clips=20")
     ended = run(world, tmp_path, clips, *options)

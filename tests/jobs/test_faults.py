@@ -240,7 +240,7 @@ def stopped_jobs(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Itera
     for world, victim in STOPPED.items():
         if world.missing is None:
             jobs[world] = start(
-                world, folder / f"fault-{os.getpid()}-{world.name}", clips, f"distributed.hang_s={HANG_S}"
+                world, folder / f"fault-{os.getpid()}-{world.name}", clips, f"distributed.hang_timeout_s={HANG_S}"
             )
             os.kill(jobs[world].ranks()[victim], signal.SIGSTOP)
     yield jobs
@@ -263,7 +263,7 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_all(
 
 def test_a_loader_that_stands_still_is_named(run: Path, clips: Path) -> None:
     world = World("torchrun", 2)
-    job = start(world, run, clips, f"distributed.hang_s={HANG_S}")
+    job = start(world, run, clips, f"distributed.hang_timeout_s={HANG_S}")
     (worker,) = job.loader_workers(1)
     os.kill(worker, signal.SIGSTOP)
     stacks = assert_hang_is_named(run, job.wait(HANG_END_S), world.size, 1, "phase input")
@@ -280,7 +280,7 @@ def test_what_rightly_takes_long_is_no_standstill(run: Path, clips: Path) -> Non
     """A slow first step, statistics computed anew, an evaluation, and a checkpoint that is waited for."""
     slow = "schedule.epochs=1 evaluation.every_epochs=1 evaluation.batch=1 batch.precise_bn_steps=8"
     places = [f"data.root={clips}", f"outputs={run.parent}", f"run_id={run.name}"]
-    limit = f"distributed.hang_s={SLOW_HANG_S}"
+    limit = f"distributed.hang_timeout_s={SLOW_HANG_S}"
     run.mkdir()
     arguments = [*ENDLESS, *slow.split(), limit, *places]
     job = start_training(World("torchrun", 2), run / "console.txt", *arguments, program="tests/helpers/slow_machine.py")
@@ -320,7 +320,7 @@ def stalling(tmp_path: Path, clips: Path) -> Iterator[tuple[Path, Path]]:
 def test_a_file_system_that_blocks_is_named(run: Path, stalling: tuple[Path, Path]) -> None:
     """The worker that waits for it cannot be killed, as with a file server that is gone; the job ends all the same."""
     root, marker = stalling
-    job = start(World("none", 1), run, root, f"distributed.hang_s={HANG_S}")
+    job = start(World("none", 1), run, root, f"distributed.hang_timeout_s={HANG_S}")
     marker.touch()
     job.process.wait(HANG_END_S)
     marker.unlink()

@@ -34,7 +34,7 @@ WORLDS = (World("torchrun", 2), World("horovodrun", 2), World("torchrun", 4), Wo
 RUN = (
     "experiment=smoke logger=disabled logger.every_steps=1 pipeline.size=24 model.num_frames=4 pipeline.decoder=pyav "
     "batch.global_batch=8 batch.bn_group=4 schedule.epochs=4 schedule.warmup_epochs=0 evaluation.every_epochs=1 evaluation.batch=4 "
-    "checkpoint.every_steps=2 checkpoint.allow_no_progress=true numerics.deterministic=true distributed.hang_s=120"
+    "checkpoint.every_steps=2 checkpoint.allow_no_progress=true numerics.deterministic=true distributed.hang_timeout_s=120"
 ).split()
 STEPS = 20  # 40 clips
 

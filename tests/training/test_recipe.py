@@ -253,8 +253,28 @@ def test_where_a_run_lies_does_not_change_its_recipe() -> None:
     config = published()
     config.batch.micro_batch, config.pipeline.workers, config.distributed.backend = 4, 9, "horovod"
     config.outputs, config.name, config.logger.wandb = "elsewhere", "other", "disabled"
+    config.distributed.gradient_dtype, config.distributed.hang_timeout_s = "float16", None
     same = recipe_of(published(), KINETICS_CLIPS, "digest").fingerprint
     assert recipe_of(config, KINETICS_CLIPS, "digest").fingerprint == same
+
+
+RECIPE_KEYS = """
+    augmentation.crop_scales augmentation.flip augmentation.mirrored_words augmentation.num_frames augmentation.sampling
+    augmentation.size bn_group global_batch manifest_digest model.backbone model.direction model.dropout model.fold_div
+    model.init model.non_local model.num_frames model.partial_bn model.shift model.temporal_pool model.zero_init_gamma
+    num_rows numerics.amp numerics.dtype optimizer.base_batch optimizer.beta2 optimizer.bias_lr_multiplier
+    optimizer.classifier_lr_multiplier optimizer.clip_norm optimizer.ema_decay optimizer.eps optimizer.label_smoothing
+    optimizer.lr optimizer.momentum optimizer.name optimizer.nesterov optimizer.scaling optimizer.trust_coefficient
+    optimizer.weight_decay schedule.decay schedule.end schedule.factor schedule.milestone_steps schedule.peak
+    schedule.total_steps schedule.warmup_start schedule.warmup_steps seed total_steps
+"""
+
+
+def test_a_recipe_has_the_keys_of_checkpoints_written_before() -> None:
+    """A key with another name would make each of their runs refuse to resume."""
+    recipe = recipe_of(published(), KINETICS_CLIPS, "digest").as_dict()
+    parts = [[f"{key}.{name}" for name in value] if isinstance(value, dict) else [key] for key, value in recipe.items()]
+    assert sorted(key for part in parts for key in part) == RECIPE_KEYS.split()
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:

@@ -58,7 +58,7 @@ def ranks(results: Results) -> None:
     settings = results.settings
     make_data(results, "small", "--train-clips", "40", "--val-clips", "20")
     float64 = FLOAT64 if not settings.tiny else ("max_steps=2", "numerics.dtype=float64")
-    mixed = ("max_steps=20", "numerics=gpu_fp16", "distributed.wire=float16", "optimizer=lars")
+    mixed = ("max_steps=20", "numerics=gpu_fp16", "distributed.gradient_dtype=float16", "optimizer=lars")
     launches = {
         "float64, one process": Launch("f64", float64),
         "float64, two ranks, torch": Launch("f64_torch", float64, "torch", 2),

@@ -27,7 +27,7 @@ _CHOICES = {
     "distributed.backend": ("auto", "single", "torch", "horovod"),
     "distributed.controller": ("auto", "mpi", "gloo"),
     "distributed.device": ("auto", "cuda", "cpu"),
-    "distributed.wire": ("float32", "float16"),
+    "distributed.gradient_dtype": ("float32", "float16"),
     "logger.wandb": ("offline", "online", "disabled"),
 }
 
@@ -92,7 +92,7 @@ def check(config: Config) -> None:
             )
     nullable = (
         "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
-        "data.train_clips", "distributed.hang_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
+        "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
         "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads",
     )  # fmt: skip
     for key in nullable:

@@ -24,6 +24,12 @@ from .schema import (
     ScheduleConfig,
 )
 
+RENAMED_KEYS = {
+    "distributed.wire": "distributed.gradient_dtype",
+    "distributed.hang_s": "distributed.hang_timeout_s",
+}
+"""Keys by the names that config.yaml files written before have for them. Only `read_config` accepts these."""
+
 
 def register() -> None:
     """Make the schema known to Hydra, so that an unknown key is refused while the configuration is composed."""
@@ -61,7 +67,7 @@ def read_config(folder: Path) -> Config:
     """The configuration that a run folder was made with. Raises ConfigError where there is none, or a broken one."""
     path = folder / "config.yaml"
     try:
-        config = from_composed(OmegaConf.load(path))
+        config = from_composed(_with_new_keys(OmegaConf.load(path)))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}. Fix: --run FOLDER of a run that was started"
@@ -72,3 +78,13 @@ def read_config(folder: Path) -> Config:
         ) from error
     config.outputs, config.run_id = str(folder.absolute().parent), folder.name  # where it is now
     return config
+
+
+def _with_new_keys(loaded: Any) -> Any:
+    """Rename the keys of an older config.yaml, in place."""
+    for old, new in RENAMED_KEYS.items():
+        group, key = old.split(".")
+        settings = loaded.get(group) if OmegaConf.is_dict(loaded) else None
+        if OmegaConf.is_dict(settings) and key in settings:
+            settings[new.split(".")[1]] = settings.pop(key)
+    return loaded

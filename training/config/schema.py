@@ -174,12 +174,12 @@ class DistributedConfig:
     """auto (cuda where there is one), cuda or cpu."""
     world_size: int | None = None
     """Refuse to start with any other number of processes; null: take what the launcher gives."""
-    wire: str = "float32"
-    """Gradients on the wire: float32 (uncompressed) or float16, scaled by 1/size before they are summed."""
+    gradient_dtype: str = "float32"
+    """Gradient compression in the all-reduce: float32 (none) or float16, scaled by 1/size before the sum."""
     timeout_s: float = 600.0
     """Limit of a single collective operation, and of start-up."""
-    hang_s: float | None = 300.0
-    """End the job, with the stacks of all ranks, when no rank has made progress for so long; null: wait for ever."""
+    hang_timeout_s: float | None = 300.0
+    """End the job, with the stacks of all ranks, when no rank has made progress for so long; null: wait forever."""
 
 
 @dataclass

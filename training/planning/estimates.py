@@ -18,7 +18,7 @@ class NetworkFigures:
     trained_parameters: int
     clip_multiply_adds: int
     gradient_bytes: int
-    """What each process contributes to a step's all-reduce, as it travels (distributed.wire)."""
+    """What each process contributes to a step's all-reduce, as it travels (distributed.gradient_dtype)."""
 
 
 def network_figures(config: Config) -> NetworkFigures:
@@ -27,7 +27,7 @@ def network_figures(config: Config) -> NetworkFigures:
         network = network_of(config)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     trained = sum(size for size, learns in sizes if learns)
-    width = {"float16": 2, "float32": 8 if config.numerics.dtype == "float64" else 4}[config.distributed.wire]
+    width = {"float16": 2, "float32": 8 if config.numerics.dtype == "float64" else 4}[config.distributed.gradient_dtype]
     return NetworkFigures(
         parameters=sum(size for size, _ in sizes),
         trained_parameters=trained,

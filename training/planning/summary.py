@@ -109,6 +109,4 @@ def batch_norm_messages(network: nn.Module, execution: Execution) -> tuple[int, 
 
 
 def describe_gradients(config: Config, figures: NetworkFigures) -> str:
-    return (
-        f"gradients  {figures.gradient_bytes / 1e6:.1f} MB a step and process on the wire ({config.distributed.wire})"
-    )
+    return f"gradients  {figures.gradient_bytes / 1e6:.1f} MB a step and process on the wire ({config.distributed.gradient_dtype})"
