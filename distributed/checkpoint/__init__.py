@@ -1,1 +1,1 @@
-"""Checkpoints: written atomically, checked when read."""
+"""Checkpoints: written atomically by a background thread, verified when read."""

@@ -1,4 +1,4 @@
-"""Tensors in host memory, laid out as the safetensors file that they will become, so that writing it needs no further copy.
+"""Copies of tensors in host memory, in the layout of a safetensors file, so that writing the file needs no further copy.
 
 Source of the format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, tensors end to end).
 """
@@ -25,29 +25,29 @@ _DTYPE_NAMES = {
 _Layout = list[tuple[str, torch.dtype, torch.Size]]
 
 
-class HostCopy:
-    """A copy of named tensors; its memory is used again as long as names, types and shapes stay."""
+class HostSnapshot:
+    """A copy of named tensors; its memory is reused while names, dtypes and shapes stay the same."""
 
     def __init__(self) -> None:
         self._layout: _Layout | None = None
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors as they are now; they may change when this returns. Nothing may still read the copy before."""
-        # Large types first, as the format's own library has it: every tensor then lies on a multiple of its type's size.
+        """Copy the tensors; they may change when this returns. The previous copy must not be in use any more."""
+        # Large dtypes first, as in the safetensors library, so that every tensor is aligned to its dtype's size.
         ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         layout = [(name, tensor.dtype, tensor.shape) for name, tensor in ordered]
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if layout != self._layout:
             self._lay_out(layout, on_gpu)
         for view, (_, tensor) in zip(self._views, ordered, strict=True):
-            # From a GPU the copies are queued one after the other, into pinned memory.
+            # From a GPU, all copies are queued one after another, into pinned memory.
             view.copy_(tensor.detach(), non_blocking=True)
         if on_gpu:
             torch.cuda.current_stream().synchronize()
 
     def parts(self) -> list[memoryview]:
-        """The file's bytes in their order: views of the copy, valid until the next `take`."""
+        """Return the file's bytes in order: views of the copy, valid until the next `take`."""
         return [memoryview(self._header), self._body.numpy().data]
 
     def _lay_out(self, layout: _Layout, pinned: bool) -> None:

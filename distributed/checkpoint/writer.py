@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training: a save holds its caller up for a copy in memory, a thread does the rest."""
+"""Asynchronous checkpoint writes: a save blocks only for a copy to host memory, and a thread writes the files."""
 
 import threading
 import time
@@ -11,23 +11,23 @@ from .store import Checkpoint, CheckpointError, Snapshot, write_snapshot
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a save. Times are seconds."""
+    """The result of a save."""
 
     step: int
     stall_s: float
-    """That `save` held its caller up."""
+    """How long `save` blocked its caller."""
     waited_s: float
-    """The part of `stall_s` that the write before still took."""
+    """The part of `stall_s` spent waiting for the previous write."""
     duration_s: float
     """From the call of `save` until the checkpoint was on disk, or had failed."""
     failed: str | None
-    """Why it could not be written."""
+    """The reason why it could not be written; None if it was."""
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time into a folder; one thread of one process calls it.
+    """Writes one checkpoint at a time into a folder. Call it from one thread of one process only.
 
-    `keep` and `best` as in `write_snapshot`.
+    `keep` and `best` are those of `write_snapshot`.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -35,30 +35,30 @@ class CheckpointWriter:
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._ended: deque[Written] = deque()
-        self._fault: Exception | None = None
+        self._error: Exception | None = None
 
     def save(self, checkpoint: Checkpoint, best: bool = False) -> None:
-        """Copy the tensors, which may change afterwards, and begin to write them. Waits for a write that has not ended."""
+        """Copy the tensors, which may change afterwards, and start to write them. Waits for an unfinished write first."""
         called_s = time.monotonic()
         self.wait()
         waited_s = time.monotonic() - called_s
         self._snapshot.take(checkpoint)
         stall_s = time.monotonic() - called_s
-        # A daemon: a disk that hangs must not keep a process that failed from ending. Those who end in order wait.
+        # A daemon thread: a disk that hangs must not block the exit of a process that failed. A normal exit calls `wait`.
         self._thread = threading.Thread(
             target=self._write, args=(called_s, stall_s, waited_s, best), name="checkpoint", daemon=True
         )
         self._thread.start()
 
     def wait(self, limit_s: float | None = None) -> None:
-        """Until no write is under way, or `limit_s` is over."""
+        """Wait until no write is in progress, at most `limit_s`."""
         if self._thread is not None:
             self._thread.join(limit_s)
 
     def ended(self) -> list[Written]:
-        """What became of the saves whose writes have ended since the last call; raises a fault of the program in one."""
-        if self._fault is not None:
-            raise self._fault
+        """Return the saves that finished since the last call; raises an error that is not a CheckpointError, such as a bug."""
+        if self._error is not None:
+            raise self._error
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def _write(self, called_s: float, stall_s: float, waited_s: float, best: bool) -> None:
@@ -68,6 +68,6 @@ class CheckpointWriter:
         except CheckpointError as error:
             failed = str(error)
         except Exception as error:
-            self._fault = error
+            self._error = error
         duration_s = time.monotonic() - called_s
         self._ended.append(Written(self._snapshot.step, stall_s, waited_s, duration_s, failed))

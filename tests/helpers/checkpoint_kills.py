@@ -20,14 +20,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from distributed.checkpoint import store as module
+from distributed.checkpoint import store
 from distributed.checkpoint.store import (
     BEST,
     Checkpoint,
     CheckpointError,
+    Snapshot,
     load_checkpoint,
     load_newest,
-    save_checkpoint,
+    write_snapshot,
 )
 from distributed.checkpoint.writer import CheckpointWriter
 
@@ -86,7 +87,7 @@ def write_behind(folder: Path, new: Checkpoint, best: bool) -> None:
 
 
 def write_at_once(folder: Path, new: Checkpoint, best: bool) -> None:
-    save_checkpoint(folder, new, keep=1, best=best)
+    write_snapshot(folder, Snapshot().take(new), keep=1, best=best)
 
 
 # name -> (what is there before, what is written over it, how)
@@ -100,12 +101,12 @@ SCENES: dict[str, tuple[list[tuple[int, bool]], Checkpoint, Callable[[Path, Chec
 
 def main(folder: Path, scene: str) -> int:
     torch.set_num_threads(1)
-    module._CHUNK_BYTES = 700  # so that a file takes several writes
+    store.CHUNK_BYTES = 700  # so that a file takes several writes
     before, new, write = SCENES[scene]
     prepared, live = folder / "prepared", folder / "live"
     prepared.mkdir(parents=True)
     for step, best in before:
-        save_checkpoint(prepared, checkpoint(step), keep=3, best=best)
+        write_snapshot(prepared, Snapshot().take(checkpoint(step)), keep=3, best=best)
     draw, kills, number, during = random.Random(0), [], 0, "the start"
     while during:
         number += 1
@@ -157,7 +158,7 @@ def looked_at(folder: Path) -> dict[str, Any]:
         "broken": broken,
         "best_is_whole": best_is_whole,
     }
-    save_checkpoint(folder, checkpoint(9), keep=1, best=True)
+    write_snapshot(folder, Snapshot().take(checkpoint(9)), keep=1, best=True)
     return found | {"left": sorted(path.name for path in folder.iterdir())}
 
 

@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distributed.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, load_newest, save_checkpoint
+from distributed.checkpoint.store import (
+    Checkpoint,
+    CheckpointError,
+    Snapshot,
+    load_checkpoint,
+    load_newest,
+    write_snapshot,
+)
 from tests.helpers.small_disk import mounted
 
 FILES = ("network.safetensors", "optimizer.safetensors", "state.json", "sha256.json")
@@ -31,6 +38,11 @@ def checkpoint(step: int, numbers: int = 6) -> Checkpoint:
     }
     optimizer = {"conv.weight.momentum_buffer": torch.randn(2, 3, 2, 2)}
     return Checkpoint(network, optimizer, {"step": step, "best_top1_percent": 12.5, "recipe": {"seed": 0}})
+
+
+def save_checkpoint(folder: Path, saved: Checkpoint, keep: int, best: bool = False) -> Path:
+    """Write it as the training's writer does, before returning."""
+    return write_snapshot(folder, Snapshot().take(saved), keep, best)
 
 
 def check_equal(loaded: Checkpoint | None, saved: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distributed.checkpoint import writer as checkpoint_writer
-from distributed.checkpoint.host_snapshot import HostCopy
+from distributed.checkpoint.host_snapshot import HostSnapshot
 from distributed.checkpoint.store import Checkpoint, CheckpointError, load_newest
 from distributed.checkpoint.writer import CheckpointWriter
 
@@ -43,7 +43,7 @@ def tensors_of_all_kinds() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tensors", [tensors_of_all_kinds(), {}], ids=["all", "none"])
 def test_a_copy_is_a_safetensors_file(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    copy = HostCopy()
+    copy = HostSnapshot()
     copy.take(tensors)
     file = tmp_path / "file.safetensors"
     file.write_bytes(b"".join(copy.parts()))
@@ -55,7 +55,7 @@ def test_a_copy_is_a_safetensors_file(tmp_path: Path, tensors: dict[str, Tensor]
 
 
 def test_the_memory_of_a_copy_is_used_again(tmp_path: Path) -> None:
-    copy = HostCopy()
+    copy = HostSnapshot()
     copy.take({"a": torch.ones(1000)})
     first = copy.parts()[1]
     copy.take({"a": torch.full((1000,), 2.0)})

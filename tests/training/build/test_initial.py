@@ -17,7 +17,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distributed.checkpoint.store import Checkpoint, save_checkpoint
+from distributed.checkpoint.store import Checkpoint, Snapshot, write_snapshot
 from runtime.checkout import CHECKOUT
 from tests.helpers.jobs import start_training
 from tests.helpers.official_reference import Official, OnlineMobileNet, randomise
@@ -158,7 +158,8 @@ def test_safetensors(tmp_path: Path, names: str) -> None:
 
 def own_checkpoint(folder: Path, tensors: dict[str, Tensor], **model: Any) -> Path:
     state = {"step": 7, "recipe": {"model": {"shift": "residual", "num_frames": 4} | model}}
-    return save_checkpoint(folder, Checkpoint(tensors, {"x.momentum_buffer": torch.ones(2)}, state), keep=1)
+    saved = Checkpoint(tensors, {"x.momentum_buffer": torch.ones(2)}, state)
+    return write_snapshot(folder, Snapshot().take(saved), keep=1)
 
 
 def test_a_checkpoint_of_ours(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_something_v2_on_64_processes() -> None:
     assert (ours.model, ours.augmentation) == (official.model, official.augmentation)
     world = config.plan.world_size
     assert world == 64
-    assert plan_execution(ours.global_batch, ours.bn_group, world).micro_batch == 8
+    assert make_execution(ours.global_batch, ours.bn_group, world).micro_batch == 8
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from distributed.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
+from distributed.checkpoint.store import Checkpoint, Snapshot, load_checkpoint, write_snapshot
 from pipelines.manifest import Manifest
 from tests.helpers.worlds import CHECKOUT
 from training.evaluation.saved_logits import load_logits
@@ -79,7 +79,8 @@ def test_the_best_of_a_run_or_its_newest(folder: Path, tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     best = load_checkpoint(checkpoints / "best")
     other = {name: tensor.flip(0) if "classifier" in name else tensor for name, tensor in best.network.items()}
-    save_checkpoint(checkpoints, Checkpoint(other, best.optimizer, best.state | {"step": 6}), keep=1)
+    saved = Checkpoint(other, best.optimizer, best.state | {"step": 6})
+    write_snapshot(checkpoints, Snapshot().take(saved), keep=1)
     places = [f"data.root={folder / 'clips'}", f"outputs={tmp_path}"]
     steps_and_losses = []
     for which in ("best", "newest"):

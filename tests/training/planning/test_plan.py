@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distributed.backends.single import SingleBackend
 from distributed.batch_norm.layer import convert_batch_norm
-from distributed.checkpoint.store import Checkpoint, save_checkpoint
+from distributed.checkpoint.store import Checkpoint, Snapshot, write_snapshot
 from distributed.topology import Topology
 from tests.helpers.worlds import CHECKOUT
 from tests.training.config.test_config import CONF, compose, config_of
@@ -242,7 +242,7 @@ def test_checkpoint_bytes_are_those_of_the_files(tmp_path: Path, overrides: list
     optimizer, decay = make_optimizer(network, config.optimizer), config.optimizer.ema_decay
     average = None if decay is None else EMA(network, decay)
     saved = Checkpoint(network.state_dict(), state_tensors(network, optimizer, average), {"step": 1})
-    folder = save_checkpoint(tmp_path, saved, keep=1)
+    folder = write_snapshot(tmp_path, Snapshot().take(saved), keep=1)
     size_bytes = sum(path.stat().st_size for path in folder.iterdir())
     assert costs(config).checkpoint_bytes == pytest.approx(size_bytes, rel=0.005)
 
