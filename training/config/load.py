@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -84,7 +84,7 @@ def _with_new_keys(loaded: Any) -> Any:
     """Rename the keys of an older config.yaml, in place."""
     for old, new in RENAMED_KEYS.items():
         group, key = old.split(".")
-        settings = loaded.get(group) if OmegaConf.is_dict(loaded) else None
-        if OmegaConf.is_dict(settings) and key in settings:
+        settings = loaded.get(group) if isinstance(loaded, DictConfig) else None
+        if isinstance(settings, DictConfig) and key in settings:
             settings[new.split(".")[1]] = settings.pop(key)
     return loaded

@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.config.test_config import config_of
 from training.runs.run_folder import RunFolder, git
-from training.telemetry.metrics_log import Records, wandb_fields
+from training.telemetry.metrics_log import MetricsLog, wandb_fields
 
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32768
@@ -52,7 +52,7 @@ def test_a_run_can_be_filtered_by_its_configuration(tmp_path: Path, monkeypatch:
     folder = RunFolder(tmp_path / "run-1")
     folder.path.mkdir()
     config = config_of("experiment=smoke", "logger=offline", "logger.tags=[mine,shapes]", "optimizer.lr=0.25")
-    records = Records(config, folder, True, 0, 10)
+    records = MetricsLog(config, folder, True, 0, 10)
     records.write("train", 5, loss=1.5)
     records.close(0)
 
