@@ -343,8 +343,8 @@ def test_a_slow_file_system_is_hidden_by_what_is_read_ahead_or_named_with_the_re
     waits = {record["step"]: record["input_wait_percent"] for record in records if record["kind"] == "train"}
     hidden = [waits[step] for step in (30, 40, 50, 60)]
     assert statistics.median(hidden) < 10 and waits[110] > 40, waits
-    said = [line for line in log_of(run).splitlines() if "the steps wait for clips" in line]
+    said = [line for line in log_of(run).splitlines() if "input-bound: " in line]
     assert "pipeline.workers=" in said[-1] and "prepare.py transcode" in said[-1], said
     (whole,) = (record for record in records if record["kind"] == "input")
     assert min(hidden) < whole["wait_percent"] < waits[110], (whole, waits)
-    assert f"waited for clips {whole['wait_percent']:.1f}% of the time" in log_of(run)
+    assert f"input stall: {whole['wait_percent']:.1f}% of the time" in log_of(run)

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl always, wandb beside it, and lines or a bar for whoever watches."""
+"""Log the metrics of a run: always to metrics.jsonl, to wandb if configured, and to the terminal as lines or a progress bar."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from training.runs.run_folder import RunFolder, git
 
 
 class MetricsLog:
-    """Rank 0's records; on other ranks every method does nothing, but that their logs hear what is said.
+    """Writes rank 0's records. On other ranks `info` writes to the rank's log, and all other methods do nothing.
 
     A record is a JSON line `{"kind", "time_s", "step", ...}`; units are in the names.
     """
@@ -39,16 +39,18 @@ class MetricsLog:
         self._wandb: Any = None
         if not writes:
             return
-        self._file = folder.metrics.open("ab", buffering=0)  # a line at a time: a kill loses none
+        # Unbuffered, so that a kill loses no line.
+        self._file = folder.metrics.open("ab", buffering=0)
         self._newest_step = first_step
-        self._refused = False  # the last line did not get to the disk, or not all of it
+        # True if the last line did not get to the disk as a whole.
+        self._lost_line = False
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         if config.logger.wandb != "disabled":
             self._wandb = _start_wandb(config, folder.path)
 
     def info(self, text: str) -> None:
-        """A line for whoever watches, and for this rank's log."""
+        """Write a line to this rank's log, and on rank 0 to the terminal."""
         if self._journal is not None:
             self._journal.note(text)
         if not self._writes:
@@ -59,17 +61,18 @@ class MetricsLog:
             print(text, flush=True)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Write a record to metrics.jsonl and wandb."""
         if not self._writes:
             return
         self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step, **values})
         if self._wandb is not None:
             numbers = dict(_numbers(kind, values))
-            # A checkpoint ends behind later records, and wandb drops what comes for an earlier step than its newest.
+            # A checkpoint ends after later records were written, and wandb drops records of earlier steps than its newest.
             self._newest_step = max(step, self._newest_step)
             self._wandb.log(numbers, step=self._newest_step)
 
     def train(self, step: int, **values: float) -> None:
-        """A training record, on the bar or as a line."""
+        """Write a training record, and show it on the progress bar or as a line."""
         self.write("train", step, **values)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -78,7 +81,7 @@ class MetricsLog:
             self.info(
                 f"step {step:6d}  loss {values['loss']:.4f}  top-1 {values['top1_percent']:5.1f}%  "
                 f"lr {values['learning_rate']:.4g}  {values['clips_per_s']:.1f} clips/s  "
-                f"input wait {values['input_wait_percent']:.1f}%"
+                f"input stall {values['input_wait_percent']:.1f}%"
             )
 
     def bad_clip(self, folder: RunFolder, **values: Any) -> None:
@@ -93,18 +96,18 @@ class MetricsLog:
                 with path.open("ab", buffering=0) as file:
                     self._put(file, values)
             except OSError as error:
-                self.info(f"NO RECORD in {path}: {error}. Training goes on")
+                self.info(f"metrics log: cannot write {path}: {error}; training continues")
 
     def _put(self, file: FileIO, values: dict[str, Any]) -> None:
-        """A line; on a disk that is full it is lost, which is said once, and the run goes on."""
-        line = ("\n" if self._refused else "").encode() + json.dumps(values).encode() + b"\n"
+        """Write a line. If the disk is full the line is lost, this is logged once, and training continues."""
+        line = ("\n" if self._lost_line else "").encode() + json.dumps(values).encode() + b"\n"
         try:
-            refused = None if file.write(line) == len(line) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            failed = None if file.write(line) == len(line) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            refused = error
-        if refused is not None and not self._refused:
-            self.info(f"NO RECORDS in {file.name}: {refused}. Training goes on")
-        self._refused = refused is not None
+            failed = error
+        if failed is not None and not self._lost_line:
+            self.info(f"metrics log: cannot write {file.name}: {failed}; training continues")
+        self._lost_line = failed is not None
 
     def close(self, exit_code: int) -> None:
         if not self._writes:
@@ -117,7 +120,7 @@ class MetricsLog:
 
 
 def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """What wandb can plot, with the names of nested values joined by slashes."""
+    """Yield the numbers, which wandb can plot, with the names of nested values joined by slashes."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(f"{prefix}/{name}", value)
@@ -126,7 +129,7 @@ def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, int | f
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics.jsonl; a last line that a kill cut off is left out."""
+    """Return the records of a metrics.jsonl, without a last line that a kill cut off."""
     records = []
     for line in path.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What the log says of steps that wait for clips: when, how often, and what it advises; and a file system that is slow for real."""
+"""The log lines on input stalls: when, how often, and with what advice."""
 
 import math
 import os
@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.worlds import CHECKOUT
-from training.telemetry.input_stalls import TOLERATED, WARM_UP_STEPS, ClipWorkers, InputWatch
+from training.telemetry.input_stalls import TOLERATED, WARM_UP_STEPS, ClipWorkers, InputStalls
 
 
 def watch(*shares: float, steps: int = 20) -> list[str | None]:
-    """What is said behind each stretch of steps of 0.5 s, which wait for these shares of it; 2 workers, 16 cores."""
-    seen = InputWatch(ClipWorkers(2, 16))
+    """Return what is logged after each stretch of steps of 0.5 s, which wait for these shares of it; 2 workers, 16 cores."""
+    seen = InputStalls(ClipWorkers(2, 16))
     seen.add(WARM_UP_STEPS, 100.0, 99.0)
     return [seen.add(steps, steps * 0.5, share * steps * 0.5) for share in shares]
 
@@ -25,7 +25,7 @@ def test_steps_that_do_not_wait_are_passed_over() -> None:
 
 
 def test_the_warm_up_does_not_count() -> None:
-    seen = InputWatch(ClipWorkers(2, 16))
+    seen = InputStalls(ClipWorkers(2, 16))
     assert [seen.add(5, 1.0, 1.0) for _ in range(WARM_UP_STEPS // 5)] == [None] * (WARM_UP_STEPS // 5)
     assert seen.wait_percent is None
     assert seen.add(20, 10.0, 1.0) is not None
@@ -35,7 +35,10 @@ def test_the_warm_up_does_not_count() -> None:
 def test_a_wait_is_said_once_and_again_when_it_changes_much() -> None:
     said = watch(0.2, 0.25, 0.15, 0.5, 0.45, 0.1, 0.0, 0.0, 0.2)
     assert [line is not None for line in said] == [True, False, False, True, False, True, True, False, True]
-    assert said[0] is not None and "20% of the time: 0.100 s of 0.500 s in each of the last 20" in said[0]
+    assert (
+        said[0] is not None
+        and "20% of the time is input stall, 0.100 s of 0.500 s per step over the last 20 steps" in said[0]
+    )
     assert said[6] is not None and "no longer" in said[6]
 
 
@@ -67,17 +70,15 @@ def test_decoding_in_the_rank_itself_advises_what_runs_beside_it() -> None:
     assert ClipWorkers(0, 8).workers_needed(step_s=1.0, wait_s=0.75) == 3
 
 
-@pytest.mark.parametrize(("cores", "words"), [(8, "Fix: pipeline.workers=4 would do"), (4, "prepare.py transcode")])
+@pytest.mark.parametrize(("cores", "words"), [(8, "Fix: pipeline.workers=4"), (4, "prepare.py transcode")])
 def test_the_advice_knows_the_nodes_cores(cores: int, words: str) -> None:
     advice = ClipWorkers(2, cores).advice(step_s=1.0, wait_s=0.5)
-    assert words in advice and f"each rank has {cores} cores" in advice
+    assert words in advice and f"{cores} cores available per rank" in advice
     assert ("transcode" in advice) == (cores == 4)
 
 
 def test_under_dali_its_threads_are_advised_and_on_a_gpu_other_clips() -> None:
-    assert "Fix: pipeline.dali_threads=4 would do" in ClipWorkers(2, 8, "pipeline.dali_threads").advice(
-        step_s=1.0, wait_s=0.5
-    )
+    assert "Fix: pipeline.dali_threads=4" in ClipWorkers(2, 8, "pipeline.dali_threads").advice(step_s=1.0, wait_s=0.5)
     advice = ClipWorkers(2, 8, None).advice(step_s=1.0, wait_s=0.5)
     assert "prepare.py transcode" in advice and "dali_threads" not in advice
 
