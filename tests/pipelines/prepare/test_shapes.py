@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,6 +25,7 @@ from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes import write as shapes
 from pipelines.prepare.shapes.drawing import CLASSES, ORDER_GROUPS, class_of, draw_clip, encode_clip
 from pipelines.prepare.shapes.write import ShapesConfig, ShapesError, write_shapes
+from runtime import atomic_write
 
 CHECKOUT = Path(__file__).parents[3]
 SMALL = ShapesConfig(train_clips=20, val_clips=10, size=32, frames=(8, 24))
@@ -301,14 +303,12 @@ def test_bad_input_is_one_line_and_code_2(
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_bytes = Path.write_bytes
-
-    def fill_up(path: Path, content: bytes) -> int:
-        if "000005" in path.name:
+    def fill_up(path: Path, *arguments: Any) -> Any:
+        if "000005.mp4" in str(path) and arguments == ("wb",):
             raise OSError(28, os.strerror(28))
-        return write_bytes(path, content)
+        return open(path, *arguments)
 
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    monkeypatch.setattr(atomic_write, "open", fill_up, raising=False)
     with pytest.raises(ShapesError, match=r"cannot write .*000005.mp4: No space left on device; free space there"):
         write_shapes(tmp_path / "shapes", SMALL)
     monkeypatch.undo()
