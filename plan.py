@@ -1,30 +1,34 @@
-"""Everything that can be said of a run before it starts: recipe, layout, memory, messages, bytes; and what would stop it.
+"""Print a run's plan before it starts (recipe, layout, memory, messages, bytes), and what would stop the run.
 
-python plan.py experiment=kinetics_1536                                   on 1,536 processes, which the experiment is meant for
-python plan.py experiment=kinetics_1536 distributed.world_size=64         on another world, or which worlds fit
+python plan.py experiment=kinetics_1536                                   on the experiment's own 1,536 processes
+python plan.py experiment=kinetics_1536 distributed.world_size=64         at another world size, or which world sizes fit
 python plan.py experiment=kinetics_1536 plan.json=plan.json plan.plot=rate.png
 
-Seconds on one process, with no GPU and no data. Exits as train.py would: 0, 2 (configuration) or 3 (data).
+Takes seconds in one process; needs no GPU and no data. Exits as train.py would: 0, 2 (configuration) or 3 (data).
 """
 
 import sys
 
 from runtime.gc_freeze import frozen_imports
 
-with frozen_imports():
-    import hydra
-    from omegaconf import DictConfig
 
-    from training.config.load import register
-    from training.planning import dry_run
+def main() -> None:
+    # Inside main, as in train.py: this file is cheap to import.
+    with frozen_imports():
+        import hydra
+        from omegaconf import DictConfig
 
-register()
+        from training.config.load import register
+        from training.planning.dry_run import run_plan
 
+    register()
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def plan(composed: DictConfig) -> None:
-    sys.exit(dry_run.run_plan(composed))
+    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+    def plan(composed: DictConfig) -> None:
+        sys.exit(run_plan(composed))
+
+    plan()
 
 
 if __name__ == "__main__":
-    plan()
+    main()

@@ -1,8 +1,8 @@
-"""Make a data set's manifests, one per split, from clips that are each decoded once from end to end; and more data sets of them.
+"""Write a data set's manifests, one per split, after decoding each clip once; shard, transcode, verify and stage data sets.
 
-    python prepare.py shapes                           # draws 1,200 small clips on which only a sense of time wins
+    python prepare.py shapes                           # renders 1,200 small clips that need a temporal model
     python prepare.py kinetics --root data/kinetics400
-    python prepare.py something-v2                     # likewise something-v1, jester, ucf101, hmdb51
+    python prepare.py something-v2                     # also something-v1, jester, ucf101, hmdb51
     python prepare.py folder --root data/mine --val-fraction 0.1
     python prepare.py list --root data/mine --train train.txt --val val.txt --classes classes.txt
     python prepare.py transcode --root data/kinetics400 --to data/kinetics400_256
@@ -10,23 +10,20 @@
     python prepare.py verify --root data/kinetics400_shards
     python prepare.py stage --root data/kinetics400_shards --to /local/disk/staged
 
-A second call scans only what is new or has changed; an interrupted one goes on where it stopped. docs/data.md says what each
-data set's folder must look like.
+A second call scans only new and changed clips; an interrupted call resumes where it stopped. docs/data.md describes the
+folder layout that each data set needs.
 """
 
 import argparse
 import sys
 
-from pipelines.errors import BadClip
-from pipelines.manifest import ManifestError
-from pipelines.prepare.commands.datasets import add_datasets
-from pipelines.prepare.commands.repack import add_prepared
-from pipelines.prepare.commands.shapes import add_shapes
-from pipelines.prepare.errors import DataSetError
-from pipelines.prepare.shapes.write import ShapesError
 
-
+# Imports stand inside the functions, because each worker process imports this file again, as __mp_main__.
 def make_parser() -> argparse.ArgumentParser:
+    from pipelines.prepare.commands.datasets import add_datasets
+    from pipelines.prepare.commands.repack import add_prepared
+    from pipelines.prepare.commands.shapes import add_shapes
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_shapes(commands)
@@ -36,6 +33,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from pipelines.errors import BadClip
+    from pipelines.manifest import ManifestError
+    from pipelines.prepare.errors import DataSetError
+    from pipelines.prepare.shapes.write import ShapesError
+
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
@@ -43,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare.py {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"prepare.py {args.command}: interrupted; run the same command again, it goes on where it stopped",
-            file=sys.stderr,
-        )
+        print(f"prepare.py {args.command}: interrupted. Fix: run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 

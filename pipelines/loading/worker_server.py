@@ -1,4 +1,4 @@
-"""What the process that loader workers are forked from imports, once for all of them."""
+"""The modules that the fork server of the loader workers imports, once for all workers."""
 
 from runtime.gc_freeze import frozen_imports
 

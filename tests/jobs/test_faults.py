@@ -108,7 +108,9 @@ def test_a_killed_loader_worker_ends_the_job_with_its_reason(run: Path, clips: P
     outcome = outcome_of(run)
     assert outcome["exit_code"] == 75, outcome
     words = str(outcome["reason"])
-    assert words.startswith("rank 1 on") and "decodes clips was killed" in words and str(worker) in words, words
+    assert words.startswith("rank 1 on") and "decoding worker process was killed" in words and str(worker) in words, (
+        words
+    )
 
 
 def test_a_loader_worker_killed_in_an_evaluation_ends_the_job_with_its_reason(run: Path, clips: Path) -> None:
@@ -124,7 +126,9 @@ def test_a_loader_worker_killed_in_an_evaluation_ends_the_job_with_its_reason(ru
     assert ended.left_running == []
     words = str(outcome_of(run)["reason"])
     assert outcome_of(run)["exit_code"] == 75, words
-    assert words.startswith("rank 1 on") and "decodes clips was killed" in words and str(workers[-1]) in words, words
+    assert (
+        words.startswith("rank 1 on") and "decoding worker process was killed" in words and str(workers[-1]) in words
+    ), words
 
 
 def test_a_job_that_faults_at_one_step_again_and_again_is_not_started_a_fourth_time(run: Path, clips: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a process imports is never again in the way of its collector: in the entry points and in loader workers."""
+"""Imports: entry points and loader workers freeze theirs for the cyclic GC, and entry points are cheap to import."""
 
 import gc
 import importlib
@@ -15,12 +15,22 @@ from runtime.gc_freeze import frozen_imports
 ROOT = Path(__file__).parents[2]
 TORCH_OBJECTS = 100_000  # fewer than any torch makes, more than a process without it has
 
-# Runs an entry point up to where it would start, as `python train.py` does, and says what the collector has to look at.
+# Runs an entry point up to its hydra.main, as `python train.py` does, and prints what the cyclic GC would scan.
 COUNT = """
 import gc, runpy, sys
+import hydra
+hydra.main = lambda **_: lambda task: lambda: print(gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())
 sys.path.insert(0, ".")
-runpy.run_path(sys.argv[1])
-print(gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+# Imports an entry point as a worker process does, and prints the packages that this loads.
+PACKAGES = """
+import runpy, sys
+before = set(sys.modules)
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv.pop(1), run_name="__mp_main__")
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
 
 
@@ -30,6 +40,14 @@ def test_an_entry_points_imports_are_not_looked_at(program: str) -> None:
     kept, looked_at, enabled = said.stdout.split()
     assert int(kept) > TORCH_OBJECTS > int(looked_at)
     assert enabled == "True"
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plan.py", "prepare.py"])
+def test_a_worker_imports_an_entry_point_cheaply(program: str) -> None:
+    """As __mp_main__: only the standard library and runtime/, which is built on it."""
+    command = [sys.executable, "-c", PACKAGES, program]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) - set(sys.stdlib_module_names) <= {"runtime"}
 
 
 class Collector(Dataset[tuple[int, bool, bool]]):

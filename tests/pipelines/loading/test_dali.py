@@ -382,7 +382,7 @@ def test_a_reading_process_that_is_killed_is_an_error(made: Path) -> None:
     next(batches)
     threading.Timer(0.3, lambda: os.kill(_newest_worker(), signal.SIGKILL)).start()
     began_s = time.monotonic()
-    with pytest.raises(WorkerLostError, match="a process that decodes clips was killed"):
+    with pytest.raises(WorkerLostError, match="a decoding worker process was killed"):
         list(islice(batches, 10_000))
     assert time.monotonic() - began_s < 30
 

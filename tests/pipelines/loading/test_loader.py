@@ -528,15 +528,24 @@ def test_the_signal_handler_of_this_process_is_left_alone() -> None:
 
 
 def test_workers_do_not_import_the_program_that_starts_them(tmp_path: Path) -> None:
-    """A training program imports a lot, and each worker would do so again."""
+    """A training program imports a lot under its __main__ guard; a worker imports only what stands outside of it."""
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "print('imported as', __name__, flush=True)\n"
+        "class Loaded:\n"
+        "    def __getitem__(self, index):\n"
+        "        return index, __name__, [name for name in ('hydra', 'training') if name in sys.modules]\n"
         "if __name__ == '__main__':\n"
+        "    import hydra, training.main\n"
         "    from pipelines.loading.worker_loader import ClipLoader, start_worker_server\n"
         "    start_worker_server()\n"
-        "    print(list(ClipLoader([7, 8], workers=1, prefetch=2).batches([1, 0])), __file__ == sys.argv[0])\n"
+        "    print(Loaded()[2])\n"
+        "    for item in ClipLoader(Loaded(), workers=1, prefetch=2).batches([1, 0]):\n"
+        "        print(item)\n"
     )
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["imported as __main__", "[8, 7] True"], done.stderr
+    assert done.stdout.splitlines() == [
+        "(2, '__main__', ['hydra', 'training'])",
+        "(1, '__mp_main__', [])",
+        "(0, '__mp_main__', [])",
+    ], done.stderr

@@ -462,7 +462,7 @@ def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(long: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and time.monotonic() - start_s < 3
-    message = "interrupted; run the same command again, it goes on where it stopped\n"
+    message = "interrupted. Fix: run the same command again to resume\n"
     assert [line for line in errors.splitlines(True) if "scan:" not in line] == [f"prepare.py folder: {message}"]
     assert not (long / "train.arrow").exists()
     done = journal_lines(long)
