@@ -70,5 +70,5 @@ def refuse_bad(root: Path, split: str, report: SplitReport, max_bad: float, max_
 
 def _fix(fraction: float, option: str) -> str:
     if fraction == 1:
-        return "check --videos and --annotations"
+        return "check --videos and --annotations" if option == "--max-missing" else "repair the clips"
     return f"repair the clips, or allow more with {option} {math.ceil(fraction * 1000) / 1000}"

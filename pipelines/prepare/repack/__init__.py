@@ -1,1 +1,1 @@
-"""Shards, transcoded clips, rescaled frames and staged copies of prepared data."""
+"""New forms of a prepared data set: shards, transcoded clips, staged copies; and their verification."""

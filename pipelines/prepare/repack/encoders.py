@@ -1,8 +1,7 @@
-"""Encoding a clip with the encoders that PyAV brings: 8-bit 4:2:0, no sound, a frame for each picture that is given.
+"""Encode a clip with PyAV's encoders: 8-bit 4:2:0, no sound, one frame per image.
 
-Encoders run on one thread: clips are encoded by many processes at once. There are no B-frames, so packets are in the order of
-frames, and no container needs an edit list. Colours are BT.601's, which is what decoders that look at no tags take small
-videos for.
+Each encoder runs on one thread, because many processes encode at once. There are no B-frames, so packets are in the order of
+the frames, and no container needs an edit list. Colours are BT.601, which decoders that ignore tags assume for small videos.
 """
 
 import io
@@ -20,16 +19,17 @@ from pipelines.manifest import JPEG_FRAMES
 Image = NDArray[np.uint8]
 """(H, W, 3), RGB; both sides even."""
 
-_BT601, _SMPTE170M, _LIMITED, _FULL = 5, 6, 1, 2  # FFmpeg's numbers
+# FFmpeg's numbers for colour spaces and ranges.
+_BT601, _SMPTE170M, _LIMITED, _FULL = 5, 6, 1, 2
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`options(quality, gop)` are FFmpeg's. A lower quality number is better and larger."""
+    """An FFmpeg encoder and its options, given by `options(quality, gop)`. A lower quality number is better and larger."""
 
     name: str
     codec: str
-    """As a manifest has it."""
+    """FFmpeg's name of the decoder, as in a manifest."""
     suffix: str
     container: str
     options: Callable[[int, int], dict[str, str]]
@@ -37,23 +37,23 @@ class Encoder:
     worst: int
     pix_fmt: str = "yuv420p"
     least_side: int = 2
-    """Pixels. x265 writes beyond its memory for pictures that are less than 64 wide (seen in PyAV 18.1)."""
+    """Pixels. x265 writes out of bounds for images less than 64 wide (seen in PyAV 18.1)."""
 
 
 def _h264(quality: int, gop: int) -> dict[str, str]:
-    """Without the filter and the entropy coding that take most of a decoder's time (benchmarks/input.py)."""
-    own = {"tune": "fastdecode", "bf": "0", "threads": "1"}
-    return {"crf": str(quality), "g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"} | own
+    """Turn off the deblocking filter and CABAC, which take most of the decoding time (benchmarks/input.py)."""
+    speed = {"tune": "fastdecode", "bf": "0", "threads": "1"}
+    return {"crf": str(quality), "g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"} | speed
 
 
 def _hevc(quality: int, gop: int) -> dict[str, str]:
-    own = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:pools=none:frame-threads=1:log-level=none"
-    return {"crf": str(quality), "x265-params": own}
+    params = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:pools=none:frame-threads=1:log-level=none"
+    return {"crf": str(quality), "x265-params": params}
 
 
 def _vp9(quality: int, gop: int) -> dict[str, str]:
-    every = {"g": str(gop), "keyint_min": str(gop), "threads": "1", "row-mt": "0"}
-    return {"crf": str(quality), "b": "0", "cpu-used": "4"} | every
+    common = {"g": str(gop), "keyint_min": str(gop), "threads": "1", "row-mt": "0"}
+    return {"crf": str(quality), "b": "0", "cpu-used": "4"} | common
 
 
 def _jpeg(quality: int, gop: int) -> dict[str, str]:
@@ -67,11 +67,11 @@ ENCODERS = {
     "mjpeg": Encoder("mjpeg", "mjpeg", ".mp4", "mp4", _jpeg, quality=3, worst=31, pix_fmt="yuvj420p"),
     "jpeg": Encoder("mjpeg", JPEG_FRAMES, "", "", _jpeg, quality=3, worst=31, pix_fmt="yuvj420p"),
 }
-"""By the name under which the command knows them; `jpeg` makes a JPEG picture of each frame, the others one video."""
+"""By the value of `--codec`; `jpeg` makes a JPEG file per frame, the others one video."""
 
 
 def encode_video(encoder: Encoder, images: Iterator[Image], rate: Fraction, quality: int, gop: int) -> bytes:
-    """A whole video file, `rate` frames a second. Raises av.FFmpegError."""
+    """Encode a complete video file with `rate` frames per second. Raises av.FFmpegError."""
     file = io.BytesIO()
     with av.open(file, "w", format=encoder.container) as container:
         stream: Any = None
@@ -88,7 +88,7 @@ def encode_video(encoder: Encoder, images: Iterator[Image], rate: Fraction, qual
 
 
 def encode_jpeg(encoder: Encoder, images: Iterator[Image], quality: int) -> Iterator[bytes]:
-    """A JPEG picture of each image. Raises av.FFmpegError."""
+    """Yield each image as JPEG. Raises av.FFmpegError."""
     context: Any = None
     for number, image_HWC in enumerate(images):
         if context is None:
@@ -102,7 +102,7 @@ def encode_jpeg(encoder: Encoder, images: Iterator[Image], quality: int) -> Iter
 
 
 def _describe(stream: Any, encoder: Encoder, image_HWC: Image) -> None:
-    """What is to be known of the pictures before the first is encoded; `stream`: an output stream, or a codec's context."""
+    """Set size and colours before the first image is encoded; `stream` is an output stream or a codec context."""
     stream.height, stream.width = image_HWC.shape[:2]
     stream.pix_fmt = encoder.pix_fmt
     context = getattr(stream, "codec_context", stream)

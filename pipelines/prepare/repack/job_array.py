@@ -1,4 +1,4 @@
-"""Work that is dealt out to the tasks of a Slurm array, or to calls by hand."""
+"""The division of work among the tasks of a Slurm job array, or calls with `--part I/N`."""
 
 import os
 import re
@@ -22,15 +22,16 @@ class Part:
     count: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Select this part's items."""
         return items[self.number - 1 :: self.count]
 
 
-def find_part(said: str | None, environment: Mapping[str, str] = os.environ) -> Part:
-    """What `--part I/N` says, else which task of a Slurm array this is, else everything."""
-    if said is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", said)
+def find_part(option: str | None, environment: Mapping[str, str] = os.environ) -> Part:
+    """Return the part that `--part I/N` names, else that of this Slurm array task, else everything."""
+    if option is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", option)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise DataSetError(f"--part is {said!r}: give the number of this part and how many there are, like 1/8")
+            raise DataSetError(f"--part is {option!r}. Fix: give this part's number and the number of parts, like 1/8")
         return Part(int(match[1]), int(match[2]))
     if "SLURM_ARRAY_TASK_ID" not in environment:
         return Part(1, 1)
@@ -38,20 +39,29 @@ def find_part(said: str | None, environment: Mapping[str, str] = os.environ) -> 
     task, count, least, most = (int(environment[name + end]) for end in ("ID", "COUNT", "MIN", "MAX"))
     step = int(environment.get(name + "STEP", "1"))
     if most - least != (count - 1) * step:
-        raise DataSetError("the numbers of this job array have gaps; submit it with --array=1-N, or give --part I/N")
+        raise DataSetError(
+            "the job array's task numbers have gaps. Fix: submit it with --array=1-N, or give --part I/N"
+        )
     return Part((task - least) // step + 1, count)
 
 
 @contextmanager
-def alone_on(part: Part, folder: Path) -> Iterator[None]:
-    """While it lasts, no other call works on the same part in `folder`, or on parts that are cut in another way."""
+def part_lock(part: Part, folder: Path) -> Iterator[None]:
+    """Hold the lock on a part of the work in `folder`.
+
+    Raises DataSetError while another process holds it, or works with another number of parts.
+    """
     with file_lock(folder / f"part-{part.number}-of-{part.count}.lock", wait=False) as ours:
         if not ours:
-            raise DataSetError(f"part {part.number}/{part.count} of {folder} is at work already; wait for its end")
+            raise DataSetError(
+                f"another process works on part {part.number}/{part.count} of {folder}. Fix: wait for its end"
+            )
         for path in folder.glob("part-*-of-*.lock"):
             if path.name.endswith(f"-of-{part.count}.lock"):
                 continue
             with file_lock(path, wait=False) as free:
                 if not free:
-                    raise DataSetError(f"{folder} is at work in other parts ({path.name}); wait for their end")
+                    raise DataSetError(
+                        f"other processes divide {folder} into another number of parts ({path.name}). Fix: wait for their end"
+                    )
         yield

@@ -1,4 +1,4 @@
-"""The manifests of a data set that something is made of."""
+"""Open the manifests of the data set that a command reads."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,21 +8,24 @@ from pipelines.prepare.errors import DataSetError
 
 
 def open_manifests(root: Path) -> dict[str, Manifest]:
-    """Every manifest in a folder by its file's name without its ending (`train`)."""
+    """Open every manifest in a folder; keys are file stems (`train`)."""
     if not root.is_dir():
-        raise DataSetError(f"{root}: no such folder; give that of the manifests with --root")
+        raise DataSetError(f"{root}: no such folder. Fix: give the folder of the manifests with --root")
     paths = sorted(root.glob("*.arrow"))
     if not paths:
-        raise DataSetError(f"{root}: no manifest (*.arrow) is there; make one first, as with prepare.py kinetics")
+        raise DataSetError(
+            f"{root}: contains no manifest (*.arrow). Fix: make one first, for example with prepare.py kinetics"
+        )
     return {path.stem: Manifest.open(path) for path in paths}
 
 
 @lru_cache(maxsize=4)
-def open_once(path: Path) -> Manifest:
-    """A manifest that stays open for the next task of the same process."""
+def open_cached(path: Path) -> Manifest:
+    """Open a manifest once per process: a worker process uses it again for its next task."""
     return Manifest.open(path)
 
 
-def require_apart(root: Path, target: Path) -> None:
+def require_other_folder(root: Path, target: Path) -> None:
+    """Raise DataSetError when the target is the data set's own folder."""
     if root.resolve() == target.resolve():
-        raise DataSetError(f"--to is the folder of the data set itself ({target}); give another one")
+        raise DataSetError(f"--to is the folder of the data set itself ({target}). Fix: give another folder")

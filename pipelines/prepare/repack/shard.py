@@ -1,8 +1,8 @@
-"""A data set's clips in shards: plain tar files of about one size, in the manifests' order.
+"""Pack a data set's clips into shards: plain tar files of similar size, in the manifests' order.
 
-Every shard is a task of its own, cut by the manifest alone, so any number of processes on any number of machines can share the
-work, and a call that was interrupted goes on with the shards that are missing. Who finds all of them there writes the
-manifests, then the index. The same clips make the same shards, so one that is lost or bad can be made again.
+Each shard is a separate task, determined only by the manifest, so any number of processes on any number of machines can share
+the work, and an interrupted call resumes with the missing shards. The process that finds all shards complete writes the
+manifests, then the index. The same clips give the same bytes, so a lost or damaged shard can be made again.
 """
 
 import re
@@ -19,59 +19,57 @@ from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
 
 from .job_array import Part
-from .open_manifests import open_manifests, require_apart
+from .open_manifests import open_manifests, require_other_folder
 from .shard_file import ShardRecord, ShardTask, find_record, write_shard
 from .shard_index import ShardFacts, ShardIndex, read_shard_index, write_shard_index
-from .target_folder import claim, locked
+from .target_folder import cannot_write, claim_folder, records_lock
 
 RECORDS_NAME = ".sharding"
-"""Folder of what is known of each finished shard, with which a further call makes the manifests."""
+"""Folder of the records of finished shards, from which a later call makes the manifests."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """What a call of `write_shards` did."""
+    """The result of `write_shards`."""
 
     new: int
     missing: int
-    """Shards that other parts have still to write; 0 when the data set is complete."""
+    """Shards that other parts have yet to write; 0 when the data set is complete."""
     index: ShardIndex | None
-    """Of a complete data set."""
+    """None until the data set is complete."""
 
 
 def parse_bytes(text: str) -> int:
-    """`1GB` and `950 MiB` as bytes. Raises ValueError for anything else."""
+    """Parse a size like `1GB` or `950 MiB` to bytes. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip().upper())
     if not match or (match[2] or "") not in _UNITS or not float(match[1]):
-        raise ValueError(f"{text!r} is no size: give a number of bytes, or one with a unit, like 1GB")
+        raise ValueError(f"{text!r} is no size. Fix: give a number of bytes, or a number with a unit, like 1GB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def write_shards(root: Path, target: Path, shard_bytes: int, workers: int, part: Part) -> Sharded:
-    """Write this part's shards of the data set in `root`, and the manifests and the index once all shards are there.
+    """Write this part's shards of the data set in `root`; once all shards exist, also the manifests and the index.
 
     Raises DataSetError, which names the file, for a source that cannot be read and a target that cannot be written.
     """
-    require_apart(root, target)
+    require_other_folder(root, target)
     manifests = open_manifests(root)
-    made_of = {"shard_bytes": shard_bytes, "manifests": {name: each.digest for name, each in manifests.items()}}
+    inputs = {"shard_bytes": shard_bytes, "manifests": {name: each.digest for name, each in manifests.items()}}
     try:
-        claim(target, target / RECORDS_NAME, made_of)
-        tasks = [task for name, each in manifests.items() for task in plan_shards(name, each, target, shard_bytes)]
+        claim_folder(target, target / RECORDS_NAME, inputs)
+        tasks = [task for name, each in manifests.items() for task in shard_tasks(name, each, target, shard_bytes)]
         waiting = [task for task in part.of(tasks) if find_record(task) is None]
-        _require_room(target, sum(task.size_bytes for task in waiting))
+        _require_space(target, sum(task.size_bytes for task in waiting))
         for _ in progress(_written(waiting, workers), len(waiting), "shard", "shard"):
             pass
         return _finish(target, manifests, tasks, len(waiting))
     except OSError as error:
-        raise DataSetError(
-            f"cannot write {error.filename or target}: {error.strerror or error}. Fix: choose another folder with --to"
-        ) from error
+        raise DataSetError(cannot_write(error.filename or target, error)) from error
 
 
-def plan_shards(name: str, manifest: Manifest, target: Path, shard_bytes: int) -> list[ShardTask]:
-    """Neighbouring rows together, until a shard would become larger than `shard_bytes`."""
+def shard_tasks(name: str, manifest: Manifest, target: Path, shard_bytes: int) -> list[ShardTask]:
+    """Group consecutive rows into shards of at most `shard_bytes`; a larger clip gets a shard of its own."""
     tasks: list[ShardTask] = []
     first, size = 0, 0
     rows = len(manifest)
@@ -86,16 +84,16 @@ def plan_shards(name: str, manifest: Manifest, target: Path, shard_bytes: int) -
 
 
 def _space(row: ManifestRow) -> int:
-    """About the bytes that a clip takes in a shard, as far as its row tells: a frame's own size is not known."""
-    around = row.num_frames * member_space(16) if row.codec == JPEG_FRAMES else 0
-    return member_space(row.length) + around + member_space(1)
+    """Estimate a clip's bytes in a shard. It is no exact size, because the row has no size of each frame."""
+    overhead = row.num_frames * member_space(16) if row.codec == JPEG_FRAMES else 0
+    return member_space(row.length) + overhead + member_space(1)
 
 
-def _require_room(target: Path, needed_bytes: int) -> None:
+def _require_space(target: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(target).free
     if free_bytes < needed_bytes:
         raise DataSetError(
-            f"{target}: {needed_bytes / 1e9:.3g} GB to write, {free_bytes / 1e9:.3g} GB are free. Fix: free space there, or "
+            f"{target}: {needed_bytes / 1e9:.3g} GB to write, but {free_bytes / 1e9:.3g} GB free. Fix: free space there, or "
             "choose another folder with --to"
         )
 
@@ -115,8 +113,8 @@ def _name(task: ShardTask) -> str:
 
 
 def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask], new: int) -> Sharded:
-    """Whoever finds all shards there writes the rest."""
-    with locked(target / RECORDS_NAME):
+    """Write the manifests and the index if all shards exist."""
+    with records_lock(target / RECORDS_NAME):
         records = {task.name: find_record(task) for task in tasks}
         missing = sum(record is None for record in records.values())
         if missing:
@@ -127,8 +125,7 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
         found = [(task, record) for task in tasks if (record := records[task.name]) is not None]
         digests = {}
         for name, manifest in manifests.items():
-            of_this = [(task, record) for task, record in found if task.manifest == manifest.path]
-            rows = _rows(manifest, of_this)
+            rows = _rows(manifest, [(task, record) for task, record in found if task.manifest == manifest.path])
             path = target / f"{name}.arrow"
             digests[path.name] = write_manifest(path, rows, manifest.classes, manifest.order_groups, manifest.split)
         shards = {task.path.name: ShardFacts(record.bytes, record.sha256) for task, record in found}
@@ -138,6 +135,7 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
 
 
 def _rows(manifest: Manifest, shards: list[tuple[ShardTask, ShardRecord]]) -> Iterator[ManifestRow]:
+    """Yield the rows of a manifest with their places in the shards."""
     for task, record in shards:
         for number, offset, length in zip(range(task.first, task.last), record.offsets, record.lengths, strict=True):
             yield replace(manifest.row(number), path=task.path.name, offset=offset, length=length)

@@ -1,4 +1,4 @@
-"""One shard: its clips' members, written aside and synced, and beside it where each clip is."""
+"""Write one shard atomically, and next to it a record of each clip's offset and length."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,15 +11,16 @@ from pipelines.decoding.shard_reader import INDEX_DTYPE, close_shards
 from pipelines.decoding.tar import TarWriter, member_space
 from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, SHARD_SUFFIX, ManifestRow, in_shard
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write, write_text
 from runtime.file_lock import file_lock
 
-from .open_manifests import open_once
+from .open_manifests import open_cached
+from .target_folder import cannot_write
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Rows `first` to `last` (not included) of a manifest, and where their shard goes."""
+    """Rows `first` to `last` (exclusive) of a manifest, and the shard to write them to."""
 
     manifest: Path
     target: Path
@@ -29,7 +30,7 @@ class ShardTask:
     first: int
     last: int
     size_bytes: int
-    """No less than the shard will have, as far as the rows tell."""
+    """Upper estimate of the shard's size, from the rows."""
 
     @property
     def path(self) -> Path:
@@ -38,7 +39,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard, and the places of its clips in it."""
+    """A finished shard, and the offset and length of each clip in it."""
 
     bytes: int
     sha256: str
@@ -47,7 +48,7 @@ class ShardRecord:
 
 
 def find_record(task: ShardTask) -> ShardRecord | None:
-    """None unless the shard was finished and is as long as it was then."""
+    """Read a shard's record. Returns None unless the shard is finished and still has the recorded size."""
     try:
         record = ShardRecord(**json.loads(_record_path(task).read_text()))
         whole = task.path.stat().st_size == record.bytes and len(record.offsets) == task.last - task.first
@@ -57,22 +58,18 @@ def find_record(task: ShardTask) -> ShardRecord | None:
 
 
 def write_shard(task: ShardTask) -> str:
-    """Write the shard, unless it is there already or another process is at it; returns what went wrong, or nothing."""
+    """Write a shard, unless it exists already or another process is writing it. Returns an error message, or ""."""
     try:
         with file_lock(task.records / f"{task.name}.lock", wait=False) as ours:
             if ours and find_record(task) is None:
-                record = _write(task)
-                with atomic_write(_record_path(task)) as file:
-                    file.write(json.dumps(asdict(record)).encode())
+                write_text(_record_path(task), json.dumps(asdict(_write(task))))
     except BadClip as error:
-        return f"{error}. Fix: make the manifest anew, which leaves out what cannot be read"
+        return f"{error}. Fix: make the manifest again, which leaves out clips that cannot be read"
     except OSError as error:
-        return (
-            f"cannot write {task.path}: {error.strerror or error}. Fix: free space there or choose another folder with --to, "
-            "then run the same command, which goes on where it stopped"
-        )
+        return cannot_write(task.path, error)
     finally:
-        close_shards()  # of the source, where it has some
+        # Close the shards that the clips were read from.
+        close_shards()
     return ""
 
 
@@ -81,7 +78,7 @@ def _record_path(task: ShardTask) -> Path:
 
 
 def _write(task: ShardTask) -> ShardRecord:
-    manifest = open_once(task.manifest)
+    manifest = open_cached(task.manifest)
     offsets, lengths = [], []
     with atomic_write(task.path) as file:
         writer = TarWriter(file)
@@ -103,7 +100,7 @@ def _add_video(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tup
 
 
 def _add_frames(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
-    """The index, then the frames; the clip is as long as from the one's first byte to the others' last."""
+    """Add the index, then the frames. The clip reaches from the index's first byte to the last frame's last byte."""
     frames = [frame_bytes(root, row, number)[1] for number in range(row.num_frames)]
     _check_frames(root, row, frames)
     index = np.zeros(len(frames), INDEX_DTYPE)
@@ -121,4 +118,4 @@ def _add_frames(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tu
 def _check_frames(root: Path, row: ManifestRow, frames: list[bytes]) -> None:
     size = sum(map(len, frames))
     if not in_shard(row) and size != row.length:
-        raise BadClip(f"{root / row.path}: frames of {size} bytes, but {row.length} when the manifest was made")
+        raise BadClip(f"{root / row.path}: frames have {size} bytes, but had {row.length} when the manifest was made")

@@ -1,11 +1,11 @@
-"""`shards.json`: what the shards of a folder are, written when all of them and their manifests are there."""
+"""`shards.json`: the size and digest of each shard in a folder, written last, when shards and manifests are complete."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.prepare.errors import DataSetError
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import write_text
 
 INDEX_NAME = "shards.json"
 VERSION = 1
@@ -13,37 +13,44 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ShardFacts:
+    """Size and digest of a shard."""
+
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class ShardIndex:
+    """The shards and manifests of a complete data set."""
+
     manifests: dict[str, str]
-    """The digest of each manifest, by its file's name."""
+    """Digest of each manifest, by file name."""
     shards: dict[str, ShardFacts]
-    """By their files' names, in order."""
+    """By file name, in order."""
 
 
 def write_shard_index(folder: Path, index: ShardIndex) -> None:
-    with atomic_write(folder / INDEX_NAME) as file:
-        file.write((json.dumps({"version": VERSION, **asdict(index)}, indent=1) + "\n").encode())
+    """Write `shards.json`."""
+    write_text(folder / INDEX_NAME, json.dumps({"version": VERSION, **asdict(index)}, indent=1) + "\n")
 
 
 def read_shard_index(folder: Path) -> ShardIndex | None:
-    """None where there is none: the folder holds no shards, or not all of them yet."""
+    """Read `shards.json`. Returns None if there is none: no shards, or not all of them yet."""
     path = folder / INDEX_NAME
     try:
-        said = json.loads(path.read_text())
-        if said["version"] != VERSION:
-            raise DataSetError(f"{path} is of version {said['version']}, and only {VERSION} is known")
-        shards = {name: ShardFacts(**facts) for name, facts in said["shards"].items()}
-        return ShardIndex(said["manifests"], shards)
+        fields = json.loads(path.read_text())
+        if fields["version"] != VERSION:
+            raise DataSetError(
+                f"{path} has version {fields['version']}, but this code reads version {VERSION}. "
+                "Fix: use the checkout that wrote it"
+            )
+        shards = {name: ShardFacts(**facts) for name, facts in fields["shards"].items()}
+        return ShardIndex(fields["manifests"], shards)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataSetError(f"{path}: {error.strerror}") from error
+        raise DataSetError(f"{path}: {error.strerror}. Fix: make it readable") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataSetError(
-            f"{path} is no index of shards ({error}); remove it and run prepare.py shard again"
+            f"{path} is no index of shards ({error}). Fix: remove it and run prepare.py shard again"
         ) from None

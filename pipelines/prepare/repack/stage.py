@@ -1,7 +1,7 @@
-"""Copies of a data set's files on a node's own disk: all, those that are asked for, or as many as fit.
+"""Stage a data set on a node's local disk: copy all files, selected ones, or as many as fit.
 
-Training reads a file's copy where there is one (pipelines/decoding/staged_copies.py), else the shared file system. The digest
-of a shard (`shards.json`) is checked while it is copied; of other files only the length is known.
+Training reads a staged file if there is one (pipelines/decoding/staged_copies.py), otherwise the shared file system. A shard's
+digest (`shards.json`) is checked while it is copied; of other files only the length is known.
 """
 
 import errno
@@ -26,15 +26,18 @@ from runtime.atomic_write import atomic_write
 
 from .open_manifests import open_manifests
 from .shard_index import INDEX_NAME, ShardFacts, read_shard_index
+from .target_folder import cannot_write
 
-_BLOCK_BYTES = 1 << 22
-_DISK_BLOCK_BYTES = 4096  # a file takes whole ones
-_LEFT_FREE = 0.01  # of the disk: ranks write their logs there
+_READ_BYTES = 1 << 22
+# A file takes whole blocks of the disk.
+_DISK_BLOCK_BYTES = 4096
+# Fraction of the disk left for the ranks' logs.
+_LEFT_FREE = 0.01
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of a run, of which the training clips are wanted."""
+    """Steps of a run, to stage only their training clips."""
 
     first: int
     count: int
@@ -54,43 +57,43 @@ class CopyTask:
 
 @dataclass
 class Staged:
+    """The result of `stage`; a file is a shard, a video or a folder of frames."""
+
     wanted: int
-    """Shards, videos and folders of frames."""
     copied: int = 0
     present: int = 0
-    """Whole from an earlier call."""
+    """Complete from an earlier call."""
     left: int = 0
-    """Without room."""
+    """Not copied, because they did not fit."""
     copied_bytes: int = 0
     bad: list[str] = field(default_factory=list)
-    """What could not be copied, and why."""
+    """One text per file that could not be copied, with the reason."""
 
 
 def parse_range(text: str) -> slice:
-    """`0:100`, `:100` or `100:` as a slice. Raises ValueError for anything else."""
+    """Parse `0:100`, `:100` or `100:` to a slice. Raises ValueError for anything else."""
     first, colon, last = text.partition(":")
     if not colon or not all(part.isdigit() or not part for part in (first, last)):
-        raise ValueError(f"{text!r} is no range: give two numbers like 0:100")
+        raise ValueError(f"{text!r} is no range. Fix: give two numbers like 0:100")
     return slice(int(first) if first else None, int(last) if last else None)
 
 
 def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: Steps | None) -> Staged:
-    """Copy to `target` what of the data set in `root` is wanted and fits, in the order in which it is used.
+    """Copy the wanted files of the data set in `root` to `target`, as many as fit, in the order of their use.
 
-    Raises DataSetError for wishes that cannot be; a file that cannot be copied is none: it is read where it is.
+    Raises DataSetError for wrong options. A file that cannot be copied is no error: training reads the shared one.
     """
     manifests = open_manifests(root)
-    tasks = list(_plan(root, target, manifests, shards, steps))
+    tasks = list(_tasks(root, target, manifests, shards, steps))
     staged = Staged(len(tasks))
     try:
         target.mkdir(parents=True, exist_ok=True)
         chosen = list(_fitting(target, tasks, staged))
     except OSError as error:
-        raise DataSetError(
-            f"cannot write {target}: {error.strerror or error}. Fix: choose another folder with --to"
-        ) from error
+        raise DataSetError(cannot_write(target, error)) from error
     results = _copied(chosen, workers)
-    if sys.stderr.isatty():  # in a job, a thousand nodes would tell
+    # No progress in a job's log, which a thousand nodes write to.
+    if sys.stderr.isatty():
         results = progress(results, len(chosen), "stage", "file")
     for task, reason in results:
         if not reason:
@@ -101,14 +104,17 @@ def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: S
     return staged
 
 
-def _plan(
+def _tasks(
     root: Path, target: Path, manifests: dict[str, Manifest], shards: slice | None, steps: Steps | None
 ) -> Iterator[CopyTask]:
+    """Yield a task for each wanted file, once, in the order of use."""
     index = read_shard_index(root)
     facts = {} if index is None else index.shards
     if shards is not None:
         if not facts:
-            raise DataSetError(f"--shards: {root} has no {INDEX_NAME}, so no shards to choose from")
+            raise DataSetError(
+                f"--shards: {root} has no {INDEX_NAME}, so no shards to choose from. Fix: leave out --shards"
+            )
         for name in list(facts)[shards]:
             yield _shard_task(root, target, name, facts)
         return
@@ -124,14 +130,14 @@ def _plan(
 
 
 def _wanted_rows(manifests: dict[str, Manifest], steps: Steps | None) -> Iterator[tuple[Manifest, ManifestRow]]:
-    """All rows, those for training first; or those of some steps, in their order."""
+    """Yield all rows, training clips first, or only the rows of some steps, in their order."""
     if steps is None:
         for name in sorted(manifests, key=lambda name: (name != "train", name)):
             for number in range(len(manifests[name])):
                 yield manifests[name], manifests[name].row(number)
         return
     if "train" not in manifests:
-        raise DataSetError("--steps: there is no train.arrow")
+        raise DataSetError("--steps: the data set has no train.arrow. Fix: leave out --steps")
     train = manifests["train"]
     positions = np.arange(steps.first * steps.global_batch, (steps.first + steps.count) * steps.global_batch)
     _, row_N = StreamOrder(len(train), steps.seed).at(positions)
@@ -145,7 +151,7 @@ def _shard_task(root: Path, target: Path, path: str, facts: dict[str, ShardFacts
     try:
         size = known.bytes if known is not None else source.stat().st_size
     except OSError as error:
-        raise DataSetError(f"{source}: {error.strerror}; restore it, or make the shards again") from error
+        raise DataSetError(f"{source}: {error.strerror}. Fix: restore it, or make the shards again") from error
     return CopyTask((source,), (copy_path(target, root, path),), size, known.sha256 if known is not None else None)
 
 
@@ -159,11 +165,11 @@ def _file_task(root: Path, target: Path, row: ManifestRow) -> CopyTask:
 
 
 def _fitting(target: Path, tasks: Iterable[CopyTask], staged: Staged) -> Iterator[CopyTask]:
-    """The tasks for which there is room, one after the other; notes in `staged` what is there already and what is left."""
+    """Yield the tasks that fit, in order; count in `staged` the files present already and those that do not fit."""
     usage = shutil.disk_usage(target)
     free = usage.free - _LEFT_FREE * usage.total
     for task in tasks:
-        if _is_whole(task):
+        if _is_complete(task):
             staged.present += 1
             continue
         taken = task.size_bytes + _DISK_BLOCK_BYTES * len(task.targets)
@@ -174,8 +180,8 @@ def _fitting(target: Path, tasks: Iterable[CopyTask], staged: Staged) -> Iterato
             yield task
 
 
-def _is_whole(task: CopyTask) -> bool:
-    """A copy has its name once it was checked."""
+def _is_complete(task: CopyTask) -> bool:
+    """Return whether the files exist with the right size. A file gets its final name only after it was checked."""
     try:
         return sum(os.stat(path).st_size for path in task.targets) == task.size_bytes
     except OSError:
@@ -195,19 +201,19 @@ def _name(task: CopyTask) -> str:
 
 
 def copy_files(task: CopyTask) -> str:
-    """Copy, check and only then name; returns why that could not be, or nothing."""
+    """Copy and check a task's files. Returns the reason if that fails, or ""."""
     sha256, size = hashlib.sha256(), 0
     try:
         for source, target in zip(task.sources, task.targets, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(source, "rb", buffering=0) as file, atomic_write(target, durable=False) as copy:
-                while content := file.read(_BLOCK_BYTES):
+                while content := file.read(_READ_BYTES):
                     copy.write(content)
                     sha256.update(content)
                     size += len(content)
-                if target == task.targets[-1] and (reason := _wrong(task, size, sha256.hexdigest())):
-                    raise _OtherFileError(reason)
-    except _OtherFileError as error:
+                if target == task.targets[-1] and (reason := _mismatch(task, size, sha256.hexdigest())):
+                    raise _MismatchError(reason)
+    except _MismatchError as error:
         return f"{task.sources[0]}: {error}"
     except OSError as error:
         full = error.errno == errno.ENOSPC
@@ -215,13 +221,13 @@ def copy_files(task: CopyTask) -> str:
     return ""
 
 
-class _OtherFileError(Exception):
-    pass
+class _MismatchError(Exception):
+    """A copied file that differs from its manifest row or its shard's digest."""
 
 
-def _wrong(task: CopyTask, size: int, sha256: str) -> str:
+def _mismatch(task: CopyTask, size: int, sha256: str) -> str:
     if size != task.size_bytes:
         return f"{size} bytes, but {task.size_bytes} when its manifest was made"
     if task.sha256 not in (None, sha256):
-        return f"its sha256 is another than {INDEX_NAME} says"
+        return f"its sha256 differs from that in {INDEX_NAME}"
     return ""

@@ -1,5 +1,6 @@
-"""A folder that a command fills over several calls: all of them must make the same thing."""
+"""A folder that a command fills over several calls, all with the same inputs and options."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,35 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.prepare.errors import DataSetError
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import write_text
 from runtime.file_lock import file_lock
 
-_PLAN_NAME, _LOCK_NAME = "plan.json", "lock"
+# The name of the first release: another one would refuse folders begun with it.
+_INPUTS_NAME = "plan.json"
+_LOCK_NAME = "lock"
 
 
-def claim(target: Path, records: Path, made_of: dict[str, Any]) -> None:
-    """Make a new or empty folder, or one of the same plan, ours; `records`: the folder in it that keeps the plan.
+def claim_folder(target: Path, records: Path, inputs: dict[str, Any]) -> None:
+    """Take a new or empty folder, or one with the same inputs; `records` is the folder in it that keeps the inputs.
 
-    Raises DataSetError for a folder that holds something else, or the same of other data or with other options.
+    Raises DataSetError for a folder with other content, inputs or options.
     """
     target.mkdir(parents=True, exist_ok=True)
     if not records.exists() and any(target.iterdir()):
-        raise DataSetError(f"{target} is not empty, and not of this command. Fix: choose another folder with --to")
+        raise DataSetError(
+            f"{target} is not empty, and was not made by this command. Fix: choose another folder with --to"
+        )
     records.mkdir(exist_ok=True)
-    plan = records / _PLAN_NAME
-    with locked(records):
-        if not plan.exists():
-            with atomic_write(plan) as file:
-                file.write(json.dumps(made_of).encode())
-        if json.loads(plan.read_text()) != made_of:
+    path = records / _INPUTS_NAME
+    with records_lock(records):
+        if not path.exists():
+            write_text(path, json.dumps(inputs))
+        if json.loads(path.read_text()) != inputs:
             raise DataSetError(
-                f"{target} was made of other manifests, or with other options ({plan}). "
+                f"{target} was made from other manifests or with other options ({path}). "
                 "Fix: remove the folder, or choose another one with --to"
             )
 
 
 @contextmanager
-def locked(records: Path) -> Iterator[None]:
+def records_lock(records: Path) -> Iterator[None]:
     """Let one process at a time work on the records."""
     with file_lock(records / _LOCK_NAME):
         yield
+
+
+def cannot_write(path: Path | str, error: OSError) -> str:
+    """Describe a failed write, and its fix."""
+    fix = "choose another folder with --to"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = f"free space there and run the same command again, which resumes where it stopped, or {fix}"
+    return f"cannot write {path}: {error.strerror or error}. Fix: {fix}"

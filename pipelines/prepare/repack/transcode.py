@@ -1,7 +1,7 @@
-"""A data set's clips encoded anew: smaller pictures, short distances between key frames, the same frames.
+"""Transcode a data set's clips: smaller images, key frames close together, the same frames.
 
-Each clip is a task of its own. It has its name once it is whole and was looked at, so a call that was interrupted goes on with
-the clips that are missing, and any number of machines can share the work. Who finds all of them there writes the manifests.
+Each clip is a separate task. It gets its final name once it is complete and checked, so an interrupted call resumes with the
+missing clips, and any number of machines can share the work. The process that finds all clips finished writes the manifests.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from pathlib import Path
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.progress import progress
-from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, refuse_bad, write_bad_files
+from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, check_fraction, refuse_bad, write_bad_files
 from pipelines.prepare.worker_pool import Died, run_guarded
 
 from .encoders import ENCODERS
-from .job_array import Part, alone_on
-from .open_manifests import open_manifests, require_apart
-from .target_folder import claim, locked
+from .job_array import Part, part_lock
+from .open_manifests import open_manifests, require_other_folder
+from .target_folder import cannot_write, claim_folder, records_lock
 from .transcode_clip import ClipTask, Settings, find_reason, find_row, transcode_clip
 
 RECORDS_NAME = ".transcoding"
@@ -27,19 +27,19 @@ _CLIPS_IN_FOLDER = 1000
 
 @dataclass
 class Transcoded:
-    """What a call of `transcode` did."""
+    """The result of `transcode`; the dicts are empty until the data set is complete."""
 
     new: int
     missing: int
-    """Clips that other parts have still to encode; 0 when the data set is complete."""
+    """Clips that other parts have yet to encode; 0 when the data set is complete."""
     splits: dict[str, SplitReport] = field(default_factory=dict)
-    """Of a complete data set; so is what follows."""
     bytes_before: dict[str, int] = field(default_factory=dict)
+    """Source bytes of each split's clips, without those left out."""
     bytes_after: dict[str, int] = field(default_factory=dict)
-    """Of the clips of each split that were not left out."""
 
 
 def check_settings(settings: Settings) -> None:
+    """Raise DataSetError for an option that the encoder does not support."""
     encoder = ENCODERS[settings.codec]
     for option, value, least, most in (
         ("--short-side", settings.short_side, max(16, encoder.least_side), 4096),
@@ -47,25 +47,24 @@ def check_settings(settings: Settings) -> None:
         ("--quality", settings.quality, 1, encoder.worst),
     ):
         if not least <= value <= most:
-            raise DataSetError(f"{option} is {value}: give {least} to {most} with --codec {settings.codec}")
+            raise DataSetError(f"{option} is {value}. Fix: give {least} to {most} with --codec {settings.codec}")
 
 
 def transcode(root: Path, target: Path, settings: Settings, workers: int, part: Part, max_bad: float) -> Transcoded:
-    """Encode this part's clips of the data set in `root`, and write the manifests once all clips are there.
+    """Transcode this part's clips of the data set in `root`; once all clips are done, write the manifests.
 
-    Raises DataSetError for a target that cannot be written, and, without writing a manifest, when more than `max_bad` (a part
-    of a split) cannot be decoded, encoded, or recognised afterwards.
+    Raises DataSetError for a target that cannot be written, and, without writing a manifest, when a larger fraction of a split
+    than `max_bad` cannot be decoded, cannot be encoded, or differs too much from the source.
     """
-    require_apart(root, target)
+    require_other_folder(root, target)
     check_settings(settings)
-    if not 0 <= max_bad <= 1:
-        raise DataSetError(f"--max-bad is {max_bad}: give a part of 1, like 0.05")
+    check_fraction("--max-bad", max_bad)
     manifests = open_manifests(root)
-    made_of = {**asdict(settings), "manifests": {name: each.digest for name, each in manifests.items()}}
+    inputs = {**asdict(settings), "manifests": {name: each.digest for name, each in manifests.items()}}
     try:
-        claim(target, target / RECORDS_NAME, made_of)
-        with alone_on(part, target / RECORDS_NAME):
-            tasks = {name: plan_clips(name, each, target, settings) for name, each in manifests.items()}
+        claim_folder(target, target / RECORDS_NAME, inputs)
+        with part_lock(part, target / RECORDS_NAME):
+            tasks = {name: clip_tasks(name, each, target, settings) for name, each in manifests.items()}
             ours = [(task, manifests[name].row(task.number)) for name in tasks for task in part.of(tasks[name])]
             waiting = [task for task, row in ours if find_row(task, row) is None and find_reason(task) is None]
             failed = {}
@@ -74,13 +73,11 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
                     failed[task] = reason
             return _finish(target, manifests, tasks, failed, len(waiting), max_bad)
     except OSError as error:
-        raise DataSetError(
-            f"cannot write {error.filename or target}: {error.strerror or error}. Fix: choose another folder with --to"
-        ) from error
+        raise DataSetError(cannot_write(error.filename or target, error)) from error
 
 
-def plan_clips(name: str, manifest: Manifest, target: Path, settings: Settings) -> list[ClipTask]:
-    """A file for each row, named by its number, a thousand in a folder."""
+def clip_tasks(name: str, manifest: Manifest, target: Path, settings: Settings) -> list[ClipTask]:
+    """List a task for each row. Clips are named by row number, a thousand per folder."""
     return [
         ClipTask(manifest.path, number, target, f"{name}/{number // _CLIPS_IN_FOLDER:06d}/{number:09d}", settings)
         for number in range(len(manifest))
@@ -111,8 +108,8 @@ def _finish(
     new: int,
     max_bad: float,
 ) -> Transcoded:
-    """Whoever finds every clip there, or a reason why it is not, writes the rest."""
-    with locked(target / RECORDS_NAME):
+    """Write the manifests if every clip is finished or has a reason why it is left out."""
+    with records_lock(target / RECORDS_NAME):
         done = Transcoded(new, 0)
         rows = {name: _collect(name, manifest, tasks[name], failed, done) for name, manifest in manifests.items()}
         if done.missing:
@@ -129,7 +126,7 @@ def _finish(
 def _collect(
     name: str, manifest: Manifest, tasks: list[ClipTask], failed: dict[ClipTask, str], done: Transcoded
 ) -> list[ManifestRow]:
-    """The new rows of a split; notes in `done` what they are and what is not there."""
+    """Return the new rows of a split; add its report and sizes to `done`, and count the missing clips there."""
     report, rows, before = SplitReport(listed=len(manifest)), [], 0
     for task in tasks:
         source = manifest.row(task.number)

@@ -1,4 +1,4 @@
-"""One clip, encoded anew, looked at again, and then put in its place."""
+"""Transcode one clip: encode it, check the result against the source, then write it atomically."""
 
 import os
 import shutil
@@ -16,20 +16,21 @@ from pipelines.manifest import JPEG_FRAMES, ManifestRow
 from pipelines.prepare.scan.scan_clip import scan_video
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
 
-from .encoders import ENCODERS, encode_jpeg, encode_video
-from .open_manifests import open_once
-from .rescale import Image, frame_rate, pictures_of_video, scaled_pictures, scaled_size
+from .encoders import ENCODERS, Image, encode_jpeg, encode_video
+from .open_manifests import open_cached
+from .rescale import frame_rate, scaled_images, scaled_size, scaled_video
+from .target_folder import cannot_write
 
-_PICTURES_COMPARED = 5
+_IMAGES_COMPARED = 5
 _MAX_DIFFERENCE = 12.0
-"""Of grey levels on average, between a frame and what became of it: far above what a poor quality costs, far below the
-difference of two scenes."""
+"""Mean grey levels between a frame and its transcoded form: far above the loss at a poor quality, far below the difference
+between two scenes."""
 _FRAME_NAME = "%05d.jpg"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of every clip."""
+    """The options that determine every clip's encoding."""
 
     codec: str
     short_side: int
@@ -39,26 +40,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class ClipTask:
-    """Row `number` of a manifest, and where its new clip goes, without its ending."""
+    """Row `number` of a manifest, and the path of its new clip."""
 
     manifest: Path
     number: int
     target: Path
-    """Folder of the data set."""
+    """Folder of the new data set."""
     stem: str
+    """Path below `target`, without the suffix."""
     settings: Settings
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one task: nothing, or why the clip is left out (`bad`), or why nothing can be written."""
+    """The result of one task; both texts are empty on success."""
 
     bad: str = ""
+    """Why the clip is left out."""
     fatal: str = ""
+    """Why the target cannot be written."""
 
 
 def find_row(task: ClipTask, source: ManifestRow) -> ManifestRow | None:
-    """The row of a clip that is finished; None where it is not. What has its name has been checked before it got it."""
+    """Return the row of a finished clip, or None. A clip gets its final name only after it was checked."""
     encoder = ENCODERS[task.settings.codec]
     path = task.target / (task.stem + encoder.suffix)
     try:
@@ -76,7 +80,7 @@ def find_row(task: ClipTask, source: ManifestRow) -> ManifestRow | None:
 
 
 def find_reason(task: ClipTask) -> str | None:
-    """Why the clip was left out; None unless it was."""
+    """Return the recorded reason why the clip was left out, or None."""
     try:
         return _reason_path(task).read_text()
     except OSError:
@@ -88,7 +92,8 @@ def _reason_path(task: ClipTask) -> Path:
 
 
 def transcode_clip(task: ClipTask) -> Outcome:
-    manifest = open_once(task.manifest)
+    """Transcode a clip; record the reason if it is bad."""
+    manifest = open_cached(task.manifest)
     root, row = manifest.root, manifest.row(task.number)
     path = task.target / (task.stem + ENCODERS[task.settings.codec].suffix)
     try:
@@ -102,77 +107,77 @@ def transcode_clip(task: ClipTask) -> Outcome:
                     file.write(str(error).encode(errors="surrogateescape"))
             return Outcome(bad=str(error))
     except OSError as error:
-        return Outcome(
-            fatal=f"cannot write {path}: {error.strerror or error}. Fix: free space there or choose another folder with "
-            "--to, then run the same command, which goes on where it stopped"
-        )
+        return Outcome(fatal=cannot_write(path, error))
     return Outcome()
 
 
 def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> None:
-    """Encode in memory, look at it, write it down."""
+    """Encode in memory, check the result, then write the file."""
     settings, encoder = task.settings, ENCODERS[task.settings.codec]
-    size, rate, kept = scaled_size(row, settings.short_side), frame_rate(root, row), _Kept(row.num_frames)
+    size, rate, references = scaled_size(row, settings.short_side), frame_rate(root, row), _References(row.num_frames)
     if min(size) < encoder.least_side:
         raise BadClip(
-            f"{root / row.path}: {encoder.name} needs {encoder.least_side} pixels a side, and it has {min(size)}"
+            f"{root / row.path}: {encoder.name} needs {encoder.least_side} pixels a side, but it has {min(size)}"
         )
-    pictures = kept.watch(scaled_pictures(root, row, size))
+    images = references.recorded(scaled_images(root, row, size))
     try:
-        content = encode_video(encoder, pictures, rate, settings.quality, settings.gop)
+        content = encode_video(encoder, images, rate, settings.quality, settings.gop)
     except av.FFmpegError as error:
         raise BadClip(f"{root / row.path}: {encoder.name} cannot encode it at {size[0]}x{size[1]} ({error})") from error
-    video = EncodedVideo(f"{root / row.path}, encoded anew", path.suffix, np.frombuffer(content, np.uint8))
+    video = EncodedVideo(f"{root / row.path}, transcoded", path.suffix, np.frombuffer(content, np.uint8))
     facts = scan_video(video, len(content))
     found = facts.num_frames, facts.codec, facts.width, facts.height, facts.rotation
     if found != (row.num_frames, encoder.codec, *size, 0):
         raise BadClip(f"{video.name}: is {found}, not {(row.num_frames, encoder.codec, *size, 0)}")
-    kept.compare(video.name, pictures_of_video(video, replace(row, rotation=0), size))
+    references.compare(video.name, scaled_video(video, replace(row, rotation=0), size))
     with atomic_write(path) as file:
         file.write(content)
 
 
 def _write_frames(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> None:
-    """Into a folder that gets its name once they have been looked at."""
+    """Write the frames to a temporary folder, check them, then rename the folder."""
     settings, encoder = task.settings, ENCODERS[task.settings.codec]
-    size, kept = scaled_size(row, settings.short_side), _Kept(row.num_frames)
-    aside = path.with_name(path.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    size, references = scaled_size(row, settings.short_side), _References(row.num_frames)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        pictures = kept.watch(scaled_pictures(root, row, size))
-        for number, content in enumerate(encode_jpeg(encoder, pictures, settings.quality), start=1):
-            (aside / (_FRAME_NAME % number)).write_bytes(content)
-        made = replace(row, path=f"{aside.name}/{_FRAME_NAME}", offset=1, codec=JPEG_FRAMES, rotation=0)
-        kept.compare(f"{root / row.path}, encoded anew", scaled_pictures(path.parent, made, size))
-        shutil.rmtree(path, ignore_errors=True)  # frames of no bytes, from before the machine lost its power
-        os.replace(aside, path)
+        images = references.recorded(scaled_images(root, row, size))
+        for number, content in enumerate(encode_jpeg(encoder, images, settings.quality), start=1):
+            (temporary / (_FRAME_NAME % number)).write_bytes(content)
+        written = replace(row, path=f"{temporary.name}/{_FRAME_NAME}", offset=1, codec=JPEG_FRAMES, rotation=0)
+        references.compare(f"{root / row.path}, transcoded", scaled_images(path.parent, written, size))
+        # After a power loss, a folder of empty files may have the name.
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-class _Kept:
-    """A few of the source's pictures, evenly spread, until the result can be compared with them."""
+class _References:
+    """A few of the source's images, evenly spread, to compare the transcoded ones with."""
 
     def __init__(self, num_frames: int) -> None:
-        self._numbers = set(np.linspace(0, num_frames - 1, _PICTURES_COMPARED).round().astype(int).tolist())
-        self._pictures: dict[int, Image] = {}
+        self._numbers = set(np.linspace(0, num_frames - 1, _IMAGES_COMPARED).round().astype(int).tolist())
+        self._images: dict[int, Image] = {}
 
-    def watch(self, pictures: Iterator[Image]) -> Iterator[Image]:
-        for number, image_HWC in enumerate(pictures):
+    def recorded(self, images: Iterator[Image]) -> Iterator[Image]:
+        """Yield the source's images, and keep the references among them."""
+        for number, image_HWC in enumerate(images):
             if number in self._numbers:
-                self._pictures[number] = image_HWC
+                self._images[number] = image_HWC
             yield image_HWC
 
-    def compare(self, name: str, pictures: Iterator[Image]) -> None:
-        """Raises BadClip when a picture has become another one, or there are more or fewer of them."""
-        for number, image_HWC in enumerate(pictures):
+    def compare(self, name: str, images: Iterator[Image]) -> None:
+        """Raise BadClip when an image differs too much from its reference."""
+        for number, image_HWC in enumerate(images):
             if number in self._numbers:
-                difference = _mean_difference(image_HWC, self._pictures[number])
+                difference = _mean_difference(image_HWC, self._images[number])
                 if difference > _MAX_DIFFERENCE:
                     raise BadClip(
-                        f"{name}: frame {number} differs by {difference:.1f} grey levels on average; try a better --quality"
+                        f"{name}: frame {number} differs by {difference:.1f} grey levels on average. "
+                        "Fix: try a better --quality"
                     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a data set is still what its manifests say: every shard's sha256, every clip's place; on demand every frame."""
+"""Verify a data set against its manifests: every shard's sha256, every clip's offset and length; optionally every frame."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,30 +14,35 @@ from pipelines.prepare.progress import progress
 from pipelines.prepare.scan.scan_clip import scan_video
 from pipelines.prepare.worker_pool import Died, run_guarded
 
-from .open_manifests import open_manifests, open_once
+from .open_manifests import open_cached, open_manifests
 from .shard_index import INDEX_NAME, ShardFacts, ShardIndex, read_shard_index
 
-_ROWS_AT_ONCE = 500  # of which only the places are looked at
+_ROWS_PER_TASK = 500
 _READ_BYTES = 1 << 22
+_FIX_SHARD = "Fix: remove it, and run the same prepare.py shard command again"
 
 
 @dataclass(frozen=True)
 class Verified:
+    """The result of `verify`."""
+
     clips: int
     shards: int
     bad: list[str]
-    """What is wrong, each with its file."""
+    """One text per fault, with its file."""
 
 
 @dataclass(frozen=True)
 class ShardCheck:
+    """A task: compare a shard with the index."""
+
     path: Path
     facts: ShardFacts
 
 
 @dataclass(frozen=True)
 class RowsCheck:
-    """Rows `first` to `last` (not included) of a manifest."""
+    """A task: check rows `first` to `last` (exclusive) of a manifest."""
 
     manifest: Path
     first: int
@@ -46,32 +51,39 @@ class RowsCheck:
 
 
 def verify(root: Path, workers: int, decode: bool) -> Verified:
-    """Look at every shard and every clip of the manifests in `root`. Raises DataSetError where there is nothing to look at."""
+    """Check every shard and every clip of the manifests in `root`. Raises DataSetError if there is no manifest."""
     manifests, index = open_manifests(root), read_shard_index(root)
     bad = [
-        f"{each.path}: its rows are others than were written" for each in manifests.values() if not each.is_as_written()
+        f"{each.path}: its rows do not match its digest. Fix: make the manifest again"
+        for each in manifests.values()
+        if not each.is_as_written()
     ]
     bad += _check_index(root, manifests, index)
     shards = {} if index is None else index.shards
     tasks: list[ShardCheck | RowsCheck] = [ShardCheck(root / name, facts) for name, facts in shards.items()]
-    at_once = 1 if decode else _ROWS_AT_ONCE  # a clip that crashes its decoder must be told from its neighbours
+    # With decoding one row per task, so that a crash of the decoder names its clip.
+    step = 1 if decode else _ROWS_PER_TASK
     for manifest in manifests.values():
-        for first in range(0, len(manifest), at_once):
-            tasks.append(RowsCheck(manifest.path, first, min(first + at_once, len(manifest)), decode))
+        for first in range(0, len(manifest), step):
+            tasks.append(RowsCheck(manifest.path, first, min(first + step, len(manifest)), decode))
     for found in progress(_checked(tasks, workers), len(tasks), "verify", "check"):
         bad += found
     return Verified(sum(map(len, manifests.values())), len(shards), bad)
 
 
 def _check_index(root: Path, manifests: dict[str, Manifest], index: ShardIndex | None) -> list[str]:
+    """Compare the manifests with the index; return the faults."""
+    fix = "Fix: run the same prepare.py shard command again"
     if index is None:
         in_shards = any(in_shard(manifest.row(0)) for manifest in manifests.values())
-        return [f"{root / INDEX_NAME} is not there, so no shard's sha256 is known"] if in_shards else []
-    bad = [f"{root / name} is not there" for name in index.manifests if Path(name).stem not in manifests]
+        return [f"{root / INDEX_NAME} is missing, so no shard's sha256 is known. {fix}"] if in_shards else []
+    bad = [f"{root / name} is missing. {fix}" for name in index.manifests if Path(name).stem not in manifests]
     for name, manifest in manifests.items():
         expected = index.manifests.get(manifest.path.name)
         if expected != manifest.digest:
-            bad.append(f"{root / name}.arrow is not the manifest of these shards: {INDEX_NAME} has another digest")
+            bad.append(
+                f"{root / name}.arrow has another digest than in {INDEX_NAME}: the shards belong to another manifest"
+            )
     return bad
 
 
@@ -88,10 +100,10 @@ def _name(task: ShardCheck | RowsCheck) -> str:
 
 
 def check(task: ShardCheck | RowsCheck) -> list[str]:
-    """What is wrong, in words."""
+    """Do one task; return the faults."""
     if isinstance(task, ShardCheck):
         return _check_shard(task)
-    manifest, bad = open_once(task.manifest), []
+    manifest, bad = open_cached(task.manifest), []
     for number in range(task.first, task.last):
         row = manifest.row(number)
         try:
@@ -112,19 +124,16 @@ def _check_shard(task: ShardCheck) -> list[str]:
                 sha256.update(content)
                 size += len(content)
     except OSError as error:
-        return [f"{task.path}: {error.strerror}. {_AGAIN}"]
+        return [f"{task.path}: {error.strerror}. {_FIX_SHARD}"]
     if size != task.facts.bytes:
-        return [f"{task.path}: {size} bytes, but {INDEX_NAME} says {task.facts.bytes}. {_AGAIN}"]
+        return [f"{task.path}: {size} bytes, but {task.facts.bytes} in {INDEX_NAME}. {_FIX_SHARD}"]
     if sha256.hexdigest() != task.facts.sha256:
-        return [f"{task.path}: its sha256 is another than {INDEX_NAME} says. {_AGAIN}"]
+        return [f"{task.path}: its sha256 differs from that in {INDEX_NAME}. {_FIX_SHARD}"]
     return []
 
 
-_AGAIN = "Fix: remove it, and run the prepare.py shard that made it again"
-
-
 def _decode(root: Path, row: ManifestRow) -> None:
-    """Raises BadClip unless every frame decodes, and the clip is what its row says."""
+    """Raise BadClip unless every frame decodes and the clip matches its row."""
     if row.codec == JPEG_FRAMES:
         _decode_frames(root, row)
         return
@@ -137,10 +146,8 @@ def _decode(root: Path, row: ManifestRow) -> None:
 
 
 def _decode_frames(root: Path, row: ManifestRow) -> None:
-    from pipelines.decoding.jpeg import (  # loads torch, which everything else does without
-        check_picture,
-        decode_jpeg_bytes,
-    )
+    # Imported here because it loads torch, which the other checks do not need.
+    from pipelines.decoding.jpeg import check_picture, decode_jpeg_bytes
 
     for number in range(row.num_frames):
         name, content = frame_bytes(root, row, number)

@@ -29,7 +29,7 @@ from pipelines.loading.clips import ClipSource, TrainingClips
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.repack.job_array import Part, find_part
-from pipelines.prepare.repack.shard import RECORDS_NAME, parse_bytes, plan_shards
+from pipelines.prepare.repack.shard import RECORDS_NAME, parse_bytes, shard_tasks
 from pipelines.prepare.repack.shard_file import write_shard
 from pipelines.stream.augmentation import Augmentation
 from tests.helpers.clips import plain_video, smooth_video, turned, write_frames, write_mp4, write_video
@@ -181,7 +181,7 @@ def test_rows_are_cut_into_neighbours(
     folder = tmp_path_factory.mktemp("plan")
     rows = [ManifestRow(f"{n}.mp4", 0, length, 0, 8, "h264", 32, 32, 0) for n, length in enumerate(lengths)]
     write_manifest(folder / "train.arrow", rows, ["one"])
-    tasks = plan_shards("train", Manifest.open(folder / "train.arrow"), folder, shard_bytes)
+    tasks = shard_tasks("train", Manifest.open(folder / "train.arrow"), folder, shard_bytes)
     assert [number for task in tasks for number in range(task.first, task.last)] == list(range(len(lengths)))
     space = [member_space(length) + member_space(1) for length in lengths]
     for task, following in zip(tasks, [*tasks[1:], None], strict=True):
@@ -331,13 +331,13 @@ def test_no_room_is_said_before_anything_is_written(
     files: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert shard(files, small_disk / "shards") == 2
-    assert re.search(r"0\.000\d+ GB to write, 9\S+ GB are free. Fix: free space", capsys.readouterr().err)
+    assert re.search(r"0\.000\d+ GB to write, but 9\S+ GB free. Fix: free space", capsys.readouterr().err)
     assert not tars(small_disk / "shards")
 
 
 def test_a_disk_that_fills_up(files: Path, small_disk: Path) -> None:
     (small_disk / RECORDS_NAME).mkdir()
-    (task,) = plan_shards("train", Manifest.open(files / "train.arrow"), small_disk, 10**9)
+    (task,) = shard_tasks("train", Manifest.open(files / "train.arrow"), small_disk, 10**9)
     assert "No space left on device. Fix: free space there" in write_shard(task)
     assert [path.name for path in small_disk.iterdir()] == [RECORDS_NAME]
     assert [path.suffix for path in (small_disk / RECORDS_NAME).iterdir()] == [".lock"]
@@ -353,7 +353,7 @@ def test_a_source_that_cannot_be_read(
     source = Path(shutil.copytree(files, tmp_path / "source"))
     (source / "train" / lost).unlink()
     assert shard(source, tmp_path / "shards") == 2
-    assert re.search(says + ".* Fix: make the manifest anew", capsys.readouterr().err)
+    assert re.search(says + ".* Fix: make the manifest again", capsys.readouterr().err)
     assert not list((tmp_path / "shards").glob("*.tmp")) and not (tmp_path / "shards" / "shards.json").exists()
 
 
@@ -361,14 +361,14 @@ def test_frames_that_have_changed_since(files: Path, tmp_path: Path, capsys: pyt
     source = Path(shutil.copytree(files, tmp_path / "source"))
     (source / "train" / "three" / "2" / "00004.jpg").write_bytes(b"another")
     assert shard(source, tmp_path / "shards") == 2
-    assert re.search(r"three/2/%05d.jpg: frames of \d+ bytes, but \d+ when", capsys.readouterr().err)
+    assert re.search(r"three/2/%05d.jpg: frames have \d+ bytes, but had \d+ when", capsys.readouterr().err)
 
 
 def test_what_may_not_be_mixed(files: Path, spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for target, size, says in (
         (files, "1GB", "is the folder of the data set itself"),
-        (spoiled, "1GB", "was made of other manifests, or with other options"),
-        (tmp_path, "1GB", "is not empty, and not of this command"),
+        (spoiled, "1GB", "was made from other manifests or with other options"),
+        (tmp_path, "1GB", "is not empty, and was not made by this command"),
         (tmp_path / "new", "1 apple", "'1 apple' is no size"),
     ):
         assert shard(files, target, size) == 2
@@ -407,7 +407,7 @@ def test_the_tasks_of_a_job_array() -> None:
     assert [find_part(None, array(task, 4, 0, 3)).number for task in range(4)] == [1, 2, 3, 4]
     assert find_part(None, array(5, 3, 1, 5, step=2)) == Part(3, 3)
     assert find_part("2/7", array(1, 3, 1, 3)) == Part(2, 7)
-    with pytest.raises(DataSetError, match="has gaps|have gaps"):
+    with pytest.raises(DataSetError, match="task numbers have gaps"):
         find_part(None, array(7, 3, 0, 7))
     for said in ("0/3", "4/3", "1", "a/b"):
         with pytest.raises(DataSetError, match="--part is"):

@@ -275,7 +275,7 @@ def test_a_shared_shard_that_is_bad_is_not_copied(
     lost.unlink()
     assert stage(shared / "shards", local) == 0
     said = capsys.readouterr().out
-    assert f"{shard}: its sha256 is another than shards.json says: reading the shared file" in said
+    assert f"{shard}: its sha256 differs from that in shards.json: reading the shared file" in said
     assert re.search(rf"{cut_short}: 5000 bytes, but \d+ when its manifest was made: reading", said)
     assert f"{lost}: cannot copy it: No such file or directory: reading" in said
     copied = {path.name for path in local.rglob("*.tar*")}

@@ -25,7 +25,7 @@ from pipelines.decoding.video import EncodedVideo, open_video
 from pipelines.manifest import Manifest, ManifestRow
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.repack.encoders import ENCODERS
-from pipelines.prepare.repack.job_array import Part, alone_on
+from pipelines.prepare.repack.job_array import Part, part_lock
 from pipelines.prepare.repack.rescale import scaled_size
 from tests.helpers.clips import smooth_video, turned, write_frames, write_video
 from tests.helpers.small_disk import mounted
@@ -211,7 +211,8 @@ def test_a_clip_that_is_too_small_for_x265(tmp_path: Path, capsys: pytest.Captur
         write_video(tmp_path / "small" / split / "one" / "clip.mp4", smooth_video(FRAMES, 76, 48))
     assert prepare.main(["folder", "--root", str(tmp_path / "small"), "--workers", "0"]) == 0
     assert transcode(tmp_path / "small", tmp_path / "made", "--codec", "hevc") == 2
-    assert "libx265 needs 64 pixels a side, and it has 48" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "libx265 needs 64 pixels a side, but it has 48" in error and error.endswith("Fix: repair the clips\n")
 
 
 # --- What befalls the writing -----------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_what_is_finished_is_left_alone(source: Path, made: Path, capsys: pytest
     assert "already there" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*.mp4")}
     assert transcode(source, made, "--short-side", "40") == 2
-    assert "was made of other manifests, or with other options" in capsys.readouterr().err
+    assert "was made from other manifests or with other options" in capsys.readouterr().err
 
 
 def test_parts_make_the_same(source: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,14 +244,14 @@ def test_parts_make_the_same(source: Path, made: Path, tmp_path: Path, capsys: p
 
 
 def test_one_call_at_a_part(tmp_path: Path) -> None:
-    with alone_on(Part(1, 3), tmp_path), alone_on(Part(2, 3), tmp_path):
+    with part_lock(Part(1, 3), tmp_path), part_lock(Part(2, 3), tmp_path):
         for part, says in (
-            (Part(1, 3), "part 1/3 of .* is at work"),
-            (Part(1, 1), "at work in other parts .part-1-of-3"),
+            (Part(1, 3), "another process works on part 1/3 of .*"),
+            (Part(1, 1), "into another number of parts .part-1-of-3"),
         ):
-            with pytest.raises(DataSetError, match=says), alone_on(part, tmp_path):
+            with pytest.raises(DataSetError, match=says), part_lock(part, tmp_path):
                 pass
-    with alone_on(Part(1, 1), tmp_path):
+    with part_lock(Part(1, 1), tmp_path):
         pass
 
 
@@ -320,10 +321,10 @@ def test_a_full_disk(source: Path, small_disk: Path, codec: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--short-side", "8"], "--short-side is 8: give 16 to 4096"),
-        (["--codec", "hevc", "--short-side", "48"], "--short-side is 48: give 64 to 4096 with --codec hevc"),
+        (["--short-side", "8"], "--short-side is 8. Fix: give 16 to 4096"),
+        (["--codec", "hevc", "--short-side", "48"], "--short-side is 48. Fix: give 64 to 4096 with --codec hevc"),
         (["--gop", "0"], "--gop is 0"),
-        (["--codec", "jpeg", "--quality", "40"], "--quality is 40: give 1 to 31 with --codec jpeg"),
+        (["--codec", "jpeg", "--quality", "40"], "--quality is 40. Fix: give 1 to 31 with --codec jpeg"),
         (["--max-bad", "5"], "--max-bad is 5.0"),
         (["--part", "5/3"], "--part is '5/3'"),
     ],

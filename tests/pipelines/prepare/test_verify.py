@@ -96,7 +96,7 @@ def test_a_byte_of_a_shard(folder: Path, frames: bool, capsys: pytest.CaptureFix
     path, place = folder / "shards" / row.path, row.offset + row.length - 40
     overwrite(path, place, bytes([path.read_bytes()[place] ^ 1]))
     (line,) = faults(folder / "shards", capsys)
-    assert line.startswith(f"{path}: its sha256 is another than shards.json says. Fix: remove it")
+    assert line.startswith(f"{path}: its sha256 differs from that in shards.json. Fix: remove it")
 
 
 def test_a_shard_is_made_again_as_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_a_shard_that_is_gone_or_cut_short(folder: Path, capsys: pytest.CaptureF
     os.truncate(root / "train-000000.tar", 600)
     (root / "train-000001.tar").unlink()
     lines = faults(root, capsys)
-    assert lines[0].startswith(f"{root}/train-000000.tar: 600 bytes, but shards.json says")
+    assert re.match(rf"{root}/train-000000\.tar: 600 bytes, but \d+ in shards\.json\. Fix: remove it", lines[0])
     assert lines[1].startswith(f"{root}/train-000001.tar: No such file")
     manifest = Manifest.open(root / "train.arrow")
     lost = [number for number in range(6) if manifest.row(number).path in ("train-000000.tar", "train-000001.tar")]
@@ -129,7 +129,9 @@ def test_a_bit_of_a_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -
     labels = np.array([0, 0, 0, 1, 1, 1], dtype="<i4").tobytes()
     assert content.count(labels) == 1
     path.write_bytes(content.replace(labels, labels[:20] + bytes(4)))
-    assert faults(folder / "files", capsys) == [f"{path}: its rows are others than were written"]
+    assert faults(folder / "files", capsys) == [
+        f"{path}: its rows do not match its digest. Fix: make the manifest again"
+    ]
 
 
 @pytest.mark.parametrize("change", ["offset", "length", "frames"])
@@ -141,7 +143,9 @@ def test_a_manifest_of_other_shards(folder: Path, change: str, capsys: pytest.Ca
     wanted["length" if change == "frames" else change] += 512
     write_manifest(root / "train.arrow", [ManifestRow(**row) for row in rows], manifest.classes)
     lines = faults(root, capsys)
-    assert lines[0] == f"{root}/train.arrow is not the manifest of these shards: shards.json has another digest"
+    assert (
+        lines[0] == f"{root}/train.arrow has another digest than in shards.json: the shards belong to another manifest"
+    )
     assert len(lines) == 2 and wanted["path"] in lines[1]
 
 
@@ -164,15 +168,16 @@ def test_what_only_decoding_finds(folder: Path, capsys: pytest.CaptureFixture[st
 def test_shards_without_their_index(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder / "shards"
     (root / "val.arrow").unlink()
-    assert faults(root, capsys) == [f"{root}/val.arrow is not there"]
+    fix = "Fix: run the same prepare.py shard command again"
+    assert faults(root, capsys) == [f"{root}/val.arrow is missing. {fix}"]
     (root / "shards.json").unlink()
-    assert faults(root, capsys) == [f"{root}/shards.json is not there, so no shard's sha256 is known"]
+    assert faults(root, capsys) == [f"{root}/shards.json is missing, so no shard's sha256 is known. {fix}"]
     (root / "shards.json").write_text("{}")
     assert prepare.main(["verify", "--root", str(root)]) == 2
     assert "shards.json is no index of shards" in capsys.readouterr().err
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for root, says in ((tmp_path / "none", "no such folder"), (tmp_path, "no manifest (*.arrow) is there")):
+    for root, says in ((tmp_path / "none", "no such folder"), (tmp_path, "contains no manifest (*.arrow)")):
         assert prepare.main(["verify", "--root", str(root)]) == 2
         assert says in capsys.readouterr().err
