@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipelines.decoding.tar import member_space
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
-from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
 
@@ -22,7 +22,7 @@ from .job_array import Part
 from .open_manifests import open_manifests, require_other_folder
 from .shard_file import ShardRecord, ShardTask, find_record, write_shard
 from .shard_index import ShardFacts, ShardIndex, read_shard_index, write_shard_index
-from .target_folder import cannot_write, claim_folder, records_lock
+from .target_folder import claim_folder, records_lock
 
 RECORDS_NAME = ".sharding"
 """Folder of the records of finished shards, from which a later call makes the manifests."""
@@ -65,7 +65,7 @@ def write_shards(root: Path, target: Path, shard_bytes: int, workers: int, part:
             pass
         return _finish(target, manifests, tasks, len(waiting))
     except OSError as error:
-        raise DataSetError(cannot_write(error.filename or target, error)) from error
+        raise DataSetError(cannot_write(error.filename or target, error, "--to")) from error
 
 
 def shard_tasks(name: str, manifest: Manifest, target: Path, shard_bytes: int) -> list[ShardTask]:

@@ -11,11 +11,11 @@ from pipelines.decoding.shard_reader import INDEX_DTYPE, close_shards
 from pipelines.decoding.tar import TarWriter, member_space
 from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, SHARD_SUFFIX, ManifestRow, in_shard
+from pipelines.prepare.errors import cannot_write
 from runtime.atomic_write import atomic_write, write_text
 from runtime.file_lock import file_lock
 
 from .open_manifests import open_cached
-from .target_folder import cannot_write
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write_shard(task: ShardTask) -> str:
     except BadClip as error:
         return f"{error}. Fix: make the manifest again, which leaves out clips that cannot be read"
     except OSError as error:
-        return cannot_write(task.path, error)
+        return cannot_write(task.path, error, "--to")
     finally:
         # Close the shards that the clips were read from.
         close_shards()

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipelines.decoding.staged_copies import copy_path
 from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, frame_file, in_shard
-from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
 from pipelines.stream.order import StreamOrder
@@ -26,7 +26,6 @@ from runtime.atomic_write import atomic_write
 
 from .open_manifests import open_manifests
 from .shard_index import INDEX_NAME, ShardFacts, read_shard_index
-from .target_folder import cannot_write
 
 _READ_BYTES = 1 << 22
 # A file takes whole blocks of the disk.
@@ -90,7 +89,7 @@ def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: S
         target.mkdir(parents=True, exist_ok=True)
         chosen = list(_fitting(target, tasks, staged))
     except OSError as error:
-        raise DataSetError(cannot_write(target, error)) from error
+        raise DataSetError(cannot_write(target, error, "--to")) from error
     results = _copied(chosen, workers)
     # No progress in a job's log, which a thousand nodes write to.
     if sys.stderr.isatty():

@@ -1,6 +1,5 @@
 """A folder that a command fills over several calls, all with the same inputs and options."""
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +42,3 @@ def records_lock(records: Path) -> Iterator[None]:
     """Let one process at a time work on the records."""
     with file_lock(records / _LOCK_NAME):
         yield
-
-
-def cannot_write(path: Path | str, error: OSError) -> str:
-    """Describe a failed write, and its fix."""
-    fix = "choose another folder with --to"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = f"free space there and run the same command again, which resumes where it stopped, or {fix}"
-    return f"cannot write {path}: {error.strerror or error}. Fix: {fix}"

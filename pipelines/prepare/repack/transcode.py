@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
-from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, check_fraction, refuse_bad, write_bad_files
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -18,7 +18,7 @@ from pipelines.prepare.worker_pool import Died, run_guarded
 from .encoders import ENCODERS
 from .job_array import Part, part_lock
 from .open_manifests import open_manifests, require_other_folder
-from .target_folder import cannot_write, claim_folder, records_lock
+from .target_folder import claim_folder, records_lock
 from .transcode_clip import ClipTask, Settings, find_reason, find_row, transcode_clip
 
 RECORDS_NAME = ".transcoding"
@@ -73,7 +73,7 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
                     failed[task] = reason
             return _finish(target, manifests, tasks, failed, len(waiting), max_bad)
     except OSError as error:
-        raise DataSetError(cannot_write(error.filename or target, error)) from error
+        raise DataSetError(cannot_write(error.filename or target, error, "--to")) from error
 
 
 def clip_tasks(name: str, manifest: Manifest, target: Path, settings: Settings) -> list[ClipTask]:

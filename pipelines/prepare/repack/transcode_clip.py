@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from pipelines.decoding.video import EncodedVideo
 from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.prepare.errors import cannot_write
 from pipelines.prepare.scan.scan_clip import scan_video
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
 
 from .encoders import ENCODERS, Image, encode_jpeg, encode_video
 from .open_manifests import open_cached
 from .rescale import frame_rate, scaled_images, scaled_size, scaled_video
-from .target_folder import cannot_write
 
 _IMAGES_COMPARED = 5
 _MAX_DIFFERENCE = 12.0
@@ -107,7 +107,7 @@ def transcode_clip(task: ClipTask) -> Outcome:
                     file.write(str(error).encode(errors="surrogateescape"))
             return Outcome(bad=str(error))
     except OSError as error:
-        return Outcome(fatal=cannot_write(path, error))
+        return Outcome(fatal=cannot_write(path, error, "--to"))
     return Outcome()
 
 

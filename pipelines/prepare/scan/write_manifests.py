@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.errors import BadClip, MissingClip
 from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.prepare.annotations.base import Annotations, Clip, check_annotations
-from pipelines.prepare.errors import DataSetError
+from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, check_fraction, refuse_bad, write_bad_files
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -48,10 +48,7 @@ def write_manifests(
         for split, split_rows in rows.items():
             write_manifest(root / f"{split}.arrow", split_rows, annotations.classes, split=split)
     except OSError as error:
-        raise DataSetError(
-            f"cannot write {error.filename or root}: {error.strerror or error}. Fix: free space there or choose another "
-            "folder with --root, then run the same command again: it resumes where it stopped"
-        ) from error
+        raise DataSetError(cannot_write(error.filename or root, error, "--root")) from error
     return reports
 
 

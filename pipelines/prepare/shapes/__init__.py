@@ -1,1 +1,1 @@
-"""The generated data set: moving shapes, for smoke tests."""
+"""The generated data set of moving shapes, for smoke tests."""

@@ -1,4 +1,25 @@
-"""Draw and encode clips of moving shapes."""
+"""Small clips of moving shapes that only a network with a sense of time can classify: drawing and encoding.
+
+Ten classes in five pairs. The two classes of a pair differ only in the order of their frames:
+
+    move_right / move_left, move_down / move_up, grow / shrink, rotate_clockwise / rotate_counterclockwise, appear / vanish
+
+Clips 2j and 2j+1 are twins: one drawing, played forward and backward. A network that averages its answers over single frames
+(TSN) gives both twins the same answer whenever it sees the same frames of both, and is right for at most one of them: its
+ceiling is 50 %. To tell "fails on order" from "fails", nearly every frame gives the *pair* away: each pair has its own shape and
+its own family of hues. The task measures only the sense of time.
+
+Two things could reveal the order without motion, and are prevented:
+- The encoder. A predicted frame depends on earlier frames, and the first frame of a GOP is the sharpest: "sharp and large"
+  would mean shrink. Here each frame is encoded by itself (GOP of 1) with one fixed quantiser, so a decoded frame is a function
+  of the drawn frame only: a twin's decoded video is the other's, reversed, bit for bit (test_shapes.py).
+- The sampler. TSM's rule divides a clip into n equal segments of whole frames and leaves the remainder at the end unseen. Its
+  centre frames are symmetric only when a segment has an odd number of frames. The default lengths, 24 and 40, are 8 x 3 and 8 x 5.
+
+Each clip is a pure function of (split, seed, index) and of the data set's size and lengths; clip `index` has class `index % 10`.
+
+Shapes in names: T frames, H height, W width, C colour.
+"""
 
 import colorsys
 import io
@@ -9,18 +30,14 @@ import av
 import numpy as np
 
 FPS = 24
-
-
 QP = 22
-
-
-SPLITS = {"train": 0, "val": 1}  # the first word of each clip's seed: the splits share no clip
-
+"""The encoder's quantiser, the same for every frame."""
+# The first word of each clip's seed, so that the splits share no clip.
+SPLITS = {"train": 0, "val": 1}
 
 Array = np.ndarray
-
-
 Shape = Callable[[Array, Array], Array]
+"""shape(x, y) is the signed distance to the outline in units of the shape's radius, negative inside; x points right, y down."""
 
 
 def _box(x: Array, y: Array, cx: float, cy: float, half_w: float, half_h: float) -> Array:
@@ -40,7 +57,7 @@ def _star(x: Array, y: Array) -> Array:
 
 
 def _hand(x: Array, y: Array) -> Array:
-    """The hand of a clock, on its pivot: no turn but the full one maps it on itself, so its direction is never ambiguous."""
+    """A clock hand on its pivot. Only a full turn maps it onto itself, so its direction is never ambiguous."""
     return np.minimum(_box(x, y, 0.0, -0.3, 0.12, 0.4), np.hypot(x, y + 0.7) - 0.33)
 
 
@@ -50,7 +67,7 @@ def _cross(x: Array, y: Array) -> Array:
 
 @dataclass(frozen=True)
 class Track:
-    """Where the shape is in each frame: lengths in units of the frame's side, the angle in radians, clockwise on the screen."""
+    """The shape's pose in each frame: lengths in units of the frame's side, the angle in radians, clockwise on the screen."""
 
     x_T: Array
     y_T: Array
@@ -68,7 +85,7 @@ def _track(
     angle: tuple[float, float] | None = None,
     opacity: tuple[float, float] = (1.0, 1.0),
 ) -> Track:
-    """From the first value of each to the second, in step with `progress_T` (0 to 1); what is not given stays still."""
+    """Move each value from the first of its pair to the second with `progress_T` (0 to 1); a value of None is constant."""
 
     def line(ends: tuple[float, float]) -> Array:
         return ends[0] + (ends[1] - ends[0]) * progress_T
@@ -85,7 +102,7 @@ def _track(
 
 
 def _path(rng: np.random.Generator) -> tuple[float, float]:
-    """The two ends of a move: far enough apart to be seen, far enough from the border to survive a crop."""
+    """Choose the ends of a move: far enough apart to be seen, far enough from the border to survive a crop."""
     span = rng.uniform(0.40, 0.62)
     start = rng.uniform(0.18, 0.82 - span)
     return start, start + span
@@ -104,7 +121,7 @@ def _grow(rng: np.random.Generator, progress_T: Array) -> Track:
 
 
 def _turn(rng: np.random.Generator, progress_T: Array) -> Track:
-    """Over the upper half of the dial: that all of the full circle is one turn takes a small network many epochs more to learn."""
+    """Turn over the upper half of the dial: a small network needs many more epochs to learn turns of the full circle."""
     radius = rng.uniform(0.28, 0.34)
     angle = np.deg2rad(rng.uniform(-120.0, -70.0)), np.deg2rad(rng.uniform(70.0, 120.0))
     return _track(rng, progress_T, radius=(radius, radius), angle=angle)
@@ -117,11 +134,13 @@ def _appear(rng: np.random.Generator, progress_T: Array) -> Track:
 
 @dataclass(frozen=True)
 class Pair:
+    """Two classes with the same drawings, played forward and backward."""
+
     forward: str
     backward: str
     shape: Shape
     hue: float
-    """The middle of the pair's family of hues, in turns of the colour circle."""
+    """The middle of the pair's family of hues, as a fraction of the colour circle."""
     track: Callable[[np.random.Generator, Array], Track]
 
 
@@ -132,21 +151,18 @@ PAIRS = (
     Pair("rotate_clockwise", "rotate_counterclockwise", _hand, 0.56, _turn),
     Pair("appear", "vanish", _cross, 0.82, _appear),
 )
-
-
 CLASSES = [name for pair in PAIRS for name in (pair.forward, pair.backward)]
-
-
 ORDER_GROUPS = [group for group, _ in enumerate(PAIRS) for _ in range(2)]
+"""Number of each class's pair."""
 
 
 def class_of(index: int) -> int:
-    """The label of clip `index`; the labels go round, so any multiple of ten clips is balanced."""
+    """Return the label of clip `index`. Labels cycle, so any multiple of ten clips is balanced."""
     return index % len(CLASSES)
 
 
 def draw_clip(split: str, seed: int, index: int, size: int = 64, frames: tuple[int, ...] = (24, 40)) -> Array:
-    """video_THWC, uint8 RGB. An odd index is the clip before it, played backward."""
+    """Draw video_THWC, uint8 RGB. An odd index gives the clip before it, played backward."""
     drawing, backward = divmod(index, 2)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([SPLITS[split], seed, drawing])))
     video_THWC = _draw(rng, PAIRS[drawing % len(PAIRS)], size, int(rng.choice(frames)))
@@ -154,7 +170,7 @@ def draw_clip(split: str, seed: int, index: int, size: int = 64, frames: tuple[i
 
 
 def _draw(rng: np.random.Generator, pair: Pair, size: int, num_frames: int) -> Array:
-    """A textured background; in half of the clips a grey shape that stands still; the pair's shape above it; noise per frame."""
+    """Draw a textured background, in half of the clips a still grey shape, the pair's moving shape, and noise per frame."""
     image_HWC = _background(rng, size)
     y_HW, x_HW = (np.mgrid[:size, :size] + 0.5) / size
 
@@ -176,7 +192,7 @@ def _draw(rng: np.random.Generator, pair: Pair, size: int, num_frames: int) -> A
     distance_THW = pair.shape(x_THW * cos_T11 + y_THW * sin_T11, y_THW * cos_T11 - x_THW * sin_T11)
     cover_THW = np.clip(0.5 - distance_THW * radius_T11 * size, 0.0, 1.0) * track.opacity_T[:, None, None]
 
-    # From here on single precision and in place: these arrays are the largest, and most of the time is spent on them.
+    # Single precision and in place from here: these arrays are the largest and take most of the time.
     video_THWC = rng.standard_normal((num_frames, size, size, 3), dtype=np.float32)
     video_THWC *= np.float32(rng.uniform(0.005, 0.025))
     video_THWC += image_HWC.astype(np.float32)
@@ -187,7 +203,7 @@ def _draw(rng: np.random.Generator, pair: Pair, size: int, num_frames: int) -> A
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:
-    """image_HWC of smooth, nearly grey noise: random values on a coarse grid, linearly interpolated."""
+    """Draw image_HWC of smooth, nearly grey noise: random values on a coarse grid, linearly interpolated."""
     cells = int(rng.integers(3, 9))
     grid = rng.uniform(0.15, 0.45) + rng.uniform(0.04, 0.14) * rng.standard_normal((cells, cells, 1))
     grid = grid + 0.03 * rng.standard_normal((cells, cells, 3))
@@ -199,13 +215,14 @@ def _background(rng: np.random.Generator, size: int) -> Array:
 
 
 def encode_clip(video_THWC: Array, gop: int = 1, qp: int = QP) -> bytes:
-    """An MP4 of H.264, yuv420p. With the default GOP no frame's pixels depend on another frame (see the top of this file)."""
+    """Encode an MP4 file (H.264, yuv420p). With the default GOP no frame's pixels depend on another frame (see the top)."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.height, stream.width = video_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # the bytes must not depend on the machine's number of cores
+        # The bytes must not depend on the number of cores.
+        stream.codec_context.thread_count = 1
         stream.options = {"preset": "fast", "x264-params": f"qp={qp}:keyint={gop}:scenecut=0:threads=1"}
         for image_HWC in video_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -25,7 +26,7 @@ from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes import write as shapes
 from pipelines.prepare.shapes.drawing import CLASSES, ORDER_GROUPS, class_of, draw_clip, encode_clip
 from pipelines.prepare.shapes.write import ShapesConfig, ShapesError, write_shapes
-from runtime import atomic_write
+from runtime.atomic_write import atomic_write
 
 CHECKOUT = Path(__file__).parents[3]
 SMALL = ShapesConfig(train_clips=20, val_clips=10, size=32, frames=(8, 24))
@@ -257,7 +258,7 @@ def test_other_parameters_need_force(root: Path, tmp_path: Path) -> None:
     (root / "notes.txt").write_text("mine")
     before = contents(root)
     other = ShapesConfig(train_clips=10, val_clips=10, size=32, frames=(8, 24), seed=5)
-    with pytest.raises(ShapesError, match=r"train_clips is 20, asked for 10; seed is 0, asked for 5.*--root.*--force"):
+    with pytest.raises(ShapesError, match=r"train_clips is 20, not 10; seed is 0, not 5.*--root.*--force"):
         write_shapes(root, other)
     assert contents(root) == before
     assert write_shapes(root, other, force=True).new_clips == 20
@@ -280,7 +281,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train-clips", "15"], "--train-clips is 15: give a positive multiple of 10"),
+        (["--train-clips", "15"], "--train-clips is 15. Fix: give a positive multiple of 10"),
         (["--val-clips", "0"], "--val-clips is 0"),
         (["--size", "63"], "--size is 63"),
         (["--frames", "24", "4"], "--frames is [24, 4]"),
@@ -303,13 +304,15 @@ def test_bad_input_is_one_line_and_code_2(
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill_up(path: Path, *arguments: Any) -> Any:
-        if "000005.mp4" in str(path) and arguments == ("wb",):
+    @contextmanager
+    def fill_up(path: Path, durable: bool) -> Iterator[BinaryIO]:
+        if "000005" in path.name:
             raise OSError(28, os.strerror(28))
-        return open(path, *arguments)
+        with atomic_write(path, durable) as file:
+            yield file
 
-    monkeypatch.setattr(atomic_write, "open", fill_up, raising=False)
-    with pytest.raises(ShapesError, match=r"cannot write .*000005.mp4: No space left on device; free space there"):
+    monkeypatch.setattr(shapes, "atomic_write", fill_up)
+    with pytest.raises(ShapesError, match=r"cannot write .*000005.mp4: No space left on device. Fix: free space there"):
         write_shapes(tmp_path / "shapes", SMALL)
     monkeypatch.undo()
     assert write_shapes(tmp_path / "shapes", SMALL).new_clips == 25
