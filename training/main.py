@@ -62,7 +62,7 @@ def run(read: Callable[[], Config], task: Task) -> int:
     where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
     if control is not None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends everybody: first hear and say why
-        control.journal.note(f"failed: {message}")
+        control.log.info(f"failed: {message}")
         verdict = control.report_failure(message, code)
         if topology is not None and verdict.rank != topology.rank:  # what failed here was the echo of another's end
             message = str(verdict)
@@ -121,7 +121,7 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
             check_progress(job.folder.provenance, job.folder.outcome, job.first_step)
         job.folder.create(config, backend.topology, hosts, job.first_step)
     control.open_log(job.folder.path)
-    records = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.journal)
+    records = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)
     code = EXIT_FAILURE
     try:
         records.info(describe_plan(job))
@@ -133,7 +133,7 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     finally:
         records.close(code)
     if writes:
-        control.journal.outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
+        control.log.write_outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
     if writes and code == EXIT_DONE:  # a stop by a signal has seconds, and the report can wait for the end
         _finish(job)
     return code

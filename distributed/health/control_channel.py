@@ -1,12 +1,11 @@
-"""The control channel: how ranks learn of each other's fate, beside the collectives.
+"""The control channel: each rank's connection to the monitor and to a small key-value store, apart from the collectives.
 
-A rank that waits in a collective hears nothing there of a rank that failed, died or hangs. Here it does: a thread of every rank
-talks with the job's monitor (distributed.health.monitor), and ends the process when that says so or is gone itself. A small
-key-value store on rank 0 lets ranks agree without a collective.
+A rank that waits in a collective does not learn from it that another rank failed, died or hangs. So a thread of every rank is
+connected to the job's monitor (distributed.health.monitor), and ends the process when the monitor says so or is gone itself.
+Through a key-value store on rank 0, ranks agree on when to stop without a collective.
 """
 
 import ctypes
-import json
 import os
 import select
 import signal
@@ -19,64 +18,67 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import TCPStore
 
 from distributed.backends.base import Backend
 from runtime.exit_codes import EXIT_REQUEUE
 
-from .hang_detection import Place, patience_s
-from .monitor import Failure, Settings, beat_s, silent_s, start_monitor
-from .rank_log import Journal, node_log, read_tail
+from . import messages
+from .hang_detection import Place, heartbeat_interval_s, heartbeat_timeout_s, phase_timeout_s
+from .messages import Failure, Message, parse_message
+from .monitor_process import MonitorSettings, start_monitor
+from .rank_log import RankLog, node_log, read_tail
 from .stack_dump import descendants, own_stacks, stacks_of
 
-_CONNECT_S = 60.0
+_CONNECT_TIMEOUT_S = 60.0
 _STORE_TIMEOUT_S = 10.0
-_VERDICT_S = 6.0  # between a failure here and the monitor's word on why the job ends
+
+# From a failure here until the monitor sends the reason why the job ends.
+_VERDICT_TIMEOUT_S = 6.0
 
 
 class ControlChannel:
-    """One for each process. All ranks make it together, and close it together.
+    """The control channel of this process. All ranks make theirs together, and close it together.
 
-    `hang_s`: a job in which no rank makes progress for so long is ended (None: never); phases that rightly take long have
-    more time (distributed.health.hang_detection).
+    `hang_timeout_s`: a job in which no rank makes progress for this long is ended (None: never). Phases that may take long have
+    a longer timeout (distributed.health.hang_detection).
     """
 
-    def __init__(self, backend: Backend, hang_s: float | None = None) -> None:
+    def __init__(self, backend: Backend, hang_timeout_s: float | None = None) -> None:
         topology = backend.topology
-        self._rank, self._size, self._host = topology.rank, topology.size, topology.host
-        self._hang_s = hang_s
-        self.journal = Journal(topology.rank, topology.host)
-        self._place, self._marked_s = Place(), time.monotonic()
+        self._rank, self._world_size, self._host = topology.rank, topology.size, topology.host
+        self._hang_timeout_s = hang_timeout_s
+        self.log = RankLog(topology.rank, topology.host)
+        self._place, self._progress_s = Place(), time.monotonic()
         self._store: TCPStore | None = None
         self._monitor: subprocess.Popen[str] | None = None
         self._verdict: Failure | None = None
         self.before_end: Callable[[], None] = lambda: None
-        """What this rank still has to do when another one's fault ends the job: seconds at most."""
+        """Called when another rank's failure ends the job, before this process exits; may take seconds at most."""
         self._over = threading.Event()
-        """The monitor has said that the job is over, one way or the other."""
+        """The monitor has sent that the job is over, with or without a failure."""
         self._failed_here = False
-        self._sending = threading.Lock()
+        self._send_lock = threading.Lock()
         served = None
         if self._rank == 0:
-            address = "127.0.0.1" if topology.local_size == self._size else _address()
-            settings = Settings(address, self._host, uuid.uuid4().hex, self._size, hang_s)
+            address = "127.0.0.1" if topology.local_size == self._world_size else _own_address()
+            settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self._world_size, hang_timeout_s)
             self._monitor, port = start_monitor(settings)
-            served = (settings, port, self._serve_store(address) if self._size > 1 else 0)
+            served = (settings, port, self._serve_store(address) if self._world_size > 1 else 0)
         settings, port, store_port = backend.broadcast_object(served)
         if self._rank != 0:
             timeout = timedelta(seconds=_STORE_TIMEOUT_S)
             self._store = TCPStore(settings.address, store_port, is_master=False, timeout=timeout)
         self._monitor_host = settings.host
-        self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_S)
-        _let_be_traced()
-        self._heard_s = time.monotonic()
-        self._say({"hello": [self._rank, self._host, os.getpid()], "token": settings.token})
-        threading.Thread(target=self._attend, name="control", daemon=True).start()
+        self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_TIMEOUT_S)
+        _allow_tracing()
+        self._received_s = time.monotonic()
+        self._send(messages.Hello(self._rank, self._host, os.getpid(), settings.token))
+        threading.Thread(target=self._run, name="control", daemon=True).start()
 
     def _serve_store(self, address: str) -> int:
-        """Hold the store; on a socket of our own, because torch would listen on every interface."""
+        """Serve the store on a socket of our own, because torch's would listen on every interface; returns its port."""
         listener = socket.create_server((address, 0), backlog=4096)
         port: int = listener.getsockname()[1]
         self._store = TCPStore(
@@ -89,86 +91,90 @@ class ControlChannel:
         )
         return port
 
-    # ---------------------------------------------------------------------------------------------- signs of life and of death
+    # --- Heartbeats and failures --------------------------------------------------------------------------------------
 
     def open_log(self, folder: Path) -> None:
-        """The run folder is known: this rank's log and the monitor's go on there."""
-        self.journal.open_in(folder)
+        """Write the logs of this rank and of the monitor to the run folder from now on."""
+        self.log.open_in(folder)
         if self._rank == 0:
-            self._say({"folder": str(folder)})
+            self._send(messages.OpenLog(str(folder)))
 
     def progress(self, step: int, phase: str) -> None:
-        """Note that this rank gets on, and where it is; costs nothing."""
-        self._place, self._marked_s = Place(step, phase, self._place.marks + 1), time.monotonic()
+        """Record that this rank makes progress, and its place; sends nothing."""
+        self._place = Place(step, phase, self._place.progress_count + 1)
+        self._progress_s = time.monotonic()
 
-    def _attend(self) -> None:
-        """The thread: leaves signs of life and does what the monitor asks, until the end."""
-        buffer, pause_s, next_beat_s = b"", beat_s(self._size), 0.0
+    def _run(self) -> None:
+        """Send heartbeats and handle the monitor's messages until the job ends: the body of the thread."""
+        buffer, interval_s, next_heartbeat_s = b"", heartbeat_interval_s(self._world_size), 0.0
         while True:
-            if time.monotonic() >= next_beat_s:
+            if time.monotonic() >= next_heartbeat_s:
                 place = self._place
-                self._say({"place": [place.step, place.phase, place.marks]})
-                next_beat_s = time.monotonic() + pause_s
-            readable, _, _ = select.select([self._connection], [], [], max(0.0, next_beat_s - time.monotonic()))
+                self._send(messages.Heartbeat(place.step, place.phase, place.progress_count))
+                next_heartbeat_s = time.monotonic() + interval_s
+            readable, _, _ = select.select([self._connection], [], [], max(0.0, next_heartbeat_s - time.monotonic()))
             if readable:
                 try:
                     part = self._connection.recv(1 << 16)
                 except OSError:
                     part = b""
                 if not part:
-                    self._lost_monitor("is gone: killed, or its node failed")
+                    self._end_without_monitor("is gone: killed, or its node failed")
                     return
                 *lines, buffer = (buffer + part).split(b"\n")
                 for line in lines:
-                    if self._obey(json.loads(line)):
+                    if self._handle(parse_message(line)):
                         return
             elif self._monitor_is_silent():
                 return
 
-    def _obey(self, message: dict[str, Any]) -> bool:
-        """Do what the monitor says; True when that was the last."""
-        self._heard_s = time.monotonic()
-        if "stacks" in message:
-            neighbours = {rank: stacks_of(pid) for rank, pid in message["stacks"].items()}
-            self._say({"stacks": own_stacks(), "neighbours": neighbours})
-        if "end" in message:
-            failure = Failure(**message["end"])
-            if message["mute"] and failure.host == self._host and self.journal.folder is not None:
-                lost = node_log(self.journal.folder.name, failure.rank)
-                self._say({"log": read_tail(lost), "of": failure.rank})
+    def _handle(self, message: Message | None) -> bool:
+        """Act on a message of the monitor; returns whether it was the last one."""
+        self._received_s = time.monotonic()
+        if isinstance(message, messages.StacksRequest):
+            neighbours = {rank: stacks_of(pid) for rank, pid in message.neighbours.items()}
+            self._send(messages.Stacks(own_stacks(), neighbours))
+        elif isinstance(message, messages.JobFailed):
+            failure = message.failure()
+            if message.send_log and failure.host == self._host and self.log.folder is not None:
+                text = read_tail(node_log(self.log.folder.name, failure.rank))
+                self._send(messages.LogTail(failure.rank, text))
             self._end(failure)
             return True
-        if "done" in message:
+        elif isinstance(message, messages.JobDone):
             self._over.set()
-        return "done" in message
+            return True
+        return False
 
     def _monitor_is_silent(self) -> bool:
-        """The monitor says nothing and nothing moves here: its node is lost, which nothing else would tell."""
-        if self._hang_s is None or self._over.is_set():
+        """End the job if the monitor sends nothing and this rank makes no progress: the monitor's node is lost, most likely,
+        and nothing else would detect that."""
+        if self._hang_timeout_s is None or self._over.is_set():
             return False
-        now_s, limit_s = time.monotonic(), patience_s(self._place.phase, self._hang_s)
-        if now_s - self._heard_s <= max(limit_s, silent_s(self._size)) or now_s - self._marked_s <= limit_s:
+        now_s, limit_s = time.monotonic(), phase_timeout_s(self._place.phase, self._hang_timeout_s)
+        silent_s = now_s - self._received_s
+        if silent_s <= max(limit_s, heartbeat_timeout_s(self._world_size)) or now_s - self._progress_s <= limit_s:
             return False
-        self._lost_monitor(
-            f"has said nothing for {now_s - self._heard_s:.0f} s: its node is lost, or its process stopped"
-        )
+        self._end_without_monitor(f"has sent nothing for {silent_s:.0f} s: its node is lost, or its process stopped")
         return True
 
-    def _lost_monitor(self, what: str) -> None:
+    def _end_without_monitor(self, reason: str) -> None:
         if not self._over.is_set():
-            self._end(Failure(0, self._monitor_host, f": the monitor beside it {what}", EXIT_REQUEUE))
+            self._end(Failure(0, self._monitor_host, f": the monitor on its node {reason}", EXIT_REQUEUE))
 
     def _end(self, failure: Failure) -> None:
-        """Say why and leave at once: the main thread may be held in a collective that nothing will ever finish."""
+        """Log the failure and exit at once: the main thread may be blocked in a collective that never finishes."""
         self._verdict = failure
         if not self._failed_here:
-            self.journal.warn(f"error (rank {self._rank} of {self._size} on {self._host}): {failure}")
-        self._say({"log": self.journal.tail(), "of": self._rank})
+            self.log.warning(f"error (rank {self._rank} of {self._world_size} on {self._host}): {failure}")
+        self._send(messages.LogTail(self._rank, self.log.tail()))
         if self._failed_here:
-            self._over.set()  # the main thread is on its way out by itself
+            # The main thread is exiting by itself.
+            self._over.set()
             return
         self.before_end()
-        for pid in descendants(os.getpid()):  # a worker that is stopped or blocked would stay
+        # A child that is stopped or blocked would outlive this process.
+        for pid in descendants(os.getpid()):
             if self._monitor is not None and pid == self._monitor.pid:
                 continue
             with suppress(OSError):
@@ -176,26 +182,31 @@ class ControlChannel:
         os._exit(failure.exit_code)
 
     def report_failure(self, message: str, exit_code: int) -> Failure:
-        """Tell every rank why this one ends, and learn why the job does: another's death may be behind it. Never raises."""
+        """Send this rank's failure, and return the failure that ends the job: another rank's death may be the cause. Never
+        raises."""
         own = Failure(self._rank, self._host, f"failed: {message}", exit_code)
         self._failed_here = True
-        self._say({"failure": {"message": own.message, "exit_code": exit_code}})
-        self._over.wait(_VERDICT_S)
+        self._send(messages.RankFailed(own.message, exit_code))
+        self._over.wait(_VERDICT_TIMEOUT_S)
         return self._verdict or own
 
-    def _say(self, message: dict[str, Any]) -> None:
-        with self._sending, suppress(OSError):  # that the monitor is gone becomes known where it is heard
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+    def _send(self, message: Message) -> None:
+        # `_run` notices that the monitor is gone.
+        with self._send_lock, suppress(OSError):
+            self._connection.sendall(message.to_line())
 
-    # ------------------------------------------------------------------------------------------------------------- agreements
+    # --- Agreement on a stop ------------------------------------------------------------------------------------------
 
     def request_stop(self, reason: str) -> None:
-        """Ask for a stop in good order; any rank may, from its main thread. The first to ask says why."""
+        """Ask all ranks to stop after a common step. Any rank may, from its main thread; the first reason counts."""
         if self._store is not None:
             self._store.compare_set("stop/wanted", "", reason)
 
     def stop_wanted(self, wanted: str | None) -> bool:
-        """Whether any rank has asked for a stop; this one does, if it has a reason. Ranks hear of it at different moments."""
+        """Return whether any rank has asked for a stop; asks for one if `wanted`, this rank's reason, is given.
+
+        Ranks learn of it at different moments.
+        """
         if self._store is None:
             return wanted is not None
         if wanted is not None:
@@ -203,14 +214,14 @@ class ControlChannel:
         return wanted is not None or self._store.check(["stop/wanted"])
 
     def stop_reason(self, wanted: str | None) -> str:
-        """Why the job stops, the same on all ranks, once they have agreed that it does (`wanted`: this rank's own reason)."""
+        """Return the reason of an agreed stop, the same on all ranks (`wanted`: this rank's own reason)."""
         if self._store is None:
             assert wanted is not None
             return wanted
         return self._store.get("stop/wanted").decode()
 
     def agreed_stop(self, step: int, steps_in_flight: int, wanted: str | None) -> str | None:
-        """Call it once a step, behind the step's reduction: the reason to stop here, or None.
+        """Return the reason to stop after this step, or None. Call it once per step, after the step's reduction.
 
         Rank 0 sets the last step, `steps_in_flight` ahead: no rank can have finished a later one, since each needs rank 0's
         gradients, and hosts run at most that far ahead of their devices.
@@ -226,22 +237,23 @@ class ControlChannel:
         return None
 
     def close(self) -> None:
-        """Leave in good order, when all ranks have come here; rank 0, which has a report to write, may be late."""
+        """Leave after all ranks have finished; other ranks may wait here while rank 0 writes the report."""
         self.progress(self._place.step, "close")
-        self._say({"done": True})
+        self._send(messages.RankDone())
         self._over.wait()
         self._connection.close()
-        self.journal.close()
+        self.log.close()
         if self._monitor is not None:
-            self._monitor.wait(_VERDICT_S)
+            self._monitor.wait(_VERDICT_TIMEOUT_S)
 
 
-def _let_be_traced() -> None:
-    """Let py-spy look at this process where the kernel lets only parents do so (Yama)."""
+def _allow_tracing() -> None:
+    """Allow py-spy to attach to this process where the kernel allows only parents to (Yama's ptrace_scope)."""
+    pr_set_ptracer, pr_set_ptracer_any = 0x59616D61, ctypes.c_ulong(-1)
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
+        ctypes.CDLL(None).prctl(pr_set_ptracer, pr_set_ptracer_any, 0, 0, 0)
 
 
-def _address() -> str:
-    """Where other nodes reach this process: what the host's own name leads to."""
+def _own_address() -> str:
+    """Return the address of this host's name, by which other nodes reach this process."""
     return socket.gethostbyname(socket.gethostname())

@@ -1,23 +1,27 @@
-"""Which rank is stuck: pure functions over what each rank last said of itself."""
+"""Find the ranks that hang: pure functions of the place and the last heartbeat of every rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 PHASES = ("start", "input", "first step", "step", "evaluation", "checkpoint", "close")
-"""What a rank does, in the order of a step."""
+"""The phases of a rank, in the order of a step."""
 
-# Phases that rightly take long without a sign of progress, and how many times the limit they may: reading data sets, weights
-# and the first clips, choosing kernels, a slow file system, rank 0's report at the end.
-_PATIENCE = {"start": 4.0, "first step": 4.0, "checkpoint": 4.0, "close": 4.0}
+# Phases that may take long without progress, and the factor on the hang timeout: reading data sets, weights and the first
+# clips, choosing kernels, a slow file system, rank 0's report at the end.
+_TIMEOUT_FACTORS = {"start": 4.0, "first step": 4.0, "checkpoint": 4.0, "close": 4.0}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is; `marks` counts its signs of progress."""
+    """The place of a rank in its work. `progress_count` increases with each call of `ControlChannel.progress`."""
 
     step: int = 0
     phase: str = "start"
-    marks: int = 0
+    progress_count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"unknown phase {self.phase!r}. Fix: one of hang_detection.PHASES")
 
     @property
     def order(self) -> tuple[int, int]:
@@ -28,32 +32,44 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A rank as rank 0 sees it: times are of rank 0's clock."""
+class RankState:
+    """A rank as the monitor sees it; times are of the monitor's clock."""
 
     place: Place
-    marked_s: float
-    """When it last made progress."""
-    heard_s: float
-    """When it last said anything."""
+    progress_s: float
+    """Time of the last progress."""
+    heartbeat_s: float
+    """Time of the last heartbeat."""
 
 
-def patience_s(phase: str, limit_s: float) -> float:
-    """How long a job may stand still while its last ranks are in this phase."""
-    return limit_s * _PATIENCE.get(phase, 1.0)
+def heartbeat_interval_s(world_size: int) -> float:
+    """Return the time between two heartbeats of a rank: rank 0's node receives at most about 500 messages/s."""
+    return max(0.5, world_size / 500)
 
 
-def stuck_ranks(seen: Mapping[int, Seen], now_s: float, limit_s: float, silent_s: float) -> list[int]:
-    """The ranks that hold a job up, or none while it moves.
+def heartbeat_timeout_s(world_size: int) -> float:
+    """Return the time without a heartbeat, on a busy node, after which a rank counts as silent."""
+    return 5.0 + 4 * heartbeat_interval_s(world_size)
 
-    Ranks that wait in a collective look stuck too, so a job stands still only when no rank at all has made progress within
-    the patience for the phase of those furthest behind. Named are then the ranks that say nothing (stopped processes, lost
-    nodes), and where all speak, those furthest behind; that may be all of them.
+
+def phase_timeout_s(phase: str, hang_timeout_s: float) -> float:
+    """Return the time that a job may spend without progress while its last ranks are in this phase."""
+    return hang_timeout_s * _TIMEOUT_FACTORS.get(phase, 1.0)
+
+
+def stuck_ranks(
+    states: Mapping[int, RankState], now_s: float, hang_timeout_s: float, silent_after_s: float
+) -> list[int]:
+    """Return the ranks that a hung job waits for, or an empty list while the job makes progress.
+
+    Ranks that wait in a collective make no progress either, so a job hangs only when no rank at all has made progress within
+    the timeout of the phase of the ranks furthest behind. The result is then the silent ranks (stopped processes, lost nodes),
+    or, where all ranks send heartbeats, those furthest behind, which may be all of them.
     """
-    behind = min(state.place.order for state in seen.values())
-    last = [rank for rank, state in seen.items() if state.place.order == behind]
-    silent = [rank for rank, state in seen.items() if now_s - state.heard_s > silent_s]
-    limit_s = max(patience_s(seen[rank].place.phase, limit_s) for rank in silent or last)
-    if now_s - max(state.marked_s for state in seen.values()) <= limit_s:
+    furthest_behind = min(state.place.order for state in states.values())
+    last = [rank for rank, state in states.items() if state.place.order == furthest_behind]
+    silent = [rank for rank, state in states.items() if now_s - state.heartbeat_s > silent_after_s]
+    limit_s = max(phase_timeout_s(states[rank].place.phase, hang_timeout_s) for rank in silent or last)
+    if now_s - max(state.progress_s for state in states.values()) <= limit_s:
         return []
     return sorted(silent or last)

@@ -1,11 +1,11 @@
-"""The witness of a job: it hears every rank, notices who died or hangs, ends the job for all, and writes down why.
+"""The monitor of a job: receives every rank's heartbeats, detects dead and hung ranks, ends the job and logs why.
 
-Every rank holds a connection to it. The kernel closes the connection of a process that is killed, so a death is known at
-once, on any backend and under any launcher; a process that is stopped, or a node that is gone, falls silent instead.
+Every rank holds a connection to it. The kernel closes the connection of a process that is killed, so a death is detected at
+once, on any backend and under any launcher. A stopped process or a lost node stops sending heartbeats instead.
 
-It is a process of its own, beside rank 0 but in a session of its own: it sees the end of a job that its launcher kills within a
-second (mpirun), it judges rank 0 like any other rank, and no thread that holds Python's lock holds it up. It imports no torch.
-Messages are lines of JSON. The control channel of rank 0 starts `python -m distributed.health.monitor`.
+It is a process of its own, on rank 0's node but in its own session. So it sees the end of a job that its launcher kills within
+a second (mpirun), judges rank 0 like any other rank, and no thread that holds the GIL delays it. It imports no torch. Rank 0's
+control channel starts it (monitor_process.py).
 """
 
 import json
@@ -13,158 +13,116 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_FAILURE, EXIT_REQUEUE
 
-from .hang_detection import Place, Seen, patience_s, stuck_ranks
-from .rank_log import Journal, node_log, read_tail
+from . import messages
+from .hang_detection import Place, RankState, heartbeat_timeout_s, phase_timeout_s, stuck_ranks
+from .messages import Failure, Message, MessageError, parse_message
+from .monitor_process import MonitorSettings
+from .rank_log import RankLog, node_log, read_tail
 from .stack_dump import stacks_of
 
-_TICK_S = 0.25
-_ECHO_S = 1.0  # an error of one rank may be the echo of another's death, which becomes known a moment later
-_STACKS_S = 45.0  # for all ranks to say where they are; py-spy may take 20
-_FAREWELL_S = 3.0  # for all ranks to hear that it is over
-_OBEY_S = 15.0  # for the ranks beside it to end once they have been told to
-_SEND_S = 1.0
+_POLL_S = 0.25
 
+# Grace period: an error on one rank is often caused by another rank's death, which we may see slightly later.
+_GRACE_S = 1.0
 
-def beat_s(size: int) -> float:
-    """Seconds between two signs of life of a rank: at most some 500 messages a second reach rank 0."""
-    return max(0.5, size / 500)
+# For all ranks to send their stacks; py-spy may take 20 s.
+_STACKS_TIMEOUT_S = 45.0
 
+# For all ranks to receive the last message.
+_LAST_MESSAGE_TIMEOUT_S = 3.0
 
-def silent_s(size: int) -> float:
-    """How long a rank may say nothing, on a busy node, before it counts as silent."""
-    return 5.0 + 4 * beat_s(size)
+# For the ranks on the monitor's node to exit after the last message.
+_EXIT_TIMEOUT_S = 15.0
 
-
-@dataclass(frozen=True)
-class Failure:
-    """Why the job ends before its time: `rank R on HOST MESSAGE`."""
-
-    rank: int
-    host: str
-    message: str
-    exit_code: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} {self.message}"
+_SEND_TIMEOUT_S = 1.0
 
 
 @dataclass
 class _Peer:
-    """A rank's connection, and what it said through it."""
+    """A rank's connection, and the state that the rank has sent."""
 
     connection: socket.socket
     rank: int = -1
     host: str = "?"
     pid: int = 0
     buffer: bytes = b""
-    seen: Seen = field(default_factory=lambda: Seen(Place(), time.monotonic(), time.monotonic()))
+    state: RankState = field(default_factory=lambda: RankState(Place(), time.monotonic(), time.monotonic()))
     leaving: bool = False
-    """It said that it is done, or that it failed: the end of its connection is no surprise then."""
+    """The rank has finished or failed: the end of its connection is expected."""
     stacks: str | None = None
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a monitor is started with. Only ranks that know `token` are heard."""
-
-    address: str
-    host: str
-    token: str
-    size: int
-    hang_s: float | None
-
-
-def start_monitor(settings: Settings) -> tuple["subprocess.Popen[str]", int]:
-    """Start it as a process that outlives this one; and its port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distributed.health.monitor"],
-        stdin=subprocess.PIPE,  # other users of the node can read a command line, and the token is for our ranks alone
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=CHECKOUT,
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    with process.stdin, process.stdout:
-        process.stdin.write(json.dumps(asdict(settings)) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"the monitor did not start: it ended with {process.wait()}")
-    return process, int(line)
-
-
 class Monitor:
-    """One for a job; `run` returns when the job is over."""
+    """The monitor of one job; `run` returns when the job has ended."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: MonitorSettings) -> None:
         self._listener = socket.create_server((settings.address, 0), backlog=4096)
         self.port: int = self._listener.getsockname()[1]
-        self._host, self._token, self._size = settings.host, settings.token, settings.size
-        self._hang_s = settings.hang_s
-        self._journal = Journal("monitor", settings.host)
+        self._host, self._token, self._world_size = settings.host, settings.token, settings.world_size
+        self._hang_timeout_s = settings.hang_timeout_s
+        self._silent_after_s = heartbeat_timeout_s(settings.world_size)
+        self._log = RankLog("monitor", settings.host)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._peers: dict[int, _Peer] = {}
-        self._came = 0
+        self._num_connected = 0
+        """Ranks that have connected so far, also those that have left."""
         self._started_s = time.monotonic()
         self._failures: list[tuple[float, Failure]] = []
-        """With the time from which each counts."""
+        """Each with the time from which it counts."""
         self._verdict: Failure | None = None
         self._all_done = False
         self._neighbours: dict[int, str] = {}
-        """What was found out about silent ranks by others on their nodes."""
+        """Stacks of silent ranks, from other processes on their nodes."""
 
     def run(self) -> None:
         parent = os.getppid()
         while self._verdict is None and not self._all_done:
-            self._hear(_TICK_S)
+            self._receive(_POLL_S)
             self._judge_failures()
-            if self._hang_s is not None and self._verdict is None:
-                if self._came < self._size:
-                    self._judge_arrival(self._hang_s)
-                elif len(self._peers) == self._size:
-                    self._judge_progress(self._hang_s)
+            if self._hang_timeout_s is not None and self._verdict is None:
+                if self._num_connected < self._world_size:
+                    self._judge_arrival(self._hang_timeout_s)
+                elif len(self._peers) == self._world_size:
+                    self._judge_progress(self._hang_timeout_s)
             if not self._peers and os.getppid() != parent:
-                return  # rank 0 ended before any rank came
-        told_s = time.monotonic()
-        while self._peers and time.monotonic() < told_s + _FAREWELL_S:
-            self._hear(0.05)
+                # Rank 0 ended before any rank connected.
+                return
+        ended_s = time.monotonic()
+        while self._peers and time.monotonic() < ended_s + _LAST_MESSAGE_TIMEOUT_S:
+            self._receive(0.05)
         if self._verdict is not None:
-            self._end_the_deaf(told_s + _OBEY_S)
+            self._kill_remaining(ended_s + _EXIT_TIMEOUT_S)
 
-    def _end_the_deaf(self, deadline_s: float) -> None:
-        """A rank that is stopped, or held in a library that holds Python's lock, does not hear that it is to end; and where no rank
-        ends, no launcher ends the job. Rank 0 is always beside the monitor."""
+    def _kill_remaining(self, deadline_s: float) -> None:
+        """Kill ranks on this node that do not exit: a stopped rank, or one blocked in a library that holds the GIL, cannot act
+        on the last message, and if no rank exits, no launcher ends the job. Rank 0 is always on this node."""
 
-        def beside() -> list[_Peer]:
+        def on_this_node() -> list[_Peer]:
             return [peer for peer in self._peers.values() if peer.host == self._host]
 
-        while beside() and time.monotonic() < deadline_s:
-            self._hear(0.05)
-        for peer in beside():
-            self._journal.warn(f"{self._name(peer.rank)} does not end by itself: killed")
+        while on_this_node() and time.monotonic() < deadline_s:
+            self._receive(0.05)
+        for peer in on_this_node():
+            self._log.warning(f"{_name(peer)} did not exit within {_EXIT_TIMEOUT_S:.0f} s: killed")
             with suppress(OSError):
                 os.kill(peer.pid, signal.SIGKILL)
 
-    # ------------------------------------------------------------------------------------------------------------- hearing
+    # --- Messages -----------------------------------------------------------------------------------------------------
 
-    def _hear(self, wait_s: float) -> None:
+    def _receive(self, wait_s: float) -> None:
         for key, _ in self._selector.select(wait_s):
             if key.fileobj is self._listener:
                 connection, _ = self._listener.accept()
-                connection.settimeout(_SEND_S)
+                connection.settimeout(_SEND_TIMEOUT_S)
                 self._selector.register(connection, selectors.EVENT_READ, _Peer(connection))
             else:
                 self._read(key.data)
@@ -177,56 +135,60 @@ class Monitor:
         *lines, peer.buffer = (peer.buffer + part).split(b"\n")
         try:
             for line in lines:
-                self._take(peer, json.loads(line))
-        except (ValueError, KeyError, TypeError, PermissionError):
-            part = b""  # no rank of ours says such things
+                self._handle(peer, parse_message(line))
+        except (MessageError, PermissionError):
+            # The peer is no rank of this job: close its connection.
+            part = b""
         if not part:
-            self._lost(peer)
+            self._close(peer)
 
-    def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def _handle(self, peer: _Peer, message: Message | None) -> None:
+        """Act on a message; None is one of an unknown kind. Raises PermissionError for a peer that is no rank of this job."""
         now_s = time.monotonic()
-        if "hello" in message:
-            if message["token"] != self._token:
+        if isinstance(message, messages.Hello):
+            if message.token != self._token:
                 raise PermissionError
-            peer.rank, peer.host, peer.pid = message["hello"]
+            peer.rank, peer.host, peer.pid = message.rank, message.host, message.pid
             self._peers[peer.rank] = peer
-            self._came += 1
+            self._num_connected += 1
         elif peer.rank < 0:
             raise PermissionError
-        if "folder" in message:
-            self._journal.open_in(Path(message["folder"]))
-        if "place" in message:
-            place = Place(*message["place"])
-            moved = place.marks != peer.seen.place.marks
-            peer.seen = Seen(place, now_s if moved else peer.seen.marked_s, now_s)
-            _send(peer, {"tick": True})
-        if "failure" in message:
+        elif isinstance(message, messages.OpenLog):
+            self._log.open_in(Path(message.folder))
+        elif isinstance(message, messages.Heartbeat):
+            place, before = message.place(), peer.state
+            has_progress = place.progress_count != before.place.progress_count
+            peer.state = RankState(place, now_s if has_progress else before.progress_s, now_s)
+            _send(peer, messages.Ack())
+        elif isinstance(message, messages.RankFailed):
             peer.leaving = True
-            self._failures.append((now_s + _ECHO_S, Failure(peer.rank, peer.host, **message["failure"])))
-        if "stacks" in message:
-            peer.stacks = message["stacks"]
-            self._neighbours |= {int(rank): text for rank, text in message["neighbours"].items()}
-        if "log" in message:
-            self._keep_log(int(message["of"]), message["log"])
-        if "done" in message:
+            failure = Failure(peer.rank, peer.host, message.message, message.exit_code)
+            self._failures.append((now_s + _GRACE_S, failure))
+        elif isinstance(message, messages.Stacks):
+            peer.stacks = message.own
+            self._neighbours |= message.neighbours
+        elif isinstance(message, messages.LogTail):
+            self._write_rank_log(message.rank, message.text)
+        elif isinstance(message, messages.RankDone):
             peer.leaving = True
-            self._all_done = len(self._peers) == self._size and all(each.leaving for each in self._peers.values())
+            peers = self._peers.values()
+            self._all_done = len(peers) == self._world_size and all(each.leaving for each in peers)
             if self._all_done:
-                self._tell_all({"done": True})
+                self._send_all(messages.JobDone())
 
-    def _lost(self, peer: _Peer) -> None:
+    def _close(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)
         peer.connection.close()
         if self._peers.pop(peer.rank, None) is None or peer.leaving or self._verdict or self._all_done:
             return
-        message = f"is gone: its process was killed or crashed, or its node failed, at {peer.seen.place}"
+        message = f"is gone: its process was killed or crashed, or its node failed, at {peer.state.place}"
         self._failures.append((time.monotonic(), Failure(peer.rank, peer.host, message, EXIT_REQUEUE)))
 
-    def _tell_all(self, message: dict[str, Any]) -> None:
+    def _send_all(self, message: Message) -> None:
         for peer in self._peers.values():
             _send(peer, message)
 
-    # ------------------------------------------------------------------------------------------------------------- judging
+    # --- Decisions ----------------------------------------------------------------------------------------------------
 
     def _judge_failures(self) -> None:
         if not self._failures:
@@ -234,113 +196,120 @@ class Monitor:
         due_s, failure = min(self._failures, key=lambda entry: entry[0])
         if due_s > time.monotonic():
             return
-        silent = [rank for rank in sorted(self._peers) if self._is_silent(rank)]
-        if failure.exit_code == EXIT_FAILURE and silent:  # a collective that gave up waiting for it, most likely
-            first = self._peers[silent[0]]
-            what = f"stands at {first.seen.place}{self._silence(silent[0])}; then {failure}"
-            failure = Failure(first.rank, first.host, what, EXIT_REQUEUE)
+        silent = [self._peers[rank] for rank in sorted(self._peers) if self._is_silent(self._peers[rank])]
+        if failure.exit_code == EXIT_FAILURE and silent:
+            # Most likely a collective that timed out waiting for the silent rank.
+            first = silent[0]
+            message = f"hangs at {self._describe(first)}; then {failure}"
+            failure = Failure(first.rank, first.host, message, EXIT_REQUEUE)
         self._end(failure)
 
-    def _judge_arrival(self, hang_s: float) -> None:
-        limit_s = patience_s("start", hang_s)
+    def _judge_arrival(self, hang_timeout_s: float) -> None:
+        limit_s = phase_timeout_s("start", hang_timeout_s)
         if time.monotonic() - self._started_s > limit_s:
-            absent = [rank for rank in range(self._size) if rank not in self._peers]
-            self._end(
-                Failure(
-                    absent[0], "some node", f"has not come in {limit_s:.0f} s; absent: ranks {absent}", EXIT_REQUEUE
-                )
-            )
+            missing = [rank for rank in range(self._world_size) if rank not in self._peers]
+            message = f"did not connect within {limit_s:.0f} s; missing ranks: {missing}"
+            self._end(Failure(missing[0], "an unknown host", message, EXIT_REQUEUE))
 
-    def _judge_progress(self, hang_s: float) -> None:
-        stuck = self._stuck(hang_s)
+    def _judge_progress(self, hang_timeout_s: float) -> None:
+        stuck = self._stuck(hang_timeout_s)
         if not stuck:
             return
-        stood_s = time.monotonic() - max(peer.seen.marked_s for peer in self._peers.values())
-        named = "; ".join(
-            f"{self._name(rank)} at {self._peers[rank].seen.place}{self._silence(rank)}" for rank in stuck[:8]
+        no_progress_s = time.monotonic() - max(peer.state.progress_s for peer in self._peers.values())
+        named = "; ".join(f"{_name(self._peers[rank])} at {self._describe(self._peers[rank])}" for rank in stuck[:8])
+        self._log.warning(
+            f"hang: no rank made progress for {no_progress_s:.0f} s (distributed.hang_timeout_s={hang_timeout_s:g}), "
+            f"waiting for {named}{f', and {len(stuck) - 8} more' if len(stuck) > 8 else ''}. Collecting the stacks of all ranks"
         )
-        self._journal.warn(
-            f"no rank made progress for {stood_s:.0f} s (distributed.hang_timeout_s={hang_s:g}): waiting for {named}"
-            f"{f', and {len(stuck) - 8} more' if len(stuck) > 8 else ''}. Collecting the stacks of all ranks"
-        )
-        where = self._collect_stacks(stuck)
-        if self._failures:
-            return  # somebody died meanwhile, which is the better reason
-        if not self._stuck(hang_s):
-            self._journal.warn(f"the job moves again; stacks: {where}")
+        path = self._collect_stacks(stuck)
+        if self._failures or len(self._peers) < self._world_size:
+            # A rank died meanwhile, which is the better reason, or left.
+            return
+        if not self._stuck(hang_timeout_s):
+            self._log.warning(f"hang: over, the job makes progress again; stacks: {path}")
             return
         first, *others = stuck
-        too = f", and ranks {others}" if others else ""
-        message = f"hangs at {self._peers[first].seen.place}{self._silence(first)}{too}; stacks of all ranks: {where}"
+        also = f", and ranks {others}" if others else ""
+        message = f"hangs at {self._describe(self._peers[first])}{also}; stacks of all ranks: {path}"
         self._end(Failure(first, self._peers[first].host, message, EXIT_REQUEUE))
 
-    def _stuck(self, hang_s: float) -> list[int]:
-        seen = {rank: peer.seen for rank, peer in self._peers.items()}
-        return stuck_ranks(seen, time.monotonic(), hang_s, silent_s(self._size))
+    def _stuck(self, hang_timeout_s: float) -> list[int]:
+        states = {rank: peer.state for rank, peer in self._peers.items()}
+        return stuck_ranks(states, time.monotonic(), hang_timeout_s, self._silent_after_s)
 
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} on {self._peers[rank].host}"
+    def _is_silent(self, peer: _Peer) -> bool:
+        return time.monotonic() - peer.state.heartbeat_s > self._silent_after_s
 
-    def _is_silent(self, rank: int) -> bool:
-        return time.monotonic() - self._peers[rank].seen.heard_s > silent_s(self._size)
-
-    def _silence(self, rank: int) -> str:
-        if not self._is_silent(rank):
-            return ""
-        return f", silent for {time.monotonic() - self._peers[rank].seen.heard_s:.0f} s"
+    def _describe(self, peer: _Peer) -> str:
+        """Return a rank's place, and for how long it has sent no heartbeat."""
+        if not self._is_silent(peer):
+            return str(peer.state.place)
+        return f"{peer.state.place}, no heartbeat for {time.monotonic() - peer.state.heartbeat_s:.0f} s"
 
     def _collect_stacks(self, stuck: list[int]) -> str:
-        """Ask every rank where it is, and a neighbour about each silent one; returns where the answers were written."""
-        silent = [rank for rank in self._peers if self._is_silent(rank)]
+        """Ask every rank for its stacks, and a neighbour for those of each silent rank; returns the file of the answers."""
+        silent = [rank for rank in self._peers if self._is_silent(self._peers[rank])]
         asked = [rank for rank in sorted(self._peers) if rank not in silent]
         for rank in asked:
-            peer = self._peers[rank]
-            peer.stacks = None
-            first_on_node = rank == min(other for other in asked if self._peers[other].host == peer.host)
-            about = [self._peers[other] for other in silent if self._peers[other].host == peer.host]
-            _send(
-                peer,
-                {"stacks": {other.rank: other.pid for other in about if first_on_node and self._host != peer.host}},
-            )
-        self._neighbours |= {
-            rank: stacks_of(self._peers[rank].pid) for rank in silent if self._peers[rank].host == self._host
-        }
-        deadline_s = time.monotonic() + _STACKS_S
+            self._ask_for_stacks(self._peers[rank], asked, silent)
+        # This process dumps the stacks of silent ranks on its own node.
+        for peer in [self._peers[rank] for rank in silent]:
+            if peer.host == self._host:
+                self._neighbours[peer.rank] = stacks_of(peer.pid)
+        deadline_s = time.monotonic() + _STACKS_TIMEOUT_S
         while time.monotonic() < deadline_s and any(
             self._peers[rank].stacks is None for rank in asked if rank in self._peers
         ):
-            self._hear(_TICK_S)
+            self._receive(_POLL_S)
         parts = []
         for rank in [*stuck, *(rank for rank in sorted(self._peers) if rank not in stuck)]:
             if rank in self._peers:
-                text = self._peers[rank].stacks or self._neighbours.get(rank) or "(no answer)"
-                parts.append(f"==== {self._name(rank)}, {self._peers[rank].seen.place}{self._silence(rank)}\n{text}\n")
-        self._journal.warn(parts[0])
-        return self._journal.keep("stacks.txt", "\n".join(parts))
+                peer = self._peers[rank]
+                text = peer.stacks or self._neighbours.get(rank) or "(no answer)"
+                parts.append(f"==== {_name(peer)}, {self._describe(peer)}\n{text}\n")
+        self._log.warning("".join(parts[:1]))
+        return self._log.write_failure_file("stacks.txt", "\n".join(parts))
 
-    def _keep_log(self, rank: int, text: str) -> None:
-        if rank != 0 and text:  # rank 0's is in the run folder as it is
-            self._journal.keep(f"rank-{rank:05d}.log", text)
+    def _ask_for_stacks(self, peer: _Peer, asked: list[int], silent: list[int]) -> None:
+        """Ask a rank for its stacks; the first one on a node is also asked for those of the silent ranks there."""
+        peer.stacks = None
+        is_first_on_node = peer.rank == min(rank for rank in asked if self._peers[rank].host == peer.host)
+        neighbours = [self._peers[rank] for rank in silent if self._peers[rank].host == peer.host]
+        is_asked_for_neighbours = is_first_on_node and peer.host != self._host
+        pids = {neighbour.rank: neighbour.pid for neighbour in neighbours if is_asked_for_neighbours}
+        _send(peer, messages.StacksRequest(pids))
+
+    def _write_rank_log(self, rank: int, text: str) -> None:
+        # Rank 0's log is in the run folder already.
+        if rank != 0 and text:
+            self._log.write_failure_file(f"rank-{rank:05d}.log", text)
 
     def _end(self, failure: Failure) -> None:
         self._verdict = failure
-        self._journal.warn(f"the job ends: {failure}")
-        self._journal.outcome(failure.exit_code, str(failure))
-        mute = failure.rank not in self._peers or self._is_silent(failure.rank)
-        if mute and failure.host == self._host and self._journal.folder is not None:
-            self._keep_log(failure.rank, read_tail(node_log(self._journal.folder.name, failure.rank)))
-        self._tell_all({"end": asdict(failure), "mute": mute and failure.host != self._host})
+        self._log.warning(f"the job ends: {failure}")
+        self._log.write_outcome(failure.exit_code, str(failure))
+        cannot_send_log = failure.rank not in self._peers or self._is_silent(self._peers[failure.rank])
+        if cannot_send_log and failure.host == self._host and self._log.folder is not None:
+            self._write_rank_log(failure.rank, read_tail(node_log(self._log.folder.name, failure.rank)))
+        send_log = cannot_send_log and failure.host != self._host
+        self._send_all(messages.JobFailed(**asdict(failure), send_log=send_log))
 
 
-def _send(peer: _Peer, message: dict[str, Any]) -> None:
-    with suppress(OSError):  # a connection that ended is noticed where it is read
-        peer.connection.sendall(json.dumps(message).encode() + b"\n")
+def _name(peer: _Peer) -> str:
+    return f"rank {peer.rank} on {peer.host}"
+
+
+def _send(peer: _Peer, message: Message) -> None:
+    # `_read` notices a connection that has ended.
+    with suppress(OSError):
+        peer.connection.sendall(message.to_line())
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Slurm sends them to all that it started
-        signal.signal(number, signal.SIG_IGN)  # it ends when all ranks have, and says why
-    monitor = Monitor(Settings(**json.loads(sys.stdin.readline())))
+    # Slurm signals every process that a job started. The monitor ends after all ranks have, and logs why.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    monitor = Monitor(MonitorSettings(**json.loads(sys.stdin.readline())))
     print(monitor.port, flush=True)
     os.close(sys.stdout.fileno())
     monitor.run()

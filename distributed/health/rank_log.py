@@ -1,20 +1,20 @@
-"""A process' log: rank 0's lies in the run folder, those of other ranks on their node, gathered when something fails.
+"""The log of a process: rank 0's is in the run folder, those of other ranks on their node, gathered after a failure.
 
-A line is `TIME  HOST  rank R  TEXT` (or `monitor`), so that the logs of many ranks can be merged by `sort`.
+A line is `TIME  HOST  rank R  TEXT` (or `monitor`), so that `sort` merges the logs of many ranks.
 """
 
 import faulthandler
 import getpass
 import json
+import logging
 import os
 import sys
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TextIO
 
 from runtime import run_layout
 from runtime.atomic_write import write_text
@@ -22,101 +22,128 @@ from runtime.atomic_write import write_text
 _TAIL_BYTES = 64 << 10
 
 
-class Journal:
-    """Everything that this process says; before `open_in` it is kept in memory. Safe to use from any thread."""
+class RankLog:
+    """The log of this process, in memory until `open_in`. Safe to use from any thread; never raises OSError."""
 
     def __init__(self, who: int | str, host: str) -> None:
-        """`who`: a rank, or the name of a process that writes into rank 0's log too."""
-        self._who, self._host = who, host
+        """`who`: a rank, or the name of a process that also writes to rank 0's log."""
+        self._who = who
         self._started = datetime.now()
-        self._lock = threading.Lock()
-        self._waiting: list[str] = []
-        self._file: TextIO | None = None
+        self._formatter = _LineFormatter(host, f"rank {who}" if isinstance(who, int) else who)
+        self._memory = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+        # Not from logging.getLogger: Hydra and libraries reconfigure the loggers there.
+        self._logger = logging.Logger(__name__, logging.INFO)
+        self._logger.addHandler(self._memory)
+        self._file: _LogFile | None = None
         self.folder: Path | None = None
         """The run folder, once it is known."""
 
     def open_in(self, folder: Path) -> None:
-        """Write to the run's log from now on. Never raises: a job can run without its log, on a full disk say."""
+        """Write to the run's log from now on, starting with the lines in memory. A job continues without its log if it must."""
         self.folder = folder
         on_node = isinstance(self._who, int) and self._who > 0
         path = node_log(folder.name, int(self._who)) if on_node else folder / run_layout.LOG
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock:
-                self._file = path.open("a", buffering=1)
-                self._file.writelines(self._waiting)
-            faulthandler.enable(self._file)  # a crash of the interpreter leaves its stacks here
-            self.note(f"process {os.getpid()} logs from here on")
+            self._file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+            # After a crash of the interpreter, the log has its stacks.
+            assert self._file.stream is not None
+            faulthandler.enable(self._file.stream)
         except OSError as error:
-            print(f"no log in {path}: {error.strerror}", file=sys.stderr, flush=True)
+            _print_error(f"no log in {path}: {error.strerror}")
+            return
+        self._file.setFormatter(self._formatter)
+        self._memory.setTarget(self._file)
+        # From now on every record is passed on to the file at once.
+        self._memory.flushLevel = logging.NOTSET
+        self.info(f"process {os.getpid()} logs here from now on")
 
     def close(self) -> None:
-        """Nothing more is to be said."""
-        with self._lock:
-            if self._file is not None:
-                faulthandler.disable()
+        """Close the file; later lines stay in memory."""
+        if self._file is not None:
+            faulthandler.disable()
+            self._memory.setTarget(None)
+            self._memory.flushLevel = sys.maxsize
+            with suppress(OSError):
                 self._file.close()
-                self._file = None
+            self._file = None
 
-    def note(self, text: str) -> None:
-        """Write lines to the log alone."""
-        lines = self._stamped(text)
-        with self._lock:
-            if self._file is None:
-                self._waiting.append(lines)
-                return
-            try:
-                self._file.write(lines)
-            except OSError:  # the disk is full: whoever watches still sees it
-                return
+    def info(self, text: str) -> None:
+        """Write lines to the log only."""
+        if text:
+            self._logger.info(text)
 
-    def _stamped(self, text: str) -> str:
-        who = f"rank {self._who}" if isinstance(self._who, int) else self._who
-        stamp = f"{datetime.now().astimezone().isoformat(timespec='milliseconds')}  {self._host}  {who}  "
-        return "".join(f"{stamp}{line}\n" for line in text.splitlines())
+    def warning(self, text: str) -> None:
+        """Write lines to the log and to standard error."""
+        self.info(text)
+        _print_error(text)
 
-    def warn(self, text: str) -> None:
-        """Write lines to the log, and to standard error for whoever watches."""
-        self.note(text)
-        with suppress(OSError):  # nobody watches any more
-            print(text, file=sys.stderr, flush=True)
-
-    def outcome(self, exit_code: int, reason: str) -> None:
-        """Leave word in the run folder of how this start ended: launchers report a code of their own."""
+    def write_outcome(self, exit_code: int, reason: str) -> None:
+        """Write how this start ended into the run folder: launchers report an exit code of their own."""
         if self.folder is not None:
             text = json.dumps({"exit_code": exit_code, "reason": reason, "time_s": round(time.time(), 3)})
             with suppress(OSError):
                 write_text(self.folder / run_layout.OUTCOME, text + "\n")
 
-    def keep(self, name: str, text: str) -> str:
-        """Write what was gathered at a failure into the run folder's `failures/`; returns where it is, or why it is not."""
+    def write_failure_file(self, name: str, text: str) -> str:
+        """Write a file into the run folder's `failures/`; returns its path, or why it was not written."""
         if self.folder is None:
-            return "not kept: the job has no run folder yet"
+            return "not written: the job has no run folder yet"
         path = self.folder / run_layout.FAILURES / f"{self._started:%Y%m%d-%H%M%S}" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         except OSError as error:
-            return f"not kept: {path}: {error.strerror}"
+            return f"not written: {path}: {error.strerror}"
         return str(path)
 
     def tail(self) -> str:
-        """The end of this process' log."""
+        """Return the end of this process' log."""
         if self._file is None:
-            return "".join(self._waiting)
-        return read_tail(Path(self._file.name))
+            return "".join(f"{self._formatter.format(record)}\n" for record in list(self._memory.buffer))
+        return read_tail(Path(self._file.baseFilename))
+
+
+class _LineFormatter(logging.Formatter):
+    """Starts every line of a text with time, host and process."""
+
+    def __init__(self, host: str, who: str) -> None:
+        super().__init__()
+        self._host, self._who = host, who
+
+    def format(self, record: logging.LogRecord) -> str:
+        time_text = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        start = f"{time_text}  {self._host}  {self._who}  "
+        return "\n".join(start + line for line in record.getMessage().splitlines())
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose errors do not end the program, for example on a full disk; it reports the first one."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._has_failed:
+            self._has_failed = True
+            _print_error(f"no log in {self.baseFilename}: {sys.exc_info()[1]}")
 
 
 def node_log(run_id: str, rank: int) -> Path:
-    """Where a rank other than 0 logs: on its node, since thousands of files on a shared file system would bring it down."""
+    """Return the log file of a rank other than 0, on its node: thousands of files would overload a shared file system."""
     return Path(tempfile.gettempdir()) / f"tsm-{getpass.getuser()}" / run_id / f"rank-{rank:05d}.log"
 
 
 def read_tail(path: Path) -> str:
-    """The end of a log; says so where there is none."""
+    """Return the end of a log, or a line that says why there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             return file.read().decode(errors="replace")
     except OSError as error:
         return f"(no log: {error})\n"
+
+
+def _print_error(text: str) -> None:
+    # Standard error may be closed.
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

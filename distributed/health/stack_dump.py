@@ -1,4 +1,4 @@
-"""What a process is doing, in words: its own stacks, and what can be learnt of another one on the same node."""
+"""Stack dumps: of this process, and of other processes on the same node as far as the kernel and py-spy allow."""
 
 import faulthandler
 import os
@@ -8,14 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-_LIMIT_S = 10.0  # for py-spy
-_SPIED = 3  # processes of a rank whose stacks are wanted: each takes a second
+_PY_SPY_TIMEOUT_S = 10.0
+
+# Child processes of a rank to run py-spy on: each takes a second.
+_MAX_DUMPED = 3
 
 
 def own_stacks() -> str:
-    """The Python stacks of all threads of this process, and what can be learnt of those that it started, its loader's workers."""
-    started = descendants(os.getpid())
-    parts = [stacks_of(pid) if place < _SPIED else _kernel_state(pid) for place, pid in enumerate(started)]
+    """Return the Python stacks of all threads of this process, and the stacks or states of its children (loader workers)."""
+    children = descendants(os.getpid())
+    parts = [stacks_of(pid) if index < _MAX_DUMPED else _kernel_state(pid) for index, pid in enumerate(children)]
     return "\n".join([_thread_stacks(), *parts])
 
 
@@ -27,18 +29,19 @@ def _thread_stacks() -> str:
 
 
 def stacks_of(pid: int) -> str:
-    """Another process of this node, which may be stopped or deaf: what the kernel says of it, and its stacks if py-spy is there."""
-    return f"{_kernel_state(pid)}\n{_spied_stacks(pid)}"
+    """Return the kernel state of another process on this node, which may be stopped, and its stacks if py-spy is installed."""
+    return f"{_kernel_state(pid)}\n{_py_spy_stacks(pid)}"
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that this one started, those that they started, and so on; the last to be started first."""
+    """Return the children of a process, their children, and so on; the most recently started first."""
     found: list[int] = []
     try:
         children = [
             int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()
         ]
-    except OSError:  # ended meanwhile
+    except OSError:
+        # The process has ended meanwhile.
         children = []
     for child in sorted(children, reverse=True):
         found += [*descendants(child), child]
@@ -46,24 +49,24 @@ def descendants(pid: int) -> list[int]:
 
 
 def _kernel_state(pid: int) -> str:
-    """Its state (T is stopped, D waits for a disk or a file server) and the kernel function that it sleeps in."""
+    """Return its state (T: stopped, D: waiting for a disk or a file server) and the kernel function that it sleeps in."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         state = next(line.split(":", 1)[1].strip() for line in status.splitlines() if line.startswith("State:"))
         return f"process {pid}: {state}, in {Path(f'/proc/{pid}/wchan').read_text() or 'nothing'}"
     except (OSError, StopIteration):
-        return f"process {pid}: not there"
+        return f"process {pid}: has ended"
 
 
-def _spied_stacks(pid: int) -> str:
-    beside = Path(sys.executable).parent / "py-spy"
-    program = str(beside) if beside.exists() else shutil.which("py-spy")
+def _py_spy_stacks(pid: int) -> str:
+    installed = Path(sys.executable).parent / "py-spy"
+    program = str(installed) if installed.exists() else shutil.which("py-spy")
     if program is None:
-        return "(its stacks need py-spy: pip install py-spy)"
-    # Non-blocking: a process that is stopped cannot be paused, and one that hangs must not be held up further.
+        return "(no stacks: py-spy is not installed. Fix: pip install py-spy)"
+    # Non-blocking: a stopped process cannot be paused, and a slow one must not become slower.
     command = [program, "dump", "--nonblocking", "--pid", str(pid)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"(py-spy: {error})"
     return done.stdout or f"(py-spy: {done.stderr.strip()})"

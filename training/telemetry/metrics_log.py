@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from distributed.health.rank_log import Journal
+from distributed.health.rank_log import RankLog
 from training.config.schema import Config
 from training.runs.run_folder import RunFolder, git
 
@@ -31,10 +31,10 @@ class MetricsLog:
         writes: bool,
         first_step: int,
         total_steps: int,
-        journal: Journal | None = None,
+        log: RankLog | None = None,
     ) -> None:
         self._writes = writes
-        self._journal = journal
+        self._log = log
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
         if not writes:
@@ -51,8 +51,8 @@ class MetricsLog:
 
     def info(self, text: str) -> None:
         """Write a line to this rank's log, and on rank 0 to the terminal."""
-        if self._journal is not None:
-            self._journal.note(text)
+        if self._log is not None:
+            self._log.info(text)
         if not self._writes:
             return
         if self._bar is not None:

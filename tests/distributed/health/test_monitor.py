@@ -1,4 +1,4 @@
-"""The monitor without a job: ranks here are plain connections that say what a test wants."""
+"""The monitor without a job: ranks here are plain connections that send what a test wants."""
 
 import json
 import os
@@ -7,31 +7,50 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed.health.hang_detection import PHASES, Place, Seen, patience_s, stuck_ranks
-from distributed.health.monitor import Settings, start_monitor
-from distributed.health.rank_log import Journal, node_log
+from distributed.health.hang_detection import PHASES, Place, RankState, phase_timeout_s, stuck_ranks
+from distributed.health.messages import (
+    Ack,
+    Failure,
+    Heartbeat,
+    Hello,
+    JobDone,
+    JobFailed,
+    LogTail,
+    Message,
+    MessageError,
+    OpenLog,
+    RankDone,
+    RankFailed,
+    Stacks,
+    StacksRequest,
+    parse_message,
+)
+from distributed.health.monitor_process import MonitorSettings, start_monitor
+from distributed.health.rank_log import RankLog, node_log
 from runtime.exit_codes import EXIT_REQUEUE
 
 LIMIT_S, SILENT_S = 10.0, 5.0
-NOBODY = 1 << 24
-"""A process that cannot be: the monitor kills ranks that do not end."""
+NO_PROCESS = 1 << 24
+"""A process id that cannot exist: the monitor kills ranks that do not exit."""
+
+Kind = TypeVar("Kind", bound=Message)
 
 
 # --- Who is stuck -----------------------------------------------------------------------------------------------------
 
 
-def seen(step: int, phase: str, marked_s: float, heard_s: float = 0.0) -> Seen:
-    """A rank that made progress and was heard so many seconds ago."""
-    return Seen(Place(step, phase, 1), -marked_s, -heard_s)
+def seen(step: int, phase: str, progress_s: float, heartbeat_s: float = 0.0) -> RankState:
+    """A rank that made progress and sent a heartbeat so many seconds ago."""
+    return RankState(Place(step, phase, 1), -progress_s, -heartbeat_s)
 
 
-def stuck(*ranks: Seen) -> list[int]:
+def stuck(*ranks: RankState) -> list[int]:
     return stuck_ranks(dict(enumerate(ranks)), 0.0, LIMIT_S, SILENT_S)
 
 
@@ -45,7 +64,7 @@ def test_the_rank_that_the_others_wait_for_is_named() -> None:
 
 
 def test_a_silent_rank_comes_before_those_behind() -> None:
-    assert stuck(seen(3, "step", 11.0), seen(3, "step", 11.0, heard_s=11.0), seen(3, "input", 11.0)) == [1]
+    assert stuck(seen(3, "step", 11.0), seen(3, "step", 11.0, heartbeat_s=11.0), seen(3, "input", 11.0)) == [1]
 
 
 def test_where_all_are_at_the_same_place_all_are_named() -> None:
@@ -59,11 +78,10 @@ def test_ranks_that_wait_for_one_that_still_works_are_left_alone() -> None:
 
 @pytest.mark.parametrize("phase", ["start", "first step", "checkpoint", "close"])
 def test_what_rightly_takes_long_has_more_time(phase: str) -> None:
-    behind = seen(0, phase, 0.0)
-    assert patience_s(phase, LIMIT_S) > 2 * LIMIT_S
-    for marked_s, named in ((2 * LIMIT_S, []), (patience_s(phase, LIMIT_S) + 1, [0])):
-        behind = seen(0, phase, marked_s)
-        assert stuck(behind, seen(1, "step", marked_s)) == named
+    assert phase_timeout_s(phase, LIMIT_S) > 2 * LIMIT_S
+    for progress_s, named in ((2 * LIMIT_S, []), (phase_timeout_s(phase, LIMIT_S) + 1, [0])):
+        behind = seen(0, phase, progress_s)
+        assert stuck(behind, seen(1, "step", progress_s)) == named
 
 
 @given(
@@ -76,16 +94,71 @@ def test_what_rightly_takes_long_has_more_time(phase: str) -> None:
 def test_somebody_is_named_exactly_when_nobody_moves_for_long_enough(
     ranks: list[tuple[int, str, float, float]],
 ) -> None:
-    states = [seen(step, phase, marked_s, min(heard_s, marked_s)) for step, phase, marked_s, heard_s in ranks]
-    stood_s = min(marked_s for _, _, marked_s, _ in ranks)
+    states = [
+        seen(step, phase, progress_s, min(heartbeat_s, progress_s)) for step, phase, progress_s, heartbeat_s in ranks
+    ]
+    no_progress_s = min(progress_s for _, _, progress_s, _ in ranks)
     named = stuck(*states)
-    if stood_s <= LIMIT_S:
+    if no_progress_s <= LIMIT_S:
         assert named == []
-    if stood_s > 4 * LIMIT_S:
+    if no_progress_s > 4 * LIMIT_S:
         assert named
-    assert all(states[rank].heard_s < -SILENT_S for rank in named) or not any(
-        state.heard_s < -SILENT_S for state in states
+    assert all(states[rank].heartbeat_s < -SILENT_S for rank in named) or not any(
+        state.heartbeat_s < -SILENT_S for state in states
     )
+
+
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(3, "n1", 99, "token"),
+        OpenLog("/runs/\u00e9"),
+        Heartbeat(7, "first step", 12),
+        RankFailed("failed: two\nlines", 1),
+        Stacks("mine", {2: "theirs", 10: ""}),
+        LogTail(4, "log"),
+        RankDone(),
+        Ack(),
+        StacksRequest({2: 4711}),
+        JobFailed(1, "n2", "is gone", EXIT_REQUEUE, True),
+        JobDone(),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_message_is_one_line_and_comes_back_as_it_was(message: Message) -> None:
+    line = message.to_line()
+    assert line.endswith(b"\n") and line.count(b"\n") == 1
+    assert parse_message(line) == message
+
+
+MALFORMED = [
+    b"GET / HTTP/1.1",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b"5",
+    b"[]",
+    b'{"kind": "Heartbeat"}',
+    b'{"kind": "Heartbeat", "step": 1, "phase": "step", "progress_count": 1, "more": 1}',
+    b'{"kind": "Heartbeat", "step": "1", "phase": "step", "progress_count": 1}',
+    b'{"kind": "Heartbeat", "step": true, "phase": "step", "progress_count": 1}',
+    b'{"kind": "Stacks", "own": "x", "neighbours": 3}',
+    b'{"kind": "Stacks", "own": "x", "neighbours": {"one": "x"}}',
+    b'{"kind": "Stacks", "own": "x", "neighbours": {"1": 2}}',
+]
+
+
+@pytest.mark.parametrize("line", MALFORMED, ids=lambda line: line[:60].decode(errors="replace"))
+def test_a_malformed_line_is_an_error_of_its_own(line: bytes) -> None:
+    with pytest.raises(MessageError):
+        parse_message(line)
+
+
+@pytest.mark.parametrize("line", [b"{}", b'{"kind": "News"}', b'{"kind": ["Ack"]}', b'{"kind": null, "step": 1}'])
+def test_a_message_of_an_unknown_kind_is_none(line: bytes) -> None:
+    assert parse_message(line) is None
 
 
 # --- A monitor --------------------------------------------------------------------------------------------------------
@@ -99,18 +172,20 @@ class Rank:
     def __init__(self, port: int, rank: int, token: str = "right") -> None:
         self.connected.append(self)
         self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.lines = self.connection.makefile()
-        self.say({"hello": [rank, "here", NOBODY], "token": token})
+        self.lines = self.connection.makefile("rb")
+        self.send(Hello(rank, "here", NO_PROCESS, token))
 
-    def say(self, message: dict[str, Any]) -> None:
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, *messages: Message) -> None:
+        for message in messages:
+            self.connection.sendall(message.to_line())
 
-    def hear(self, key: str) -> Any:
-        """The next message with this key; fails where the monitor hangs up instead."""
+    def receive(self, kind: type[Kind]) -> Kind:
+        """The next message of this kind; fails if the monitor closes the connection instead."""
         for line in self.lines:
-            if key in (message := json.loads(line)):
-                return message[key]
-        raise AssertionError(f"no {key}: the monitor has closed the connection")
+            message = parse_message(line)
+            if isinstance(message, kind):
+                return message
+        raise AssertionError(f"no {kind.__name__}: the monitor has closed the connection")
 
     def leave(self) -> None:
         self.lines.close()
@@ -121,8 +196,8 @@ class Rank:
 def monitor() -> Iterator[Callable[..., tuple["subprocess.Popen[str]", int]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(size: int, hang_s: float | None = None) -> tuple["subprocess.Popen[str]", int]:
-        process, port = start_monitor(Settings("127.0.0.1", "here", "right", size, hang_s))
+    def start(world_size: int, hang_timeout_s: float | None = None) -> tuple["subprocess.Popen[str]", int]:
+        process, port = start_monitor(MonitorSettings("127.0.0.1", "here", "right", world_size, hang_timeout_s))
         started.append(process)
         return process, port
 
@@ -137,14 +212,14 @@ def monitor() -> Iterator[Callable[..., tuple["subprocess.Popen[str]", int]]]:
 def test_all_ranks_hear_who_died(monitor: Any, tmp_path: Path) -> None:
     process, port = monitor(3)
     ranks = [Rank(port, rank) for rank in range(3)]
-    ranks[0].say({"folder": str(tmp_path)})
-    ranks[2].say({"place": [7, "input", 20]})
-    ranks[2].hear("tick")
+    ranks[0].send(OpenLog(str(tmp_path)))
+    ranks[2].send(Heartbeat(7, "input", 20))
+    ranks[2].receive(Ack)
     ranks[2].leave()
     for rank in ranks[:2]:
-        end = rank.hear("end")
-        assert (end["rank"], end["exit_code"]) == (2, EXIT_REQUEUE)
-        assert "is gone" in end["message"] and "step 7, phase input" in end["message"]
+        failure = rank.receive(JobFailed).failure()
+        assert (failure.rank, failure.exit_code) == (2, EXIT_REQUEUE)
+        assert "is gone" in failure.message and "step 7, phase input" in failure.message
         rank.leave()
     process.wait(10)
     assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == EXIT_REQUEUE
@@ -155,36 +230,35 @@ def test_a_death_comes_before_the_errors_that_it_brings_about(monitor: Any) -> N
     _, port = monitor(3)
     ranks = [Rank(port, rank) for rank in range(3)]
     for rank in ranks:
-        rank.say({"place": [1, "step", 1]})
-        rank.hear("tick")
-    ranks[0].say({"failure": {"message": "failed: connection closed by peer", "exit_code": 1}})
+        rank.send(Heartbeat(1, "step", 1))
+        rank.receive(Ack)
+    ranks[0].send(RankFailed("failed: connection closed by peer", 1))
     time.sleep(0.3)
     ranks[1].leave()
-    assert ranks[2].hear("end")["rank"] == 1
+    assert ranks[2].receive(JobFailed).rank == 1
 
 
 def test_an_error_of_its_own_is_told_with_its_code(monitor: Any) -> None:
     _, port = monitor(2)
     ranks = [Rank(port, rank) for rank in range(2)]
-    ranks[1].say({"failure": {"message": "failed: no such file", "exit_code": 3}})
-    end = ranks[0].hear("end")
-    assert (end["rank"], end["exit_code"], end["message"]) == (1, 3, "failed: no such file")
+    ranks[1].send(RankFailed("failed: no such file", 3))
+    assert ranks[0].receive(JobFailed).failure() == Failure(1, "here", "failed: no such file", 3)
 
 
 def test_a_job_that_ends_well_ends_the_monitor(monitor: Any) -> None:
     process, port = monitor(2)
     ranks = [Rank(port, rank) for rank in range(2)]
-    ranks[0].say({"done": True})
-    ranks[1].say({"done": True})
+    ranks[0].send(RankDone())
+    ranks[1].send(RankDone())
     for rank in ranks:
-        assert rank.hear("done") is True
+        rank.receive(JobDone)
         rank.leave()
     assert process.wait(10) == 0
 
 
 @pytest.mark.parametrize(
     "stranger",
-    [b"GET / HTTP/1.1\r\n\r\n", b'{"place": [1, "step", 1]}\n', b'{"hello": [1, "x", 1], "token": "wrong"}\n'],
+    [b"GET / HTTP/1.1\r\n\r\n", b"{}\n", Heartbeat(1, "step", 1).to_line(), Hello(1, "x", 1, "wrong").to_line()],
 )
 def test_strangers_are_not_heard(monitor: Any, stranger: bytes) -> None:
     process, port = monitor(2)
@@ -192,28 +266,48 @@ def test_strangers_are_not_heard(monitor: Any, stranger: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(stranger)
         assert connection.recv(1) == b""
-    ranks[0].say({"place": [1, "step", 1]})
-    ranks[0].hear("tick")
+    ranks[0].send(Heartbeat(1, "step", 1))
+    ranks[0].receive(Ack)
     assert process.poll() is None
 
 
+@pytest.mark.parametrize("line", [*MALFORMED, Heartbeat(1, "dinner", 1).to_line()[:-1]], ids=lambda line: line[:60])
+def test_a_rank_that_sends_a_malformed_line_is_cut_off_and_named(monitor: Any, line: bytes) -> None:
+    _, port = monitor(2)
+    ranks = [Rank(port, rank) for rank in range(2)]
+    for rank in ranks:
+        rank.send(Heartbeat(1, "step", 1))
+        rank.receive(Ack)
+    ranks[1].connection.sendall(line + b"\n")
+    assert ranks[0].receive(JobFailed).rank == 1
+
+
+def test_a_message_of_an_unknown_kind_changes_nothing(monitor: Any) -> None:
+    process, port = monitor(1)
+    rank = Rank(port, 0)
+    rank.connection.sendall(b'{"kind": "News", "step": 1}\n')
+    rank.send(RankDone())
+    rank.receive(JobDone)
+    rank.leave()
+    assert process.wait(10) == 0
+
+
 def test_ranks_that_never_come_are_named(monitor: Any) -> None:
-    _, port = monitor(3, hang_s=0.3)
-    end = Rank(port, 1).hear("end")
-    assert end["rank"] == 0 and "absent: ranks [0, 2]" in end["message"]
+    _, port = monitor(3, hang_timeout_s=0.3)
+    failure = Rank(port, 1).receive(JobFailed).failure()
+    assert failure.rank == 0 and "missing ranks: [0, 2]" in failure.message
 
 
 def test_stacks_of_all_are_kept_when_the_job_stands_still(monitor: Any, tmp_path: Path) -> None:
-    _, port = monitor(2, hang_s=1.0)
+    _, port = monitor(2, hang_timeout_s=1.0)
     ranks = [Rank(port, rank) for rank in range(2)]
-    ranks[0].say({"folder": str(tmp_path)})
-    ranks[0].say({"place": [4, "step", 9]})
-    ranks[1].say({"place": [4, "input", 9]})
+    ranks[0].send(OpenLog(str(tmp_path)), Heartbeat(4, "step", 9))
+    ranks[1].send(Heartbeat(4, "input", 9))
     for rank, where in enumerate(("in a collective", "in a loader")):
-        assert ranks[rank].hear("stacks") == {}
-        ranks[rank].say({"stacks": where, "neighbours": {}})
-    end = ranks[0].hear("end")
-    assert end["rank"] == 1 and "hangs at step 4, phase input" in end["message"]
+        assert ranks[rank].receive(StacksRequest).neighbours == {}
+        ranks[rank].send(Stacks(where, {}))
+    failure = ranks[0].receive(JobFailed).failure()
+    assert failure.rank == 1 and "hangs at step 4, phase input" in failure.message
     (stacks,) = tmp_path.glob("failures/*/stacks.txt")
     assert stacks.read_text().startswith("==== rank 1 on here, step 4, phase input\nin a loader")
     assert "in a collective" in stacks.read_text()
@@ -222,24 +316,53 @@ def test_stacks_of_all_are_kept_when_the_job_stands_still(monitor: Any, tmp_path
 # --- Logs -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_said_before_the_folder_is_known_is_kept(tmp_path: Path) -> None:
-    journal = Journal(0, "n1")
-    journal.note("early\nlines")
-    journal.open_in(tmp_path)
-    journal.note("later")
-    journal.close()
+def test_lines_from_before_the_folder_is_known_are_kept(tmp_path: Path) -> None:
+    log = RankLog(0, "n1")
+    log.info("early\nlines")
+    assert [line.split("  ", 3)[1:] for line in log.tail().splitlines()] == [
+        ["n1", "rank 0", "early"],
+        ["n1", "rank 0", "lines"],
+    ]
+    log.open_in(tmp_path)
+    log.info("later")
+    log.close()
+    log.info("after the end")
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split("  ", 3)[1:3] for line in lines] == [["n1", "rank 0"]] * len(lines)
-    assert [line.split("  ", 3)[3] for line in lines if "logs from here" not in line] == ["early", "lines", "later"]
+    assert [line.split("  ", 3)[3] for line in lines if "logs here" not in line] == ["early", "lines", "later"]
 
 
 def test_other_ranks_leave_the_shared_folder_alone(tmp_path: Path) -> None:
-    run = tmp_path / f"journal-{os.getpid()}"
+    run = tmp_path / f"rank-log-{os.getpid()}"
     run.mkdir()
-    journal = Journal(7, "n1")
-    journal.open_in(run)
-    journal.note("on the node")
+    log = RankLog(7, "n1")
+    log.open_in(run)
+    log.info("on the node")
     assert list(run.iterdir()) == []
     assert "on the node" in node_log(run.name, 7).read_text()
-    assert "on the node" in journal.tail()
-    journal.close()
+    assert "on the node" in log.tail()
+    log.close()
+
+
+def test_a_full_disk_is_reported_once_and_costs_only_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log = RankLog(0, "n1")
+    log.info("early")
+    log.open_in(tmp_path)
+    log.info("lost")
+    log.warning("still on standard error")
+    log.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "no log in" in lines[0] and "No space left on device" in lines[0]
+    assert lines[1] == "still on standard error"
+
+
+def test_a_folder_that_is_gone_costs_only_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("a file in the folder's place")
+    log = RankLog(0, "n1")
+    log.open_in(tmp_path / "run")
+    log.info("in memory")
+    assert "in memory" in log.tail()
+    assert "no log in" in capsys.readouterr().err
