@@ -1,1 +1,1 @@
-"""The report of a run: history, charts, HTML."""
+"""The report of a run: its history, charts and page."""

@@ -1,1 +1,1 @@
-"""What a run logs about itself: metrics, stragglers, input stalls, skipped steps."""
+"""Log what a run does: metrics, input stalls, stragglers, skipped steps, bad clips."""

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from distributed.health.rank_log import RankLog
-from training.config.schema import Config
+from training.config.schema import Config, LoggerConfig
 from training.runs.run_folder import RunFolder, git
 
 
@@ -47,7 +47,7 @@ class MetricsLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         if config.logger.wandb != "disabled":
-            self._wandb = _start_wandb(config, folder.path)
+            self._wandb = _start_wandb(config.logger, folder.path, wandb_fields(config))
 
     def info(self, text: str) -> None:
         """Write a line to this rank's log, and on rank 0 to the terminal."""
@@ -139,19 +139,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _start_wandb(config: Config, folder: Path) -> Any:
+def _start_wandb(logger: LoggerConfig, folder: Path, fields: dict[str, Any]) -> Any:
     # Slow to import, and needed on rank 0 only.
     import wandb
 
     return wandb.init(
-        project=config.logger.project,
+        project=logger.project,
         id=folder.name,
         name=folder.name,
         dir=folder,
-        mode="offline" if config.logger.wandb == "offline" else "online",
-        resume="allow" if config.logger.wandb == "online" else None,
+        mode="offline" if logger.wandb == "offline" else "online",
+        resume="allow" if logger.wandb == "online" else None,
         settings=wandb.Settings(silent=True, console="off"),
-        **wandb_fields(config),
+        **fields,
     )
 
 
