@@ -1,5 +1,8 @@
 """Clips for benchmarks/input.py: real footage as Kinetics is kept (10 s, 340x256, H.264), and in forms for training."""
 
+import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +17,6 @@ from pipelines.manifest import JPEG_FRAMES, ManifestRow
 from pipelines.prepare.repack.encoders import ENCODERS, Encoder, encode_jpeg, encode_video
 from pipelines.prepare.scan.frame_folders import scan_frames
 from pipelines.prepare.scan.scan_clip import scan_clip
-from tools.fetch_footage import fetch
 
 WIDTH, HEIGHT, FRAMES, RATE = 340, 256, 300, 30
 SCENES = (("pedestrians.avi", 0), ("pedestrians.avi", 400), ("film_b_frames.avi", 0), ("cup.mp4", 0))
@@ -31,6 +33,14 @@ class Form:
     quality: int = 0
     gop: int = 1
     lines: int = HEIGHT
+
+
+@functools.cache
+def fetch(name: str) -> str:
+    """Return the path of a real clip in the cache of tools/fetch_footage.py."""
+    program = Path(__file__).parent.parent / "tools" / "fetch_footage.py"
+    command = [sys.executable, str(program), name]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def prepared(codec: str, gop: int = 1, quality: int | None = None, lines: int = HEIGHT) -> Form:
@@ -73,7 +83,7 @@ def footage() -> list[Video]:
     scenes = []
     for name, first in SCENES:
         images: list[Video] = []
-        with av.open(str(fetch(name))) as container:
+        with av.open(fetch(name)) as container:
             for index, frame in enumerate(container.decode(video=0)):
                 if index >= first:
                     images.append(

