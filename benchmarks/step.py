@@ -194,7 +194,7 @@ def make_config(setting: Setting, bn_group: int, folder: Path, run_id: str) -> s
 
 def compare(setting: Setting, backend: Backend, control: ControlChannel, config: schema.Config) -> TurnTaking:
     """Run `train` on a job of this configuration, and the plain loop in turns with it."""
-    set_numerics(config)
+    set_numerics(config.numerics, config.seed)
     job = build_job(config, backend, control)
     batches = make_batches(setting, job.execution.micro_batch, backend.topology.rank)
     turns = TurnTaking(setting, batches, make_plain_step(config, setting, backend))

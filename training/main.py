@@ -1,4 +1,4 @@
-"""A run from its composed configuration to an exit code; every failure ends here, in words, on every rank."""
+"""Run a task from its configuration to an exit code, and report every failure on every rank."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from pipelines.errors import BadClip
 from pipelines.loading.worker_loader import WorkerLostError, start_worker_server
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
 from training.build.numerics import check_device, set_numerics
-from training.config.schema import Config
+from training.config.schema import BatchConfig, Config
 from training.planning.summary import describe_plan
 from training.report.html import write_report
 from training.runs.restarts import check_progress
@@ -30,11 +30,15 @@ from .recipe import make_execution
 
 Task = Callable[[Config, Backend, ControlChannel], int]
 
-_VERDICT_S = 0.8  # mpirun kills what still runs a second after SIGTERM
+# mpirun kills the remaining ranks one second after SIGTERM.
+_VERDICT_S = 0.8
 
 
 def run(read: Callable[[], Config], task: Task) -> int:
-    """Do a task as the configuration says, in the world that the launcher made; returns the exit code (training.errors)."""
+    """Run a task in the world that the launcher made, and return the exit code (runtime.exit_codes).
+
+    Every failure is reported here, on every rank.
+    """
     topology: Topology | None = None
     control: ControlChannel | None = None
     try:
@@ -42,61 +46,65 @@ def run(read: Callable[[], Config], task: Task) -> int:
         config = read()
         backend = join_world(config, topology)
         control = ControlChannel(backend, config.distributed.hang_timeout_s)
-        signal.signal(signal.SIGTERM, _leave_before_first_step)
+        signal.signal(signal.SIGTERM, _exit_before_first_step)
         code = task(config, backend, control)
         control.close()
         backend.close()
         return code
     except KeyboardInterrupt:
         message, code = "interrupted by Ctrl-C", EXIT_INTERRUPTED
-    except (ConfigError, TopologyError) as error:
-        message, code = str(error), EXIT_CONFIG
-    except (DivergedError, NoProgressError) as error:
-        message, code = str(error), error.exit_code
-    except WorkerLostError as error:
-        message, code = str(error), EXIT_REQUEUE
-    except (DataError, BadClip) as error:
-        message, code = str(error), EXIT_DATA
     except Exception as error:
-        message, code = _in_words(error), EXIT_FAILURE
+        message, code = _describe(error)
     where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
     if control is not None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that ends everybody: first hear and say why
+        # A launcher that ends all ranks sends SIGTERM: first get the verdict and print it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         control.log.info(f"failed: {message}")
         verdict = control.report_failure(message, code)
-        if topology is not None and verdict.rank != topology.rank:  # what failed here was the echo of another's end
+        # The error here was caused by another rank's failure.
+        if topology is not None and verdict.rank != topology.rank:
             message = str(verdict)
         code = verdict.exit_code
     print(f"error ({where}): {message}", file=sys.stderr, flush=True)
     return code
 
 
-def _leave_before_first_step(number: int, frame: FrameType | None) -> None:
-    """There is nothing to save yet. A launcher that ends everybody, because one died, leaves time to hear who it was."""
+def _describe(error: Exception) -> tuple[str, int]:
+    """Return message and exit code of an error; the message has a traceback if the error is none that a user can fix."""
+    if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError)):
+        return str(error), error.exit_code
+    for kind, code in ((TopologyError, EXIT_CONFIG), (WorkerLostError, EXIT_REQUEUE), (BadClip, EXIT_DATA)):
+        if isinstance(error, kind):
+            return str(error), code
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}", EXIT_FAILURE
+
+
+def _exit_before_first_step(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM while there is nothing to save: wait for the monitor's verdict, then exit to be requeued."""
     time.sleep(_VERDICT_S)
     os._exit(EXIT_REQUEUE)
 
 
 def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequence[int]] | None = None) -> Backend:
-    """The backend that the configuration and the launcher agree on; loader workers' server starts before it.
+    """Start the loader's worker server, then the backend that configuration and launcher agree on.
 
-    `rank_groups`: as make_backend's; None: those of the configuration's batch norm.
+    `rank_groups`: as in make_backend; None: the BN groups of the configuration.
     """
-    name = choose_backend(config.distributed.backend, topology, config.distributed.world_size)
-    if rank_groups is None:
-        rank_groups = _batch_norm_groups(config, topology.size)
-    device = pick_device(config.distributed.device, topology)
-    check_device(config, device)
-    if config.pipeline.workers:  # it imports torch: seconds of a core that no one waits for, but that others could use
-        start_worker_server()
-    set_numerics(config)
     distributed = config.distributed
+    name = choose_backend(distributed.backend, topology, distributed.world_size)
+    if rank_groups is None:
+        rank_groups = _batch_norm_groups(config.batch, topology.size)
+    device = pick_device(distributed.device, topology)
+    check_device(config.numerics, config.evaluation, device)
+    # The server imports torch, which takes seconds of a core. Without workers no one needs it.
+    if config.pipeline.workers:
+        start_worker_server()
+    set_numerics(config.numerics, config.seed)
     return make_backend(name, topology, device, distributed.timeout_s, distributed.controller, rank_groups)
 
 
-def _batch_norm_groups(config: Config, size: int) -> list[list[int]]:
-    """None where the batch does not divide: that is said later, by a rank that can tell the others."""
-    batch = config.batch
+def _batch_norm_groups(batch: BatchConfig, size: int) -> list[list[int]]:
+    """Return the ranks of each BN group, or none if the batch does not divide: build_job raises that error on all ranks."""
     try:
         return make_execution(batch.global_batch, batch.bn_clips, size, batch.micro_batch).bn_rank_groups()
     except ConfigError:
@@ -104,10 +112,10 @@ def _batch_norm_groups(config: Config, size: int) -> list[list[int]]:
 
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
-    """Train to the end, or go on where an earlier start of the same run stopped."""
+    """Train to the end, or resume an earlier start of the same run. Returns the exit code."""
     if config.evaluation.save_logits or config.evaluation.ensemble:
         raise ConfigError(
-            "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, evaluate the run then"
+            "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, then evaluate the run"
         )
     job = build_job(config, backend, control)
     writes = backend.topology.rank == 0
@@ -119,34 +127,43 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     if writes:
         if not config.checkpoint.allow_no_progress:
             check_progress(job.folder.provenance, job.folder.outcome, job.first_step)
-        job.folder.create(config, backend.topology, hosts, job.first_step)
+        job.folder.write_config(config)
+        job.folder.record_start(backend.topology, hosts, job.first_step)
     control.open_log(job.folder.path)
-    records = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)
+    log = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)
     code = EXIT_FAILURE
     try:
-        records.info(describe_plan(job))
-        # For the report.
-        told = {"schedule": asdict(job.recipe.schedule), "steps_per_epoch": job.recipe.steps_per_epoch}
-        records.write("start", job.first_step, world_size=backend.topology.size, backend=backend.name, **told)
-        code = train(job, records)
-        records.write("end", job.recipe.total_steps, exit_code=code)
+        _log_start(job, log)
+        code = train(job, log)
+        log.write("end", job.recipe.total_steps, exit_code=code)
     finally:
-        records.close(code)
+        log.close(code)
     if writes:
         control.log.write_outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
-    if writes and code == EXIT_DONE:  # a stop by a signal has seconds, and the report can wait for the end
+    # After a stop by a signal only seconds are left. The report is written when the run ends.
+    if writes and code == EXIT_DONE:
         _finish(job)
     return code
 
 
+def _log_start(job: Job, log: MetricsLog) -> None:
+    """Log the derived numbers, and record what the report needs of them."""
+    log.info(describe_plan(job))
+    recipe, backend = job.recipe, job.backend
+    log.write(
+        "start",
+        job.first_step,
+        world_size=backend.topology.size,
+        backend=backend.name,
+        schedule=asdict(recipe.schedule),
+        steps_per_epoch=recipe.steps_per_epoch,
+    )
+
+
 def _finish(job: Job) -> None:
+    """Mark the run as finished if all its steps are taken, and write the report."""
     finished = (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
     if finished:
         job.folder.success.touch()
     write_report(job.folder)
     print(f"{'finished' if finished else 'stopped'}: {job.folder.report}", flush=True)
-
-
-def _in_words(error: Exception) -> str:
-    """The error, with where it came from."""
-    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

@@ -83,7 +83,11 @@ def bare_loop(clips: Path) -> dict[str, Tensor]:
     """The `whole_world` run in plain torch: the network as built, its own batch norm, torch's SGD, one process, one batch."""
     register()
     config = compose_config(*EQUIVALENCE, f"data.root={clips}")
-    dataset = TrainingClips(ClipSource(clips / "train.arrow", "pyav"), augmentation_of(config), config.seed)
+    dataset = TrainingClips(
+        ClipSource(clips / "train.arrow", "pyav"),
+        augmentation_of(config.model, config.data, config.pipeline),
+        config.seed,
+    )
     recipe = recipe_of(config, len(dataset.source.manifest), "")
     torch.manual_seed(config.seed)
     network = build_network("resnet18", 10, num_frames=4).double()
@@ -211,7 +215,7 @@ def test_precise_batch_norm_averages_over_groups_of_the_next_steps(launches: dic
     register()
     config = compose_config(*EQUIVALENCE, f"data.root={launches['folder'] / 'clips'}")
     source = ClipSource(launches["folder"] / "clips" / "train.arrow", "pyav")
-    dataset = TrainingClips(source, augmentation_of(config), config.seed)
+    dataset = TrainingClips(source, augmentation_of(config.model, config.data, config.pipeline), config.seed)
     with torch.no_grad():
         for position_N in (20 * 8 + torch.arange(16)).view(4, 4).numpy():
             network(normalised(dataset[position_N].video_NTCHW))

@@ -44,7 +44,7 @@ def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_switches(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_numerics(config_of("experiment=smoke", f"numerics.deterministic={str(deterministic).lower()}", "seed=7"))
+    set_numerics(NumericsConfig(deterministic=deterministic), seed=7)
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark != deterministic
     assert FILL.fill_uninitialized_memory != deterministic
@@ -55,7 +55,7 @@ def test_the_switches(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_deterministic_mode_repeats_and_reads_no_uninitialized_memory() -> None:
     """With every torch.empty filled with NaN the same steps have the same bits: nothing reads what it has not written, so that
     the fill, a kernel for each allocation, buys nothing."""
-    set_numerics(config_of("experiment=smoke", "numerics.deterministic=true"))
+    set_numerics(NumericsConfig(deterministic=True), seed=0)
     states = []
     for fill in (False, False, True):
         FILL.fill_uninitialized_memory = fill
@@ -104,7 +104,7 @@ VARIANTS = pytest.mark.parametrize(
 @pytest.mark.usefixtures("switches")
 @VARIANTS
 def test_every_variant_has_a_deterministic_backward_pass_on_gpus(variant: dict[str, Any]) -> None:
-    set_numerics(config_of("experiment=smoke", "numerics.deterministic=true"))
+    set_numerics(NumericsConfig(deterministic=True), seed=0)
     assert gradients_on_gpu(variant)
 
 
@@ -112,7 +112,7 @@ def test_every_variant_has_a_deterministic_backward_pass_on_gpus(variant: dict[s
 @pytest.mark.usefixtures("switches")
 @VARIANTS
 def test_the_deterministic_mode_repeats_on_gpus(variant: dict[str, Any]) -> None:
-    set_numerics(config_of("experiment=smoke", "numerics.deterministic=true"))
+    set_numerics(NumericsConfig(deterministic=True), seed=0)
     assert differing(gradients_on_gpu(variant), gradients_on_gpu(variant)) == []
 
 
@@ -135,8 +135,9 @@ def test_bfloat16_is_refused_where_it_would_be_emulated(
     overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_gpu(monkeypatch, "V100", (7, 0))
+    config = config_of("experiment=smoke", *overrides)
     with pytest.raises(ConfigError, match=says):
-        check_device(config_of("experiment=smoke", *overrides), GPU)
+        check_device(config.numerics, config.evaluation, GPU)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +148,13 @@ def test_what_a_gpu_can_do_is_taken(
     overrides: list[str], capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_gpu(monkeypatch, "GPU", capability)
-    check_device(config_of("experiment=smoke", *overrides), GPU)
+    config = config_of("experiment=smoke", *overrides)
+    check_device(config.numerics, config.evaluation, GPU)
 
 
 def test_cpus_take_any_precision() -> None:
-    check_device(config_of("experiment=smoke", "numerics=gpu", "evaluation.amp=float16"), CPU)
+    config = config_of("experiment=smoke", "numerics=gpu", "evaluation.amp=float16")
+    check_device(config.numerics, config.evaluation, CPU)
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])

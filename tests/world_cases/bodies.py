@@ -4,7 +4,7 @@ import functools
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -414,7 +414,7 @@ def disagreement(context: Context) -> str:
     if backend.topology.size > 1 and backend.topology.rank == backend.topology.size - 1:
         config.seed = 99
     try:
-        check_agreement(backend, config, ["same"])
+        check_agreement(backend, asdict(config))
     except ConfigError as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""Which loader brings a job's clips to its device, and with what it decodes."""
+"""Build the data side of a job: manifests, clip sources, datasets and loaders."""
 
 import os
 
@@ -16,76 +16,52 @@ from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from runtime.checkout import CHECKOUT
-from training.config.schema import Config
+from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, PipelineConfig
 from training.errors import ConfigError, DataError
 
 Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
-def find_decoder(config: Config) -> str:
-    """The decoder of the host's processes. Raises ConfigError with the remedy when it, or DALI where it is wanted, is not there."""
-    try:
-        if config.pipeline.loader == "dali":
-            import_dali()
-        return choose_decoder(config.pipeline.decoder)
-    except (DaliError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def source_of(config: Config, manifest: Manifest, device: torch.device) -> ClipSource:
-    """Where clips come from. Finds out what DALI can decode, which takes a moment, and not when the first batch is waited for."""
-    decoder = find_decoder(config)
-    if config.pipeline.loader == "dali":
-        choose_feed(manifest.path, device)
-    return ClipSource(manifest.path, decoder)
-
-
-def make_loader(config: Config, dataset: TrainingClips | EvaluationClips, backend: Backend) -> Loader:
-    pipeline = config.pipeline
-    if pipeline.loader == "dali":
-        threads = dali_threads(config, backend.topology)
-        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, backend.device, threads)
-    return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=backend.device.type == "cuda")
-
-
-def describe_input(config: Config, source: ClipSource, backend: Backend) -> str:
-    workers = f"{config.pipeline.workers} workers a process"
-    if config.pipeline.loader == "torch":
-        return f"decoder {source.decoder} in {workers}"
-    feed = describe(choose_feed(source.manifest_path, backend.device), backend.device, source.decoder)
-    return f"{feed}; {dali_threads(config, backend.topology)} threads and {workers}"
-
-
-def dali_threads(config: Config, topology: Topology) -> int:
-    """Half of a rank's cores, where nothing else is said: the loader's processes and the step have the rest."""
-    return config.pipeline.dali_threads or max(1, int(cores_of_rank(topology) / 2))
-
-
-def cores_of_rank(topology: Topology) -> float:
-    """Those that the launcher has bound this rank to, as Slurm does with --cpus-per-task; else its part of the node's."""
-    mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    return mine / topology.local_size if mine == all_cores else mine
-
-
-def open_manifest(config: Config, split: str) -> Manifest:
-    """A split's manifest, checked against the configuration. Raises DataError that says how to mend it."""
-    path = CHECKOUT / config.data.root / getattr(config.data, split)
-    remedy = f" Fix: {config.data.prepare}" if config.data.prepare else ""
+def open_manifest(data: DataConfig, split: str) -> Manifest:
+    """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing or has other classes."""
+    path = CHECKOUT / data.root / getattr(data, split)
+    remedy = f" Fix: {data.prepare}" if data.prepare else ""
     try:
         manifest = Manifest.open(path)
     except ManifestError as error:
         raise DataError(f"{error}.{remedy}" if remedy else str(error)) from error
-    if len(manifest.classes) != config.data.num_classes:
-        raise DataError(f"{path} has {len(manifest.classes)} classes, but data.num_classes={config.data.num_classes}")
+    if len(manifest.classes) != data.num_classes:
+        raise DataError(f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}")
     return manifest
 
 
-def augmentation_of(config: Config) -> Augmentation:
-    """What training does to clips: a part of the recipe."""
-    pipeline = config.pipeline
-    pairs = config.data.mirrored_words if pipeline.flip == "relabel" else []
+def find_decoder(pipeline: PipelineConfig) -> str:
+    """Choose the decoder of the loader's worker processes.
+
+    Raises ConfigError with the fix if that decoder, or DALI where the configuration asks for it, is not installed.
+    """
+    try:
+        if pipeline.loader == "dali":
+            import_dali()
+        return choose_decoder(pipeline.decoder)
+    except (DaliError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def source_of(pipeline: PipelineConfig, manifest: Manifest, device: torch.device) -> ClipSource:
+    """Build the clip source of a manifest."""
+    decoder = find_decoder(pipeline)
+    if pipeline.loader == "dali":
+        # Probes what DALI can decode, which takes a moment: now, and not while the first batch is due.
+        choose_feed(manifest.path, device)
+    return ClipSource(manifest.path, decoder)
+
+
+def augmentation_of(model: ModelConfig, data: DataConfig, pipeline: PipelineConfig) -> Augmentation:
+    """Derive the augmentation of training clips, which is part of the recipe."""
+    pairs = data.mirrored_words if pipeline.flip == "relabel" else []
     return Augmentation(
-        num_frames=config.model.num_frames,
+        num_frames=model.num_frames,
         size=pipeline.size,
         sampling=pipeline.sampling,
         crop_scales=tuple(pipeline.crop_scales),
@@ -94,21 +70,49 @@ def augmentation_of(config: Config) -> Augmentation:
     )
 
 
-def protocol_of(config: Config) -> EvalProtocol:
-    """How clips are evaluated: no part of the recipe, so that a run can be evaluated in any way."""
-    evaluation, clips = config.evaluation, config.evaluation.clips
+def training_clips_of(source: ClipSource, augmentation: Augmentation, seed: int) -> TrainingClips:
+    """Build the training dataset. Raises ConfigError if the flip does not suit the classes."""
+    try:
+        return TrainingClips(source, augmentation, seed)
+    except ValueError as error:
+        raise ConfigError(f"pipeline.flip={augmentation.flip}: {error}") from error
+
+
+def protocol_of(model: ModelConfig, pipeline: PipelineConfig, evaluation: EvaluationConfig) -> EvalProtocol:
+    """Derive the evaluation protocol. It is not part of the recipe, so any run can be evaluated by any protocol."""
     return EvalProtocol(
-        num_frames=config.model.num_frames,
-        size=config.pipeline.size,
-        clips=f"{config.pipeline.sampling}_validation" if clips == "validation" else clips,
+        num_frames=model.num_frames,
+        size=pipeline.size,
+        clips=f"{pipeline.sampling}_validation" if evaluation.clips == "validation" else evaluation.clips,
         crops=evaluation.crops,
         full_resolution=evaluation.full_resolution,
         portrait_bug=evaluation.portrait_bug,
     )
 
 
-def training_clips_of(config: Config, source: ClipSource) -> TrainingClips:
-    try:
-        return TrainingClips(source, augmentation_of(config), config.seed)
-    except ValueError as error:
-        raise ConfigError(f"pipeline.flip={config.pipeline.flip}: {error}") from error
+def make_loader(pipeline: PipelineConfig, dataset: TrainingClips | EvaluationClips, backend: Backend) -> Loader:
+    """Build the loader of a dataset, for this rank's device."""
+    if pipeline.loader == "dali":
+        threads = dali_threads(pipeline, backend.topology)
+        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, backend.device, threads)
+    return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=backend.device.type == "cuda")
+
+
+def describe_input(pipeline: PipelineConfig, source: ClipSource, backend: Backend) -> str:
+    """Describe decoder, threads and workers in one line."""
+    workers = f"{pipeline.workers} workers a process"
+    if pipeline.loader == "torch":
+        return f"decoder {source.decoder} in {workers}"
+    feed = describe(choose_feed(source.manifest_path, backend.device), backend.device, source.decoder)
+    return f"{feed}; {dali_threads(pipeline, backend.topology)} threads and {workers}"
+
+
+def dali_threads(pipeline: PipelineConfig, topology: Topology) -> int:
+    """Return the configured number of DALI threads, or half of the rank's cores: workers and step need the others."""
+    return pipeline.dali_threads or max(1, int(cores_of_rank(topology) / 2))
+
+
+def cores_of_rank(topology: Topology) -> float:
+    """Return the cores that the launcher bound this rank to (Slurm: --cpus-per-task), else its share of the node's."""
+    mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return mine / topology.local_size if mine == all_cores else mine

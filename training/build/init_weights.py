@@ -1,6 +1,6 @@
-"""The weights that a run starts from: random, torchvision's ImageNet weights, or those in a file or a checkpoint of ours.
+"""Find and load the initial weights of a run: random, torchvision's ImageNet weights, a file, or a checkpoint folder.
 
-Rank 0 alone reads; nothing is downloaded, and nothing in a file is executed.
+Only rank 0 reads. Nothing is downloaded, and no code in a file is executed.
 """
 
 import hashlib
@@ -26,25 +26,31 @@ from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys, from_official, tensors_in, trained_with
 
 RANDOM, IMAGENET = "random", "imagenet"
-_NETWORK_FILE = "network.safetensors"  # in a checkpoint of ours
+TEMPORAL_SETTINGS = ("shift", "direction", "fold_div", "temporal_pool")
+"""Keys of ModelConfig that change the network's function without changing its tensors.
+
+`num_frames` is not one: a TSN is often evaluated with more frames than it was trained with."""
+
+# In a checkpoint written by this project.
+_NETWORK_FILE = "network.safetensors"
 _IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """`identity` decides the result and stands in the recipe: `random`, or `sha256:...` of the file at `path`."""
+    """Identity and location of initial weights. The identity is part of the recipe: `random`, or `sha256:...` of the file."""
 
     identity: str
     path: Path | None = None
 
 
 def find_initial_weights(model: ModelConfig, checkout: Path, resumed_from: str | None) -> InitialWeights:
-    """Find and identify what `model.init` names, without looking into it; a relative path starts in the checkout.
+    """Find and identify what `model.init` names, without parsing it. A relative path starts in the checkout.
 
-    `resumed_from`: the identity in the checkpoint that a run goes on from, None for a new run. A resumed run needs no file:
-    if it is gone, it is taken for the one that the checkpoint names.
+    `resumed_from`: the identity in the checkpoint that a run resumes from, None for a new run. A resumed run does not need
+    the file: if it is gone, the identity is the checkpoint's.
 
-    Raises ConfigError, with the fix, when the file is not there or not the one that was meant.
+    Raises ConfigError, with the fix, if a new run's file does not exist or has another sha256 than configured.
     """
     if model.init == RANDOM:
         return InitialWeights(RANDOM)
@@ -67,10 +73,10 @@ def find_initial_weights(model: ModelConfig, checkout: Path, resumed_from: str |
 
 
 def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: InitialWeights) -> str:
-    """Put the weights into a network, in place; returns what was done, in one line.
+    """Load the weights into a network, in place, and return a summary in one line.
 
-    The classifier stays new where the file's is for another number of classes, or for ImageNet's. Non-local blocks, which
-    start as the identity, stay new when the file has none. Everything else must be there, and fit.
+    The classifier stays new if the file's is for another number of classes, or for ImageNet's. Non-local blocks, which start
+    as the identity, stay new if the file has none. Every other tensor must be in the file and have the right shape.
 
     Raises ConfigError that names the file, the tensors and the fix.
     """
@@ -100,7 +106,7 @@ def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: 
 
 
 def _left_new(translated: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_images: bool) -> dict[str, str]:
-    """Name prefixes of what is not taken from a file, each with the reason in words."""
+    """Return name prefixes of the tensors that the file does not provide, each with the reason for the log."""
     new: dict[str, str] = {}
     theirs, ours = translated.get("classifier.weight"), expected["classifier.weight"]
     if theirs is not None and len(theirs) != len(ours):
@@ -128,9 +134,9 @@ def _not_there(model: ModelConfig, path: Path) -> str:
     if model.init == IMAGENET:
         url = _imagenet_url(model.backbone)
         return (
-            f"model.init=imagenet needs torchvision's weights of {model.backbone} in {path}, and a job downloads nothing. "
+            f"model.init=imagenet needs torchvision's weights of {model.backbone} in {path}; a job downloads nothing. "
             f"Fix: mkdir -p {shlex.quote(str(path.parent))} && curl -fL -o {shlex.quote(str(path))} {url} "
-            f"(where there is no network: on a machine that has one, then copy the file there); or {alternatives}"
+            f"(without a network: on a machine that has one, then copy the file); or {alternatives}"
         )
     if path.is_dir():
         steps = sorted([*path.glob("step-*"), *path.glob("checkpoints/step-*")])
@@ -145,52 +151,55 @@ def _check_digest(model: ModelConfig, file: Path, digest: str) -> None:
     if model.init_sha256 is not None and digest != model.init_sha256:
         raise ConfigError(
             f"model.init={model.init}: {file} has the sha256 {digest}, but model.init_sha256={model.init_sha256}. "
-            "Fix: fetch the file anew, or correct model.init_sha256"
+            "Fix: fetch the file again, or correct model.init_sha256"
         )
     prefix = re.search(r"-([0-9a-f]{8,})\.", file.name)
     if model.init == IMAGENET and prefix and not digest.startswith(prefix[1]):
         raise ConfigError(
-            f"model.init=imagenet: {file} is not what its name says: its sha256 is {digest}. Fix: rm {shlex.quote(str(file))}, "
-            f"then curl -fL -o {shlex.quote(str(file))} {_imagenet_url(model.backbone)}"
+            f"model.init=imagenet: {file} is not what its name says: its sha256 is {digest}. "
+            f"Fix: rm {shlex.quote(str(file))}, then curl -fL -o {shlex.quote(str(file))} {_imagenet_url(model.backbone)}"
         )
 
 
 def _read(init: str, path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """The tensors by the file's own names; and what is known of how they were trained, by keys of the configuration."""
+    """Return the tensors by the file's names, and the ModelConfig settings that they were trained with, as far as known."""
     try:
         if path.is_dir():
             checkpoint = load_checkpoint(path)
             trained_as: dict[str, Any] = checkpoint.state.get("recipe", {}).get("model", {})
-            shapes = ("shift", "direction", "fold_div", "temporal_pool")
-            return checkpoint.network, {key: trained_as[key] for key in shapes if key in trained_as}
+            return checkpoint.network, {key: trained_as[key] for key in TEMPORAL_SETTINGS if key in trained_as}
         saved = load_file(path) if path.suffix == ".safetensors" else _unpickled(init, path)
     except (CheckpointError, SafetensorError, OSError) as error:
-        raise ConfigError(f"model.init={init} cannot be read: {error}. Fix: copy it anew, or choose another") from error
+        raise ConfigError(
+            f"model.init={init} cannot be read: {error}. Fix: copy it again, or choose another"
+        ) from error
     tensors = tensors_in(saved)
     return tensors, trained_with(tensors)
 
 
 def _unpickled(init: str, path: Path) -> Mapping[str, Any]:
-    """What torch.save wrote, as long as that is tensors and plain values."""
+    """Load what torch.save wrote if it is only tensors and plain values."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file written with another one
+            # Of a file that was written with another protocol.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")
         named = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0])
-        tensors_alone = (
+        keep_tensors = (
             "import sys, torch; saved = torch.load(sys.argv[1], 'cpu', weights_only=False); "
             "torch.save(dict(saved.get('state_dict', saved)), sys.argv[2])"
         )
         raise ConfigError(
             f"model.init={init} holds more than tensors, or is damaged ({named}); nothing in it was executed. Fix, if you trust "
-            f'where it is from: python -c "{tensors_alone}" {shlex.quote(str(path))} TENSORS.pth, and model.init=TENSORS.pth'
+            f'where it is from: python -c "{keep_tensors}" {shlex.quote(str(path))} TENSORS.pth, and model.init=TENSORS.pth'
         ) from error
-    except Exception as error:  # a damaged file can end in any of a dozen ways
+    # A damaged file can raise any of a dozen exceptions.
+    except Exception as error:
         raise ConfigError(
             f"model.init={init} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
-            "Fix: copy it anew, or choose another"
+            "Fix: copy it again, or choose another"
         ) from error
     if not isinstance(saved, Mapping):
         raise ConfigError(

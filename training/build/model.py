@@ -2,7 +2,7 @@
 
 from distributed.backends.base import Backend, broadcast_network
 from distributed.batch_norm.layer import convert_batch_norm
-from training.config.schema import Config
+from training.config.schema import ModelConfig, NumericsConfig
 from training.errors import ConfigError
 from training.recipe import Execution
 from tsm.networks import TemporalNetwork, build_network
@@ -11,13 +11,12 @@ from .init_weights import InitialWeights, load_initial_weights
 from .numerics import place_network
 
 
-def network_of(config: Config) -> TemporalNetwork:
-    """The network that the configuration describes, from random weights. Raises ConfigError for one that cannot be."""
-    model = config.model
+def network_of(model: ModelConfig, num_classes: int) -> TemporalNetwork:
+    """Build the network with random weights. Raises ConfigError if these settings do not go together."""
     try:
         return build_network(
             model.backbone,
-            config.data.num_classes,
+            num_classes,
             model.num_frames,
             model.shift,  # type: ignore[arg-type]
             model.direction,  # type: ignore[arg-type]
@@ -32,16 +31,21 @@ def network_of(config: Config) -> TemporalNetwork:
         raise ConfigError(f"model: {error}") from error
 
 
-def _build_network(
-    config: Config, backend: Backend, execution: Execution, first: InitialWeights | None
+def training_network_of(
+    model: ModelConfig,
+    num_classes: int,
+    numerics: NumericsConfig,
+    backend: Backend,
+    execution: Execution,
+    initial: InitialWeights | None,
 ) -> tuple[TemporalNetwork, str]:
-    """The network on its device, with batch norm over the recipe's groups, and rank 0's weights everywhere.
+    """Build the network for training: on its device, with BN over the recipe's groups, and rank 0's weights on every rank.
 
-    `first`: the weights that rank 0 starts a new run from; the words say what was done with them.
+    `initial`: on rank 0 of a new run, the weights to start from. Returns the network and a summary of what was loaded.
     """
-    network = network_of(config)
+    network = network_of(model, num_classes)
     convert_batch_norm(network, backend, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
-    place_network(network, backend.device, config.numerics)
-    initial_weights = "" if first is None else load_initial_weights(network, config.model, first)
+    place_network(network, backend.device, numerics)
+    summary = "" if initial is None else load_initial_weights(network, model, initial)
     broadcast_network(backend, network)
-    return network.train(), initial_weights
+    return network.train(), summary

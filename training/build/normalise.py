@@ -7,15 +7,13 @@ from training.config.schema import NumericsConfig
 
 from .numerics import parameter_dtype
 
-# ImageNet's statistics, in levels of 0 to 255 (the official TSM normalises with them).
+# ImageNet's mean and standard deviation of each channel, in levels of 0 to 255, as in the official TSM.
 _MEAN_C = (123.675, 116.28, 103.53)
-
-
 _STD_C = (58.395, 57.12, 57.375)
 
 
 class Normaliser:
-    """Moves uint8 clips to the device and to normalised numbers there: an eighth of float64's, a quarter of float32's traffic."""
+    """Copies uint8 clips to the device and normalises them there: a quarter of the traffic of float32 clips."""
 
     def __init__(self, device: torch.device, numerics: NumericsConfig) -> None:
         self.device = device

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from training.config.schema import Config
+from training.config.schema import Config, ModelConfig
 from training.errors import ConfigError
 from training.recipe import Recipe
 from training.schedule import Schedule, scaled_rate
@@ -12,9 +12,10 @@ from .data import augmentation_of
 
 
 def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weights: str | None = None) -> Recipe:
-    """Derive the recipe: the peak rate from linear scaling, and everything that was said in epochs in steps.
+    """Derive the recipe: the peak rate by the scaling rule, and lengths in epochs as steps.
 
-    `initial_weights` identifies what `model.init` names (init_weights.py): a file may move, its content decides the result.
+    `initial_weights`: the identity of what `model.init` names (init_weights.py), because its content decides the result
+    and its path does not.
     """
     batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
     if num_rows < batch.global_batch:
@@ -45,14 +46,14 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
             factor=schedule.factor,
             end=schedule.end,
         ),
-        model=_model_recipe(config, initial_weights or config.model.init),
+        model=_model_recipe(config.model, initial_weights or config.model.init),
         optimizer=asdict(optimizer),
-        augmentation=asdict(augmentation_of(config)),
+        augmentation=asdict(augmentation_of(config.model, config.data, config.pipeline)),
         numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
     )
 
 
-def _model_recipe(config: Config, initial_weights: str) -> dict[str, Any]:
-    model = asdict(config.model) | {"init": initial_weights}
-    del model["init_sha256"]
-    return model
+def _model_recipe(model: ModelConfig, initial_weights: str) -> dict[str, Any]:
+    settings = asdict(model) | {"init": initial_weights}
+    del settings["init_sha256"]
+    return settings

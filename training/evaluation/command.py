@@ -1,7 +1,7 @@
 """The command of evaluate.py: evaluate a run's checkpoint or the weights in a file, with any number of processes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from runtime import run_layout
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_DATA, EXIT_DONE
 from training.build.data import make_loader, open_manifest, protocol_of, source_of
-from training.build.init_weights import RANDOM, find_initial_weights, load_initial_weights
+from training.build.init_weights import RANDOM, TEMPORAL_SETTINGS, find_initial_weights, load_initial_weights
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import place_network
@@ -31,10 +31,6 @@ from tsm.official import WeightsError, check_keys
 from .evaluate import Evaluation, evaluate
 from .saved_logits import Origin, save_logits
 
-# These keys change the network's function but none of its tensors, so they must be as in training. The number of frames may
-# differ: a TSN is often evaluated with more frames than it was trained with.
-_SAME_AS_TRAINED = ("shift", "direction", "fold_div", "temporal_pool")
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -48,9 +44,9 @@ class Weights:
 
 def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Evaluate the run `run_id`, or else the weights that `model.init` names. Print the scores and return the exit code."""
-    validation = open_manifest(config, "val")
-    check_agreement(backend, config, [validation.digest])
-    network = network_of(config)
+    validation = open_manifest(config.data, "val")
+    check_agreement(backend, asdict(config) | {"(manifest)": [validation.digest]})
+    network = network_of(config.model, config.data.num_classes)
 
     def load() -> Weights:
         if config.run_id is None:
@@ -62,22 +58,22 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     place_network(network, backend.device, config.numerics)
     broadcast_network(backend, network)
 
-    clips = EvaluationClips(source_of(config, validation, backend.device), protocol_of(config))
+    protocol = protocol_of(config.model, config.pipeline, config.evaluation)
+    clips = EvaluationClips(source_of(config.pipeline, validation, backend.device), protocol)
     evaluation = evaluate(
         network,
         Normaliser(backend.device, config.numerics),
         clips,
-        make_loader(config, clips, backend),
+        make_loader(config.pipeline, clips, backend),
         backend,
         config.evaluation,
         progress=lambda _: control.progress(weights.step, "evaluation"),
     )
     if backend.topology.rank == 0:
-        protocol = clips.protocol.name
-        _print_scores(evaluation, weights, protocol, config.evaluation.amp)
+        _print_scores(evaluation, weights, protocol.name, config.evaluation.amp)
         if config.evaluation.save_logits:
             folder = CHECKOUT / config.outputs / weights.name / run_layout.LOGITS
-            _save(folder, evaluation, weights, validation, protocol, config.evaluation)
+            _save(folder, evaluation, weights, validation, protocol.name, config.evaluation)
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
 
 
@@ -109,7 +105,7 @@ def _load_run(folder: RunFolder, which: str, model: ModelConfig, network: Tempor
     if checkpoint is None:
         raise ConfigError(f"{folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
     recipe = checkpoint.state["recipe"]
-    for key in _SAME_AS_TRAINED:
+    for key in TEMPORAL_SETTINGS:
         then, now = recipe["model"][key], getattr(model, key)
         if then != now:
             raise ConfigError(f"{run_id} was trained with model.{key}={then}, not {now}. Fix: model.{key}={then}")

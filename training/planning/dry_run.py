@@ -17,7 +17,7 @@ from pipelines.loading.clips import ClipSource
 from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE
-from training.build.data import find_decoder, open_manifest, training_clips_of
+from training.build.data import augmentation_of, find_decoder, open_manifest, training_clips_of
 from training.build.init_weights import find_initial_weights
 from training.build.recipe import recipe_of
 from training.config.load import from_composed
@@ -103,16 +103,17 @@ def make_plan(config: Config) -> Plan:
     plan = Plan(config, world=config.distributed.world_size or config.plan.world_size or 1)
     plan.noting(check_alone)
     for split in ("train", "val"):
-        manifest = plan.noting(lambda split=split: open_manifest(config, split))  # type: ignore[misc]
+        manifest = plan.noting(lambda split=split: open_manifest(config.data, split))  # type: ignore[misc]
         if manifest is not None:
             plan.manifests[split] = manifest
             plan.noting(lambda manifest=manifest: check_files(config, manifest))  # type: ignore[misc]
     if "train" in plan.manifests:
         plan.stored_clip_bytes = fmean(row.length for row in looked_at(plan.manifests["train"]))
-    decoder = plan.noting(lambda: find_decoder(config))
+    decoder = plan.noting(lambda: find_decoder(config.pipeline))
     if "train" in plan.manifests and decoder is not None:
         source = ClipSource(plan.manifests["train"].path, decoder)
-        plan.noting(lambda: training_clips_of(config, source))
+        augmentation = augmentation_of(config.model, config.data, config.pipeline)
+        plan.noting(lambda: training_clips_of(source, augmentation, config.seed))
     folder = RunFolder(CHECKOUT / config.outputs / (config.run_id or "new"))
     checkpoint = plan.noting(lambda: _find_start(plan, folder))
     _derive(plan)
@@ -145,7 +146,7 @@ def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:
     if plan.config.run_id is None:
         checkpoint, first = None, find_initial_weights(plan.config.model, CHECKOUT, None)
     else:
-        checkpoint, first = find_start(plan.config, folder)
+        checkpoint, first = find_start(plan.config.model, folder)
     plan.weights = first.identity
     return checkpoint
 

@@ -24,14 +24,16 @@ class NetworkFigures:
 def network_figures(config: Config) -> NetworkFigures:
     """Raises ConfigError for a network that cannot be."""
     with torch.device("meta"):
-        network = network_of(config)
+        network = network_of(config.model, config.data.num_classes)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     trained = sum(size for size, learns in sizes if learns)
     width = {"float16": 2, "float32": 8 if config.numerics.dtype == "float64" else 4}[config.distributed.gradient_dtype]
     return NetworkFigures(
         parameters=sum(size for size, _ in sizes),
         trained_parameters=trained,
-        clip_multiply_adds=clip_multiply_adds(lambda: network_of(config), config.pipeline.size),
+        clip_multiply_adds=clip_multiply_adds(
+            lambda: network_of(config.model, config.data.num_classes), config.pipeline.size
+        ),
         gradient_bytes=trained * width,
     )
 

@@ -62,7 +62,7 @@ def step_costs(config: Config, execution: Execution) -> StepCosts:
     """
     messages = _MessageCounter()
     with torch.device("meta"):
-        network = network_of(config)
+        network = network_of(config.model, config.data.num_classes)
         convert_batch_norm(network, messages, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
         place_network(network, torch.device("meta"), config.numerics)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:

@@ -26,7 +26,7 @@ def describe_plan(job: Job) -> str:
         f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
         *([f"weights    {job.initial_weights}"] if job.initial_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
-        f"input      {describe_input(job.config, source, job.backend)}",
+        f"input      {describe_input(job.config.pipeline, source, job.backend)}",
         *describe_execution(job.execution),
         *describe_batch_norm(job.trainer.network, job.execution),
         describe_gradients(job.config, figures),

@@ -1,8 +1,7 @@
-"""Resume a run from its newest checkpoint."""
+"""Resume a run: find its newest checkpoint, check that recipe and code are the same, restore the state."""
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 from distributed.backends.base import Backend, broadcast_network
 from distributed.batch_norm.running_statistics import set_running_statistics
 from distributed.checkpoint.store import Checkpoint, load_newest
-from training.build.data import CHECKOUT
+from runtime.checkout import CHECKOUT
 from training.build.init_weights import InitialWeights, find_initial_weights
-from training.config.schema import Config
+from training.config.schema import Config, ModelConfig
 from training.errors import ConfigError
 from training.optim.ema import EMA, PREFIX
 from training.optim.optimizers import optimizer_tensors
@@ -24,12 +23,12 @@ from .code_version import check_code
 from .run_folder import RunFolder
 
 STATISTICS_BY_RANK = "batch_norm.statistics_by_rank"
-"""Name of every rank's own running statistics in a checkpoint of the deterministic mode, shape (ranks, numbers)."""
+"""Tensor name of the running statistics of every rank in checkpoints of deterministic mode. Shape (ranks, statistics)."""
 
 
-def check_agreement(backend: Backend, config: Config, manifest_digests: list[str]) -> None:
-    """Refuse to train when ranks were started with different configurations or data; names them and the keys."""
-    mine = _flat(asdict(config)) | {"(manifest)": manifest_digests}
+def check_agreement(backend: Backend, settings: dict[str, Any]) -> None:
+    """Raise ConfigError on all ranks if their settings differ; the message names ranks and keys. Collective."""
+    mine = _flat(settings)
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     digests = backend.all_gather_objects(digest)
     if len(set(digests)) == 1:
@@ -51,55 +50,52 @@ def check_agreement(backend: Backend, config: Config, manifest_digests: list[str
     )
 
 
-def _flat(nested: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
-def state_tensors(network: TemporalNetwork, optimizer: torch.optim.Optimizer, average: EMA | None) -> dict[str, Tensor]:
-    """What a checkpoint holds by name beside the network; the tensors are the live ones."""
-    return optimizer_tensors(network, optimizer) | (average.tensors() if average else {})
+def state_tensors(network: TemporalNetwork, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, Tensor]:
+    """Return the live tensors that a checkpoint holds beside the network, by name."""
+    return optimizer_tensors(network, optimizer) | (ema.tensors() if ema else {})
 
 
 def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """A run's newest whole checkpoint; says which broken ones were passed over."""
+    """Load a run's newest whole checkpoint, if any, and log the broken ones that were skipped."""
     checkpoint, broken = load_newest(folder.checkpoints)
     for line in broken:
-        print(f"passed over: {line}", flush=True)
+        print(f"skipped checkpoint: {line}", flush=True)
     return checkpoint
 
 
-def find_start(config: Config, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
-    """On rank 0: the checkpoint that this run goes on from, if any, and what its first weights are or were."""
+def find_start(model: ModelConfig, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
+    """On rank 0: find the checkpoint that this run resumes from, if any, and the run's initial weights."""
     checkpoint = newest_checkpoint(folder)
     before = None if checkpoint is None else checkpoint.state["recipe"]["model"].get("init", "random")
-    return checkpoint, find_initial_weights(config.model, CHECKOUT, before)
+    return checkpoint, find_initial_weights(model, CHECKOUT, before)
 
 
 def check_same(config: Config, recipe: Recipe, code: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """On rank 0: refuse to go on from a checkpoint of another recipe or other code, unless the configuration allows it."""
-    before, now = checkpoint.state["recipe"], recipe.as_dict()
-    before_flat, now_flat = _flat(before), _flat(now)
-    differing = [key for key in now_flat if now_flat[key] != before_flat.get(key)]
+    """On rank 0: raise ConfigError if recipe or code differ from the checkpoint's, unless the configuration allows it."""
+    before, now = _flat(checkpoint.state["recipe"]), _flat(recipe.as_dict())
+    differing = [key for key in now if now[key] != before.get(key)]
     if differing and not config.checkpoint.allow_recipe_change:
-        shown = "; ".join(f"{key}: {before_flat.get(key)!r} then, {now_flat[key]!r} now" for key in differing[:8])
+        shown = "; ".join(f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in differing[:8])
         raise ConfigError(
             f"{folder.path} holds a run of another recipe ({shown}). "
-            "Fix: choose another run_id, or go on with checkpoint.allow_recipe_change=true"
+            "Fix: choose another run_id, or resume with checkpoint.allow_recipe_change=true"
         )
     check_code(config, code, folder, checkpoint)
     print(f"resuming {folder.path.name} from step {checkpoint.state['step']}", flush=True)
 
 
-def _restore(
-    backend: Backend, network: TemporalNetwork, live: dict[str, Tensor], checkpoint: Checkpoint | None
-) -> None:
-    """Give every rank the checkpoint that rank 0 read; `live`: the tensors of `state_tensors`.
+def restore(backend: Backend, network: TemporalNetwork, live: dict[str, Tensor], checkpoint: Checkpoint | None) -> None:
+    """Copy the checkpoint that rank 0 read into the network and the `live` tensors (`state_tensors`) of every rank.
 
-    What another recipe has no state of starts as in a new run: an average from the weights, an optimizer from rest.
-    Raises ConfigError for the checkpoint of a network of other shapes.
+    State that the checkpoint lacks, because its recipe had none, starts as in a new run: the EMA from the weights, an
+    optimizer from zero. Raises ConfigError if the checkpoint is of a network with other shapes.
     """
     if checkpoint is not None:
         try:
@@ -109,15 +105,15 @@ def _restore(
                 f"the checkpoint is of another network: {error}. "
                 "Fix: choose another run_id, and start from these weights with model.init=FOLDER"
             ) from error
-        first = {PREFIX + name: weight.detach() for name, weight in network.named_parameters()}
+        initial = {PREFIX + name: weight.detach() for name, weight in network.named_parameters()}
         absent = [name for name in live if name not in checkpoint.optimizer]
         for name, tensor in live.items():
-            tensor.copy_(checkpoint.optimizer.get(name, first.get(name, tensor)))
+            tensor.copy_(checkpoint.optimizer.get(name, initial.get(name, tensor)))
         if absent:
             kinds = ", ".join(
-                sorted({"the average of weights" if name in first else name.split(".")[-1] for name in absent})
+                sorted({"the EMA of weights" if name in initial else name.split(".")[-1] for name in absent})
             )
-            print(f"the checkpoint has no state for {kinds}: it starts anew", flush=True)
+            print(f"the checkpoint has no state for {kinds}: it starts as in a new run", flush=True)
     broadcast_network(backend, network)
     for name, tensor in live.items():
         dense = tensor.contiguous()
@@ -125,8 +121,8 @@ def _restore(
         tensor.copy_(dense)
 
 
-def _restore_own_statistics(backend: Backend, network: TemporalNetwork, checkpoint: Checkpoint | None) -> None:
-    """Each rank's own running statistics, where the checkpoint has them of as many ranks; else they stay the mean."""
+def restore_own_statistics(backend: Backend, network: TemporalNetwork, checkpoint: Checkpoint | None) -> None:
+    """Restore each rank's own running statistics if the checkpoint has them for this world size; else keep their mean."""
     rows_RS = None if checkpoint is None else checkpoint.optimizer.get(STATISTICS_BY_RANK)
     shape = backend.broadcast_object(None if rows_RS is None else list(rows_RS.shape))
     if shape is None or shape[0] != backend.topology.size:

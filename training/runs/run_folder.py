@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, where it came from, its records, checkpoints and success marker."""
+"""The run folder: configuration, provenance, metrics, checkpoints and success marker."""
 
 import importlib.metadata
 import platform
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 
 class RunFolder:
-    """Paths inside `outputs/<run_id>`; rank 0 writes there, other ranks only read."""
+    """Paths inside `outputs/<run_id>`. Rank 0 writes there, other ranks only read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,30 +49,29 @@ class RunFolder:
         self.provenance = path / run_layout.PROVENANCE
         self.outcome = path / run_layout.OUTCOME
 
-    def create(self, config: Config, topology: Topology, hosts: list[str], first_step: int) -> None:
-        """Make the folder and write what the run was started with; a resumed run adds to its provenance."""
-        self.write_config(config)
-        self.checkpoints.mkdir(exist_ok=True)
-        record_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
-
     def write_config(self, config: Config) -> None:
-        """Make the folder if need be, and write what it was started with: whole or not at all, for a requeued job reads it."""
+        """Make the folder if it is not there, and write config.yaml. Atomic, because a requeued job reads that file."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
         except OSError as error:
             raise ConfigError(
-                f"cannot make the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
+                f"cannot create the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
             ) from error
 
+    def record_start(self, topology: Topology, hosts: list[str], first_step: int) -> None:
+        """Append this start to provenance.json."""
+        self.checkpoints.mkdir(exist_ok=True)
+        record_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
 
-def new_run_id(config: Config, topology: Topology) -> str:
-    """What a run is called when nobody said: the launcher's job, so that a requeued job finds its folder, else the time."""
-    return topology.job_id or f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+def new_run_id(name: str, topology: Topology) -> str:
+    """Return the launcher's job id, so that a requeued job finds its folder; without one, name and time."""
+    return topology.job_id or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def provenance(topology: Topology, hosts: list[str]) -> dict[str, Any]:
-    """Which code, packages, launcher and hosts a start was made of."""
+    """Describe code, packages, launcher and hosts of a start."""
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -94,7 +93,7 @@ def _version(package: str) -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says of the checkout; None where there is no git, or a checkout that was copied without its history."""
+    """Run git in the checkout and return its output; None if there is no git, or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

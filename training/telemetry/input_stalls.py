@@ -33,7 +33,7 @@ class ClipWorkers:
         cores = cores_of_rank(backend.topology)
         if config.pipeline.loader == "torch":
             return cls(config.pipeline.workers, cores)
-        threads = dali_threads(config, backend.topology)
+        threads = dali_threads(config.pipeline, backend.topology)
         return cls(threads, cores, "pipeline.dali_threads" if backend.device.type == "cpu" else None)
 
     def workers_needed(self, step_s: float, wait_s: float) -> int:

@@ -631,7 +631,7 @@ def test_the_job_opens_these_manifests(something_v1: Path) -> None:
 
     assert run("something-v1", "--root", something_v1) == 0
     config = Config(data=DataConfig(name="something_v1", root=str(something_v1), num_classes=3))
-    assert np.bincount(open_manifest(config, "train").labels()).tolist() == [1, 1, 1]
+    assert np.bincount(open_manifest(config.data, "train").labels()).tolist() == [1, 1, 1]
     config.data.num_classes = 174
     with pytest.raises(DataError, match=r"has 3 classes, but data.num_classes=174"):
-        open_manifest(config, "train")
+        open_manifest(config.data, "train")

@@ -42,10 +42,8 @@ def model_of(init: object, **changes: Any) -> ModelConfig:
 
 
 def new_network(model: ModelConfig, classes: int = CLASSES) -> TemporalNetwork:
-    config = Config(model=model)
-    config.data.num_classes = classes
     torch.manual_seed(0)
-    return network_of(config)
+    return network_of(model, classes)
 
 
 def start(init: object, classes: int = CLASSES, **changes: Any) -> tuple[TemporalNetwork, str]:

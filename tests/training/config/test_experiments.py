@@ -155,7 +155,8 @@ def test_documented_variants_compose(override: str) -> None:
 
 @pytest.mark.parametrize("name", ["something_v1", "something_v2", "jester"])
 def test_labels_can_follow_the_mirror(name: str) -> None:
-    augmentation = augmentation_of(experiment(name, "pipeline.flip=relabel"))
+    config = experiment(name, "pipeline.flip=relabel")
+    augmentation = augmentation_of(config.model, config.data, config.pipeline)
     assert ("left", "right") in augmentation.mirrored_words
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from pipelines.prepare.shapes.drawing import CLASSES
+from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.frame_sampling import EVALUATION_RULES
 from pipelines.stream.mirror_labels import mirrored_labels
@@ -15,6 +16,15 @@ from training.config.schema import Config
 from training.errors import ConfigError
 
 from .test_config import config_of, smoke
+
+
+def protocol_in(config: Config) -> EvalProtocol:
+    return protocol_of(config.model, config.pipeline, config.evaluation)
+
+
+def augmentation_in(config: Config) -> Augmentation:
+    return augmentation_of(config.model, config.data, config.pipeline)
+
 
 PROTOCOLS = {
     "validation": EvalProtocol(8, 32, "uniform_validation"),
@@ -27,14 +37,14 @@ PROTOCOLS = {
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_protocols_of_the_configuration(name: str) -> None:
-    assert protocol_of(config_of("experiment=smoke", f"evaluation={name}")) == PROTOCOLS[name]
+    assert protocol_in(config_of("experiment=smoke", f"evaluation={name}")) == PROTOCOLS[name]
 
 
 def test_a_run_validates_as_it_samples() -> None:
-    assert protocol_of(smoke()) == PROTOCOLS["validation"]
+    assert protocol_in(smoke()) == PROTOCOLS["validation"]
     dense = config_of("experiment=smoke", "pipeline.sampling=dense")
-    assert protocol_of(dense) == EvalProtocol(8, 32, "dense_validation")
-    assert all(protocol_of(config).clips in EVALUATION_RULES for config in (smoke(), dense))
+    assert protocol_in(dense) == EvalProtocol(8, 32, "dense_validation")
+    assert all(protocol_in(config).clips in EVALUATION_RULES for config in (smoke(), dense))
 
 
 def test_an_experiment_keeps_its_batch_under_another_protocol() -> None:
@@ -65,8 +75,8 @@ def test_what_training_does_to_clips_is_a_part_of_the_recipe(override: str) -> N
 
 def test_words_count_where_labels_are_exchanged() -> None:
     words = "data.mirrored_words=[[Left,right]]"
-    assert augmentation_of(config_of("experiment=smoke", words)) == augmentation_of(smoke())
-    relabel = augmentation_of(config_of("experiment=smoke", words, "pipeline.flip=relabel"))
+    assert augmentation_in(config_of("experiment=smoke", words)) == augmentation_in(smoke())
+    relabel = augmentation_in(config_of("experiment=smoke", words, "pipeline.flip=relabel"))
     assert (relabel.flip, relabel.mirrored_words) == ("relabel", (("left", "right"),))
 
 

@@ -168,7 +168,7 @@ class _OnRealTensors(LiveBytes):
 
     def __init__(self, config: Config, execution: Execution) -> None:
         super().__init__()
-        network = network_of(config)
+        network = network_of(config.model, config.data.num_classes)
         alone = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "localhost"), torch.device("cpu"))
         convert_batch_norm(network, alone, execution.bn_ghosts, [], execution.accumulation)
         with self:
@@ -198,7 +198,7 @@ def test_memory_is_what_torchs_own_tracker_counts() -> None:
 
     config = small()
     with torch.device("meta"):
-        network = network_of(config)
+        network = network_of(config.model, config.data.num_classes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         optimizer = make_optimizer(network, config.optimizer)
@@ -238,7 +238,7 @@ def test_checkpoint_bytes_are_those_of_the_files(tmp_path: Path, overrides: list
     from training.optim.ema import EMA
 
     config = small(*overrides)
-    network = network_of(config)
+    network = network_of(config.model, config.data.num_classes)
     optimizer, decay = make_optimizer(network, config.optimizer), config.optimizer.ema_decay
     average = None if decay is None else EMA(network, decay)
     saved = Checkpoint(network.state_dict(), state_tensors(network, optimizer, average), {"step": 1})

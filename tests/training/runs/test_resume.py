@@ -285,7 +285,9 @@ def test_state_that_another_recipe_adds_starts_anew(
     for name, average in job.trainer.ema.tensors().items():
         assert average.equal(saved.network[name.removeprefix("average.")]), name
     assert all(not state["exp_avg"].any() for state in job.trainer.optimizer.state.values())
-    assert "has no state for exp_avg, exp_avg_sq, the average of weights: it starts anew" in capsys.readouterr().out
+    assert (
+        "has no state for exp_avg, exp_avg_sq, the EMA of weights: it starts as in a new run" in capsys.readouterr().out
+    )
 
 
 def steps_of(job: Job, kind: str, key: str) -> list[int]:
