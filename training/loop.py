@@ -1,4 +1,4 @@
-"""The training loop: steps until the recipe's end, with records, evaluations and checkpoints on the way."""
+"""The training loop: take steps to the recipe's end, and log, evaluate and save on the way."""
 
 from collections import deque
 
@@ -15,89 +15,128 @@ from .checkpointing import Checkpointer, check_finished
 from .job import Job
 from .signals import StopSignal
 
-STEPS_IN_FLIGHT = 2  # how far a host runs ahead of its GPU; bounds when ranks can agree to stop
+STEPS_IN_FLIGHT = 2
+"""Steps that the host may run ahead of its GPU. It bounds how far ahead ranks agree on a step to stop at."""
 
 
-def train(job: Job, records: MetricsLog) -> int:
-    """Train to the recipe's end, or to a stop that all ranks agree on; the exit code."""
-    config, recipe, control = job.config, job.recipe, job.control
-    epoch_ends = {recipe.epoch_end_step(epoch): epoch for epoch in range(1, int(recipe.epochs) + 2)}
-    last_step = min(recipe.total_steps, config.max_steps or recipe.total_steps)
-    plan = job.execution.stream_positions(job.backend.topology.rank, job.first_step, last_step)
-    batches = job.loader(job.training_clips).batches(plan)
-    window = LogInterval(job)
-    diagnostics = _diagnostics(job) if config.logger.diagnostics else None
-    in_flight = _StepsInFlight(job.backend.device)
-    with StopSignal() as signal, Checkpointer(job, records) as checkpointer:
+def train(job: Job, log: MetricsLog) -> int:
+    """Train to the recipe's end, or to a stop that all ranks agree on. Returns the exit code."""
+    loop = _Loop(job, log)
+    with loop.signal, loop.checkpointer:
+        if loop.evaluation_owed:
+            loop.make_owed_evaluation()
+        while loop.stop_reason is None and loop.taken < loop.last_step:
+            loop.take_step()
+        return loop.finish()
 
-        def evaluate(step: int) -> tuple[bool, str | None]:
-            """Whether the checkpoint behind it is to be kept as the best so far; and why the job stops, where that cut it off."""
-            try:
-                best = validate(job, records, step, lambda: control.stop_wanted(signal.received))
-            except EvaluationStopped:
-                return False, control.stop_reason(signal.received)
-            return best and config.checkpoint.keep_best, None
 
-        taken, stop, owed = job.first_step, None, job.evaluation_owed
-        if owed:
-            best, stop = evaluate(taken)
-            owed = stop is not None
-            if not owed:
-                checkpointer.save(taken, best)
-            window.restart()
-        for step in range(job.first_step, last_step):
-            if stop is not None:
-                break
-            first = step == job.first_step
-            control.progress(step, "start" if first else "input")  # loader workers start with the first clips
-            micro_batches = window.timed_input(step, lambda: [next(batches) for _ in range(job.execution.accumulation)])
-            control.progress(step, "first step" if first else "step")
-            taken = step + 1
-            measured = diagnostics if taken % config.logger.every_steps == 0 else None
-            with window.timed_step():
-                totals = job.trainer.step(step, micro_batches, measured)
-            window.add(step, micro_batches, totals)
-            in_flight.wait()
-            stop = control.agreed_stop(step, in_flight.limit, signal.received)
-            ended = stop is not None or taken == last_step
-            checkpointer.report()
-            save_now = False
-            if taken % config.logger.every_steps == 0 or ended:
-                save_now = window.record(taken, records, checkpointer.due_by_clock())
-            if measured is not None and (values := measured.values()):
-                records.write("diagnostics", taken, **values)
-            epoch, best = epoch_ends.get(taken), False
-            owed = taken == recipe.total_steps or (epoch is not None and epoch % config.evaluation.every_epochs == 0)
-            if owed and stop is None:
-                control.progress(step, "evaluation")
-                window.settle(records)
-                best, stop = evaluate(taken)
-                owed = stop is not None
-                window.restart()
-            if ended or owed or save_now or best or checkpointer.due(taken, epoch):
-                control.progress(step, "checkpoint")
-                window.settle(records)
-                checkpointer.save(taken, best, evaluation_owed=owed)
-                window.restart()
-        window.close(taken, records)
-        failed = checkpointer.finish()
-        if stop is None:
-            check_finished(failed, taken)
+class _Loop:
+    """One start of a run: how far it is, why it stops, and the parts that work on each step."""
+
+    def __init__(self, job: Job, log: MetricsLog) -> None:
+        recipe, settings = job.recipe, job.config.logger
+        self.job, self.log = job, log
+        self.taken = job.first_step
+        """Steps taken, those of earlier starts included."""
+        self.last_step = min(recipe.total_steps, job.config.max_steps or recipe.total_steps)
+        self.stop_reason: str | None = None
+        """Name of the signal that all ranks stop for."""
+        self.evaluation_owed = job.evaluation_owed
+        """The evaluation after `taken` steps is due, and has not been made."""
+        self._epoch_ends = {recipe.epoch_end_step(epoch): epoch for epoch in range(1, int(recipe.epochs) + 2)}
+        self._log_every = settings.every_steps
+        positions = job.execution.stream_positions(job.backend.topology.rank, job.first_step, self.last_step)
+        self._batches = job.loader(job.training_clips).batches(positions)
+        self._interval = LogInterval(job)
+        self._diagnostics: GradientDiagnostics | None = None
+        if settings.diagnostics:
+            trainer = job.trainer
+            self._diagnostics = GradientDiagnostics(trainer.network, trainer.optimizer, job.backend, job.execution)
+        self._in_flight = _StepsInFlight(job.backend.device)
+        self.signal = StopSignal()
+        self.checkpointer = Checkpointer(job, log)
+
+    @property
+    def _ends_here(self) -> bool:
+        return self.stop_reason is not None or self.taken == self.last_step
+
+    def make_owed_evaluation(self) -> None:
+        """Make the evaluation that the previous start did not finish, and save: its checkpoint says that it is owed."""
+        is_best = self._evaluate()
+        if not self.evaluation_owed:
+            self.checkpointer.save(self.taken, is_best)
+        self._interval.restart()
+
+    def take_step(self) -> None:
+        """Take the next step, then log, evaluate and save where that is due."""
+        job, step, interval = self.job, self.taken, self._interval
+        is_first = step == job.first_step
+        # Loader workers start with the first clips.
+        job.control.progress(step, "start" if is_first else "input")
+        accumulation = job.execution.accumulation
+        micro_batches = interval.timed_input(step, lambda: [next(self._batches) for _ in range(accumulation)])
+        job.control.progress(step, "first step" if is_first else "step")
+        self.taken = step + 1
+        log_due = self.taken % self._log_every == 0
+        diagnostics = self._diagnostics if log_due else None
+        with interval.timed_step():
+            totals = job.trainer.step(step, micro_batches, diagnostics)
+        interval.add(step, micro_batches, totals)
+        self._in_flight.wait()
+        self.stop_reason = job.control.agreed_stop(step, self._in_flight.limit, self.signal.received)
+        self.checkpointer.report()
+        save_due_by_clock = False
+        if log_due or self._ends_here:
+            save_due_by_clock = interval.record(self.taken, self.log, self.checkpointer.due_by_clock())
+        if diagnostics is not None and (values := diagnostics.values()):
+            self.log.write("diagnostics", self.taken, **values)
+        self._evaluate_and_save(save_due_by_clock)
+
+    def _evaluate_and_save(self, save_due_by_clock: bool) -> None:
+        job, step, is_best = self.job, self.taken - 1, False
+        epoch = self._epoch_ends.get(self.taken)
+        ends_epoch = epoch is not None and epoch % job.config.evaluation.every_epochs == 0
+        self.evaluation_owed = ends_epoch or self.taken == job.recipe.total_steps
+        if self.evaluation_owed and self.stop_reason is None:
+            job.control.progress(step, "evaluation")
+            self._interval.settle(self.log)
+            is_best = self._evaluate()
+            self._interval.restart()
+        if self._ends_here or save_due_by_clock or is_best or self.checkpointer.due(self.taken, epoch):
+            job.control.progress(step, "checkpoint")
+            self._interval.settle(self.log)
+            self.checkpointer.save(self.taken, is_best, evaluation_owed=self.evaluation_owed)
+            self._interval.restart()
+
+    def _evaluate(self) -> bool:
+        """Evaluate after `taken` steps, unless a stop cuts it off. Returns True if the checkpoint is to be kept as the best."""
+        control = self.job.control
+        try:
+            is_best = validate(self.job, self.log, self.taken, lambda: control.stop_wanted(self.signal.received))
+        except EvaluationStopped:
+            self.stop_reason = control.stop_reason(self.signal.received)
+            return False
+        self.evaluation_owed = False
+        return is_best and self.job.config.checkpoint.keep_best
+
+    def finish(self) -> int:
+        """Wait for the last checkpoint, and log why the loop ended. Returns the exit code."""
+        self._interval.close(self.taken, self.log)
+        failed = self.checkpointer.finish()
+        if self.stop_reason is None:
+            check_finished(failed, self.taken)
             return EXIT_DONE
-        saved = "with a checkpoint" if failed is None else f"with none behind step {checkpointer.newest_step}"
-        owing = ", and the evaluation there still to be made" if owed else ""
-        records.info(
-            f"stopped by {stop} after step {taken}, {saved}{owing}: the same command with run_id={config.run_id} goes on"
+        saved = "with a checkpoint" if failed is None else f"with none after step {self.checkpointer.newest_step}"
+        owed = ", evaluation still owed" if self.evaluation_owed else ""
+        self.log.info(
+            f"stopped by {self.stop_reason} after step {self.taken}, {saved}{owed}: the same command with "
+            f"run_id={self.job.config.run_id} resumes it"
         )
-        return StopSignal.EXIT_CODES[stop]
-
-
-def _diagnostics(job: Job) -> GradientDiagnostics:
-    return GradientDiagnostics(job.trainer.network, job.trainer.optimizer, job.backend, job.execution)
+        return StopSignal.EXIT_CODES[self.stop_reason]
 
 
 class _StepsInFlight:
-    """Keeps the host at most STEPS_IN_FLIGHT steps ahead of its GPU; a CPU has done a step when the call returns."""
+    """Keeps the host at most STEPS_IN_FLIGHT steps ahead of its GPU. On a CPU a step is done when the call returns."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" else None
@@ -106,7 +145,8 @@ class _StepsInFlight:
     def wait(self) -> None:
         if self._events is None:
             return
-        event = torch.cuda.Event(blocking=True)  # the core is for decoders meanwhile
+        # Blocking: decoders use the core meanwhile.
+        event = torch.cuda.Event(blocking=True)
         event.record()
         self._events.append(event)
         if len(self._events) > STEPS_IN_FLIGHT:

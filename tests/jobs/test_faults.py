@@ -203,7 +203,7 @@ def test_a_signal_within_an_evaluation_is_heeded_there_and_costs_no_bit(
         assert ended.left_running == []
         assert len(evaluations(run)) == (step > 5), ended.output
         assert outcome_of(run) | {"time_s": 0} == {"exit_code": 75, "reason": "stopped in good order", "time_s": 0}
-        told = f"stopped by {name} after step {step}, with a checkpoint, and the evaluation there still to be made"
+        told = f"stopped by {name} after step {step}, with a checkpoint, evaluation still owed"
         assert told in log_of(run) and told in node_log(run.name, 1).read_text()
     ended = start(run).wait(START_S)
     assert ended.exit_code == 0, ended.output
