@@ -6,7 +6,7 @@ from typing import Any
 
 from training.errors import ConfigError
 
-from .schema import Config, ModelConfig
+from .schema import Config, ModelConfig, OptimizerConfig, PipelineConfig
 
 _CHOICES = {
     "model.backbone": ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
@@ -31,7 +31,6 @@ _CHOICES = {
     "logger.wandb": ("offline", "online", "disabled"),
 }
 
-
 _POSITIVE = (
     "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size",
     "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "numerics.max_bad_steps_in_a_row",
@@ -40,19 +39,50 @@ _POSITIVE = (
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
 )  # fmt: skip
 
-
 _NOT_NEGATIVE = (
     "pipeline.workers", "data.max_bad_clips", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
     "schedule.warmup_epochs",
 )  # fmt: skip
 
+_NULLABLE_POSITIVE = (
+    "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
+    "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads",
+)  # fmt: skip
+
+_BELOW_ONE = ("model.dropout", "optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing")
+
 
 def check(config: Config) -> None:
     """Raise ConfigError, with the dotted key, for values that no run could use."""
+    _check_ranges(config)
+    _check_initial_weights(config.model)
+    _check_optimizer(config.optimizer)
+    _check_crops(config.pipeline)
+    for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
+        _check_sampling(key, rule, config.model.num_frames)
+    _check_mirror(config.data.mirrored_words, config.pipeline.flip)
+    if config.schedule.warmup_epochs > config.schedule.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is longer than schedule.epochs={config.schedule.epochs}"
+        )
+    for key, amp in (("numerics.amp", config.numerics.amp), ("evaluation.amp", config.evaluation.amp)):
+        if config.numerics.dtype == "float64" and amp != "off":
+            raise ConfigError(f"{key}={amp} lowers precision and numerics.dtype=float64 raises it. Fix: {key}=off")
+    if not all(1 <= len(tag) <= 64 for tag in config.logger.tags):
+        raise ConfigError(f"logger.tags must have 1 to 64 characters each, got {config.logger.tags}")
+    if config.max_steps is not None and config.max_steps < 1:
+        raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
+    if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
+        raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")
+
+
+def _check_ranges(settings: object) -> None:
+    """Check each value that has a fixed range, whatever the others are."""
 
     def value(key: str) -> Any:
         group, name = key.split(".")
-        return getattr(getattr(config, group), name)
+        return getattr(getattr(settings, group), name)
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
@@ -63,54 +93,34 @@ def check(config: Config) -> None:
     for key in _NOT_NEGATIVE:
         if not value(key) >= 0:
             raise ConfigError(f"{key} must be 0 or more, got {value(key)}")
-    if not 0 <= config.model.dropout < 1:
-        raise ConfigError(f"model.dropout must be in [0, 1), got {config.model.dropout}")
-    _check_initial_weights(config.model)
-    for key in ("optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing"):
+    for key in _BELOW_ONE:
         if not 0 <= value(key) < 1:
             raise ConfigError(f"{key} must be in [0, 1), got {value(key)}")
-    if config.optimizer.ema_decay is not None and not 0 < config.optimizer.ema_decay < 1:
-        raise ConfigError(f"optimizer.ema_decay must be in (0, 1), or null, got {config.optimizer.ema_decay}")
-    if config.optimizer.nesterov and (config.optimizer.name != "sgd" or not config.optimizer.momentum):
-        raise ConfigError(
-            f"optimizer.nesterov=true needs optimizer.name=sgd and momentum, "
-            f"got {config.optimizer.name}, {config.optimizer.momentum}"
-        )
-    scales = config.pipeline.crop_scales
-    if not scales or not all(0 < scale <= 1 for scale in scales):
-        raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")
-    _check_sampling(config)
-    _check_mirror(config)
-    if config.schedule.warmup_epochs > config.schedule.epochs:
-        raise ConfigError(
-            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is longer than schedule.epochs={config.schedule.epochs}"
-        )
-    for key in ("numerics.amp", "evaluation.amp"):
-        if config.numerics.dtype == "float64" and value(key) != "off":
-            raise ConfigError(
-                f"{key}={value(key)} lowers precision and numerics.dtype=float64 raises it. Fix: {key}=off"
-            )
-    nullable = (
-        "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
-        "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
-        "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads",
-    )  # fmt: skip
-    for key in nullable:
+    for key in _NULLABLE_POSITIVE:
         if value(key) is not None and not value(key) > 0:
             raise ConfigError(f"{key} must be more than 0, or null, got {value(key)}")
-    if not all(1 <= len(tag) <= 64 for tag in config.logger.tags):
-        raise ConfigError(f"logger.tags must have 1 to 64 characters each, got {config.logger.tags}")
-    if config.max_steps is not None and config.max_steps < 1:
-        raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
-    if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
-        raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
+        raise ConfigError(f"optimizer.ema_decay must be in (0, 1), or null, got {optimizer.ema_decay}")
+    if optimizer.nesterov and (optimizer.name != "sgd" or not optimizer.momentum):
+        raise ConfigError(
+            f"optimizer.nesterov=true needs optimizer.name=sgd and momentum, got {optimizer.name}, {optimizer.momentum}"
+        )
+
+
+def _check_crops(pipeline: PipelineConfig) -> None:
+    scales = pipeline.crop_scales
+    if not scales or not all(0 < scale <= 1 for scale in scales):
+        raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")
 
 
 def _check_initial_weights(model: ModelConfig) -> None:
     if not model.init:
         raise ConfigError(
-            "model.init is empty: this recipe goes on from other weights. Fix: model.init=FILE, such as the checkpoint folder of a "
-            "run on Kinetics or the authors' .pth; or model.init=random"
+            "model.init is empty: this recipe starts from trained weights. Fix: model.init=FILE, such as the checkpoint folder of "
+            "a run on Kinetics or the authors' .pth; or model.init=random"
         )
     if model.zero_init_gamma and model.init != "random":
         raise ConfigError(
@@ -124,24 +134,20 @@ def _check_initial_weights(model: ModelConfig) -> None:
         raise ConfigError("model.init_sha256 is set, but model.init=random reads no file. Fix: model.init=FILE")
 
 
-def _check_sampling(config: Config) -> None:
-    """Dense sampling spreads the frames over 64 neighbours."""
-    for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
-        if rule == "dense" and config.model.num_frames > 64:
-            raise ConfigError(
-                f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={config.model.num_frames}"
-            )
+def _check_sampling(key: str, rule: str, num_frames: int) -> None:
+    """Check dense sampling, which spreads the frames over a window of 64."""
+    if rule == "dense" and num_frames > 64:
+        raise ConfigError(f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={num_frames}")
 
 
-def _check_mirror(config: Config) -> None:
-    """Mirrored clips need the right labels."""
-    pairs, flip = config.data.mirrored_words, config.pipeline.flip
+def _check_mirror(pairs: list[list[str]], flip: str) -> None:
+    """Check that mirrored clips get the right labels."""
     words = [word.lower() for pair in pairs for word in pair]
     if any(len(pair) != 2 for pair in pairs) or "" in words or len(set(words)) != len(words):
         raise ConfigError(f"data.mirrored_words must be pairs of words, each word in one pair, got {pairs}")
     if flip == "relabel" and not pairs:
         raise ConfigError(
-            "pipeline.flip=relabel needs the words that a mirror exchanges in class names. "
+            "pipeline.flip=relabel needs the words that mirroring swaps in class names. "
             "Fix: data.mirrored_words=[[left,right]], or pipeline.flip=on where no class depends on left and right"
         )
     if flip == "on" and pairs:

@@ -28,11 +28,11 @@ RENAMED_KEYS = {
     "distributed.wire": "distributed.gradient_dtype",
     "distributed.hang_s": "distributed.hang_timeout_s",
 }
-"""Keys by the names that config.yaml files written before have for them. Only `read_config` accepts these."""
+"""Old and new names of renamed keys. Only `read_config` accepts the old ones, for run folders written before the renaming."""
 
 
 def register() -> None:
-    """Make the schema known to Hydra, so that an unknown key is refused while the configuration is composed."""
+    """Register the schema with Hydra, so that composing refuses unknown keys."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     groups = {
@@ -51,7 +51,7 @@ def register() -> None:
 
 
 def from_composed(composed: Any) -> Config:
-    """The typed configuration of what Hydra composed. Raises ConfigError for a missing or wrong value."""
+    """Convert what Hydra composed to the typed configuration. Raises ConfigError for a missing or invalid value."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(
@@ -64,7 +64,7 @@ def from_composed(composed: Any) -> Config:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration that a run folder was made with. Raises ConfigError where there is none, or a broken one."""
+    """Read the configuration of a run folder. Raises ConfigError if it is missing or broken."""
     path = folder / "config.yaml"
     try:
         config = from_composed(_with_new_keys(OmegaConf.load(path)))
@@ -73,10 +73,9 @@ def read_config(folder: Path) -> Config:
             f"cannot read {path}: {error.strerror}. Fix: --run FOLDER of a run that was started"
         ) from error
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{path} is no configuration: {error}. Fix: start the run anew, with run_id=ANOTHER"
-        ) from error
-    config.outputs, config.run_id = str(folder.absolute().parent), folder.name  # where it is now
+        raise ConfigError(f"{path} is no configuration: {error}. Fix: start a new run with run_id=ANOTHER") from error
+    # The folder may have been moved.
+    config.outputs, config.run_id = str(folder.absolute().parent), folder.name
     return config
 
 
