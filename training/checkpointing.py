@@ -1,4 +1,4 @@
-"""When a run saves, what it saves, and what becomes known of it. Rank 0 writes, behind the training."""
+"""Decide when a run saves, collect what a checkpoint holds, and log each write. Rank 0 writes in the background."""
 
 import time
 from types import TracebackType
@@ -12,11 +12,12 @@ from training.telemetry.metrics_log import MetricsLog
 
 from .job import Job
 
-_LAST_WRITE_LIMIT_S = 10.0  # of a run that failed: less than what the other ranks are given to end
+_LAST_WRITE_LIMIT_S = 10.0
+"""Time that a failed run waits for its last write. Less than the other ranks are given to end."""
 
 
 class Checkpointer:
-    """The checkpoints of one run; all ranks make it, and save together."""
+    """Saves the checkpoints of one run. All ranks construct it, and save together."""
 
     def __init__(self, job: Job, records: MetricsLog) -> None:
         self._job, self._records = job, records
@@ -31,26 +32,27 @@ class Checkpointer:
         self._finishing = False
 
     def due(self, taken: int, epoch: int | None) -> bool:
-        """Whether the configuration wants a checkpoint after `taken` steps, which end `epoch`, if any."""
+        """Return whether a checkpoint is due after `taken` steps, which end `epoch`, if any."""
         checkpoint = self._job.config.checkpoint
         by_steps = checkpoint.every_steps is not None and taken % checkpoint.every_steps == 0
         return by_steps or (epoch is not None and epoch % checkpoint.every_epochs == 0)
 
     def due_by_clock(self) -> bool:
-        """The same of `checkpoint.every_minutes`, by rank 0's clock alone: other ranks must hear of it."""
+        """Return on rank 0 whether `checkpoint.every_minutes` have passed. Other ranks return False and must be told."""
         minutes = self._job.config.checkpoint.every_minutes
         return self._writer is not None and minutes is not None and time.monotonic() - self._newest_s >= 60 * minutes
 
-    def save(self, step: int, best: bool, evaluation_owed: bool = False) -> None:
-        """Take a checkpoint after `step` steps, and begin to write it; collective. `best`: of all evaluations so far.
+    def save(self, step: int, is_best: bool, evaluation_owed: bool = False) -> None:
+        """Take a checkpoint after `step` steps and start to write it. Collective.
 
-        `evaluation_owed`: the evaluation behind this step has not been made, and whoever goes on from here has to make it.
+        `is_best`: the evaluation here is the best so far. `evaluation_owed`: it is due and has not been made, so the start
+        that resumes from here makes it.
 
-        Training is left as it was, to the bit: batch norm's running statistics are averaged over ranks in the checkpoint alone.
-        They follow each rank's own groups, and only their mean says how the network evaluates. Their update is linear, so a run
-        that goes on from the mean ends with the same mean up to rounding, on any world. Bit for bit, as the deterministic mode
-        promises, it needs each rank's own: there the checkpoint has them beside the mean (for 1,536 ranks of ResNet-50 0.3 GB,
-        which is why not always).
+        Training state stays as it was, to the bit: only the checkpoint has BN's running statistics averaged over ranks. They
+        follow each rank's own groups, and the network evaluates with their mean. Their update is linear, so a run that
+        resumes from the mean ends with the same mean up to rounding, at any world size. Bit-equality, which deterministic
+        mode guarantees, needs each rank's own: in that mode the checkpoint has them too (0.3 GB for 1,536 ranks of
+        ResNet-50, too much to do always).
         """
         job = self._job
         trainer, network = job.trainer, job.trainer.network
@@ -70,16 +72,16 @@ class Checkpointer:
             "step_counts": step_counts(trainer.optimizer),
         }
         tensors = state_tensors(network, trainer.optimizer, trainer.ema) | by_rank
-        self._writer.save(Checkpoint(network.state_dict() | statistics, tensors, state), best)
+        self._writer.save(Checkpoint(network.state_dict() | statistics, tensors, state), is_best)
         self._newest_s = time.monotonic()
 
     def report(self) -> None:
-        """Record the saves whose writes have ended; costs nothing where there are none."""
+        """Log the writes that have ended since the last call."""
         for written in self._writer.ended() if self._writer is not None else ():
             self._record(written)
 
     def finish(self) -> str | None:
-        """Wait for the last write, on all ranks, and say why it failed, if it did: nothing is tried again behind it."""
+        """Wait on all ranks for the last write, and return why it failed, if it did. No other write follows."""
         self._finishing = True
         if self._writer is not None:
             self._writer.wait()
@@ -89,7 +91,7 @@ class Checkpointer:
 
     @property
     def newest_step(self) -> int:
-        """On rank 0: where a start behind this one goes on."""
+        """On rank 0: step of the newest checkpoint, from which the next start would resume."""
         return self._newest_step
 
     def __enter__(self) -> "Checkpointer":
@@ -98,13 +100,14 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """A run that fails gives the write that is under way a moment: it is of an earlier step, and as good as ever."""
+        """On failure, wait briefly for the checkpoint being written: it is from an earlier, healthy step."""
         if self._writer is not None:
             self._writer.wait(_LAST_WRITE_LIMIT_S)
 
     def _record(self, written: Written) -> None:
         times = {"duration_s": round(written.duration_s, 3), "stall_s": round(written.stall_s, 3)}
-        if written.waited_s > 0.001:  # for the write before: saves come faster than the disk takes them
+        # Waited for the write before: checkpoints are due faster than the disk takes them.
+        if written.waited_s > 0.001:
             times["waited_s"] = round(written.waited_s, 3)
         self._failed = written.failed
         if written.failed is None:
@@ -112,15 +115,15 @@ class Checkpointer:
             self._records.write("checkpoint", written.step, **times)
             return
         self._records.info(
-            f"NO CHECKPOINT at step {written.step}: {written.failed}{'' if self._finishing else '. Training goes on'}"
+            f"NO CHECKPOINT at step {written.step}: {written.failed}{'' if self._finishing else '. Training continues'}"
         )
         self._records.write("checkpoint", written.step, **times, failed=written.failed)
 
 
 def check_finished(failed: str | None, step: int) -> None:
-    """Raise CheckpointError where a run's last checkpoint could not be written: its result would be lost, and called done."""
+    """Raise CheckpointError if a finished run's last checkpoint could not be written: without it the result is lost."""
     if failed is not None:
         raise CheckpointError(
             f"the run has ended at step {step}, and its last checkpoint could not be written: {failed}. "
-            "Fix: make room, or bring the folder back, and start it again: it goes on from the checkpoint before"
+            "Fix: make room, or bring the folder back, then start the run again: it resumes from the checkpoint before"
         )

@@ -1,27 +1,27 @@
-"""Failures that a user can mend, and the exit codes that launchers act on."""
+"""Errors that a user can fix, each with the exit code that launchers act on."""
 
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_NO_PROGRESS
 
 
 class ConfigError(ValueError):
-    """The configuration asks for something that cannot be; the message names the key and the fix."""
+    """The configuration cannot be used; the message names the key and the fix."""
 
     exit_code = EXIT_CONFIG
 
 
 class DivergedError(ArithmeticError):
-    """The gradient was not finite too often: going on would train nothing."""
+    """Too many steps in a row were skipped for non-finite gradients."""
 
     exit_code = EXIT_DIVERGED
 
 
 class NoProgressError(RuntimeError):
-    """Starting again has not helped."""
+    """Restarts at the same step keep failing."""
 
     exit_code = EXIT_NO_PROGRESS
 
 
 class DataError(ValueError):
-    """The data set is not what the configuration or its manifest says."""
+    """The data set does not match the configuration or its manifest."""
 
     exit_code = EXIT_DATA

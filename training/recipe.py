@@ -1,6 +1,6 @@
-"""What is trained (Recipe) kept apart from where it runs (Execution), and the pure function between them.
+"""Recipe (what is trained), Execution (how a world runs it), and the pure function that derives one from the other.
 
-Imports without torch, so that a dry run and a preflight can use it anywhere.
+Imports no torch, so that a dry run and preflight can use it anywhere.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result of a run; worlds and accumulation are not in it.
+    """Everything that decides the result of a run. World size and accumulation are not part of it.
 
-    `bn_group`: clips whose frames share batch-norm statistics, neighbours in the global batch. `num_rows` and
-    `manifest_digest` identify the training clips, `model`, `optimizer` and `augmentation` are their resolved settings.
+    `bn_group`: clips whose frames share BN statistics, neighbours in the global batch. `num_rows` and `manifest_digest`
+    identify the training clips. `model`, `optimizer` and `augmentation` are resolved settings.
     """
 
     seed: int
@@ -38,7 +38,7 @@ class Recipe:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training clips."""
+        """Number of passes over the training clips."""
         return self.total_steps * self.global_batch / self.num_rows
 
     @property
@@ -46,32 +46,32 @@ class Recipe:
         return self.num_rows / self.global_batch
 
     def epoch_end_step(self, epoch: int) -> int:
-        """Steps taken when the `epoch`-th pass (from 1) is complete: the first step boundary at or behind its last clip."""
+        """Return the steps taken when pass `epoch` (from 1) is complete: the first step boundary at or after its last clip."""
         return min(self.total_steps, -(-epoch * self.num_rows // self.global_batch))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for checkpoints and comparisons."""
+        """Return plain JSON values, for checkpoints and comparisons."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @property
     def fingerprint(self) -> str:
-        """A short hash that two runs share only if they train the same thing."""
+        """Short hash that two runs share only if they have the same recipe."""
         return fingerprint_of(self.as_dict())
 
 
 def fingerprint_of(recipe: dict[str, Any]) -> str:
-    """The fingerprint of a recipe as a checkpoint holds it (`Recipe.as_dict`)."""
+    """Compute the fingerprint of a recipe as a checkpoint holds it (`Recipe.as_dict`)."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a world runs a recipe: it decides the speed and nothing else.
+    """How a world runs a recipe. It decides only the speed.
 
-    A step's global batch has the slots `[0, global_batch)`. Micro-step a of `accumulation` holds a contiguous part of them,
-    split over ranks in order, so that batch-norm groups are whole within a micro-step. `bn_ghosts` groups lie within each
-    rank's micro-batch (1: it is one group, or a part of one), `bn_ranks` neighbouring ranks share a group.
+    A step's global batch has the slots `[0, global_batch)`. Each of `accumulation` micro-steps holds a contiguous part of
+    them, split over ranks in order, so that BN groups are whole within a micro-step. `bn_ghosts` groups lie within each
+    rank's micro-batch (1: one group, or a part of one). `bn_ranks` neighbouring ranks share a group.
     """
 
     world: int
@@ -82,29 +82,29 @@ class Execution:
     bn_ranks: int
 
     def slots(self, rank: int, micro_step: int) -> NDArray[np.int64]:
-        """Slots of the global batch in a rank's micro-batch, shape (micro_batch,)."""
+        """Return the slots of the global batch in a rank's micro-batch. Shape (micro_batch,)."""
         first = (micro_step * self.world + rank) * self.micro_batch
         return np.arange(first, first + self.micro_batch)
 
     def bn_rank_groups(self) -> list[list[int]]:
-        """The ranks of each group that is synchronized over ranks; empty where groups lie within ranks."""
+        """Return the ranks of each BN group that spans ranks. Empty if groups lie within ranks."""
         if self.bn_ranks == 1:
             return []
         return [list(range(first, first + self.bn_ranks)) for first in range(0, self.world, self.bn_ranks)]
 
     def stream_positions(self, rank: int, first_step: int, end_step: int) -> Iterator[NDArray[np.int64]]:
-        """Stream positions of each micro-batch that a rank takes in the steps `[first_step, end_step)`."""
+        """Yield the stream positions of each micro-batch of a rank, for the steps `[first_step, end_step)`."""
         for step in range(first_step, end_step):
             for micro_step in range(self.accumulation):
                 yield step * self.global_batch + self.slots(rank, micro_step)
 
 
 def make_execution(global_batch: int, bn_group: int, world: int, micro_batch_limit: int | None = None) -> Execution:
-    """Lay a global batch and its batch-norm groups out on a world, with the fewest micro-steps.
+    """Lay a global batch and its BN groups out on a world, with the fewest micro-steps.
 
     `micro_batch_limit`: clips that a process can hold at once (None: any number).
 
-    Raises ConfigError that says which worlds fit.
+    Raises ConfigError that names the world sizes that fit.
     """
     for name, value in (("batch.global_batch", global_batch), ("batch.bn_group", bn_group)):
         if value < 1:
@@ -127,7 +127,7 @@ def make_execution(global_batch: int, bn_group: int, world: int, micro_batch_lim
 
 
 def fitting_worlds(global_batch: int, bn_group: int, micro_batch_limit: int | None = None) -> list[int]:
-    """All numbers of processes on which `make_execution` can lay the batch out."""
+    """Return all world sizes on which `make_execution` can lay the batch out."""
     return [size for size in _divisors(global_batch) if _lay_out(global_batch, bn_group, size, micro_batch_limit)]
 
 

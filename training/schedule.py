@@ -1,10 +1,10 @@
 """Learning-rate schedules as pure functions of the step.
 
-Momentum correction (Goyal et al., arXiv:1706.02677, section 3) is due where a velocity that contains the rate meets a rate that
-rises in leaps: the old part of the velocity is then of another scale than the new one. torch's SGD keeps the rate outside of
-its velocity. LARS of ours has it inside and corrects nothing, as in MLPerf's reference, whose settings are tuned to that: no
-rate here ever leaps up (a warm-up adds the same amount at every step, a run without one starts at rest), and where a milestone
-lowers it, each gradient still counts with the rate of its own step, only spread over the 1 / (1 - momentum) steps that follow.
+Momentum correction (Goyal et al., arXiv:1706.02677, section 3) matters if the velocity contains the learning rate and the rate
+jumps up: the old part of the velocity then has another scale than the new one. torch's SGD keeps the rate outside its velocity.
+Our LARS has it inside and does not correct, as in MLPerf's reference, whose settings are tuned to that. No schedule here jumps
+up: warm-up adds the same amount at every step, and a run without warm-up starts from zero velocity. After a milestone lowers the
+rate, each gradient still counts with the rate of its own step, spread over the 1 / (1 - momentum) steps that follow.
 """
 
 import math
@@ -17,10 +17,10 @@ Decay = Literal["constant", "step", "cosine", "poly2"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A warm-up from `warmup_start` to `peak` over `warmup_steps`, then a decay to `end` at `total_steps`.
+    """Warm-up from `warmup_start` to `peak` over `warmup_steps`, then decay to `end` at `total_steps`.
 
-    `milestone_steps` are for `step` decay: the rate is multiplied by `factor` at each of them. `poly2` is the polynomial of
-    degree 2 of MLPerf's LARS reference, whose own steps of warm-up and decay are counted by one step differently.
+    `step` decay multiplies the rate by `factor` at each of `milestone_steps`. `poly2` is the polynomial of degree 2 of
+    MLPerf's LARS reference, which counts the steps of warm-up and decay by one step differently.
     """
 
     decay: Decay
@@ -39,9 +39,9 @@ class Schedule:
             raise ValueError(f"decay must be one of constant, step, cosine, poly2, got {self.decay!r}")
 
     def learning_rate(self, step: int) -> float:
-        """The rate that step `step` (from 0) is taken with.
+        """Return the learning rate of step `step` (from 0).
 
-        Gradual warm-up is linear in the step and reaches the peak with the first step behind it (Goyal et al.,
+        Gradual warm-up is linear in the step and reaches the peak at the first step after it (Goyal et al.,
         arXiv:1706.02677, section 2.2).
         """
         if step < self.warmup_steps:
@@ -56,7 +56,7 @@ class Schedule:
 
 
 def scaled_rate(rate: float, base_batch: int, batch: int, scaling: Scaling) -> float:
-    """The peak rate for a global batch, from the one that suits `base_batch`.
+    """Scale the learning rate for `base_batch` to the peak rate for a global batch.
 
     linear: Goyal et al., arXiv:1706.02677, section 2.1; sqrt: Krizhevsky, arXiv:1404.5997.
     """

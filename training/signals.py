@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop in good order."""
+"""Catch the signals that ask a job to stop after a checkpoint."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from runtime.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 
 class StopSignal:
-    """While entered, notes SIGINT, SIGTERM and SIGUSR1 instead of dying of them; a second Ctrl-C leaves at once."""
+    """Context that records SIGINT, SIGTERM and SIGUSR1 instead of dying of them. A second Ctrl-C exits at once."""
 
     EXIT_CODES: ClassVar[dict[str, int]] = {
         "SIGINT": EXIT_INTERRUPTED,

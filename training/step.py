@@ -1,4 +1,4 @@
-"""One training step: from a batch of uint8 clips to changed weights."""
+"""Take one training step: from a batch of uint8 clips to updated weights."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .recipe import Execution, Recipe
 
 @dataclass
 class Trainer:
-    """What a step works on. `network` is the plain module; forward passes for gradients run through `reducer.network`."""
+    """Takes training steps. `network` is the plain module; forward passes for gradients run through `reducer.network`."""
 
     recipe: Recipe
     execution: Execution
@@ -47,8 +47,9 @@ class Trainer:
     def step(self, step: int, batches: list[ClipBatch], diagnostics: GradientDiagnostics | None = None) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
 
-        A step whose gradient is not finite changes nothing (training.optim.nonfinite_guard). Returns `[sum of losses, right
-        answers, clips, bad]`, the first three of this rank, `bad` 1 or 0 on all; on the device, so that nothing waits for it.
+        A step with non-finite gradients is skipped (training.optim.nonfinite_guard). Returns `[sum of losses, correct
+        predictions, clips, skipped]`: the first three of this rank, `skipped` 1 or 0 on all ranks. The tensor is on the
+        device, so that the host does not wait for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
@@ -61,17 +62,16 @@ class Trainer:
             with diagnostics.first_micro_step() if diagnostics and micro_step == 0 else nullcontext():
                 totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
         self.reducer.finish()
-        bad = self._update(self.recipe.schedule.learning_rate(step), diagnostics)
-        return torch.cat([torch.stack(totals).sum(0), bad.double()[None]])
+        skipped = self._update(self.recipe.schedule.learning_rate(step), diagnostics)
+        return torch.cat([torch.stack(totals).sum(0), skipped.double()[None]])
 
     def _to_device(self, x: Tensor) -> Tensor:
-        """Copy a host tensor through pinned memory: a copy from pageable memory would wait for all that the GPU has queued."""
-        return (
-            x.pin_memory().to(self.normalise.device, non_blocking=True) if self.normalise.device.type == "cuda" else x
-        )
+        """Copy a host tensor through pinned memory, because a copy from pageable memory waits for the GPU's queue."""
+        device = self.normalise.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
     def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; gradients add up to the mean over all micro-steps."""
+        """Run forward and backward of one micro-batch. Gradients add up to the mean over all micro-steps."""
         video_NTCHW = self.normalise(batch.video_NTCHW)
         label_N = batch.label_N.to(video_NTCHW.device, non_blocking=True)
         with self.reducer.micro_step(last):
@@ -82,13 +82,20 @@ class Trainer:
                 loss = self.guard.checked(loss)
             self.scaler.scale(loss / self.execution.accumulation).backward()
         with torch.no_grad():
-            right = (logit_NK.argmax(1) == label_N).sum()
+            correct = (logit_NK.argmax(1) == label_N).sum()
             return torch.stack(
-                [loss.detach().double() * len(label_N), right.double(), torch.full_like(right, len(label_N)).double()]
+                [
+                    loss.detach().double() * len(label_N),
+                    correct.double(),
+                    torch.full_like(correct, len(label_N)).double(),
+                ]
             )
 
     def _update(self, learning_rate: float, diagnostics: GradientDiagnostics | None) -> Tensor:
-        """Unscale, check, clip, step: all of them see the reduced gradient, so every rank does the same. Was the step bad?"""
+        """Unscale and clip the gradient, take the optimizer's step, and update EMA and loss scale.
+
+        All of this reads the reduced gradient, so every rank does the same. Returns 1.0 if the step was skipped, else 0.0.
+        """
         set_learning_rate(self.optimizer, learning_rate)
         self.scaler.unscale_(self.optimizer)
         gradients, norm_P = gradient_norms(self.optimizer)
@@ -97,8 +104,9 @@ class Trainer:
             clip_(gradients, norm, self.clip_norm)
         if diagnostics is not None:
             diagnostics.reduced(norm_P, self.scaler.scale(norm.new_ones(())))
-        bad = self.guard.update(norm)
+        skipped = self.guard.update(norm)
         if self.ema is not None:
-            self.ema.update(bad)
-        self.scaler.update()  # halves the scale where it found the gradient not finite
-        return bad
+            self.ema.update(skipped)
+        # Halves the scale if unscale_ found non-finite gradients.
+        self.scaler.update()
+        return skipped

@@ -1,4 +1,4 @@
-"""An exponential moving average of weights, which often evaluates better than the weights themselves."""
+"""EMA (exponential moving average) of weights, which often evaluates better than the weights themselves."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 PREFIX = "average."
+"""Start of the names of EMA tensors in checkpoints."""
 
 
 class EMA:
-    """`average <- decay * average + (1 - decay) * weight` after every step that was taken (Polyak and Juditsky, 1992).
+    """EMA of a network's parameters: `average <- decay * average + (1 - decay) * weight` after every step that is not skipped.
 
-    Batch norm's running statistics are the network's own: they follow the weights of the last steps.
+    Source: Polyak and Juditsky, 1992. BN's running statistics are not averaged: they follow the weights of the last steps.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -23,20 +24,20 @@ class EMA:
         self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
-    def update(self, bad: Tensor) -> None:
-        """Take the present weights in, unless the step was `bad` (1.0, else 0.0; on the device)."""
+    def update(self, skipped: Tensor) -> None:
+        """Update the average with the current weights, unless `skipped` is 1.0 (else 0.0). Does not wait for the device."""
         average = list(self._average.values())
         difference = torch._foreach_sub(list(self._weights.values()), average)
-        torch._foreach_mul_(difference, (1 - bad).to(average[0].dtype) * (1 - self._decay))
+        torch._foreach_mul_(difference, (1 - skipped).to(average[0].dtype) * (1 - self._decay))
         torch._foreach_add_(average, difference)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average by name, for checkpoints; the tensors are the live ones."""
+        """Return the live tensors by name, for checkpoints."""
         return {PREFIX + name: tensor for name, tensor in self._average.items()}
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Within it the network computes with the average; the weights come back, bit for bit."""
+        """Context in which the network computes with the average. Afterwards the weights are restored, bit for bit."""
         kept = [weight.detach().clone() for weight in self._weights.values()]
         self._copy(self._average.values())
         try:

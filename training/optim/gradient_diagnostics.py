@@ -1,4 +1,4 @@
-"""What a training record can say of gradients, on request: norms, LARS' trust ratios, and the gradient noise scale."""
+"""Measure gradients for the log, on request: norms, LARS' trust ratios, and the gradient noise scale."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,15 @@ from training.recipe import Execution
 
 from .lars import Lars
 
-_KEPT = 0.9  # of earlier records, in the averages that the noise scale is the ratio of
+_KEPT = 0.9
+"""Decay per record of the two averages whose ratio is the noise scale."""
 
 
 def noise_and_signal(small_square: float, large_square: float, small: int, large: int) -> tuple[float, float]:
-    """Estimates of (trace of the covariance of one clip's gradient, squared norm of the true gradient).
+    """Estimate (trace of the covariance of one clip's gradient, squared norm of the true gradient).
 
-    From the squared norms of gradients over `small` and `large` clips: McCandlish et al., "An Empirical Model of Large-Batch
-    Training" (arXiv:1812.06162), appendix A.1. Either can come out negative from a single step.
+    Computed from the squared norms of gradients over `small` and `large` clips. Either estimate can be negative for a
+    single step. Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (arXiv:1812.06162), appendix A.1.
     """
     noise = (small_square - large_square) / (1 / small - 1 / large)
     signal = (large * large_square - small * small_square) / (large - small)
@@ -27,10 +28,11 @@ def noise_and_signal(small_square: float, large_square: float, small: int, large
 
 
 class GradientDiagnostics:
-    """Measures the steps that a record is due for; steps without one never touch it.
+    """Measures the steps that are logged; other steps do not use it.
 
-    The small batch is the first micro-batch of every rank, of which one all-reduce takes the mean. Clips that share batch-norm
-    statistics are not independent of each other, as the theory has it, so take the noise scale for its course and magnitude.
+    The small batch is the first micro-batch of each rank; one all-reduce averages its squared norm over ranks. Clips that
+    share BN statistics are not independent, as the theory assumes, so only trend and magnitude of the noise scale mean
+    something.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class GradientDiagnostics:
 
     @contextmanager
     def first_micro_step(self) -> Iterator[None]:
-        """Around the forward and backward pass: notes the norm of each gradient in front of its reduction."""
+        """Context around the forward and backward pass that measures each gradient's norm before its reduction."""
         squares: list[Tensor] = []
 
         def note(parameter: Tensor) -> None:
@@ -63,25 +65,26 @@ class GradientDiagnostics:
 
     @torch.no_grad()
     def reduced(self, norm_P: Tensor, loss_scale: Tensor) -> None:
-        """In front of the update: take down what it changes. `norm_P`: norms without loss scale and clipping, by parameter."""
+        """Measure before the update what it changes. `norm_P`: norm per parameter, without loss scale and clipping."""
         self._norm_P = norm_P
         self._weight_norm_P = torch.stack(torch._foreach_norm(self._parameters))
         self._ratios = self._optimizer.trust_ratios() if isinstance(self._optimizer, Lars) else {}
         self._local_square = self._local_square / (loss_scale * loss_scale)
 
     def values(self) -> dict[str, Any]:
-        """The numbers of the step that was measured last; collective, and waits for the device. Empty after a bad step.
+        """Return the numbers of the last measured step. Empty if it was skipped. Collective, and waits for the device.
 
-        Norms and ratios by parameter name. `gradient_noise` and `gradient_signal` are estimates from this step alone (see
-        `noise_and_signal`), and `noise_scale_clips` is the ratio of their averages over the records so far: None while one of
-        those is not positive. None of the three is there where a step has a single micro-batch.
+        Norms and ratios are by parameter name. `gradient_noise` and `gradient_signal` are estimates from only this step (see
+        `noise_and_signal`). `noise_scale_clips` is the ratio of their averages over the records so far, or None while one of
+        those is not positive. All three are absent if the global batch is a single micro-batch.
         """
         square = self._local_square.clone()
         self._backend.all_reduce_(square, "diagnostics")
         small_square = square.item() / self._backend.topology.size
         norms, weight_norms = self._norm_P.tolist(), self._weight_norm_P.tolist()
         large_square = sum(norm * norm for norm in norms)
-        if not (small_square < float("inf") and large_square < float("inf")):  # a NaN is not less either
+        # False for NaN too.
+        if not (small_square < float("inf") and large_square < float("inf")):
             return {}
         ratios = {parameter: ratio.item() for parameter, ratio in self._ratios.items()}
         return {

@@ -1,4 +1,4 @@
-"""LARS: SGD whose rate is scaled for each tensor (You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888).
+"""LARS: SGD with a rate scaled per tensor (You et al., "Large Batch Training of Convolutional Networks", arXiv:1708.03888).
 
 Shapes: P tensors of a group, R rows of CHUNK numbers that hold them.
 """
@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-CHUNK = 1024  # numbers in a row: small against a layer, large against what a GPU works on at a time
-
+CHUNK = 1024
+"""Numbers in a row: few compared with a layer, many compared with what a GPU block works on."""
 
 Norm = TypeVar("Norm", float, Tensor)
 
@@ -18,9 +18,9 @@ Norm = TypeVar("Norm", float, Tensor)
 def trust_ratio(
     weight_norm: Norm, gradient_norm: Norm, weight_decay: float, trust_coefficient: float, eps: float
 ) -> Norm:
-    """The factor on a tensor's rate, of one or of many: `eta |w| / (|g| + wd |w| + eps)`, and 1 where either norm is 0.
+    """Compute the factor on the rate of one or many tensors: `eta |w| / (|g| + wd |w| + eps)`, or 1 if either norm is 0.
 
-    arXiv:1708.03888, equation 6 and algorithm 1. A tensor of zeros has no scale to go by, and one without gradient no need.
+    Source: arXiv:1708.03888, equation 6 and algorithm 1. A tensor of zeros has no scale, and one without gradient needs none.
     """
     if isinstance(weight_norm, Tensor):
         ratio = trust_coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm + eps)
@@ -31,19 +31,20 @@ def trust_ratio(
 
 
 class Lars(torch.optim.Optimizer):
-    """`v <- m v + lr * trust * (g + wd w)`, `w <- w - v`: the velocity contains the rate, as in MLPerf's reference.
+    """LARS optimizer: `v <- m v + lr * trust * (g + wd w)`, `w <- w - v`. The velocity contains the rate, as in MLPerf's reference.
 
-    Groups have `lr`, `momentum`, `weight_decay`, and `adapt`: False for tensors that take the plain rate (batch norm and
-    biases, by custom without weight decay). State: `momentum_buffer` for each parameter.
+    Groups have `lr`, `momentum`, `weight_decay`, and `adapt`: False for tensors with the plain rate (BN and biases, by custom
+    without weight decay). State: `momentum_buffer` for each parameter.
 
-    On CPUs each tensor is updated by torch's fused SGD kernel. On GPUs the tensors of a group lie in one buffer, so that the
-    number of kernels does not grow with the number of tensors and no norm travels to the host; `flat=True` does the same
-    anywhere. The optimizer then owns the parameters' memory: make it behind everything that moves them.
+    On CPUs torch's fused SGD kernel updates each tensor. On GPUs the tensors of a group lie in one buffer, so that the number
+    of kernels does not grow with the number of tensors and no norm is copied to the host; `flat=True` does the same on any
+    device. The optimizer then owns the parameters' memory: construct it after everything that moves them.
 
-    Like torch's fused optimizers it does nothing at all where its attribute `found_inf`, a float32 number on the device, is 1.
+    Like torch's fused optimizers it skips a step if its attribute `found_inf`, a float32 number on the device, is 1.
     """
 
-    _step_supports_amp_scaling = True  # how torch's optimizers say so
+    # torch's flag for optimizers that handle `found_inf`.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Lars(torch.optim.Optimizer):
 
     @property
     def flat(self) -> bool:
-        """Whether the tensors of each group lie in one buffer."""
+        """True if the tensors of each group lie in one buffer."""
         return self._flat_groups is not None
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class Lars(torch.optim.Optimizer):
                 self._step_flat(group, flat_group, found_inf)
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """The factor that a step with the present gradients applies to each adapted parameter: 0-dimensional, on its device."""
+        """Return the trust ratio of each adapted parameter for its current gradient: 0-dimensional, on its device."""
         ratios: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             if group["adapt"]:
@@ -117,7 +118,8 @@ class Lars(torch.optim.Optimizer):
         if not group["adapt"]:
             self._update(group, group["params"], group["lr"], found_inf)
             return
-        for parameter in group["params"]:  # norms, then the update, which finds weight and gradient in the cache
+        # Norms and update of one tensor after the other: the update finds weight and gradient in the cache.
+        for parameter in group["params"]:
             weight_norm, gradient_norm = (norm.item() for norm in _norm_of_each([parameter, parameter.grad]))
             self._update(group, [parameter], group["lr"] * self._ratio(group, weight_norm, gradient_norm), found_inf)
 
@@ -139,7 +141,7 @@ class Lars(torch.optim.Optimizer):
         )
 
     def _step_flat(self, group: dict[str, Any], flat: "_FlatGroup", found_inf: Tensor | None) -> None:
-        bad = flat.weight_RC.new_zeros(()) if found_inf is None else found_inf.to(flat.weight_RC)
+        skipped = flat.weight_RC.new_zeros(()) if found_inf is None else found_inf.to(flat.weight_RC)
         torch._foreach_copy_(flat.gradients, [parameter.grad for parameter in group["params"]])
         if group["adapt"]:
             ratio_P = self._ratio(group, flat.norms(flat.weight_RC), flat.norms(flat.gradient_RC))
@@ -147,19 +149,19 @@ class Lars(torch.optim.Optimizer):
         flat.gradient_RC.add_(flat.weight_RC, alpha=group["weight_decay"])
         # A skipped step is v <- 1 v + 0, w <- w - 0 v. Zeros are filled in, because 0 * inf and 0 * nan are nan.
         if found_inf is not None:
-            flat.gradient_RC.masked_fill_(bad.bool(), 0.0)
+            flat.gradient_RC.masked_fill_(skipped.bool(), 0.0)
             if group["adapt"]:
-                rate_R1 = rate_R1.masked_fill(bad.bool(), 0.0)
-        flat.velocity_RC.mul_((1 - bad) * group["momentum"] + bad)
+                rate_R1 = rate_R1.masked_fill(skipped.bool(), 0.0)
+        flat.velocity_RC.mul_((1 - skipped) * group["momentum"] + skipped)
         if group["adapt"]:
             flat.velocity_RC.addcmul_(flat.gradient_RC, rate_R1)
         else:
             flat.velocity_RC.add_(flat.gradient_RC, alpha=group["lr"])
-        flat.weight_RC.addcmul_(flat.velocity_RC, 1 - bad, value=-1)
+        flat.weight_RC.addcmul_(flat.velocity_RC, 1 - skipped, value=-1)
 
 
 class _FlatGroup:
-    """The tensors of a group as rows of one buffer, each from a row of its own on; what is left of its last row stays 0."""
+    """Holds the tensors of a group in one buffer. Each tensor starts at a new row; the rest of its last row stays 0."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         rows = [-(-parameter.numel() // CHUNK) for parameter in parameters]
@@ -176,14 +178,14 @@ class _FlatGroup:
             parameter.data = weight
 
     def norms(self, flat_RC: Tensor) -> Tensor:
-        """The 2-norm of each tensor; the same bits every time, as no addition depends on who comes first."""
+        """Compute the 2-norm of each tensor. Deterministic: no sum depends on the order in which threads finish."""
         square_R = torch.linalg.vector_norm(flat_RC, dim=1).square()
-        # unsafe: without it torch checks the lengths on the host, and waits for the device twice.
+        # unsafe: otherwise torch checks the lengths on the host, and waits for the device twice.
         return torch.segment_reduce(square_R, "sum", lengths=self.rows_P, unsafe=True).sqrt()
 
 
 def _norm_of_each(tensors: list[Tensor]) -> list[Tensor]:
-    """2-norms on a CPU, by way of those of the rows: torch shares rows among threads, and takes half the time of one large sum."""
+    """Compute 2-norms on a CPU by way of row norms: torch spreads rows over threads, in half the time of one large sum."""
     norm = torch.linalg.vector_norm
     return [
         norm(norm(tensor, dim=list(range(1, tensor.dim())))) if tensor.dim() > 1 else norm(tensor) for tensor in tensors
@@ -191,7 +193,7 @@ def _norm_of_each(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _views(flat_RC: Tensor, like: list[Tensor], rows: list[int]) -> list[Tensor]:
-    """Parts of a buffer with the shapes and memory layouts of tensors, each at the beginning of its rows."""
+    """Return views of a buffer with the shapes and memory layouts of tensors, each at the start of its rows."""
     starts = [sum(rows[:place]) * CHUNK for place in range(len(rows))]
     return [
         flat_RC.as_strided(tensor.shape, tensor.stride(), flat_RC.storage_offset() + start)

@@ -1,4 +1,4 @@
-"""Optimizers, and what each parameter's learning rate and weight decay are in them."""
+"""Make the optimizer, and set learning rate and weight decay per parameter group."""
 
 import math
 from typing import Any
@@ -13,11 +13,11 @@ from .lars import Lars
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trained parameters in groups of one learning-rate multiplier and weight decay each, as the official TSM has them.
+    """Group the trained parameters by learning-rate multiplier and weight decay, as the official TSM does.
 
-    Weights of convolutions and of the classifier decay; biases and everything of a batch norm do not. `bias_lr_multiplier`
-    (officially 2) is for the biases of convolutions and classifier, `classifier_lr_multiplier` (5) for weight and bias of
-    the classifier on top of that; batch norm learns at the plain rate. Each group has `name` and `lr_multiplier`.
+    Weights of convolutions and classifier have weight decay; biases and BN parameters have none. `bias_lr_multiplier`
+    (officially 2) applies to the biases of convolutions and classifier. `classifier_lr_multiplier` (5) applies to weight and
+    bias of the classifier, on top of that. BN has the plain rate. Each group has `name` and `lr_multiplier`.
 
     Source: `get_optim_policies` in ops/models.py of mit-han-lab/temporal-shift-module.
     """
@@ -45,11 +45,11 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of the configuration; its learning rates are set before every step (`set_learning_rate`).
+    """Make the optimizer. `set_learning_rate` sets its rates before every step.
 
-    Its state is that after a step with no gradient, so that every rank can be sent a resumed run's.
+    All state tensors exist from the start, so that a resumed run's state can be broadcast to every rank.
 
-    Raises ConfigError when it needs a package that is not there.
+    Raises ConfigError if the optimizer needs a package that is not installed.
     """
     groups = parameter_groups(network, config)
     if config.name == "lars":
@@ -66,9 +66,9 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def _make_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """LAMB (You et al., arXiv:1904.00962): apex' fused one on GPUs where NVIDIA's apex is installed, else timm's.
+    """Make LAMB (You et al., arXiv:1904.00962): apex's fused one on GPUs if NVIDIA's apex is installed, else timm's.
 
-    Neither adapts a tensor without weight decay. Clipping by the gradient's norm is the step's business, not theirs.
+    Neither adapts a tensor without weight decay. Their own gradient clipping is off: the training step clips.
     """
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
     options: dict[str, Any] = {"lr": 0.0, "betas": (config.momentum, config.beta2), "eps": config.eps}
@@ -95,11 +95,11 @@ def _make_lamb(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
 
 
 class DeviceStepCount:
-    """The number of steps that a group has taken, as a tensor on the device (`count`, float64).
+    """Number of steps that a group has taken, as a tensor on the device (`count`, float64).
 
-    timm's LAMB computes its bias corrections as `1 - beta ** step`. With a tensor on the CPU they are floats, but whether a step
-    counts is known on the device, and the host would have to wait for it. With this in the tensor's place the corrections are
-    tensors on the device, which timm's LAMB takes too.
+    timm's LAMB computes its bias corrections as `1 - beta ** step`. With a step tensor on the CPU they are floats. But only
+    the device knows whether a step was skipped, and the host would have to wait for it. With this class the corrections are
+    tensors on the device, which timm's LAMB accepts too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -115,12 +115,12 @@ class DeviceStepCount:
         return beta**self.count
 
     def __int__(self) -> int:
-        """Waits for the device."""
+        """Return the count; waits for the device."""
         return int(self.count)
 
 
 def _apex_fused_lamb() -> Any:
-    """NVIDIA's; the package of that name on PyPI is another one."""
+    """Import FusedLAMB of NVIDIA's apex, or return None. The package of that name on PyPI is another one."""
     try:
         from apex.optimizers import FusedLAMB
     except ImportError:
@@ -129,23 +129,23 @@ def _apex_fused_lamb() -> Any:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Which implementation runs, for the log."""
+    """Describe the implementation in use, for the log."""
     kind = type(optimizer)
     if isinstance(optimizer, Lars):
-        how = "one buffer a group" if optimizer.flat else "torch's fused SGD kernel for each tensor"
+        how = "one buffer per group" if optimizer.flat else "torch's fused SGD kernel for each tensor"
     else:
         how = "fused" if optimizer.defaults.get("fused") or "Fused" in kind.__name__ else "not fused"
     return f"{kind.__module__.split('.')[0]}'s {kind.__name__} ({how})"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The schedule's rate for the coming step, times each group's multiplier."""
+    """Set each group's rate for the next step: the schedule's rate times the group's multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_multiplier"]
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name; the tensors are the live ones."""
+    """Return the live tensors of the optimizer's state, by parameter name."""
     return {
         f"{name}.{kind}": tensor
         for name, parameter in network.named_parameters()
@@ -155,12 +155,12 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def step_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Steps taken by each group, where the optimizer counts them (LAMB, for its bias correction)."""
+    """Return the steps taken by each group, if the optimizer counts them (LAMB, for its bias correction)."""
     return {group["name"]: int(group["step"]) for group in optimizer.param_groups if "step" in group}
 
 
 def set_step_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
-    """Go on from what `step_counts` said; groups that it did not name start at 0."""
+    """Restore what `step_counts` returned. Groups that it does not name start at 0."""
     for group in optimizer.param_groups:
         if group["name"] not in counts:
             continue

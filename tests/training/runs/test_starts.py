@@ -43,7 +43,7 @@ def test_the_reasons_are_told_in_order(run: Run) -> None:
     for reason in ("first", "second", None):
         run.start(0)
         run.end(None if reason is None else 75, reason or "")
-    with pytest.raises(NoProgressError, match="first; second; it left no word"):
+    with pytest.raises(NoProgressError, match="first; second; no outcome recorded"):
         run.start(0)
 
 
