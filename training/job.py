@@ -84,7 +84,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     recipe = recipe_of(config, len(training), training.digest, identity)
     execution = make_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
     if resumed is not None:
-        check_same(config, recipe, code, folder, resumed)
+        check_same(config.checkpoint, config.numerics.deterministic, recipe, code, folder, resumed)
     trainer, initial_weights, state = _build_trainer(config, backend, recipe, execution, initial, resumed)
     augmentation = augmentation_of(config.model, config.data, config.pipeline)
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)

@@ -118,8 +118,9 @@ def make_plan(config: Config) -> Plan:
     checkpoint = plan.noting(lambda: _find_start(plan, folder))
     _derive(plan)
     if checkpoint is not None and plan.recipe is not None:
-        recipe = plan.recipe
-        plan.noting(lambda: check_same(config, recipe, code_version(CHECKOUT), folder, checkpoint))
+        recipe, deterministic = plan.recipe, config.numerics.deterministic
+        code = code_version(CHECKOUT)
+        plan.noting(lambda: check_same(config.checkpoint, deterministic, recipe, code, folder, checkpoint))
     plan.noting(lambda: check_folder(folder))
     return plan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.checkpoint.store import Checkpoint
-from training.config.schema import Config
+from training.config.schema import CheckpointConfig
 from training.errors import ConfigError
 
 from .run_folder import RunFolder, git
@@ -61,7 +61,9 @@ def code_version(checkout: Path) -> dict[str, Any]:
     }
 
 
-def check_code(config: Config, now: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint) -> None:
+def check_code(
+    settings: CheckpointConfig, deterministic: bool, now: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint
+) -> None:
     """On rank 0: compare the code with the checkpoint's. Raise ConfigError or warn, and name the files that differ.
 
     Refused unless checkpoint.allow_code_change: a change in files that decide numbers and, in deterministic mode, any change.
@@ -83,8 +85,8 @@ def check_code(config: Config, now: dict[str, Any], folder: RunFolder, checkpoin
         return
     # A file may have decided numbers then and be gone now.
     deciding = decides_numbers(differing, {*before["decides_numbers"], *now["decides_numbers"]})
-    refused = differing if config.numerics.deterministic else deciding
-    if refused and not config.checkpoint.allow_code_change:
+    refused = differing if deterministic else deciding
+    if refused and not settings.allow_code_change:
         why = "in deterministic mode any change counts" if len(refused) > len(deciding) else "they decide numbers"
         raise ConfigError(
             f"{folder.path} would resume with other code than its checkpoint of step {step} ({commits}; these files differ, and "

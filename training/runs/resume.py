@@ -12,7 +12,7 @@ from distributed.batch_norm.running_statistics import set_running_statistics
 from distributed.checkpoint.store import Checkpoint, load_newest
 from runtime.checkout import CHECKOUT
 from training.build.init_weights import InitialWeights, find_initial_weights
-from training.config.schema import Config, ModelConfig
+from training.config.schema import CheckpointConfig, ModelConfig
 from training.errors import ConfigError
 from training.optim.ema import EMA, PREFIX
 from training.optim.optimizers import optimizer_tensors
@@ -77,17 +77,24 @@ def find_start(model: ModelConfig, folder: RunFolder) -> tuple[Checkpoint | None
     return checkpoint, find_initial_weights(model, CHECKOUT, before)
 
 
-def check_same(config: Config, recipe: Recipe, code: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint) -> None:
+def check_same(
+    settings: CheckpointConfig,
+    deterministic: bool,
+    recipe: Recipe,
+    code: dict[str, Any],
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+) -> None:
     """On rank 0: raise ConfigError if recipe or code differ from the checkpoint's, unless the configuration allows it."""
     before, now = _flat(checkpoint.state["recipe"]), _flat(recipe.as_dict())
     differing = [key for key in now if now[key] != before.get(key)]
-    if differing and not config.checkpoint.allow_recipe_change:
+    if differing and not settings.allow_recipe_change:
         shown = "; ".join(f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in differing[:8])
         raise ConfigError(
             f"{folder.path} holds a run of another recipe ({shown}). "
             "Fix: choose another run_id, or resume with checkpoint.allow_recipe_change=true"
         )
-    check_code(config, code, folder, checkpoint)
+    check_code(settings, deterministic, code, folder, checkpoint)
     print(f"resuming {folder.path.name} from step {checkpoint.state['step']}", flush=True)
 
 

@@ -78,7 +78,13 @@ def refusal(before: dict[str, Any] | None, now: dict[str, Any], *overrides: str)
     config = compose_config("experiment=smoke", *overrides)
     state = {"step": 7} | ({} if before is None else {"code": before})
     try:
-        check_code(config, now, RunFolder(Path("outputs/run")), Checkpoint({}, {}, state))
+        check_code(
+            config.checkpoint,
+            config.numerics.deterministic,
+            now,
+            RunFolder(Path("outputs/run")),
+            Checkpoint({}, {}, state),
+        )
     except ConfigError as error:
         return str(error)
     return ""
