@@ -38,7 +38,7 @@ class Checkpointer:
         return by_steps or (epoch is not None and epoch % checkpoint.every_epochs == 0)
 
     def due_by_clock(self) -> bool:
-        """Return on rank 0 whether `checkpoint.every_minutes` have passed. Other ranks return False and must be told."""
+        """Return on rank 0 whether `checkpoint.every_minutes` have passed. Other ranks return False."""
         minutes = self._job.config.checkpoint.every_minutes
         return self._writer is not None and minutes is not None and time.monotonic() - self._newest_s >= 60 * minutes
 

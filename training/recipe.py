@@ -67,7 +67,7 @@ def fingerprint_of(recipe: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a world runs a recipe. It decides only the speed.
+    """Layout of a recipe on a world. It decides only the speed.
 
     A step's global batch has the slots `[0, global_batch)`. Each of `accumulation` micro-steps holds a contiguous part of
     them, split over ranks in order, so that BN groups are whole within a micro-step. `bn_ghosts` groups lie within each
@@ -118,7 +118,7 @@ def make_execution(global_batch: int, bn_group: int, world: int, micro_batch_lim
             if micro_batch_limit is None
             else f" and at most {micro_batch_limit} clips a micro-batch (batch.micro_batch)"
         )
-        fitting = in_words(fitting_worlds(global_batch, bn_group, micro_batch_limit))
+        fitting = _list_sizes(fitting_worlds(global_batch, bn_group, micro_batch_limit))
         raise ConfigError(
             f"a global batch of {global_batch} clips in batch-norm groups of {bn_group}{limit} does not divide over {world} "
             f"processes. Fix: use {fitting} processes, or change batch.global_batch or batch.bn_group"
@@ -150,6 +150,6 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def in_words(numbers: list[int]) -> str:
+def _list_sizes(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:24]))
     return (shown + (", ..." if len(numbers) > 24 else "")) or "no number of"

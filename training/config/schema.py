@@ -202,7 +202,7 @@ class CheckpointConfig:
     every_epochs: int = 1
     """Epochs between two checkpoints."""
     every_steps: int | None = None
-    """Also save every so many steps; null: off."""
+    """Also save every this many steps; null: off."""
     every_minutes: float | None = None
     """Also save at least this often (minutes, rank 0's clock, checked at each log interval); null: off."""
     keep: int = 2
