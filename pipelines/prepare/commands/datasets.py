@@ -1,7 +1,6 @@
-"""`prepare.py kinetics`, `ucf101`, `list` and so on: manifests of clips that are already on the disk."""
+"""`prepare.py kinetics`, `ucf101`, `list` and so on: write the manifests of clips that are on the disk."""
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,21 @@ from pipelines.prepare.annotations.ucf101 import SPLITS, read_hmdb51, read_ucf10
 from pipelines.prepare.scan.write_manifests import write_manifests
 from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport
 
+from .arguments import Commands, add_workers
+
 Reader = Callable[[argparse.Namespace], Annotations]
 
 
-def add_datasets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_datasets(commands: Commands) -> None:
+    """Add a sub-command for each kind of data set."""
+    _add_kinetics(commands)
+    _add_twentybn(commands)
+    _add_three_split_sets(commands)
+    _add_folder(commands)
+    _add_list(commands)
+
+
+def _add_kinetics(commands: Commands) -> None:
     _add_published(
         commands,
         "kinetics",
@@ -26,8 +36,12 @@ def add_datasets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         lambda args: read_kinetics(args.annotations, args.videos),
         root="data/kinetics400",
         folders=("annotations", "videos"),
-        max_missing=0.5,  # YouTube takes videos away
+        # YouTube removes videos.
+        max_missing=0.5,
     )
+
+
+def _add_twentybn(commands: Commands) -> None:
     something_v1 = _add_published(
         commands,
         "something-v1",
@@ -57,8 +71,11 @@ def add_datasets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
             "--class-order",
             choices=CLASS_ORDERS,
             default="sorted",
-            help="sorted by name, as the official TSM networks have them, or as in the labels file, as mmaction2 has them",
+            help="sorted: by name, as in the official TSM networks; file: as in the labels file, as in mmaction2",
         )
+
+
+def _add_three_split_sets(commands: Commands) -> None:
     ucf101 = _add_published(
         commands,
         "ucf101",
@@ -77,11 +94,9 @@ def add_datasets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     for parser in (ucf101, hmdb51):
         parser.add_argument("--split", type=int, choices=SPLITS, default=1)
-    _add_folder(commands)
-    _add_list(commands)
 
 
-def _add_folder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_folder(commands: Commands) -> None:
     parser = _add(
         commands,
         "folder",
@@ -89,14 +104,14 @@ def _add_folder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         lambda args: read_class_folders(args.videos, args.val_fraction, args.seed),
     )
     parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
-    parser.add_argument("--videos", type=Path, help="folder of the class folders, if it is not ROOT")
+    parser.add_argument("--videos", type=Path, help="folder of the class folders, if not ROOT")
     parser.add_argument(
-        "--val-fraction", type=float, help="part of the clips to hold out for validation, by their name"
+        "--val-fraction", type=float, help="fraction of the clips to hold out for validation, by a hash of their names"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another one holds out other clips")
+    parser.add_argument("--seed", type=int, default=0, help="chooses which clips are held out")
 
 
-def _add_list(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_list(commands: Commands) -> None:
     parser = _add(
         commands,
         "list",
@@ -105,12 +120,12 @@ def _add_list(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         aliases=["frames"],
     )
     parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
-    parser.add_argument("--videos", type=Path, help="folder that the lists' paths are relative to, if it is not ROOT")
-    parser.add_argument("--classes", type=Path, required=True, help="text file with the classes' names, one a line")
+    parser.add_argument("--videos", type=Path, help="folder that the lists' paths are relative to, if not ROOT")
+    parser.add_argument("--classes", type=Path, required=True, help="text file of class names, one per line")
     parser.add_argument("--train", type=Path, required=True, help="list of the training clips")
     parser.add_argument("--val", type=Path, required=True, help="list of the validation clips")
     parser.add_argument("--test", type=Path, help="list of test clips with labels")
-    parser.add_argument("--delimiter", choices=DELIMITER_NAMES, help="between the fields; found by itself otherwise")
+    parser.add_argument("--delimiter", choices=DELIMITER_NAMES, help="between the fields; detected by default")
 
 
 def _lists_of(args: argparse.Namespace) -> dict[str, Path]:
@@ -119,7 +134,7 @@ def _lists_of(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _add_published(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: Commands,
     name: str,
     what: str,
     reader: Reader,
@@ -127,7 +142,7 @@ def _add_published(
     folders: tuple[str, str],
     max_missing: float = 0.0,
 ) -> argparse.ArgumentParser:
-    """A data set whose folder has known places for annotations and clips, `folders`."""
+    """Add a data set with usual folders for annotations and clips, `folders`."""
     parser = _add(commands, name, what, reader, max_missing=max_missing)
     parser.add_argument("--root", type=Path, default=Path(root), help=f"folder of the manifests ({root})")
     parser.add_argument("--annotations", type=Path, help=f"folder of the annotations (ROOT/{folders[0]})")
@@ -137,7 +152,7 @@ def _add_published(
 
 
 def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: Commands,
     name: str,
     what: str,
     reader: Reader,
@@ -145,22 +160,19 @@ def _add(
     aliases: list[str] | None = None,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what, description=what, aliases=aliases or [])
-    cores = len(os.sched_getaffinity(0))
+    add_workers(parser)
     parser.add_argument(
-        "--workers", type=int, default=cores, help=f"processes that scan ({cores}); 0: scan in this process"
+        "--max-bad", type=float, default=0.05, help="fraction of a split's clips that may fail to decode (0.05)"
     )
     parser.add_argument(
-        "--max-bad", type=float, default=0.05, help="part of a split's clips that may fail to decode (0.05)"
-    )
-    parser.add_argument(
-        "--max-missing", type=float, default=max_missing, help=f"part that may not be there ({max_missing})"
+        "--max-missing", type=float, default=max_missing, help=f"fraction that may be missing ({max_missing})"
     )
     parser.set_defaults(run=run_dataset, reader=reader, folders=("", ""))
     return parser
 
 
 def run_dataset(args: argparse.Namespace) -> None:
-    """Read the annotations, scan the clips, write the manifests, and print what was found."""
+    """Read the annotations, scan the clips, write the manifests, and print a summary."""
     start_s = time.perf_counter()
     annotations_folder, videos_folder = args.folders
     if args.videos is None:
@@ -177,19 +189,19 @@ def run_dataset(args: argparse.Namespace) -> None:
     for split, report in reports.items():
         if report.miscounted:
             print(
-                f"  NOTE: {len(report.miscounted)} {split} clips hold another number of frames than their list says; the "
-                f"frames that are there count. The first: {report.miscounted[0]}"
+                f"  NOTE: {len(report.miscounted)} {split} clips have another number of frames than listed; the manifest "
+                f"has the number that decodes. The first: {report.miscounted[0]}"
             )
     lost = sum(len(report.bad) + len(report.missing) for report in reports.values())
     if lost:
-        print(f"  LEFT OUT: {lost} clips; which and why: {args.root / BAD_FILES_NAME}")
+        print(f"  LEFT OUT: {lost} clips, listed with reasons in {args.root / BAD_FILES_NAME}")
 
 
 def _describe(report: SplitReport) -> str:
     parts = [f"{report.written} of {report.listed} clips"]
     parts += [f"{count} {codec}" for codec, count in report.codecs.most_common()]
     if report.unchanged:
-        parts.append(f"{report.unchanged} known from an earlier scan")
+        parts.append(f"{report.unchanged} reused from an earlier scan")
     for what, clips in (("BAD", report.bad), ("MISSING", report.missing)):
         if clips:
             parts.append(f"{len(clips)} {what} ({len(clips) / report.listed:.2%})")

@@ -1,7 +1,6 @@
-"""`prepare.py transcode`, `shard`, `verify` and `stage`: what is made of a data set's manifests."""
+"""`prepare.py transcode`, `shard`, `verify` and `stage`: commands on a data set that has manifests."""
 
 import argparse
-import os
 import socket
 import time
 from pathlib import Path
@@ -17,84 +16,78 @@ from pipelines.prepare.repack.transcode_clip import Settings
 from pipelines.prepare.repack.verify import verify
 from pipelines.prepare.split_report import BAD_FILES_NAME
 
+from .arguments import Commands, add_workers
+
 _PART_HELP = (
-    "this part of the work, like 1/8 (in a Slurm array: the task's own); the last to finish writes the manifests"
+    "this part of the work, like 1/8 (default in a Slurm array: the task's); the last to finish writes the manifests"
 )
 
 
-def add_prepared(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_prepared(commands: Commands) -> None:
     _add_transcode(commands)
     _add_shard(commands)
     _add_verify(commands)
     _add_stage(commands)
 
 
-def _add_transcode(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    what = "encode the clips of a data set anew: smaller, with key frames close together, the same frames"
+def _add_transcode(commands: Commands) -> None:
+    what = "encode the clips of a data set again: smaller, key frames close together, the same frames"
     parser = _add(commands, "transcode", what)
     parser.add_argument("--to", type=Path, required=True, help="folder of the new clips and their manifests")
-    parser.add_argument("--codec", choices=list(ENCODERS), default="h264", help="jpeg: a picture for each frame (h264)")
+    parser.add_argument("--codec", choices=list(ENCODERS), default="h264", help="jpeg: a file for each frame (h264)")
     parser.add_argument("--short-side", type=int, default=256, help="pixels of the shorter side; never enlarged (256)")
     parser.add_argument("--gop", type=int, default=16, help="frames from one key frame to the next (16)")
     qualities = ", ".join(f"{name} {each.quality} of 1 to {each.worst}" for name, each in ENCODERS.items())
-    parser.add_argument("--quality", type=int, help=f"the encoder's own number, a lower one is better ({qualities})")
-    parser.add_argument("--max-bad", type=float, default=0.05, help="part of a split's clips that may fail (0.05)")
+    parser.add_argument("--quality", type=int, help=f"the encoder's quality number; lower is better ({qualities})")
+    parser.add_argument("--max-bad", type=float, default=0.05, help="fraction of a split's clips that may fail (0.05)")
     parser.add_argument("--part", metavar="I/N", help=_PART_HELP)
     parser.set_defaults(run=run_transcode)
 
 
-def _add_shard(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    what = "tar files of about one size with the clips of a data set, and manifests that say where in them each clip is"
+def _add_shard(commands: Commands) -> None:
+    what = "pack a data set into tar files of similar size, with manifests of each clip's offset in them"
     parser = _add(commands, "shard", what)
     parser.add_argument("--to", type=Path, required=True, help="folder of the shards and their manifests")
-    parser.add_argument("--shard-size", default="1GB", help="about the size of a shard (1GB)")
+    parser.add_argument("--shard-size", default="1GB", help="maximum size of a shard, approximately (1GB)")
     parser.add_argument("--part", metavar="I/N", help=_PART_HELP)
     parser.set_defaults(run=run_shard)
 
 
-def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = _add(commands, "verify", "look whether every shard and every clip is what the manifests of a folder say")
-    parser.add_argument("--decode", action="store_true", help="decode every frame of every clip as well")
+def _add_verify(commands: Commands) -> None:
+    parser = _add(commands, "verify", "compare every shard and every clip of a folder with its manifests")
+    parser.add_argument("--decode", action="store_true", help="also decode every frame of every clip")
     parser.set_defaults(run=run_verify)
 
 
-def _add_stage(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_stage(commands: Commands) -> None:
     parser = _add(commands, "stage", "copy a data set's shards or files to this node's disk, as many as fit")
-    parser.add_argument("--to", type=Path, required=True, help=f"folder of the copies; training is told by {VARIABLE}")
+    parser.add_argument(
+        "--to", type=Path, required=True, help=f"folder of the copies; set {VARIABLE} to it for training"
+    )
     parser.add_argument("--shards", metavar="A:B", help="only these shards, in the order of shards.json")
-    parser.add_argument("--steps", type=int, help="only the training clips of so many steps")
-    parser.add_argument("--first-step", type=int, default=0, help="the first of them (0)")
-    parser.add_argument("--global-batch", type=int, help="of the run, for --steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the run, for --steps (0)")
+    parser.add_argument("--steps", type=int, help="only the training clips of this number of steps")
+    parser.add_argument("--first-step", type=int, default=0, help="first of these steps (0)")
+    parser.add_argument("--global-batch", type=int, help="global batch of the run, for --steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run, for --steps (0)")
     parser.set_defaults(run=run_stage)
 
 
-def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str
-) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what, description=what)
     parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=_processes, default=cores, help=f"processes ({cores}); 0: work in this process"
-    )
+    add_workers(parser)
     return parser
 
 
-def _processes(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: give 0 (work in this one) or more")
-    return int(text)
-
-
 def run_transcode(args: argparse.Namespace) -> None:
+    """Transcode, and print a summary."""
     start_s = time.perf_counter()
     quality = ENCODERS[args.codec].quality if args.quality is None else args.quality
     settings = Settings(args.codec, args.short_side, args.gop, quality)
     done = transcode(args.root, args.to, settings, args.workers, find_part(args.part), args.max_bad)
-    took = f"{done.new} encoded in {time.perf_counter() - start_s:.1f} s" if done.new else "already there"
+    took = f"{done.new} encoded in {time.perf_counter() - start_s:.1f} s" if done.new else "already complete"
     if done.missing:
-        print(f"{args.to}: {took}; {done.missing} clips are left to other parts, or to a further call")
+        print(f"{args.to}: {took}; {done.missing} clips are left for other parts or a later call")
         return
     print(f"{args.to}: {took}")
     for name, report in done.splits.items():
@@ -102,42 +95,43 @@ def run_transcode(args: argparse.Namespace) -> None:
         bad = f", {len(report.bad)} BAD ({len(report.bad) / report.listed:.2%})" if report.bad else ""
         print(
             f"  {args.to / name}.arrow: {report.written} of {report.listed} clips{bad}, {before / 1e6:.1f} MB before, "
-            f"{after / 1e6:.1f} MB after ({after / before:.2f}), {after / report.written / 1e3:.1f} KB a clip"
+            f"{after / 1e6:.1f} MB after ({after / before:.2f}), {after / report.written / 1e3:.1f} KB per clip"
         )
     lost = sum(len(report.bad) for report in done.splits.values())
     if lost:
-        print(f"  LEFT OUT: {lost} clips; which and why: {args.to / BAD_FILES_NAME}")
+        print(f"  LEFT OUT: {lost} clips, listed with reasons in {args.to / BAD_FILES_NAME}")
 
 
 def run_shard(args: argparse.Namespace) -> None:
+    """Write shards, and print a summary."""
     start_s = time.perf_counter()
     try:
         shard_bytes = parse_bytes(args.shard_size)
     except ValueError as error:
         raise DataSetError(f"--shard-size: {error}") from None
     sharded = write_shards(args.root, args.to, shard_bytes, args.workers, find_part(args.part))
-    took = f"{sharded.new} written in {time.perf_counter() - start_s:.1f} s" if sharded.new else "already there"
+    took = f"{sharded.new} written in {time.perf_counter() - start_s:.1f} s" if sharded.new else "already complete"
     if sharded.index is None:
-        print(f"{args.to}: {took}; {sharded.missing} shards are left to other parts, or to a further call")
+        print(f"{args.to}: {took}; {sharded.missing} shards are left for other parts or a later call")
         return
     shards = sharded.index.shards.values()
     print(f"{args.to}: {len(shards)} shards, {sum(each.bytes for each in shards) / 1e9:.3g} GB; {took}")
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    """Prints what is bad, and raises DataSetError if something is."""
+    """Verify, and print every fault; raises DataSetError if there is one."""
     start_s = time.perf_counter()
     verified = verify(args.root, args.workers, args.decode)
     for line in verified.bad:
         print(f"BAD {line}")
-    looked_at = f"{verified.clips} clips" + (f" in {verified.shards} shards" if verified.shards else "")
+    checked = f"{verified.clips} clips" + (f" in {verified.shards} shards" if verified.shards else "")
     if verified.bad:
-        raise DataSetError(f"{args.root}: {len(verified.bad)} faults in {looked_at}; each has a line above")
-    print(f"{args.root}: {looked_at}, all as they should be; {time.perf_counter() - start_s:.1f} s")
+        raise DataSetError(f"{args.root}: {len(verified.bad)} faults in {checked}. Fix: see the lines above")
+    print(f"{args.root}: {checked}, no fault; {time.perf_counter() - start_s:.1f} s")
 
 
 def run_stage(args: argparse.Namespace) -> None:
-    """A copy that cannot be made is no error: training reads the shared file."""
+    """Stage files, and print a summary. A file that cannot be copied is no error: training reads the shared one."""
     start_s = time.perf_counter()
     try:
         shards = None if args.shards is None else parse_range(args.shards)
@@ -153,7 +147,7 @@ def run_stage(args: argparse.Namespace) -> None:
         )
     print(
         f"{here}: {args.root}: {staged.copied} files copied to {args.to} ({staged.copied_bytes / 1e9:.3g} GB, "
-        f"{time.perf_counter() - start_s:.1f} s), {staged.present} there already, of {staged.wanted}"
+        f"{time.perf_counter() - start_s:.1f} s), {staged.present} present before, of {staged.wanted}"
     )
 
 
@@ -161,7 +155,9 @@ def _steps(args: argparse.Namespace) -> Steps | None:
     if args.steps is None:
         return None
     if args.shards is not None:
-        raise DataSetError("--steps and --shards are two ways to say what is wanted; give one of them")
+        raise DataSetError("--steps and --shards exclude each other. Fix: give one of them")
     if args.global_batch is None or min(args.steps, args.global_batch) < 1 or args.first_step < 0:
-        raise DataSetError("--steps needs the run's --global-batch; both count from 1, and --first-step from 0")
+        raise DataSetError(
+            "--steps needs the run's --global-batch. Fix: give both, 1 or more, and --first-step 0 or more"
+        )
     return Steps(args.first_step, args.steps, args.global_batch, args.seed)

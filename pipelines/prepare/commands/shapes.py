@@ -1,4 +1,4 @@
-"""`prepare.py shapes`: the drawn data set."""
+"""`prepare.py shapes`: write the generated data set."""
 
 import argparse
 import os
@@ -8,12 +8,15 @@ from pathlib import Path
 from pipelines.prepare.shapes.drawing import CLASSES
 from pipelines.prepare.shapes.write import ShapesConfig, write_shapes
 
+from .arguments import Commands
 
-def add_shapes(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def add_shapes(commands: Commands) -> None:
+    """Add the sub-command `shapes`."""
     default = ShapesConfig()
     parser = commands.add_parser(
         "shapes",
-        help="clips of moving shapes, in pairs of classes that differ in the order of frames only",
+        help="clips of moving shapes, in pairs of classes that differ only in the order of frames",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--root", type=Path, default=Path("data/shapes"), help="folder to write")
@@ -30,11 +33,12 @@ def add_shapes(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_shapes(args: argparse.Namespace) -> None:
+    """Write the data set, and print a summary."""
     start_s = time.perf_counter()
     config = ShapesConfig(args.train_clips, args.val_clips, args.size, tuple(args.frames), args.seed)
     written = write_shapes(args.root, config, args.workers, args.force)
     clips = " and ".join(f"{count} {split}" for split, count in written.rows.items())
-    done = f"{written.new_clips} clips written" if written.new_clips else "already there"
+    done = f"{written.new_clips} clips written" if written.new_clips else "already complete"
     print(
         f"{args.root}: {clips} clips of {len(CLASSES)} classes, {written.bytes / 1e6:.1f} MB; "
         f"{done}, {time.perf_counter() - start_s:.1f} s"

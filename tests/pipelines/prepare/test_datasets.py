@@ -136,7 +136,10 @@ def test_kinetics(kinetics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (kinetics / "test.arrow").exists()
     said = capsys.readouterr().out
     assert "train.arrow: 4 of 5 clips, 4 h264, 1 MISSING (20.00%)" in said
-    assert "test.csv has no labels" in said and f"LEFT OUT: 1 clips; which and why: {kinetics}/bad_files.csv" in said
+    assert (
+        "test.csv has no labels" in said
+        and f"LEFT OUT: 1 clips, listed with reasons in {kinetics}/bad_files.csv" in said
+    )
     assert (kinetics / "bad_files.csv").read_text().splitlines() == [
         "path,reason,split",
         f"videos/gone0000001_000012_000022.mp4,{kinetics}/videos/gone0000001_000012_000022.mp4: no such file,train",
@@ -484,7 +487,7 @@ def test_a_list_is_corrected_about_frames_and_says_so(listed: Path, capsys: pyte
     text(listed / "train.txt", "abseil/a.mp4 4 0", "abseil/frames 5 0")
     assert run("frames", *list_arguments(listed)[1:]) == 0  # another name of the same
     assert Manifest.open(listed / "train.arrow").row(1).num_frames == 3
-    assert "NOTE: 1 train clips hold another number of frames" in (said := capsys.readouterr().out)
+    assert "NOTE: 1 train clips have another number of frames" in (said := capsys.readouterr().out)
     assert "train.txt, line 2: 5 frames listed, but abseil/frames has 3" in said
 
 

@@ -471,7 +471,7 @@ def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(long: Path) -> None:
         [*PREPARE, "folder", "--root", str(long), "--workers", "2"], capture_output=True, text=True, timeout=120
     )
     assert finished.returncode == 0, finished.stderr
-    known = [int(line.rpartition(", ")[2].split()[0]) for line in finished.stdout.splitlines() if "known from" in line]
+    known = [int(line.rpartition(", ")[2].split()[0]) for line in finished.stdout.splitlines() if "reused from" in line]
     assert sum(known) == done and len(Manifest.open(long / "train.arrow")) == 60
 
 

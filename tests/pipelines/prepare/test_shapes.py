@@ -200,7 +200,7 @@ def test_a_second_call_leaves_the_folder_alone(root: Path) -> None:
     assert (written.new_clips, written.rows) == (0, {"train": 20, "val": 10})
     assert {path: path.stat().st_mtime_ns for path in root.glob("**/*")} == before
     done = subprocess.run([*COMMAND, *SMALL_ARGUMENTS, "--root", str(root)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "already there" in done.stdout
+    assert done.returncode == 0 and "already complete" in done.stdout
 
 
 def test_what_was_harmed_is_mended(root: Path, finished: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_shard_is_opened_once(spoiled: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_finished_data_set_is_left_alone(files: Path, spoiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in spoiled.glob("*")}
     assert shard(files, spoiled) == 0
-    assert "already there" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in spoiled.glob("*")}
 
 

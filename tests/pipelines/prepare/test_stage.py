@@ -102,7 +102,7 @@ def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.
     root = shared / kind
     before = {(split, row): pixels(root, row) for split in ("train", "val") for row in rows_of(root, split)}
     assert stage(root, local) == 0
-    assert ", 0 there already" in capsys.readouterr().out
+    assert ", 0 present before" in capsys.readouterr().out
     shard_reader.close_shards()
     hide(shared)
     for (_, row), video_TCHW in before.items():
@@ -202,7 +202,7 @@ def test_a_second_call_copies_what_is_missing(shared: Path, local: Path, capsys:
     capsys.readouterr()
     assert stage(shared / "shards", local) == 0
     assert f": 2 files copied to {local}" in (said := capsys.readouterr().out)
-    assert f", {len(copied) - 2} there already, of {len(copied)}" in said
+    assert f", {len(copied) - 2} present before, of {len(copied)}" in said
     assert sorted(local.rglob("*.tar*")) == copied
 
 

@@ -228,7 +228,7 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_finished_is_left_alone(source: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*.mp4")}
     assert transcode(source, made, *SMALL) == 0
-    assert "already there" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*.mp4")}
     assert transcode(source, made, "--short-side", "40") == 2
     assert "was made from other manifests or with other options" in capsys.readouterr().err
@@ -240,7 +240,7 @@ def test_parts_make_the_same(source: Path, made: Path, tmp_path: Path, capsys: p
         assert transcode(source, tmp_path / "parts", *SMALL, "--part", f"{number}/3") == 0
     assert encoded_files(tmp_path / "parts") == encoded_files(made)
     assert (tmp_path / "parts" / "train.arrow").read_bytes() == (made / "train.arrow").read_bytes()
-    assert re.search(r"2 encoded in .*; 6 clips are left to other parts", capsys.readouterr().out)
+    assert re.search(r"2 encoded in .*; 6 clips are left for other parts", capsys.readouterr().out)
 
 
 def test_one_call_at_a_part(tmp_path: Path) -> None:
