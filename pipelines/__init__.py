@@ -1,1 +1,1 @@
-"""From a manifest row to a batch of clips. Imports nothing of the other folders and is told rank and size as integers."""
+"""From a manifest row to a batch of clips. Takes rank and world size as integers; imports runtime and no other folder."""

@@ -1,9 +1,9 @@
-"""Errors about clips that cannot be used."""
+"""BadClip and MissingClip: errors about clips that cannot be used."""
 
 
 class BadClip(ValueError):
-    """A file that cannot be trained on; the message names it and says why."""
+    """A clip that cannot be decoded; the message names its file and the reason."""
 
 
 class MissingClip(BadClip):
-    """A file that is not there."""
+    """A clip whose file does not exist."""

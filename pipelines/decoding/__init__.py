@@ -1,1 +1,1 @@
-"""From the bytes of a clip to its pixels."""
+"""Decode clips: from encoded bytes to pixels."""

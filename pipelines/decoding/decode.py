@@ -1,5 +1,7 @@
-"""Chosen frames of a clip as pixels: of videos by torchcodec where FFmpeg's libraries are installed, else by PyAV; of folders
-of JPEG files by torchvision."""
+"""Decode chosen frames of a clip to pixels.
+
+Videos: torchcodec if FFmpeg's libraries are installed, else PyAV. Folders of JPEG files: torchvision.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,21 +16,25 @@ from torch import Tensor
 from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow
 
-from .clip_bytes import frame_at, from_nearest, video_at
-from .jpeg import check_picture, decode_jpeg_bytes, jpeg_size
+from .clip_bytes import frame_at, video_at
+from .jpeg import check_image_size, decode_jpeg_bytes, jpeg_size
+from .staged_copies import candidates
 from .video import EncodedVideo, video_stream
 
-# the clip, its row, frame indices (T,) -> uint8 (T, 3, H, W), upright
+# (video, its row, frame indices (T,)) -> uint8 (T, 3, H, W), upright
 Decoder = Callable[[EncodedVideo, ManifestRow, NDArray[np.int64]], Tensor]
 
 
 def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """The frames `frame_T` of the clip that a manifest's row describes, uint8 (T, 3, H, W), upright; `root`: its folder.
+    """Decode the frames `frame_T` of a row's clip, uint8 (T, 3, H, W), upright; `root`: the manifest's folder.
 
-    `decoder` is for videos; a row says itself that its clip is kept as JPEG pictures. Raises BadClip, which says what is
-    wrong, when the clip is missing, not as long as the row says, or cannot be decoded.
+    `decoder` is for videos; JPEG frames need none. Raises BadClip, with the reason, if the clip is missing, differs from its
+    row, or does not decode.
     """
-    return from_nearest(root, row, lambda path: _decode_at(path, decoder, row, frame_T))
+    for candidate in candidates(root, row):
+        with candidate as path:
+            return _decode_at(path, decoder, row, frame_T)
+    raise candidate.error
 
 
 def _decode_at(path: Path, decoder: str, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
@@ -39,7 +45,8 @@ def _decode_at(path: Path, decoder: str, row: ManifestRow, frame_T: NDArray[np.i
         video_TCHW = _DECODERS[decoder](video, row, frame_T)
     except BadClip:
         raise
-    except Exception as error:  # a decoder fails in as many ways as a file can be broken
+    # Decoders raise many kinds of exception on broken files.
+    except Exception as error:
         raise BadClip(f"{video.name}: {decoder} cannot decode it: {error}") from error
     if len(video_TCHW) != len(frame_T):
         raise BadClip(f"{video.name}: {decoder} gave {len(video_TCHW)} of {len(frame_T)} frames")
@@ -48,9 +55,9 @@ def _decode_at(path: Path, decoder: str, row: ManifestRow, frame_T: NDArray[np.i
 
 @cache
 def choose_decoder(wanted: str = "auto") -> str:
-    """`torchcodec` or `pyav`: what `wanted` says, or for `auto` the faster one that works on this machine.
+    """Choose `torchcodec` or `pyav`: the one named by `wanted`, or for `auto` the faster one that works on this machine.
 
-    Raises ValueError with the remedy when the decoder asked for is not usable.
+    Raises ValueError, with the fix, if `wanted` cannot be used.
     """
     if wanted not in ("auto", *_DECODERS):
         raise ValueError(f"pipeline.decoder must be one of auto, {', '.join(_DECODERS)}, got {wanted!r}")
@@ -70,19 +77,23 @@ def choose_decoder(wanted: str = "auto") -> str:
 
 
 def _decode_torchcodec(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """torchcodec finds frame i by the time of the i-th packet; PyAV, which made the manifest, counts. PyAV decodes where the
-    two could differ: containers without a time for each frame (AVI, MPEG), and files with packets that show no frame (the
-    hidden reference frames of VP8, damage)."""
-    from torchcodec.decoders import VideoDecoder  # loads FFmpeg: only where it was chosen
+    """Decode with torchcodec where its frame i is surely PyAV's frame i, else with PyAV.
+
+    torchcodec finds frame i by the time of the i-th packet; PyAV, with which the manifest was made, counts frames. The two may
+    differ in containers without a time per frame (AVI, MPEG), and in files with packets that show no frame (hidden reference
+    frames of VP8, damage).
+    """
+    # Loads FFmpeg, so only if torchcodec was chosen.
+    from torchcodec.decoders import VideoDecoder
 
     if video.suffix in _TIMED_CONTAINERS:
         with suppress(RuntimeError, ValueError, IndexError):
-            # One thread, because each worker process decodes clips of its own. Exact, because the approximate mode turns an
-            # index into a time by the average frame rate: other frames, where the rate varies. It turns video upright itself.
+            # One thread, because each worker process decodes its own clips. seek_mode="exact", because "approximate" computes
+            # times from the average frame rate, which gives wrong frames at variable rates. torchcodec applies the rotation.
             source = str(video.source) if isinstance(video.source, Path) else torch.from_numpy(video.source)
             decoder = VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1)
             shown = sorted((decoder.metadata.width or 0, decoder.metadata.height or 0))
-            # Of pictures of another size, which may take any amount of memory, none is decoded before PyAV has looked.
+            # Frames of another size could take any amount of memory; PyAV checks each frame's size first.
             if len(decoder) == row.num_frames and shown == sorted((row.width, row.height)):
                 return decoder.get_frames_at(frame_T.tolist()).data
     return _decode_pyav(video, row, frame_T)
@@ -95,25 +106,26 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     with video_stream(video) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
-                check_picture(video.name, frame.width, frame.height, row)
+                check_image_size(video.name, frame.width, frame.height, row)
                 pixels_HWC[index] = frame.to_ndarray(format="rgb24")
             if index == last:
                 break
     missing = wanted - pixels_HWC.keys()
     if missing:
-        raise BadClip(f"{video.name}: frame {min(missing)} is not there: truncated, or the manifest is of another file")
+        raise BadClip(f"{video.name}: frame {min(missing)} is missing: truncated, or not the file of the manifest")
     video_THWC = np.stack([pixels_HWC[index] for index in frame_T.tolist()])
     upright_THWC = np.rot90(video_THWC, row.rotation // 90, axes=(1, 2))
     return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
 
 
 def _decode_jpeg_frames(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """Only the frames that are asked for are read, each once; their size is checked, the bytes of the rest are not."""
+    """Decode JPEG frames. Reads and checks each wanted frame once, and no other frame."""
     images_HWC = {}
     for index in sorted(set(frame_T.tolist())):
         name, content = frame_at(path, row, index)
-        check_picture(name, *jpeg_size(name, content), row)
-        images_HWC[index] = decode_jpeg_bytes(name, content).permute(1, 2, 0)  # as it lies in memory: copied at once
+        check_image_size(name, *jpeg_size(name, content), row)
+        # As torchvision lays the pixels out in memory: `stack` copies them without a transpose.
+        images_HWC[index] = decode_jpeg_bytes(name, content).permute(1, 2, 0)
     return torch.stack([images_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)
 
 

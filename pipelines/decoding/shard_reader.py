@@ -1,4 +1,4 @@
-"""Read clips out of shards."""
+"""Read clips from shards: plain tar files that stay open, whose members are found by the offsets in the manifest."""
 
 import os
 from functools import lru_cache
@@ -12,22 +12,24 @@ from pipelines.errors import BadClip
 from .tar import BLOCK_BYTES, read_header
 
 INDEX_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
-"""An entry of the index in front of a clip of JPEG frames in a shard: where a frame's bytes are, in bytes behind the index'
-own first byte."""
+"""An entry of the index that precedes a clip of JPEG frames in a shard: where a frame's bytes are, counted from the index's
+first byte."""
 
-
-_OPEN_SHARDS = 128  # of each process; a system allows 1,024 open files or more
+# Per process; systems allow 1,024 open files or more.
+_OPEN_SHARDS = 128
 
 
 def close_shards() -> None:
-    """Forget the shards that are open: what is read from now on is opened anew."""
-    _open_shard.cache_clear()
+    """Forget the open shards; later reads open their files again."""
+    open_shard.cache_clear()
     _frame_index.cache_clear()
 
 
 class Shard:
-    """A shard that stays open while its clips are read: a look into a folder for each clip of each rank is what the metadata
-    server of a parallel file system can bear least."""
+    """A shard that stays open while its clips are read.
+
+    Opening it for each clip on each rank would overload the metadata server of a parallel file system.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,28 +44,27 @@ class Shard:
             os.close(self._descriptor)
 
     def member(self, offset: int, length: int) -> tuple[str, NDArray[np.uint8]]:
-        """(name, bytes) of the member whose bytes are at `offset`; BadClip unless one of that length is there."""
+        """Read (name, bytes) of the member whose content starts at `offset`. Raises BadClip if its length is not `length`."""
         content = self._read(offset - BLOCK_BYTES, BLOCK_BYTES + length)
         return self._check_header(content[:BLOCK_BYTES], offset, length), content[BLOCK_BYTES:]
 
     def member_name(self, offset: int, length: int) -> str:
-        """Like `member`, without reading its bytes."""
+        """Check a member as `member` does and return its name, without reading its content."""
         assert self._descriptor is not None
         if os.fstat(self._descriptor).st_size < offset + length:
             raise BadClip(f"{self.path}: ends before byte {offset + length}, in the middle of a clip: truncated")
         return self._check_header(self._read(offset - BLOCK_BYTES, BLOCK_BYTES), offset, length)
 
     def frames(self, offset: int, num_frames: int) -> NDArray[np.void]:
-        """The index of INDEX_DTYPE, (T,), of a clip of JPEG frames."""
+        """Read the index, INDEX_DTYPE of shape (T,), of a clip of JPEG frames."""
         return _frame_index(self, offset, num_frames)
 
     def _check_header(self, block: NDArray[np.uint8], offset: int, length: int) -> str:
         try:
             name, found = read_header(block.tobytes())
         except ValueError as error:
-            raise BadClip(
-                f"{self.path}: {error} in front of byte {offset}: replaced since the manifest was made"
-            ) from None
+            message = f"{self.path}: {error} before byte {offset}: replaced since the manifest was made"
+            raise BadClip(message) from None
         if found != length:
             raise BadClip(
                 f"{self.path}: {name} has {found} bytes, but {length} when the manifest was made: replaced since"
@@ -79,7 +80,8 @@ class Shard:
             try:
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)
             except OSError as error:
-                _open_shard.cache_clear()  # a file system that was gone may be back, under new handles
+                # A file system that was away may be back; only new file handles work then.
+                open_shard.cache_clear()
                 raise BadClip(f"{self.path}: {error.strerror}") from error
             if count == 0:
                 raise BadClip(f"{self.path}: ends at byte {offset + done}, in the middle of a clip: truncated")
@@ -88,12 +90,13 @@ class Shard:
 
 
 @lru_cache(maxsize=_OPEN_SHARDS)
-def _open_shard(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
+    """Open a shard, or return it if it is open. Raises BadClip if it cannot be opened."""
     return Shard(path)
 
 
 @lru_cache(maxsize=64)
 def _frame_index(shard: Shard, offset: int, num_frames: int) -> NDArray[np.void]:
-    """Kept for the next frames of the clip."""
+    """Read a clip's index; cached for its next frames."""
     _, content = shard.member(offset, num_frames * INDEX_DTYPE.itemsize)
     return content.view(INDEX_DTYPE)

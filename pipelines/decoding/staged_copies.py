@@ -1,23 +1,67 @@
-"""Copies of a data set's files on a node's own disk, which `prepare.py stage` makes: each under its own absolute path.
+"""Staged files: copies of a data set's files on node-local disk, made by `prepare.py stage`, each under its absolute path.
 
-The manifest stays the shared one, so all ranks agree on it whatever their nodes hold, and any file may lack its copy.
+All ranks read the one shared manifest, whichever files their nodes have staged. Any file may lack a staged copy.
 """
 
 import os
 import sys
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 
+from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
 
 VARIABLE = "TSM_STAGED_FILES"
-"""The environment variable that names the folder of the copies."""
+"""The environment variable that names the folder of the staged files."""
 
 _given_up: set[Path] = set()
 
 
+class Candidate:
+    """A path to read a clip from. As a context manager it yields the path and suppresses BadClip, for a loop over candidates:
+
+    for candidate in candidates(root, row):
+        with candidate as path:
+            return read(path)
+    raise candidate.error
+    """
+
+    error: BadClip
+    """The suppressed error."""
+
+    def __init__(self, path: Path, staged: "Candidate | None" = None) -> None:
+        self.path = path
+        self._staged = staged
+        """The bad staged copy that this path replaces."""
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if isinstance(error, BadClip):
+            self.error = error
+            return True
+        # Only a good shared file proves that the staged copy is to blame.
+        if error is None and self._staged is not None:
+            _give_up(self._staged.path, f"{self._staged.error}; reading {self.path}")
+        return False
+
+
+def candidates(root: Path, row: ManifestRow) -> list[Candidate]:
+    """List the paths to try for a row's clip: its staged copy, if there is one, then the shared file."""
+    path = root / row.path
+    copy = find_copy(root, row)
+    if copy is None:
+        return [Candidate(path)]
+    staged = Candidate(copy)
+    return [staged, Candidate(path, staged)]
+
+
 def find_copy(root: Path, row: ManifestRow) -> Path | None:
-    """Where to read a row's path instead; None without a whole copy."""
+    """Find the staged copy of a row's path; None if there is no complete one."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return None
@@ -28,7 +72,7 @@ def find_copy(root: Path, row: ManifestRow) -> Path | None:
 
 
 def copy_path(folder: Path, root: Path, path: str) -> Path:
-    """Where the copy of a file is; `root`: the manifest's folder, `path`: as a row of it has it."""
+    """Compute where a file's staged copy is; `root`: the manifest's folder, `path`: the path in a manifest row."""
     return folder / os.path.normpath(_resolved(root) / path).lstrip(os.sep)
 
 
@@ -37,7 +81,7 @@ def _resolved(root: Path) -> Path:
     return root.resolve()
 
 
-def give_up(copy: Path, why: str) -> None:
-    """Leave a copy alone from now on, in this process."""
+def _give_up(copy: Path, why: str) -> None:
+    """Stop using a staged copy in this process, and log it."""
     _given_up.add(copy)
-    print(f"a copy on this node's disk has gone bad: {why}", file=sys.stderr, flush=True)
+    print(f"staged file is bad: {why}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Members of a plain tar file, one behind the other: a header block, the bytes, zeros up to the next block."""
+"""Write and read members of a plain tar file: a header block, the content, zeros up to the next block."""
 
 import hashlib
 import tarfile
@@ -9,14 +9,14 @@ _END = bytes(2 * BLOCK_BYTES)
 
 
 def member_header(name: str, size_bytes: int) -> bytes:
-    """The block in front of a member. It holds neither time nor user: the same clips make the same shard."""
+    """Make a member's header block, without time or user, so that the same clips always make the same shard."""
     info = tarfile.TarInfo(name)
     info.size = size_bytes
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def read_header(block: bytes) -> tuple[str, int]:
-    """(name, bytes) of the member behind a header block. Raises ValueError when it is none, told by its own checksum."""
+    """Read (name, content bytes) from a header block. Raises ValueError if the block's checksum is wrong."""
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -25,17 +25,17 @@ def read_header(block: bytes) -> tuple[str, int]:
 
 
 def padding(size_bytes: int) -> int:
-    """Zeros behind a member of that size."""
+    """Count the zeros that follow a member's content of that size."""
     return -size_bytes % BLOCK_BYTES
 
 
 def member_space(size_bytes: int) -> int:
-    """Bytes that a member takes in the file."""
+    """Count the bytes that a member takes in the file, with header and padding."""
     return BLOCK_BYTES + size_bytes + padding(size_bytes)
 
 
 class TarWriter:
-    """Writes members to a file, and knows at any time how many bytes there are, and their sha256."""
+    """Writes members to a file and tracks the file's size and sha256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -43,7 +43,7 @@ class TarWriter:
         self.size_bytes = 0
 
     def add(self, name: str, content: bytes) -> int:
-        """Returns where the member's own bytes begin."""
+        """Add a member; returns the offset of its content."""
         self._write(member_header(name, len(content)))
         offset = self.size_bytes
         self._write(content)
@@ -51,7 +51,7 @@ class TarWriter:
         return offset
 
     def finish(self) -> str:
-        """Write the end; returns the sha256 of the whole file."""
+        """Write the end of the archive; returns the sha256 of the whole file."""
         self._write(_END)
         return self._sha256.hexdigest()
 

@@ -1,4 +1,4 @@
-"""A video, in a file or in memory, as PyAV opens it."""
+"""Open a video with PyAV, from a file or from memory."""
 
 import io
 from collections.abc import Iterator
@@ -13,43 +13,43 @@ from numpy.typing import NDArray
 
 from pipelines.errors import BadClip
 
+MAX_PIXELS = 1 << 24
+"""The largest image, 4096 x 4096. 16 such frames take 805 MB per decoding process, and a file of a few kB can hold larger ones."""
+
 
 @dataclass(frozen=True)
 class EncodedVideo:
+    """A video that is not decoded yet."""
+
     name: str
-    """What it is called in messages."""
+    """Its name in messages."""
     suffix: str
-    """How a file of its container ends (`.mp4`), in lower case."""
+    """File name suffix of its container (`.mp4`), in lower case."""
     source: Path | NDArray[np.uint8]
-    """Its file, or its bytes where they are a part of a shard."""
+    """Its file, or its bytes if it is in a shard."""
 
 
 def open_video(video: EncodedVideo) -> Any:
-    """PyAV's container."""
+    """Open a PyAV container."""
     if isinstance(video.source, Path):
         return av.open(str(video.source))
-    return av.open(io.BytesIO(video.source))  # type: ignore[arg-type]  # FFmpeg knows a container by its bytes
-
-
-MAX_PIXELS = 1 << 24
-"""Of a picture, 4096 x 4096: 16 frames of that are 805 MB in each process that decodes, and a few kB of file can ask for more."""
+    # FFmpeg recognizes the container format by its content.
+    return av.open(io.BytesIO(video.source))  # type: ignore[arg-type]
 
 
 @contextmanager
 def video_stream(video: EncodedVideo) -> Iterator[tuple[Any, Any]]:
-    """`(container, stream)` of PyAV, for one thread, since each process has clips of its own.
+    """Open PyAV's `(container, stream)` of the first video stream, with one thread, since each process decodes its own clips.
 
-    Raises BadClip where there is no video stream that decodes, or where its pictures are larger than MAX_PIXELS; FFmpeg ends with
-    an error where they become so later.
+    Raises BadClip if no video stream can be decoded, or if its images exceed MAX_PIXELS. If a later frame exceeds it, FFmpeg
+    raises an error.
     """
     with open_video(video) as container:
         if not container.streams.video:
             raise BadClip(f"{video.name}: no video stream")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise BadClip(
-                f"{video.name}: its video is of no codec that FFmpeg knows here: damaged in its head, or a rare one"
-            )
+            raise BadClip(f"{video.name}: FFmpeg has no decoder for its video: a damaged header, or a rare codec")
         check_pixels(video.name, stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -57,6 +57,6 @@ def video_stream(video: EncodedVideo) -> Iterator[tuple[Any, Any]]:
 
 
 def check_pixels(name: str, width: int, height: int) -> None:
-    """Raises BadClip for a picture larger than MAX_PIXELS, whose frames could take all of the machine's memory."""
+    """Raise BadClip for images of more than MAX_PIXELS, whose frames could take all memory of the machine."""
     if width * height > MAX_PIXELS:
-        raise BadClip(f"{name}: pictures of {width}x{height}, more than {MAX_PIXELS} pixels: scale them down first")
+        raise BadClip(f"{name}: images of {width}x{height}, more than {MAX_PIXELS} pixels. Fix: scale the clip down")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
 from pipelines.decoding.decode import decode_clip
-from pipelines.decoding.jpeg import check_picture, jpeg_size
+from pipelines.decoding.jpeg import check_image_size, jpeg_size
 from pipelines.manifest import ManifestRow
 from pipelines.stream.augmentation import SampleParams
 
@@ -137,7 +137,7 @@ class EncodedSource(ClipSource):
 def _picture_bytes(root: Path, row: ManifestRow, index: int) -> NDArray[np.uint8]:
     """Of a JPEG frame of the size that the manifest says."""
     name, content = frame_bytes(root, row, index)
-    check_picture(name, *jpeg_size(name, content), row)
+    check_image_size(name, *jpeg_size(name, content), row)
     return np.frombuffer(content, np.uint8)
 
 

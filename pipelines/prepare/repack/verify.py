@@ -147,9 +147,9 @@ def _decode(root: Path, row: ManifestRow) -> None:
 
 def _decode_frames(root: Path, row: ManifestRow) -> None:
     # Imported here because it loads torch, which the other checks do not need.
-    from pipelines.decoding.jpeg import check_picture, decode_jpeg_bytes
+    from pipelines.decoding.jpeg import check_image_size, decode_jpeg_bytes
 
     for number in range(row.num_frames):
         name, content = frame_bytes(root, row, number)
         height, width = decode_jpeg_bytes(name, content).shape[1:]
-        check_picture(name, width, height, row)
+        check_image_size(name, width, height, row)

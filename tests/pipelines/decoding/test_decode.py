@@ -479,13 +479,13 @@ def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(
 ) -> None:
     row = row_of(clip)
     monkeypatch.setattr(video_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
-    with pytest.raises(BadClip, match="grey.mp4: pictures of 64x48, more than 3071 pixels: scale them down first"):
+    with pytest.raises(BadClip, match="grey.mp4: images of 64x48, more than 3071 pixels. Fix: scale the clip down"):
         scan_clip(clip)
     monkeypatch.setattr(decode_module, "_TIMED_CONTAINERS", frozenset())
-    with pytest.raises(BadClip, match="pictures of 64x48"):
+    with pytest.raises(BadClip, match="images of 64x48"):
         decode_clip(decoder, clip.parent, replace(row, path=clip.name), indices(0))
     (path,) = write_frames(tmp_path / "frames", smooth_video(1)).iterdir()
-    with pytest.raises(BadClip, match="00001.jpg: pictures of 64x48"):
+    with pytest.raises(BadClip, match="00001.jpg: images of 64x48"):
         decode_jpeg_bytes(str(path), path.read_bytes())
 
 
@@ -520,7 +520,7 @@ def test_the_size_of_anything_is_a_size_or_a_bad_clip(content: bytes, head: bool
 
 
 def test_pyav_names_the_frame_that_is_not_there(clip: Path) -> None:
-    check_bad("pyav", clip, indices(0, 31, 40), "frame 31 is not there")
+    check_bad("pyav", clip, indices(0, 31, 40), "frame 31 is missing")
 
 
 # --- The choice of a decoder ------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.
             assert len(frame_bytes(root, row, 7)[1]) > 100
         else:
             assert len(clip_bytes(root, row)) == row.length
-    assert "gone bad" not in capsys.readouterr().err
+    assert "staged file is bad" not in capsys.readouterr().err
 
 
 def test_paths_by_another_name(shared: Path, local: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_copy_that_goes_bad(
     spoil(copy, row)  # type: ignore[operator]
     for _ in range(2):
         assert torch.equal(pixels(root, row), video_TCHW)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "gone bad" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "staged file is bad" in line]
     assert str(copy) in line and f"reading {root / row.path}" in line
     assert staged_copies.find_copy(root, row) is None
 
@@ -187,7 +187,7 @@ def test_a_clip_that_is_bad_everywhere(shared: Path, local: Path, capsys: pytest
     wrong = replace(row, length=row.length - 1)
     with pytest.raises(BadClip, match=re.escape(str(root / row.path))):
         pixels(root, wrong)
-    assert "gone bad" not in capsys.readouterr().err
+    assert "staged file is bad" not in capsys.readouterr().err
     assert staged_copies.find_copy(root, row) is not None
 
 
@@ -220,7 +220,7 @@ def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: p
     assert stage(root, local, "--first-step", "3", "--steps", "2", "--global-batch", "2", "--seed", "5") == 0
     wanted = set(StreamOrder(12, seed=5).at(np.arange(6, 10))[1].tolist())
     assert len(readable(root)) == 12
-    assert "gone bad" not in capsys.readouterr().err  # nothing is said of what was never copied
+    assert "staged file is bad" not in capsys.readouterr().err  # nothing is said of what was never copied
     hide(shared)
     shard_reader.close_shards()
     found = set(readable(root))
