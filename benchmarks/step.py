@@ -105,7 +105,7 @@ class TurnTaking(ClipLoader):
         self.ours: list[common.Clock] = []
         self.plain: list[common.Clock] = []
 
-    def batches(self, plan: Iterable[Any]) -> Iterator[ClipBatch]:
+    def batches(self, batch_indices: Iterable[Any]) -> Iterator[ClipBatch]:
         supply = itertools.cycle(self._batches)
         steps = self._setting.block_steps
         yield from itertools.islice(supply, WARM_UP_STEPS)

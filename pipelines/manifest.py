@@ -1,7 +1,7 @@
-"""The list of a split's clips: one Arrow IPC file, one row per clip, memory-mapped so that all processes of a node share it.
+"""The manifest of a split: one Arrow IPC file, one row per clip, memory-mapped so that all processes of a node share it.
 
-A process's own share stays small at any length (no column is copied on opening), and `row(i)` touches one row's bytes.
-The rows lie in blocks of BLOCK_ROWS; what is said once (classes, split, digest) is JSON in the schema's metadata.
+A process's own memory stays small at any length: opening copies no column, and `row(i)` reads one row's bytes. Rows are in
+blocks of BLOCK_ROWS. The header (classes, order groups, split, digest) is JSON in the schema's metadata.
 """
 
 import hashlib
@@ -22,49 +22,50 @@ VERSION = 1
 BLOCK_ROWS = 1 << 18
 HINT = "prepare.py makes one"
 JPEG_FRAMES = "jpeg-frames"
-"""The codec of a clip that is kept as one JPEG picture for each frame."""
+"""The codec of a clip stored as one JPEG image per frame."""
 SHARD_SUFFIX = ".tar"
-"""A row whose path ends so is of a clip in a shard."""
+"""The suffix of a row's path if the clip is in a shard."""
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used; the message names the file and says what is wrong with it."""
+    """A manifest that cannot be used; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A clip in a file of its own, in a folder of JPEG files, or in a shard: a plain tar file, whose name ends in SHARD_SUFFIX.
+    """A clip in a file of its own, in a folder of JPEG files, or in a shard (a plain tar file, named *SHARD_SUFFIX).
 
-    In a shard a video is one member, and `offset` and `length` are those of its bytes. A clip of JPEG_FRAMES is an index
-    (storage.INDEX_DTYPE) and one member for each frame, and its bytes reach from the index to the last frame.
+    In a shard a video is one member, and `offset` and `length` are those of its content. A clip of JPEG_FRAMES is an index
+    (shard_reader.INDEX_DTYPE) and one member per frame; its bytes reach from the index to the last frame.
     """
 
     path: str
-    """Relative to the manifest's folder, or absolute. Of JPEG_FRAMES in files: the folder, and the printf pattern of the files'
-    names (`20bn-something-something-v1/1/%05d.jpg`); the folder part is no pattern, a percent sign in a file's name is doubled."""
+    """Relative to the manifest's folder, or absolute. For JPEG_FRAMES in files: the folder and the printf pattern of the file
+    names (`20bn-something-something-v1/1/%05d.jpg`). The folder part is no pattern; %% in the file name is a percent sign."""
     offset: int
-    """Where the clip begins in that file, in bytes. Of JPEG_FRAMES in files: the number of the first frame's file (0 or 1)."""
+    """Byte where the clip starts in that file. For JPEG_FRAMES in files: the number of the first frame's file (0 or 1)."""
     length: int
-    """Bytes of the clip; for a clip with a file of its own the file's size, so that fstat recognises another file. Of
-    JPEG_FRAMES in files: the bytes of all frames together."""
+    """Bytes of the clip. For a clip with a file of its own: the file's size, so that stat reveals a replaced file. For
+    JPEG_FRAMES in files: the total bytes of all frames."""
     label: int
     num_frames: int
-    """Frames that decode."""
+    """Number of frames that decode."""
     codec: str
     """FFmpeg's name of the decoder, or JPEG_FRAMES."""
     width: int
     height: int
-    """As stored, before the rotation."""
+    """As stored, before rotation."""
     rotation: int
-    """Degrees; only of quarter turns is there an upright frame."""
+    """Degrees counter-clockwise from stored to upright. Only quarter turns can be decoded."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """(width, height) of the frames as they are shown."""
+        """(width, height) of the upright frames."""
         return (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
 
 
 def in_shard(row: ManifestRow) -> bool:
+    """Tell whether the clip is in a shard."""
     return row.path.endswith(SHARD_SUFFIX)
 
 
@@ -84,24 +85,24 @@ _SCHEMA = pa.schema([pa.field(name, _TYPES[name], nullable=False) for name in _N
 
 
 class Manifest:
-    """A split's clips, read only. Pickles as its path: a worker process maps the same file again."""
+    """The clips of a split, read-only. Pickles as its path: a worker process maps the same file again."""
 
     def __init__(self, path: Path, table: pa.Table, meta: dict[str, Any]) -> None:
         self.path = path
         self.root: Path = path.parent
         self.classes: list[str] = meta["classes"]
         self.order_groups: list[int] | None = meta["order_groups"]
-        """Classes with the same number differ in the order of their frames only; None where nothing is known of that."""
+        """A number per class: classes with the same number differ only in the order of their frames. None: unknown."""
         self.split: str | None = meta["split"]
         self.digest: str = meta["digest"]
-        """sha256 over the classes and every row, taken when the manifest was written."""
+        """sha256 of the header and every row, computed when the manifest was written."""
         self._table = table
         self._blocks = table.to_batches()
         self._starts = np.cumsum([0, *(block.num_rows for block in self._blocks)])
 
     @classmethod
     def open(cls, path: str | Path) -> "Manifest":
-        """Map the file and check it as a whole (vectorised: no row becomes a Python object)."""
+        """Map the file and validate all rows, vectorized: no row becomes a Python object."""
         path = Path(path)
         try:
             file = pa.memory_map(str(path))
@@ -110,9 +111,10 @@ class Manifest:
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from error
         try:
-            table = pa.ipc.open_file(file).read_all()  # zero-copy: the columns point into the map
+            # Zero-copy: the columns point into the mapped file.
+            table = pa.ipc.open_file(file).read_all()
         except (pa.ArrowInvalid, OSError) as error:
-            raise ManifestError(f"{path}: not an Arrow file, or cut short ({error}); {HINT}") from error
+            raise ManifestError(f"{path}: not an Arrow file, or truncated ({error}); {HINT}") from error
         manifest = cls(path, table, _read_meta(path, table.schema))
         manifest.validate()
         return manifest
@@ -131,16 +133,16 @@ class Manifest:
         return ManifestRow(*(column[at].as_py() for column in block.columns))
 
     def labels(self) -> np.ndarray:
-        """label_N, int32 (a copy where the manifest has several blocks)."""
+        """Return label_N, int32 (a copy if the manifest has several blocks)."""
         return self._table.column("label").to_numpy()
 
     def codecs(self) -> dict[str, int]:
-        """How many clips each codec has."""
+        """Count the clips of each codec."""
         counts = pc.value_counts(self._table.column("codec"))
         return {count["values"]: count["counts"] for count in counts.to_pylist()}
 
     def rows_of(self, codec: str, most: int) -> list[int]:
-        """The first rows of a codec, at most so many."""
+        """List the first rows of a codec, at most `most`."""
         column, start = self._table.column("codec"), 0
         rows: list[int] = []
         while len(rows) < most and (row := pc.index(column, codec, start=start).as_py()) >= 0:
@@ -149,11 +151,12 @@ class Manifest:
         return rows
 
     def is_as_written(self) -> bool:
-        """Whether the rows still give the digest that was taken when they were written."""
-        said = {"version": VERSION, "classes": self.classes, "order_groups": self.order_groups, "split": self.split}
-        return _digest(said, self._blocks) == self.digest
+        """Tell whether the rows still have the digest that was computed when they were written."""
+        header = {"version": VERSION, "classes": self.classes, "order_groups": self.order_groups, "split": self.split}
+        return _digest(header, self._blocks) == self.digest
 
     def validate(self) -> None:
+        """Raise ManifestError unless columns, classes and values are valid."""
         _check(str(self.path), self._table, self.classes, self.order_groups)
 
 
@@ -164,7 +167,7 @@ def write_manifest(
     order_groups: Sequence[int] | None = None,
     split: str | None = None,
 ) -> str:
-    """Write aside, sync and rename; what would not open is not written. Returns the digest."""
+    """Write a manifest atomically, after the checks that opening makes. Returns its digest."""
     path = Path(path)
     blocks, rows = [], iter(rows)
     while block := list(islice(rows, BLOCK_ROWS)):
@@ -178,9 +181,9 @@ def write_manifest(
     table = pa.Table.from_batches(blocks, schema=_SCHEMA)
     names, groups = list(classes), None if order_groups is None else list(order_groups)
     _check(str(path), table, names, groups)
-    said = {"version": VERSION, "classes": names, "order_groups": groups, "split": split}
-    digest = _digest(said, blocks)
-    schema = _SCHEMA.with_metadata({b"tsm": json.dumps({**said, "digest": digest}).encode()})
+    header = {"version": VERSION, "classes": names, "order_groups": groups, "split": split}
+    digest = _digest(header, blocks)
+    schema = _SCHEMA.with_metadata({b"tsm": json.dumps({**header, "digest": digest}).encode()})
 
     with atomic_write(path) as file, pa.ipc.new_file(file, schema) as writer:
         for block in blocks:
@@ -188,9 +191,9 @@ def write_manifest(
     return digest
 
 
-def _digest(said: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
-    """Of the values, not of Arrow's bytes, which another version of Arrow may lay out otherwise."""
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+def _digest(header: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
+    """Digest the values, not Arrow's bytes, whose layout may differ between versions of Arrow."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for block in blocks:
         for column in block.columns:
             if pa.types.is_string(column.type):
@@ -207,7 +210,7 @@ def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError):
         raise ManifestError(f"{path}: an Arrow file, but not a manifest (no 'tsm' in its metadata); {HINT}") from None
     if version != VERSION:
-        raise ManifestError(f"{path}: a manifest of version {version}, and only {VERSION} is known; {HINT}")
+        raise ManifestError(f"{path}: manifest version {version}, but this code reads only version {VERSION}; {HINT}")
     missing = [key for key in ("classes", "order_groups", "split", "digest") if key not in meta]
     if missing:
         raise ManifestError(f"{path}: its metadata has no {', '.join(missing)}; {HINT}")
@@ -215,6 +218,17 @@ def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
 
 
 def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[int] | None) -> None:
+    _check_columns(where, table)
+    if not classes or len(set(classes)) != len(classes):
+        raise ManifestError(f"{where}: {len(classes)} classes with {len(set(classes))} different names")
+    if order_groups is not None and len(order_groups) != len(classes):
+        raise ManifestError(
+            f"{where}: {len(order_groups)} order groups for {len(classes)} classes; give one number per class"
+        )
+    _check_values(where, table, len(classes))
+
+
+def _check_columns(where: str, table: pa.Table) -> None:
     found = {field.name: field.type for field in table.schema}
     if found != _TYPES or table.schema.names != _NAMES:
         wrong = [
@@ -224,21 +238,18 @@ def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[i
         ]
         wrong += [f"{name} is unknown" for name in found if name not in _TYPES]
         raise ManifestError(f"{where}: wrong columns: {'; '.join(wrong) or f'the order must be {_NAMES}'}")
-    if not classes or len(set(classes)) != len(classes):
-        raise ManifestError(f"{where}: {len(classes)} classes with {len(set(classes))} different names")
-    if order_groups is not None and len(order_groups) != len(classes):
-        raise ManifestError(
-            f"{where}: {len(order_groups)} order groups for {len(classes)} classes; give one number per class"
-        )
+
+
+def _check_values(where: str, table: pa.Table, num_classes: int) -> None:
     if table.num_rows == 0:
-        raise ManifestError(f"{where}: has no rows; no clip was found for it")
+        raise ManifestError(f"{where}: has no rows: no clip was found for it")
     for name in _NAMES:
         if table.column(name).null_count:
             row = pc.index(pc.is_null(table.column(name)), True).as_py()
             raise ManifestError(f"{where}: row {row} has no {name}")
 
     allowed = {
-        "label": (0, len(classes) - 1, f"outside of 0 to {len(classes) - 1} (there are {len(classes)} classes)"),
+        "label": (0, num_classes - 1, f"outside of 0 to {num_classes - 1} (there are {num_classes} classes)"),
         "num_frames": (1, None, "below 1"),
         "offset": (0, None, "below 0"),
         "length": (1, None, "below 1"),
@@ -254,5 +265,5 @@ def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[i
 
 
 def frame_file(pattern: Path, number: int) -> Path:
-    """The file of a frame, from a manifest row's path and the frame's number; the folder's name is no pattern."""
+    """Compute a frame's path, given the pattern in a manifest row's path and the number of the frame's file."""
     return pattern.with_name(pattern.name % number)

@@ -1,1 +1,1 @@
-"""Batches of clips: worker processes or DALI."""
+"""Load batches of clips, with worker processes or DALI."""

@@ -1,4 +1,4 @@
-"""Data sets of training and evaluation clips: one item is a decoded, cropped clip."""
+"""Datasets of training and evaluation clips: one index is a batch of decoded, cropped clips."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ _REPLACEMENT_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class BadClipRecord:
-    """A clip that could not be decoded, and why."""
+    """A clip that could not be decoded, and the reason."""
 
     row: int
     epoch: int
@@ -35,11 +35,11 @@ class BadClipRecord:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """A batch as every loader yields it.
+    """A batch, as every loader yields it.
 
     `video_NTCHW` uint8, `label_N` int64, `row_N` int64 (manifest rows, after any replacement), `real_N` bool: False for
-    padding and for missing clips of an evaluation, which must not be counted. `bad_clips`: what could not be decoded.
-    In an evaluation with several views of each clip the video is (N * views, T, C, H, W), a clip's views side by side.
+    padding and missing clips of an evaluation, which must not be counted. `bad_clips`: the clips that did not decode.
+    With several views per clip (evaluation) the video is (N * views, T, C, H, W), a clip's views next to each other.
     """
 
     video_NTCHW: Tensor
@@ -58,12 +58,12 @@ class ClipBatch:
 
 
 Clips = tuple[list[tuple[Any, int, int]], NDArray[np.bool_], list[BadClipRecord]]
-"""Of a batch: (pixels, or what a source gives instead; label; row) of each clip, which are real, and which were bad."""
+"""The clips of a batch, not yet collated: (pixels or a source's EncodedClip, label, row) per clip; which are real; bad clips."""
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Decodes clips of one manifest; travels to worker processes, each of which maps the manifest itself."""
+    """Decodes clips of one manifest. Pickles small: each worker process maps the manifest itself."""
 
     manifest_path: Path
     decoder: str
@@ -73,19 +73,19 @@ class ClipSource:
         return Manifest.open(self.manifest_path)
 
     def pixels(self, row: ManifestRow, params: SampleParams, size: int) -> Tensor:
-        """The clip as training draws it, uint8 (T, 3, size, size). Raises BadClip."""
-        crop_TCHW = _crop(self._frames(row, params.frame_T), params)
-        return _resized(crop_TCHW, size, size)
+        """Decode, crop and resize a training clip to uint8 (T, 3, size, size). Raises BadClip."""
+        crop_TCHW = crop_frames(self._frames(row, params.frame_T), params)
+        return resize_frames(crop_TCHW, size, size)
 
     def view_pixels(self, row: ManifestRow, views: list[SampleParams]) -> Tensor:
-        """All views of a clip, which are scaled alike, uint8 (V, T, 3, H, W); each frame is decoded once. Raises BadClip."""
+        """Decode all views of a clip to uint8 (V, T, 3, H, W), each frame once; all have the same scale. Raises BadClip."""
         assert views[0].scaled is not None
         width, height = views[0].scaled
         needed_F = frames_needed(views)
-        return cut_views(_resized(self._frames(row, needed_F), width, height), needed_F, views)
+        return cut_views(resize_frames(self._frames(row, needed_F), width, height), needed_F, views)
 
     def _frames(self, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-        """Whole upright frames, uint8 (T, 3, H, W)."""
+        """Decode whole upright frames, uint8 (T, 3, H, W)."""
         video_TCHW = decode_clip(self.decoder, self.manifest.root, row, frame_T)
         upright_width, upright_height = row.upright_size
         if video_TCHW.shape[2:] != (upright_height, upright_width):
@@ -97,22 +97,23 @@ class ClipSource:
 
 
 def frames_needed(views: list[SampleParams]) -> NDArray[np.int64]:
-    """The frames that the views of a clip look at, in ascending order, each there once."""
+    """List the frames that a clip's views need, ascending, without repeats."""
     return np.unique(np.concatenate([view.frame_T for view in views]))
 
 
 def cut_views(frames_FCHW: Tensor, needed_F: NDArray[Any], views: list[SampleParams]) -> Tensor:
-    """All views, (V, T, 3, H, W), from the frames `needed_F` of a clip, upright and scaled."""
-    return torch.stack([_crop(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)] for view in views])
+    """Cut all views, (V, T, 3, H, W), from the frames `needed_F` of a clip, upright and scaled."""
+    return torch.stack([crop_frames(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)] for view in views])
 
 
-def _crop(video_TCHW: Tensor, params: SampleParams) -> Tensor:
+def crop_frames(video_TCHW: Tensor, params: SampleParams) -> Tensor:
+    """Cut out a view's rectangle and mirror it if the view says so; takes all frames."""
     crop_TCHW = video_TCHW[:, :, params.top : params.top + params.height, params.left : params.left + params.width]
     return crop_TCHW.flip(-1) if params.flip else crop_TCHW
 
 
-def _resized(video_TCHW: Tensor, width: int, height: int) -> Tensor:
-    """Pillow's bilinear filter, with which the official code scales: it averages over all pixels that one pixel covers."""
+def resize_frames(video_TCHW: Tensor, width: int, height: int) -> Tensor:
+    """Resize with an antialiased bilinear filter: Pillow's, which the official code uses."""
     if video_TCHW.shape[2:] == (height, width):
         return video_TCHW
     return interpolate(video_TCHW, (height, width), mode="bilinear", antialias=True)
@@ -120,9 +121,9 @@ def _resized(video_TCHW: Tensor, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingClips(Dataset[ClipBatch]):
-    """Maps stream positions (N,) to a ClipBatch; a clip that cannot be decoded is replaced by rule, and reported.
+    """Maps stream positions (N,) to a ClipBatch; replaces and reports clips that cannot be decoded.
 
-    Raises ValueError when clips are to be relabelled and a class has no mirror image (pipelines/stream/mirror_labels.py).
+    Raises ValueError if flip=relabel and a class has no mirrored class (pipelines/stream/mirror_labels.py).
     """
 
     source: ClipSource
@@ -143,14 +144,14 @@ class TrainingClips(Dataset[ClipBatch]):
         return _collate(*self.clips(position_N))
 
     def clips(self, position_N: NDArray[np.int64]) -> Clips:
-        """The clips at these positions of the stream, all of them real."""
+        """Read the clips at these positions of the stream; all are real."""
         bad_clips: list[BadClipRecord] = []
         epoch_N, row_N = self._order.at(position_N)
         clips = [self._clip(int(epoch), int(row), bad_clips) for epoch, row in zip(epoch_N, row_N, strict=True)]
         return clips, np.ones(len(clips), dtype=np.bool_), bad_clips
 
     def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> tuple[Any, int, int]:
-        """`(video_TCHW, label, row)` of a row, or of the first replacement that decodes."""
+        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes."""
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
@@ -166,14 +167,16 @@ class TrainingClips(Dataset[ClipBatch]):
                 continue
             return video_TCHW, self._mirrored_labels[entry.label] if params.flip else entry.label, candidate
         raise BadClip(
-            f"row {row} and {_REPLACEMENT_ATTEMPTS - 1} replacements cannot be decoded; the last: {bad_clips[-1].reason}"
+            f"row {row} and {_REPLACEMENT_ATTEMPTS - 1} replacements cannot be decoded; the last error: {bad_clips[-1].reason}"
         )
 
 
 @dataclass(frozen=True)
 class EvaluationClips(Dataset[ClipBatch]):
-    """Maps `(row_N, real_N)` to a ClipBatch with all views of each clip; a clip that cannot be decoded becomes zeros that are
-    not real."""
+    """Maps `(row_N, real_N)` to a ClipBatch with all views of each clip.
+
+    A clip that cannot be decoded becomes zeros with `real_N` False; it is never replaced.
+    """
 
     source: ClipSource
     protocol: EvalProtocol
@@ -183,7 +186,7 @@ class EvaluationClips(Dataset[ClipBatch]):
         return replace(batch, video_NTCHW=batch.video_NTCHW.flatten(0, 1))
 
     def clips(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> Clips:
-        """The clips of these rows; which of them are real, after what could not be decoded."""
+        """Read the clips of these rows; clips that do not decode are not real."""
         row_N, real_N = rows
         real_N = real_N.copy()
         bad_clips: list[BadClipRecord] = []

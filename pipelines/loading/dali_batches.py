@@ -1,6 +1,6 @@
-"""Batches of clips for a decoder that takes whole batches (DALI): encoded bytes and draws, made ready by worker processes.
+"""Batches of encoded clips for DALI: worker processes read the bytes, sample the parameters and find bad clips.
 
-Shapes: N clips, F frames of a clip, B bytes, P parts (a video is one, a clip of JPEG frames one for each frame).
+Shapes: N clips, F frames of a clip, B bytes, P parts (a video is one part, each JPEG frame is one).
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,54 +22,57 @@ from pipelines.stream.augmentation import SampleParams
 from .clips import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 
 VIDEOS, IMAGES, FRAMES = "videos", "images", "frames"
-"""What the batch decoder is fed with: encoded videos, encoded JPEG frames, or frames that were decoded on the host."""
+"""Kinds of input to DALI: encoded videos, encoded JPEG frames, or frames decoded on the host."""
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """One clip and what is to be done with it, in the orientation in which its frames are stored."""
+    """One clip and the operations to apply to it, in the orientation in which its frames are stored."""
 
     parts: list[NDArray[np.uint8]]
-    """Encoded bytes (1-d), or decoded frames (F, H, W, 3); empty once they lie in the batch's `content_B`."""
+    """Encoded bytes (1-d), or decoded frames (F, H, W, 3); empty after they are moved to the batch's `content_B`."""
     frame_F: NDArray[np.int32]
     stored: tuple[int, int]
-    """(height, width) that the frames must have."""
+    """(height, width) that the stored frames must have."""
     window: tuple[int, int, int, int]
-    """(top, left, height, width) that is cut out first."""
+    """(top, left, height, width) of the first crop."""
     size: tuple[int, int]
-    """(height, width) that the window is scaled to."""
+    """(height, width) to scale the window to."""
     quarter_turns: int
-    """Counter-clockwise, that turn the scaled frames upright."""
+    """Counter-clockwise quarter turns that make the scaled frames upright."""
     flip: bool
-    """Mirror left and right, once upright."""
+    """Mirror left and right, after the turns."""
     views: list[SampleParams] = field(default_factory=list)
-    """Of an evaluation: what is then cut from the upright frames. Its frames are in ascending order, each there once."""
+    """In an evaluation: the views to cut from the upright frames. `frame_F` is then ascending, without repeats."""
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What becomes a ClipBatch. `clips`: to be decoded, or pixels already, where the batch decoder does not know the codec."""
+    """A ClipBatch before decoding. `clips`: an EncodedClip each, or pixels if DALI does not decode the clip's codec."""
 
-    item: Any
-    """Of the loader's plan: the batch can be made of it in the other way as well."""
+    batch_index: Any
+    """The loader's batch index, from which the host can load the same batch without DALI."""
     clips: list[EncodedClip | Tensor]
     content_B: Tensor
-    """The bytes of all parts of all clips, end to end: one tensor, as each takes a file descriptor on its way here."""
+    """The bytes of all parts of all clips, concatenated: one tensor, because each tensor sent by a worker takes a file
+    descriptor."""
     shapes: list[list[tuple[int, ...]]]
-    """Of the parts of each clip that is to be decoded."""
+    """The shapes of the parts of each EncodedClip."""
     label_N: Tensor
     row_N: Tensor
     real_N: Tensor
     bad_clips: tuple[BadClipRecord, ...]
 
     def with_pixels(self, video_NTCHW: Tensor) -> ClipBatch:
+        """Make the ClipBatch, given its pixels."""
         return ClipBatch(video_NTCHW, self.label_N, self.row_N, self.real_N, self.bad_clips)
 
     def decodable(self) -> list[EncodedClip]:
+        """List the clips for DALI to decode."""
         return [clip for clip in self.clips if isinstance(clip, EncodedClip)]
 
     def parts(self) -> list[list[NDArray[np.uint8]]]:
-        """The parts of each clip that is to be decoded, as views into `content_B`."""
+        """List the parts of each clip for DALI to decode, as views into `content_B`."""
         content_B, at, clips = self.content_B.numpy(), 0, []
         for shapes in self.shapes:
             clip = []
@@ -83,7 +86,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodedSource(ClipSource):
-    """Gives clips undecoded where the batch decoder knows their codec; `feed`: VIDEOS, IMAGES or FRAMES."""
+    """Returns clips undecoded if DALI decodes their codec (one of `codecs`); `feed`: VIDEOS, IMAGES or FRAMES."""
 
     feed: str = VIDEOS
     codecs: frozenset[str] = frozenset()
@@ -108,18 +111,18 @@ class EncodedSource(ClipSource):
         return EncodedClip(parts, frame_F.astype(np.int32), stored, (0, 0, *stored), size, turns, False, views)
 
     def first_frame(self, row: ManifestRow) -> EncodedClip:
-        """The whole of a clip's first frame, as it is stored."""
+        """Read a clip's first frame, uncropped and as stored."""
         frame_F, stored = np.zeros(1, np.int64), (row.height, row.width)
         return EncodedClip(
             self._parts(row, frame_F), frame_F.astype(np.int32), stored, (0, 0, *stored), stored, 0, False
         )
 
     def _is_known(self, row: ManifestRow) -> bool:
-        """A frame that is turned by another angle has no upright one: the host's decoders say so."""
+        """Tell whether DALI decodes the clip. Only quarter turns have an upright frame; the host raises BadClip for others."""
         return row.codec in self.codecs and row.rotation % 90 == 0
 
     def _orientation(self, row: ManifestRow) -> tuple[int, tuple[int, int]]:
-        """(quarter turns that are left to do, (height, width) as fed): frames from the host are upright already."""
+        """Compute (remaining quarter turns, (height, width) of DALI's input). The host decodes to upright frames."""
         if self.feed == FRAMES:
             width, height = row.upright_size
             return 0, (height, width)
@@ -130,22 +133,25 @@ class EncodedSource(ClipSource):
         if self.feed == VIDEOS:
             return [clip_bytes(root, row)]
         if self.feed == IMAGES:
-            return [_picture_bytes(root, row, index) for index in frame_F.tolist()]
+            return [_image_bytes(root, row, index) for index in frame_F.tolist()]
         return [decode_clip(self.decoder, root, row, frame_F).permute(0, 2, 3, 1).contiguous().numpy()]
 
 
-def _picture_bytes(root: Path, row: ManifestRow, index: int) -> NDArray[np.uint8]:
-    """Of a JPEG frame of the size that the manifest says."""
+def _image_bytes(root: Path, row: ManifestRow, index: int) -> NDArray[np.uint8]:
+    """Read a JPEG frame. Raises BadClip if its size differs from the manifest row."""
     name, content = frame_bytes(root, row, index)
     check_image_size(name, *jpeg_size(name, content), row)
     return np.frombuffer(content, np.uint8)
 
 
 def stored_window(params: SampleParams, turns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in frames stored as (height, width) of a crop of the upright ones, which are those after so
-    many counter-clockwise quarter turns."""
+    """Convert a crop of the upright frames to (top, left, height, width) in the stored frames.
+
+    `turns`: counter-clockwise quarter turns from stored to upright; `height`, `width`: of the stored frames.
+    """
     top, left, high, wide = params.top, params.left, params.height, params.width
-    if turns == 1:  # a row of the upright frame is a column of the stored one, from its right edge on
+    if turns == 1:
+        # The upright frame's row 0 is the stored frame's last column.
         return left, width - top - high, wide, high
     if turns == 2:
         return height - top - high, width - left - wide, high, wide
@@ -156,16 +162,16 @@ def stored_window(params: SampleParams, turns: int, height: int, width: int) -> 
 
 @dataclass(frozen=True)
 class EncodedClips(Dataset[EncodedBatch]):
-    """Maps an item of a loader's plan to an EncodedBatch; `clips` says which clips are in it, and replaces by its own rule."""
+    """Maps a batch index to an EncodedBatch; `clips` chooses the clips of the batch and replaces bad ones by its rule."""
 
     clips: TrainingClips | EvaluationClips
 
-    def __getitem__(self, item: Any) -> EncodedBatch:
-        clips, real_N, bad_clips = self.clips.clips(item)
+    def __getitem__(self, batch_index: Any) -> EncodedBatch:
+        clips, real_N, bad_clips = self.clips.clips(batch_index)
         decodable = [clip for clip, _, _ in clips if isinstance(clip, EncodedClip)]
         parts = [part.reshape(-1) for clip in decodable for part in clip.parts]
         return EncodedBatch(
-            item=item,
+            batch_index=batch_index,
             clips=[replace(clip, parts=[]) if isinstance(clip, EncodedClip) else clip for clip, _, _ in clips],
             content_B=torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.uint8),
             shapes=[[part.shape for part in clip.parts] for clip in decodable],

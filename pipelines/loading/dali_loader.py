@@ -1,9 +1,9 @@
-"""NVIDIA DALI decodes and augments whole batches: on the GPU (NVDEC, nvJPEG) or, by the same graph, on the CPU.
+"""Load batches with NVIDIA DALI: it decodes and augments whole batches, on the GPU (NVDEC, nvJPEG) or on the CPU.
 
-What is decoded, cut, scaled and mirrored is decided outside of DALI, by the draws that all loaders share; DALI keeps no state
-that a resumed run would need. What differs between the two devices is the operators' `device`, and nothing else.
+The sample parameters, which all loaders share, decide what DALI decodes, crops, scales and mirrors. DALI itself uses no
+random numbers, so it has no state to checkpoint. CPU and GPU use the same graph and differ only in the operators' `device`.
 
-Shapes: N clips, F frames, S samples of DALI's batch (a video is one sample; of a clip of JPEG frames each frame is one).
+Shapes: N clips, F frames of a clip, S samples of DALI's batch (a video is one sample, each JPEG frame is one).
 """
 
 import gc
@@ -20,18 +20,19 @@ from torch import Tensor
 
 from .clips import ClipBatch, EvaluationClips, TrainingClips, cut_views
 from .dali_batches import IMAGES, EncodedBatch, EncodedClip, EncodedClips, EncodedSource
-from .dali_graph import DaliError, Samples, _reason, make_pipeline, samples_of
+from .dali_graph import DaliError, Samples, error_reason, make_pipeline, samples_of
 from .dali_support import choose_feed
 from .worker_loader import ClipLoader
 
-_FAILURES_IN_A_ROW = 3  # of batches in which no clip is bad
+# Consecutive failed batches without a bad clip before DALI itself counts as broken.
+_MAX_FAILURES = 3
 
 
 class DaliLoader:
-    """Yields the ClipBatch of each item of a plan, in order, as ClipLoader does, with pixels on `device`.
+    """Yields the ClipBatch of each batch index, in order, as ClipLoader does, with pixels on `device`.
 
-    `workers` processes read what DALI is fed with, and decode what it does not know. A batch that DALI cannot decode is decoded
-    on the host, where a clip that is bad is found and replaced by the dataset's rule; DALI begins anew behind it.
+    `workers` processes read DALI's inputs, and decode the codecs that DALI does not. If DALI fails on a batch, the host
+    decodes that batch, finds its bad clip and replaces it by the dataset's rule; a new pipeline continues after it.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class DaliLoader:
         encoded = EncodedSource(source.manifest_path, source.decoder, self._feed.kind, self._feed.codecs)
         self._host = ClipLoader(EncodedClips(replace(dataset, source=encoded)), workers, prefetch)
 
-    def batches(self, plan: Iterable[Any]) -> Iterator[ClipBatch]:
-        """Batches of the plan's items. Raises WorkerLostError, and DaliError when DALI fails and no clip is to blame."""
-        encoded = self._host.batches(plan)
+    def batches(self, batch_indices: Iterable[Any]) -> Iterator[ClipBatch]:
+        """Load one batch per index. Raises WorkerLostError, and DaliError if DALI keeps failing without a bad clip."""
+        encoded = self._host.batches(batch_indices)
         failures = 0
-        again = list(islice(encoded, 1))
-        while again:
-            run = _Run(self._feed.kind, chain(again, encoded), self._pipeline_for(again[0]))
+        pending = list(islice(encoded, 1))
+        while pending:
+            run = _Run(self._feed.kind, chain(pending, encoded), self._pipeline_for(pending[0]))
             for batch, outputs in run.results():
                 if outputs is not None or not batch.shapes:
                     yield self._clip_batch(batch, outputs)
@@ -57,46 +58,49 @@ class DaliLoader:
                     continue
                 on_host = self._on_host(batch)
                 failures = 0 if on_host.bad_clips else failures + 1
-                if failures == _FAILURES_IN_A_ROW:
+                if failures == _MAX_FAILURES:
                     raise DaliError(
-                        f"DALI failed in {failures} batches in a row in which no clip is bad: {run.failure}. Fix: pipeline=torch"
+                        f"DALI failed on {failures} batches in a row in which no clip is bad: {run.failure}. Fix: pipeline=torch"
                     )
                 yield on_host
-            again = [*run.fed, *islice(encoded, 1)]
-            if again:
+            pending = [*run.fed, *islice(encoded, 1)]
+            if pending:
+                # Reference cycles through DALI's objects keep a failed pipeline's inputs, in shared memory, alive.
                 del run
-                gc.collect()  # what a failed pipeline was fed with, in shared memory, hangs on to objects of DALI in cycles
+                gc.collect()
 
     def _pipeline_for(self, first: EncodedBatch) -> Callable[[Callable[[], Samples]], Any]:
-        """Makes the pipeline for batches of as many clips as this one, around what feeds it."""
+        """Return a function that makes a pipeline, given its source, for batches as large as this one."""
         dataset = self._dataset
         frames = 1
         if self._feed.kind == IMAGES and isinstance(dataset, TrainingClips):
             frames = dataset.augmentation.num_frames
         elif self._feed.kind == IMAGES and isinstance(dataset, EvaluationClips):
-            frames = dataset.protocol.views * dataset.protocol.num_frames  # or fewer, as views share frames
+            # An upper bound: views may share frames.
+            frames = dataset.protocol.views * dataset.protocol.num_frames
         samples = len(first.clips) * frames
         return lambda source: make_pipeline(self._feed.kind, self._device, self._threads, samples, source)
 
     def _clip_batch(self, batch: EncodedBatch, outputs: tuple[Any, Any] | None) -> ClipBatch:
-        """From DALI's outputs, and from the pixels that the host has for the other clips."""
+        """Make a ClipBatch from DALI's outputs and the pixels of the clips that the host decoded."""
         decoded = batch.decodable()
         videos: Iterator[Tensor] = iter(())
         if outputs is not None:
-            if not _as_expected(batch, decoded, outputs[1]):
+            if not _has_manifest_sizes(batch, decoded, outputs[1]):
                 return self._on_host(batch)
-            pixels = _whole(outputs[0], self._device)
-            if pixels is not None and _is_plain(batch, decoded):
+            pixels = _as_one_tensor(outputs[0], self._device)
+            if pixels is not None and _is_finished(batch, decoded):
                 if self._feed.kind == IMAGES:
                     pixels = pixels.unflatten(0, (len(decoded), -1))
-                return batch.with_pixels(pixels.permute(0, 1, 4, 2, 3))  # the view costs nothing, and is channels_last
+                # A view, without a copy, in channels_last order.
+                return batch.with_pixels(pixels.permute(0, 1, 4, 2, 3))
             videos = self._finished(batch, decoded, outputs[0])
         clips = [next(videos) if isinstance(clip, EncodedClip) else clip.to(self._device) for clip in batch.clips]
         video = torch.stack(clips)
         return batch.with_pixels(video.flatten(0, 1) if isinstance(self._dataset, EvaluationClips) else video)
 
     def _finished(self, batch: EncodedBatch, decoded: list[EncodedClip], output: Any) -> Iterator[Tensor]:
-        """Upright and mirrored, (T, 3, H, W), or (V, T, 3, H, W) of an evaluation's views, clip by clip."""
+        """Turn, mirror and cut DALI's frames clip by clip: (T, 3, H, W), or (V, T, 3, H, W) for an evaluation's views."""
         at = 0
         for clip, parts in zip(decoded, batch.shapes, strict=True):
             samples = [_to_torch(output[at + number], self._device) for number in range(len(parts))]
@@ -109,26 +113,26 @@ class DaliLoader:
             yield cut_views(frames_FCHW, clip.frame_F, clip.views) if clip.views else frames_FCHW
 
     def _on_host(self, batch: EncodedBatch) -> ClipBatch:
-        """The same batch as the torch loader makes it: from the same clips, with bad ones found and replaced."""
-        made = self._dataset[batch.item]
-        return replace(made, video_NTCHW=made.video_NTCHW.to(self._device))
+        """Load the same batch without DALI, as the torch loader does, finding and replacing bad clips."""
+        loaded = self._dataset[batch.batch_index]
+        return replace(loaded, video_NTCHW=loaded.video_NTCHW.to(self._device))
 
 
 class _Run:
-    """Feeds one pipeline, and pairs what comes out with what went in; a pipeline that has failed cannot go on."""
+    """Feeds one pipeline and pairs its outputs with its inputs. A pipeline that has failed cannot continue."""
 
     def __init__(
         self, kind: str, batches: Iterator[EncodedBatch], make: Callable[[Callable[[], Samples]], Any]
     ) -> None:
         self._kind, self._batches = kind, batches
         self.fed: deque[EncodedBatch] = deque()
-        """Taken, and not yet in a result."""
+        """Batches taken and not yet yielded."""
         self.failure = ""
         self._raised: Exception | None = None
         self._pipeline = make(self._next_samples)
 
     def results(self) -> Iterator[tuple[EncodedBatch, tuple[Any, Any] | None]]:
-        """Each batch with its outputs: None when it has nothing for DALI, or when DALI has failed with it, which is the end."""
+        """Yield each batch with DALI's outputs: None if it has no input for DALI, or if DALI failed on it, which ends the run."""
         try:
             while True:
                 try:
@@ -139,14 +143,14 @@ class _Run:
                     if self._raised is not None:
                         raise self._raised from None
                     yield from self._without_samples()
-                    self.failure = _reason(error)
+                    self.failure = error_reason(error)
                     yield self.fed.popleft(), None
                     return
                 yield from self._without_samples()
                 yield self.fed.popleft(), outputs
             yield from self._without_samples()
         finally:
-            # The pipeline refers to this object. Without the cycle both end now, with their threads and GPU memory.
+            # Breaks the reference cycle with the pipeline, which frees its threads and GPU memory now.
             self._pipeline = None
 
     def _without_samples(self) -> Iterator[tuple[EncodedBatch, None]]:
@@ -154,13 +158,14 @@ class _Run:
             yield self.fed.popleft(), None
 
     def _next_samples(self) -> Samples:
-        """DALI asks for the next batch; StopIteration says that there is none."""
+        """Give DALI its next inputs. Raises StopIteration after the last."""
         while True:
             try:
                 batch = next(self._batches)
             except StopIteration:
                 raise
-            except Exception as error:  # of the processes that read; through DALI it would come as another
+            except Exception as error:
+                # An error of the workers. DALI would raise another in its place, so `results` raises this one.
                 self._raised = error
                 raise
             self.fed.append(batch)
@@ -168,32 +173,32 @@ class _Run:
                 return samples_of(self._kind, batch.decodable(), batch.parts())
 
 
-def _is_plain(batch: EncodedBatch, decoded: list[EncodedClip]) -> bool:
-    """Nothing is left to do but to look at DALI's output as the batch."""
+def _is_finished(batch: EncodedBatch, decoded: list[EncodedClip]) -> bool:
+    """Tell whether DALI's output is the whole batch, with no turns or views left to do."""
     return len(decoded) == len(batch.clips) and not any(clip.quarter_turns or clip.views for clip in decoded)
 
 
-def _as_expected(batch: EncodedBatch, decoded: list[EncodedClip], shapes: Any) -> bool:
-    """Are all frames as large as the manifest says?"""
+def _has_manifest_sizes(batch: EncodedBatch, decoded: list[EncodedClip], shapes: Any) -> bool:
+    """Tell whether all frames have the size that the manifest says."""
     height_width = [tuple(np.array(shape)[-3:-1].tolist()) for shape in shapes]
     expected = [clip.stored for clip, parts in zip(decoded, batch.shapes, strict=True) for _ in range(len(parts))]
     return height_width == expected
 
 
-def _whole(output: Any, device: torch.device) -> Tensor | None:
-    """DALI's batch as one tensor; None when its samples differ in shape."""
+def _as_one_tensor(output: Any, device: torch.device) -> Tensor | None:
+    """Copy DALI's batch to one tensor; None if its samples differ in shape."""
     shapes = output.shape()
     return _to_torch(output.as_tensor(), device) if all(shape == shapes[0] for shape in shapes) else None
 
 
 def _to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy of DALI's pixels, because DALI uses its memory again."""
+    """Copy DALI's pixels, because DALI reuses its memory."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     if device.type != "cuda":
         return feed_ndarray(output, torch.empty(output.shape(), dtype=torch.uint8))
-    # feed_ndarray only queues the copy. Behind the steps that torch's stream holds it could come after DALI has given the memory
-    # to another batch. On a stream of its own it is done at once, as `run` has waited for the pixels, and waiting for it is cheap.
+    # feed_ndarray only enqueues the copy. On torch's current stream it would run after the queued training steps, when DALI may
+    # have reused the memory. On a stream of its own it runs at once (`run` has waited for the pixels), so waiting is cheap.
     stream = _copy_stream(device)
     with torch.cuda.stream(stream):
         pixels = torch.empty(output.shape(), dtype=torch.uint8, device=device)

@@ -163,7 +163,7 @@ def test_truncated_file(tmp_path: Path, keep: float) -> None:
     write_manifest(path, [make_row(number) for number in range(500)], CLASSES)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(ManifestError, match=r"a\.arrow: not an Arrow file, or cut short"):
+    with pytest.raises(ManifestError, match=r"a\.arrow: not an Arrow file, or truncated"):
         Manifest.open(path)
 
 

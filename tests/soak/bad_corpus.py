@@ -405,16 +405,16 @@ def train(
     """One stream of clips through one set of workers; a third of the way on, files are swapped under them."""
     decoder = watch.decoder
     num_rows = len(source.manifest)
-    plan = [np.arange(first, first + BATCH) for first in range(0, decodes, BATCH)]
+    batch_indices = [np.arange(first, first + BATCH) for first in range(0, decodes, BATCH)]
     clips = TrainingClips(source, Augmentation(num_frames=4, size=64), SEED)
     order = StreamOrder(num_rows, SEED)
     seen: set[int] = set()
-    for number, batch in enumerate(make_loader(decoder, clips).batches(plan)):
+    for number, batch in enumerate(make_loader(decoder, clips).batches(batch_indices)):
         alive()
-        if number == len(plan) // 3:
+        if number == len(batch_indices) // 3:
             for file in files:
                 swap(corpus, file)
-        epoch_N, row_N = order.at(plan[number])
+        epoch_N, row_N = order.at(batch_indices[number])
         check_rule(outcome, batch, epoch_N.tolist(), row_N.tolist(), num_rows)
         for record in batch.bad_clips:
             broken = files[record.row] if record.row < len(files) else None
@@ -422,7 +422,7 @@ def train(
             if broken is not None:
                 outcome.replaced[decoder][broken.kind] += 1
         seen.update(batch.row_N.tolist())
-        if number % 20 == 0 or number == len(plan) - 1:
+        if number % 20 == 0 or number == len(batch_indices) - 1:
             watch.sample(number * BATCH)
     outcome.decodes += decodes
     if decodes > 2 * num_rows:

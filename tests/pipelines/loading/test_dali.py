@@ -133,10 +133,10 @@ def check_alike(ours: list[ClipBatch], theirs: list[ClipBatch]) -> None:
 
 
 def both(
-    dataset: TrainingClips | EvaluationClips, plan: list, device: torch.device = CPU, workers: int = 0
+    dataset: TrainingClips | EvaluationClips, batch_indices: list, device: torch.device = CPU, workers: int = 0
 ) -> tuple[list[ClipBatch], list[ClipBatch]]:
-    ours = list(DaliLoader(dataset, workers, 2, device, 2).batches(plan))
-    return ours, list(ClipLoader(dataset, 0, 2).batches(plan))
+    ours = list(DaliLoader(dataset, workers, 2, device, 2).batches(batch_indices))
+    return ours, list(ClipLoader(dataset, 0, 2).batches(batch_indices))
 
 
 # --- What it decodes --------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_training_batches(tmp_path: Path, device: torch.device, codec: str) -> N
         on_host = codec == "mpeg4" or (codec in ("h264", "hevc") and not knows_h264())
         assert feed.kind == (FRAMES if on_host else VIDEOS)
         said = describe(feed, device, "pyav")
-        assert ("knows none of these codecs" in said) == on_host and codec in said
+        assert ("decodes none of these codecs" in said) == on_host and codec in said
 
 
 @pytest.mark.gpu
@@ -163,15 +163,15 @@ def test_training_batches(tmp_path: Path, device: torch.device, codec: str) -> N
 def test_batches_are_whole_behind_a_full_queue(tmp_path: Path, codec: str) -> None:
     """DALI uses its memory again; what torch's stream still holds must not have made a copy of it late."""
     device = torch.device("cuda")
-    dataset, plan = training(write_clips(tmp_path, [codec])), positions(20, 3)
+    dataset, batch_indices = training(write_clips(tmp_path, [codec])), positions(20, 3)
     busy_NN = torch.randn(8192, 8192, device=device)
     ours = []
-    for batch in DaliLoader(dataset, 0, 2, device, 2).batches(plan):
+    for batch in DaliLoader(dataset, 0, 2, device, 2).batches(batch_indices):
         ours.append(replace(batch, video_NTCHW=batch.video_NTCHW.clone()))  # queued too
         for _ in range(4):  # 50 ms or more on any GPU of today
             busy_NN = torch.nn.functional.normalize(busy_NN @ busy_NN)
     torch.cuda.synchronize()
-    check_alike(ours, list(ClipLoader(dataset, 0, 2).batches(plan)))
+    check_alike(ours, list(ClipLoader(dataset, 0, 2).batches(batch_indices)))
 
 
 @pytest.mark.parametrize("crops", [1, 10])
@@ -255,7 +255,7 @@ def manifest(made: Path, tmp_path: Path) -> Path:
 
 def test_resumed_in_the_middle_of_an_epoch_to_the_bit(made: Path, device: torch.device) -> None:
     loader = DaliLoader(training(made / "train.arrow"), 0, 2, device, 2)
-    whole, rest = (list(loader.batches(plan)) for plan in (positions(5, 4), positions(3, 4, first=2)))
+    whole, rest = (list(loader.batches(batch_indices)) for batch_indices in (positions(5, 4), positions(3, 4, first=2)))
     for ours, theirs in zip(whole[2:], rest, strict=True):
         check_same_clips(ours, theirs)
         assert torch.equal(ours.video_NTCHW, theirs.video_NTCHW)
@@ -271,7 +271,7 @@ def test_processes_that_read_change_nothing(made: Path, device: torch.device) ->
         assert torch.equal(ours.video_NTCHW, theirs.video_NTCHW)
 
 
-def test_an_empty_plan(made: Path) -> None:
+def test_no_batch_indices(made: Path) -> None:
     assert list(DaliLoader(training(made / "train.arrow"), 0, 2, CPU, 1).batches([])) == []
 
 
@@ -286,7 +286,7 @@ def test_ranks_see_each_clip_once_in_as_many_steps(made: Path) -> None:
         assert torch.equal(torch.cat([part.row_N for part in parts]), batch.row_N)
 
 
-def test_nothing_of_a_loader_is_left_behind_its_plan(made: Path) -> None:
+def test_nothing_of_a_loader_is_left_after_its_last_batch(made: Path) -> None:
     """Nor of one that was left early: each evaluation is a pipeline with threads, and on a GPU memory, of its own."""
 
     def threads_and_files() -> tuple[int, int]:
@@ -308,9 +308,9 @@ def test_nothing_of_a_loader_is_left_behind_its_plan(made: Path) -> None:
 # --- What is broken ---------------------------------------------------------------------------------------------------
 
 
-def row_in_batch(plan: list[NDArray[np.int64]], batch: int) -> int:
+def row_in_batch(batch_indices: list[NDArray[np.int64]], batch: int) -> int:
     """A row that is first met in this batch."""
-    rows = [StreamOrder(CLIPS, SEED).at(positions_N)[1].tolist() for positions_N in plan]
+    rows = [StreamOrder(CLIPS, SEED).at(positions_N)[1].tolist() for positions_N in batch_indices]
     return next(row for row in rows[batch] if all(row not in earlier for earlier in rows[:batch]))
 
 
@@ -326,11 +326,11 @@ def overwrite(path: Path) -> None:
 @pytest.mark.parametrize("spoil", [Path.unlink, cut, overwrite])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_clip_is_replaced_and_the_rest_goes_on(manifest: Path, spoil: object, workers: int) -> None:
-    plan = positions(6, 2)
-    row = row_in_batch(plan, 1)
+    batch_indices = positions(6, 2)
+    row = row_in_batch(batch_indices, 1)
     choose_feed(manifest, CPU)  # before the damage, as in a run
     spoil(manifest.parent / f"{row}.webm")  # type: ignore[operator]
-    ours, theirs = both(training(manifest), plan, workers=workers)
+    ours, theirs = both(training(manifest), batch_indices, workers=workers)
     check_alike(ours, theirs)
     bad = [record for batch in ours for record in batch.bad_clips]
     assert bad and {record.row for record in bad} == {row}
@@ -371,7 +371,7 @@ def test_dali_that_fails_with_good_clips_is_an_error(tmp_path: Path) -> None:
     write_manifest(tmp_path / "train.arrow", [replace(row, codec="vp9") for row in rows], ["a", "b"])
     loader = DaliLoader(training(tmp_path / "train.arrow"), 0, 2, CPU, 1)
     with pytest.raises(
-        DaliError, match="DALI failed in 3 batches in a row in which no clip is bad: .*Failed to create video decoder"
+        DaliError, match="DALI failed on 3 batches in a row in which no clip is bad: .*Failed to create video decoder"
     ) as caught:
         list(loader.batches(positions(12, 2)))
     assert "Fix: pipeline=torch" in str(caught.value)

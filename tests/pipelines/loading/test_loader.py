@@ -117,8 +117,10 @@ def test_rows_and_labels_are_those_of_the_order(made: Path) -> None:
 
 def test_workers_give_the_batches_that_this_process_gives(folder: Path) -> None:
     break_clips(folder, 4)
-    clips, plan = training_clips(folder), positions(*[2] * 9)
-    check_equal(list(ClipLoader(clips, 2, 2).batches(plan)), list(ClipLoader(clips, 0, 2).batches(plan)))
+    clips, batch_indices = training_clips(folder), positions(*[2] * 9)
+    check_equal(
+        list(ClipLoader(clips, 2, 2).batches(batch_indices)), list(ClipLoader(clips, 0, 2).batches(batch_indices))
+    )
 
 
 def test_a_clip_is_the_same_in_any_batch(made: Path) -> None:
@@ -262,8 +264,8 @@ def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
         ManifestRow(path="1.mp4", offset=0, label=1, **vars(scan_clip(folder / "1.mp4"))),
     ]
     write_manifest(folder / "train.arrow", rows, ["a", "b"])
-    plan = evaluation_rows(2, 2, rank=0, size=1)
-    (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(plan)
+    batch_indices = evaluation_rows(2, 2, rank=0, size=1)
+    (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(batch_indices)
     assert batch.real_N.tolist() == [False, True]
     assert "64x40, but 48x40 when the manifest was made" in batch.bad_clips[0].reason
 
@@ -336,8 +338,8 @@ def test_views_are_those_of_the_protocol(made: Path) -> None:
 
 def test_a_broken_clip_of_an_evaluation_is_missing_and_not_replaced(folder: Path) -> None:
     break_clips(folder, 4)
-    plan = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
-    (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(plan)
+    batch_indices = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
+    (batch,) = ClipLoader(evaluation_clips(folder), 0, 2).batches(batch_indices)
     assert batch.row_N.tolist() == list(range(CLIPS))
     assert batch.real_N.tolist() == [row != 4 for row in range(CLIPS)]
     assert (batch.video_NTCHW[4] == 0).all()
@@ -346,18 +348,20 @@ def test_a_broken_clip_of_an_evaluation_is_missing_and_not_replaced(folder: Path
     assert str(folder / "4.mp4") in record.reason
 
 
-def test_the_plan_itself_is_not_changed_by_a_broken_clip(folder: Path) -> None:
-    """The same plan serves the next evaluation, when the file may be back."""
+def test_batch_indices_are_not_changed_by_a_broken_clip(folder: Path) -> None:
+    """The same batch indices serve the next evaluation, when the file may be back."""
     break_clips(folder, 4)
-    plan = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
-    list(ClipLoader(evaluation_clips(folder), 0, 2).batches(plan))
-    assert plan[0][1].all()
+    batch_indices = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
+    list(ClipLoader(evaluation_clips(folder), 0, 2).batches(batch_indices))
+    assert batch_indices[0][1].all()
 
 
 def test_workers_evaluate_as_this_process_does(folder: Path) -> None:
     break_clips(folder, 1)
-    clips, plan = evaluation_clips(folder), evaluation_rows(CLIPS, 2, rank=1, size=2)
-    check_equal(list(ClipLoader(clips, 2, 2).batches(plan)), list(ClipLoader(clips, 0, 2).batches(plan)))
+    clips, batch_indices = evaluation_clips(folder), evaluation_rows(CLIPS, 2, rank=1, size=2)
+    check_equal(
+        list(ClipLoader(clips, 2, 2).batches(batch_indices)), list(ClipLoader(clips, 0, 2).batches(batch_indices))
+    )
 
 
 # --- The life of workers ----------------------------------------------------------------------------------------------
@@ -371,7 +375,7 @@ def wait_until_no_children() -> bool:
     return False
 
 
-def test_workers_end_with_their_plan(made: Path) -> None:
+def test_workers_end_after_the_last_batch(made: Path) -> None:
     batches = ClipLoader(training_clips(made), 2, 2).batches(positions(2, 2, 2))
     next(batches)
     assert len(multiprocessing.active_children()) == 2

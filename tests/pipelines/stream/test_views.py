@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, PILToTensor, Resize
 from torchvision.transforms import functional as vision
 
-from pipelines.loading.clips import _crop, _resized
+from pipelines.loading.clips import crop_frames, resize_frames
 from pipelines.stream.augmentation import SampleParams, crop_offsets
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.frame_sampling import EVALUATION_RULES
@@ -212,7 +212,7 @@ def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
 def ours(image_HWC: np.ndarray, view: SampleParams) -> torch.Tensor:
     assert view.scaled is not None
     frame_TCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
-    return _crop(_resized(frame_TCHW, *view.scaled), view)[0]
+    return crop_frames(resize_frames(frame_TCHW, *view.scaled), view)[0]
 
 
 def largest_gap(one_CHW: torch.Tensor, other_CHW: torch.Tensor) -> int:
@@ -252,4 +252,4 @@ def test_training_pixels_are_pillows() -> None:
         params = SampleParams(np.arange(1), left, top, width, height, flip=False)
         cut = Image.fromarray(image_HWC).crop((left, top, left + width, top + height))
         expected = PILToTensor()(cut.resize((224, 224), Image.Resampling.BILINEAR))
-        assert largest_gap(_resized(_crop(frame_TCHW, params), 224, 224)[0], expected) <= 1
+        assert largest_gap(resize_frames(crop_frames(frame_TCHW, params), 224, 224)[0], expected) <= 1
