@@ -1,9 +1,9 @@
-"""Batch normalisation over groups of clips that lie within a rank, or over ranks, as the recipe says.
+"""Batch norm over groups of clips within a rank, or over several ranks, as the recipe says.
 
-The statistics of a group never depend on how the groups are laid out. Running statistics follow the mean over all groups
-of a step; each rank keeps the part of its own groups, and `average_running_statistics` joins them: the update is linear, so
-averaging now and then gives what averaging at every step would have given. `recompute_running_statistics` replaces them by those
-of the present weights.
+The statistics of a group do not depend on the layout of groups over ranks. Running statistics follow the mean over all groups
+of a step. Each rank updates its own with its own groups, and `average_running_statistics` averages them over ranks: the update
+is linear, so averaging before an evaluation equals averaging at every step. `recompute_running_statistics` replaces them by
+statistics of the current weights.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .synchronized import synchronized_norm
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """How the groups of every layer lie: `ghosts` equal parts of each micro-batch, or `group`, the ranks that share one."""
+    """The layout of batch-norm groups: `ghosts` equal parts of each micro-batch, or `group`, the ranks that share a group."""
 
     backend: Backend
     ghosts: int
@@ -29,14 +29,15 @@ class GroupLayout:
     accumulation: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # a copy of a network stays in the same world
+        # A copy of a network is in the same world.
+        return self
 
 
 class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm over groups of clips, made from torch's own, whose tensors it takes over.
+    """A batch norm over groups of clips, made from a batch norm of torch, whose tensors it takes over.
 
-    Takes any shape (B, C, ...) with B in the order of clips. In evaluation mode, so where it is frozen too, it normalises by its
-    running statistics and sends nothing. Unlike torch's it does not count batches: nothing here needs their number.
+    Takes any shape (B, C, ...) with B in the order of clips. In evaluation mode, and so where it is frozen, it normalises by its
+    running statistics and sends nothing. Unlike torch's, it does not update `num_batches_tracked`.
     """
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, name: str, layout: GroupLayout) -> None:
@@ -53,7 +54,7 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.name = name
         self.layout = layout
         self.population: PopulationMoments | None = None
-        """Where it is set, a forward pass in training mode adds to it and leaves the running statistics alone."""
+        """If set, a forward pass in training mode adds to it and does not update the running statistics."""
         self._micro_step = 0
 
     def _check_input_dim(self, x_BC: Tensor) -> None:
@@ -100,7 +101,7 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _running_update(self, mean_C: Tensor | None, var_C: Tensor | None) -> RunningUpdate:
         """Return this micro-step's update of the running statistics.
 
-        The micro-steps of a training step add up to one exponential step, towards the mean of their statistics.
+        The micro-steps of a training step add up to one exponential update with the mean of their statistics.
         """
         assert mean_C is not None and var_C is not None and self.momentum is not None
         accumulation = self.layout.accumulation
@@ -112,16 +113,17 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
 def convert_batch_norm(
     network: nn.Module, backend: Backend, ghosts: int, rank_groups: list[list[int]], accumulation: int
 ) -> None:
-    """Replace every batch norm below a network, in place, by one over groups.
+    """Replace every batch norm inside a network, in place, by a GroupBatchNorm.
 
-    The tensors stay the same objects under the same names, so an optimizer or a shared module keeps its hold on them; modes and
-    what is frozen stay too. `rank_groups`: ranks that share a group, all ranks call with the same list; empty where groups lie
-    within ranks, `ghosts` in each micro-batch. Raises ValueError for a batch norm without running averages.
+    The tensors stay the same objects under the same names, so optimizers and shared modules keep their references; training
+    modes and frozen layers stay as they are. `rank_groups`: ranks that share a group, the same list on all ranks; empty where
+    groups are within ranks, `ghosts` in each micro-batch. Raises ValueError for a batch norm without running averages.
     """
     if isinstance(network, nn.modules.batchnorm._BatchNorm):
-        raise ValueError("convert_batch_norm replaces the norms inside a network. Fix: hand it nn.Sequential(norm)")
+        raise ValueError("convert_batch_norm replaces the norms inside a network. Fix: pass nn.Sequential(norm)")
     layout = GroupLayout(backend, ghosts, backend.group(rank_groups) if rank_groups else None, accumulation)
-    made: dict[nn.Module, GroupBatchNorm] = {}  # a norm that stands in two places stays one
+    # A norm that is used in two places stays one module.
+    made: dict[nn.Module, GroupBatchNorm] = {}
     for parent_name, parent in list(network.named_modules()):
         for child_name, child in parent._modules.items():
             if not isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -132,7 +134,7 @@ def convert_batch_norm(
 
 
 class PopulationMoments:
-    """Sums over groups of their means and of their second moments about 0, in float64."""
+    """Sums of the means and of the second moments about 0 over groups, in float64."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.sums_2C = torch.zeros(2, channels, dtype=torch.float64, device=device)

@@ -1,16 +1,16 @@
-"""Memory layouts that torch's batch-norm kernels read in one go."""
+"""Memory layouts that torch's batch-norm kernels take without a copy."""
 
 import torch
 from torch import Tensor
 
 
 def dense(x_BC: Tensor) -> Tensor:
-    """Return the tensor channels-last where it is so, else contiguous: itself, or a copy."""
+    """Return the tensor itself if it is channels-last or contiguous, else a contiguous copy."""
     return x_BC.contiguous(memory_format=_memory_format(x_BC))
 
 
 def in_layout_of(x_BC: Tensor, grad_BC: Tensor) -> Tensor:
-    """Return the gradient of `dense` x in the layout of x."""
+    """Return the gradient in the memory layout of `x_BC`, a result of `dense`."""
     return grad_BC.contiguous(memory_format=_memory_format(x_BC))
 
 

@@ -1,7 +1,7 @@
-"""The message that joins the statistics of ranks in a batch norm: packed, unpacked, and followed by running statistics.
+"""The message that combines the batch-norm statistics of ranks: pack, unpack, and update running statistics from it.
 
-`synchronized` has the formulas. This module computes them in torch's operators, on any device. `messages_triton` takes
-one CUDA kernel before the all-reduce and one after it.
+`synchronized` has the formulas. This module computes them with torch's operators, on any device. `messages_triton` needs one
+CUDA kernel before the all-reduce and one after it.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 SumOverGroup = Callable[[Tensor, str], None]
-"""Sums a tensor over the ranks of a group, in place; the text tells the messages of a layer apart."""
+"""Sums a tensor over the ranks of a group, in place; the text distinguishes the messages of a layer."""
 
 COUNT_PARTS = 8
-"""torch's backward kernel takes int32 counts and adds them up. A single one would overflow at 2**31 values a channel, which 1,536
+"""torch's backward kernel takes int32 counts and sums them. A single count would overflow at 2**31 values per channel, which 1,536
 GPUs reach with 14 clips each (8 frames, 112 x 112 activations)."""
 
 
 class RunningUpdate(NamedTuple):
-    """An exponential step of running statistics, in place: `running = decay * running + gain * new`."""
+    """An exponential update of running statistics, in place: `running = decay * running + gain * new`."""
 
     mean_C: Tensor
     var_C: Tensor
@@ -40,13 +40,13 @@ class GroupStatistics(NamedTuple):
     inverse_std_C: Tensor
     unbiased_var_C: Tensor
     count_parts: Tensor
-    """int32, (COUNT_PARTS,): their sum is the group's number of values a channel."""
+    """int32, (COUNT_PARTS,): their sum is the group's number of values per channel."""
 
 
 def pack_moments(mean_C: Tensor, var_C: Tensor, count: int) -> Tensor:
     """Return a rank's message: `n m`, `n (var + m^2)` and `n`, shape (2C + 1), float64.
 
-    `mean_C`, `var_C` (biased): of the rank's `count` values a channel.
+    `mean_C`, `var_C` (biased): of the rank's `count` values per channel.
     """
     channels = len(mean_C)
     message = torch.empty(2 * channels + 1, dtype=torch.float64, device=mean_C.device)
@@ -73,7 +73,7 @@ def unpack_moments(message: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 def unpack_statistics(
     message: Tensor, dtype: torch.dtype, eps: float, running: RunningUpdate | None
 ) -> GroupStatistics:
-    """Return the group's statistics from the sum of its messages, and update the running statistics where there are any.
+    """Return the group's statistics from the sum of its messages, and apply the update of running statistics, if any.
 
     Overwrites the message as `unpack_moments` does.
     """
@@ -81,6 +81,7 @@ def unpack_statistics(
     unbiased_var_C = var_C * (count / (count - 1))
     if running is not None:
         running.apply_(mean_C, unbiased_var_C)
+    # The sum of floor((n + i) / parts) over i is n.
     part = torch.arange(COUNT_PARTS, dtype=torch.float64, device=message.device)
-    count_parts = part.add_(count).div_(COUNT_PARTS).to(torch.int32)  # floor((n + i) / parts) over i adds up to n
+    count_parts = part.add_(count).div_(COUNT_PARTS).to(torch.int32)
     return GroupStatistics(mean_C, (var_C + eps).rsqrt_(), unbiased_var_C, count_parts)

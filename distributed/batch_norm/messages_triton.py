@@ -1,6 +1,6 @@
 """Triton kernels for batch norm over ranks: one packs a rank's message, one unpacks the sum and updates running statistics.
 
-They give the values of `messages`, rounded once: all arithmetic between loads and stores is float64.
+They compute the values of `messages`, rounded once: all arithmetic between loads and stores is float64.
 """
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .messages import COUNT_PARTS, GroupStatistics, RunningUpdate
 
-BLOCK = 128  # channels of a program
+# Channels per program.
+BLOCK = 128
 
 
-# Channels and counts stay out of the compiled code, so that all layers share two kernels. Triton passes a Python float as float32
+# Channels and counts are not specialized, so that all layers share two compiled kernels. Triton passes a Python float as float32
 # unless its type is annotated.
 @triton.jit(do_not_specialize=["channels", "count"])
 def _pack_kernel(mean_ptr, var_ptr, message_ptr, channels, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -47,7 +48,7 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     total = tl.load(message_ptr + 2 * channels)
     mean_B = tl.load(message_ptr + channel_B, mask=is_inside_B) / total
     second_B = tl.load(message_ptr + channels + channel_B, mask=is_inside_B) / total
-    # Rounding can make a variance negative. A NaN fails the comparison and stays, so that the step is skipped.
+    # Rounding can make a variance negative. A NaN fails the comparison and stays NaN, so that the step is skipped.
     var_B = second_B - mean_B * mean_B
     var_B = tl.where(var_B < 0, 0.0, var_B)
     unbiased_var_B = var_B * (total / (total - 1))
@@ -79,7 +80,7 @@ def pack_moments(mean_C: Tensor, var_C: Tensor, count: int) -> Tensor:
 def unpack_statistics(
     message: Tensor, dtype: torch.dtype, eps: float, running: RunningUpdate | None
 ) -> GroupStatistics:
-    """See `messages.unpack_statistics`; the message stays as it is. The tensors are on the current device."""
+    """See `messages.unpack_statistics`; does not change the message. The tensors are on the current device."""
     channels = message.numel() // 2
     statistics_3C = message.new_empty((3, channels), dtype=dtype)
     count_parts = message.new_empty(COUNT_PARTS, dtype=torch.int32)

@@ -12,17 +12,17 @@ from .layer import GroupBatchNorm, PopulationMoments
 
 @torch.no_grad()
 def average_running_statistics(network: nn.Module, backend: Backend) -> None:
-    """Give every rank the mean over ranks of the running statistics, in one message. Call it before evaluation."""
-    live = _running_statistics(network)
+    """Set the running statistics of every rank to their mean over ranks, in one message. Call it before evaluation."""
+    statistics = _running_statistics(network)
     for name, mean_C in averaged_running_statistics(network, backend).items():
-        live[name].copy_(mean_C)
+        statistics[name].copy_(mean_C)
 
 
 @torch.no_grad()
 def averaged_running_statistics(network: nn.Module, backend: Backend) -> dict[str, Tensor]:
-    """The mean over ranks of the running statistics, by the names of the network's state, in one message.
+    """Return the mean over ranks of the running statistics, by their names in the network's state, in one message.
 
-    Nothing changes; empty where there is one rank, or no batch norm over groups.
+    Changes nothing; returns an empty dict on one rank, or without batch norm over groups.
     """
     statistics = _running_statistics(network)
     if backend.topology.size == 1 or not statistics:
@@ -35,7 +35,7 @@ def averaged_running_statistics(network: nn.Module, backend: Backend) -> dict[st
 
 @torch.no_grad()
 def own_running_statistics(network: nn.Module) -> Tensor:
-    """A copy of this rank's running statistics: the numbers of all layers in a row."""
+    """Return a copy of this rank's running statistics: the numbers of all layers, concatenated."""
     statistics = list(_running_statistics(network).values())
     parameter = next(network.parameters())
     return torch.cat([parameter.new_empty(0), *statistics])
@@ -43,18 +43,19 @@ def own_running_statistics(network: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def running_statistics_by_rank(network: nn.Module, backend: Backend) -> Tensor:
-    """Every rank's own running statistics, on every rank: shape (ranks, numbers of all layers)."""
+    """Return every rank's own running statistics, on every rank: shape (ranks, numbers of all layers)."""
     row_S = own_running_statistics(network)
     rows_RS = row_S.new_zeros(backend.topology.size, len(row_S))
     if len(row_S):
         rows_RS[backend.topology.rank] = row_S
-        backend.all_reduce_(rows_RS, "running_statistics_by_rank")  # others add zeros: exact
+        # Exact: the other ranks add zeros to this row.
+        backend.all_reduce_(rows_RS, "running_statistics_by_rank")
     return rows_RS
 
 
 @torch.no_grad()
 def set_running_statistics(network: nn.Module, row_S: Tensor) -> None:
-    """Take a row of `own_running_statistics` as this rank's own. Raises ValueError for another network's."""
+    """Set this rank's running statistics from `own_running_statistics`. Raises ValueError for those of another network."""
     statistics = list(_running_statistics(network).values())
     lengths = [len(buffer) for buffer in statistics]
     if row_S.shape != (sum(lengths),):
@@ -64,7 +65,7 @@ def set_running_statistics(network: nn.Module, row_S: Tensor) -> None:
 
 
 def _running_statistics(network: nn.Module) -> dict[str, Tensor]:
-    """The live tensors, by their names in the network's state."""
+    """Return the buffers themselves, by their names in the network's state."""
     return {
         f"{name}.{kind}": buffer
         for name, module in network.named_modules()
@@ -76,14 +77,14 @@ def _running_statistics(network: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def recompute_running_statistics(network: nn.Module, backend: Backend, batches: Iterable[Tensor]) -> None:
-    """Set the running statistics to those of the present weights: plain averages over the groups of some training batches.
+    """Set the running statistics to those of the current weights: plain averages over the groups of some training batches.
 
     "Precise BN" (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3): each layer normalises by its
     group, as in training, and over all groups `mean = E[mean_g]`, `var = E[mean_g^2 + var_g] - mean^2`. An exponential average
-    instead mixes statistics of older weights, and of few groups. Dropout is off. Frozen layers keep their statistics.
+    would include statistics of older weights, from few groups. Dropout is off. Frozen layers keep their statistics.
 
-    `batches`: this rank's inputs, as many on every rank. Every rank ends with the same statistics, which do not depend on how
-    the groups lay on ranks. Raises ValueError when there are no batches.
+    `batches`: this rank's inputs, the same number on every rank. Every rank ends with the same statistics, which do not depend
+    on the layout of groups over ranks. Raises ValueError when there are no batches.
     """
     modes = {module: module.training for module in network.modules()}
     norms = [module for module in modes if isinstance(module, GroupBatchNorm) and module.training]
@@ -105,7 +106,7 @@ def recompute_running_statistics(network: nn.Module, backend: Backend, batches: 
 
 
 def _share_population(norms: list[GroupBatchNorm], backend: Backend) -> None:
-    """Write the moments over all ranks into the running statistics: one message. (Ranks of a group all bring its part.)"""
+    """Write the moments over all ranks into the running statistics, in one message. (All ranks of a group contribute it.)"""
     populations = [norm.population for norm in norms if norm.population is not None]
     if populations[0].groups == 0:
         raise ValueError("running statistics cannot be recomputed from no batches")

@@ -1,23 +1,23 @@
-"""Normalising by statistics of a group of ranks: what each rank computes, and the two messages that join the ranks.
+"""Batch norm over a group of ranks: the computation on each rank, and the two messages that combine the ranks.
 
-Forward, a rank reduces its part to a count n_i, means m_i and squared deviations M_i about its own means, by the kernel that
-torch's own batch norm uses. The group's are (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+Forward, a rank reduces its part to a count n_i, means m_i and squared deviations M_i about its own means, with the kernel of
+torch's batch norm. The group's are (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
 sample variances", 1979)
 
     n = sum n_i,    m = sum n_i m_i / n,    M = sum M_i + sum n_i (m_i - m)^2,    var = M / n.
 
-One all-reduce cannot know m beforehand, so the last sum travels expanded about 0, `sum n_i m_i^2 - n m^2`. In float64: that
-costs var a relative error of 2e-16 * (1 + m^2 / var), which is below float32's own rounding as long as |m| < 1e4 standard
-deviations, and the message grows with neither the group nor its batches. (The same sum in float32 would lose half its digits at
-|m| = 50 standard deviations.) Counts travel along, so that parts may differ in size.
+A single all-reduce cannot know m beforehand, so ranks send the last sum expanded about 0, `sum n_i m_i^2 - n m^2`, in float64.
+That gives var a relative error of 2e-16 * (1 + m^2 / var), which is below float32's rounding while |m| < 1e4 standard
+deviations, and the message size depends on neither the group nor its batches. (The same sum in float32 would lose half its
+digits at |m| = 50 standard deviations.) Counts are part of the message, so ranks may hold parts of different sizes.
 
-Backward, one more message carries the sums of the gradient and of the gradient times the normalised input (on CUDA: times the
-centered one, as torch's kernels take it). This module computes on CPUs; `synchronized_norm_cuda` does the same in few kernels.
+Backward, a second message holds the sums of the gradient and of the gradient times the normalised input (on CUDA: times the
+centered input, as torch's kernels take it). This module computes on CPUs; `synchronized_cuda` does the same in few kernels.
 
-What cannot be fused: a layer's statistics depend on the layer before it, so each layer costs two messages a micro-step. The two
-norms at the end of a residual block with a downsampling path could share theirs, 4 of 53 layers in a ResNet-50, at the price of
-a forward pass of our own for these blocks. The host never waits for its device here; whether a message makes it wait is up to the
-backend (Horovod's do).
+Messages of different layers cannot be fused: a layer's statistics depend on the layer before it, so each layer needs two
+messages per micro-step. Only the two norms at the end of a residual block with a downsampling path could share theirs, 4 of 53
+layers in a ResNet-50, with a forward pass of our own for these blocks. The host never waits for its device here; whether it
+waits for a message depends on the backend (with Horovod it does).
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def message_bytes(channels: int, dtype: torch.dtype) -> tuple[int, int]:
-    """What a rank sends forward and backward for one layer whose input has this type."""
+    """Return the bytes that a rank sends forward and backward for one layer whose input has this dtype."""
     return (2 * channels + 1) * 8, 2 * channels * _statistics_dtype(dtype).itemsize
 
 
@@ -46,11 +46,10 @@ def synchronized_norm(
     sum_over_group: SumOverGroup,
     running: RunningUpdate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Batch norm of this rank's part (B, C, ...) of a group by the statistics of the whole group.
+    """Normalise this rank's part (B, C, ...) of a group by the statistics of the whole group.
 
-    Returns `(out_BC, mean_C, unbiased_var_C, count)`; the last three carry no gradient. Applies `running` to these statistics.
-    They are float32, or float64 for float64 inputs, whatever autocast says. Every rank of the group must have a part that is not
-    empty.
+    Returns `(out_BC, mean_C, unbiased_var_C, count)`; the last three have no gradient. Applies `running` with these statistics.
+    They are float32, or float64 for float64 inputs, also under autocast. No rank of the group may have an empty part.
     """
     if x_BC.is_cuda:
         return synchronized_norm_cuda(x_BC, weight_C, bias_C, eps, sum_over_group, running)
@@ -78,7 +77,8 @@ class _SynchronizedNorm(torch.autograd.Function):
         ctx.save_for_backward(x_BC, weight_C, mean_C, var_C, count)
         ctx.eps, ctx.sum_over_group = eps, sum_over_group
         ctx.mark_non_differentiable(mean_C, unbiased_var_C, count)
-        ctx.set_materialize_grads(False)  # or each of the three would get a tensor of zeros
+        # Otherwise autograd would create a tensor of zeros for each of the three.
+        ctx.set_materialize_grads(False)
         return out_BC, mean_C, unbiased_var_C, count
 
     @staticmethod
@@ -101,7 +101,7 @@ class _SynchronizedNorm(torch.autograd.Function):
 
 
 def group_statistics(x_BC: Tensor, sum_over_group: SumOverGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """`(mean_C, var_C, count)` over the group, with the biased variance, from this rank's part: the message forward."""
+    """Return `(mean_C, var_C, count)` of the group, with the biased variance, from this rank's part: the forward message."""
     dtype = _statistics_dtype(x_BC.dtype)
     message = pack_moments(*_local_statistics(x_BC, dtype), x_BC.numel() // x_BC.shape[1])
     sum_over_group(message, "statistics")
@@ -109,9 +109,9 @@ def group_statistics(x_BC: Tensor, sum_over_group: SumOverGroup) -> tuple[Tensor
 
 
 def _local_statistics(x_BC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel. (torch.var_mean is 3 to 70 times as slow here on a CPU.)"""
+    """Return mean and biased variance of each channel. (torch.var_mean is 3 to 70 times slower here on a CPU.)"""
     if x_BC.dtype in _LOW_PRECISION:
-        # The types of the running statistics, which come out unchanged, are those of the result on a CPU.
+        # On a CPU the result has the dtype of the running statistics, which stay unchanged.
         unused_2C = torch.zeros(2, x_BC.shape[1], dtype=dtype, device=x_BC.device)
         return torch.batch_norm_update_stats(x_BC, unused_2C[0], unused_2C[1], 0.0)
     return torch.batch_norm_update_stats(x_BC, None, None, 0.0)
@@ -127,7 +127,7 @@ def _input_gradient(
     sums: Tensor,
     count: Tensor,
 ) -> Tensor:
-    """`weight / std * (grad - mean(grad) - xhat * mean(xhat * grad))`, linear in grad and x: two passes over them.
+    """Return `weight / std * (grad - mean(grad) - xhat * mean(xhat * grad))`, linear in grad and x: two passes over them.
 
     `sums`: of xhat * grad and of grad over the group, (2C,).
     """
@@ -137,7 +137,8 @@ def _input_gradient(
     slope_C = -scale_C * inverse_std_C * mean_xhat_grad_C
     constant_C = -scale_C * mean_grad_C - slope_C * mean_C
     shape = [-1 if dim == 1 else 1 for dim in range(x_BC.dim())]
-    grad_x_BC = torch.addcmul(constant_C.view(shape), grad_BC, scale_C.view(shape))  # float32 for half precision too
+    # float32 for half-precision inputs too.
+    grad_x_BC = torch.addcmul(constant_C.view(shape), grad_BC, scale_C.view(shape))
     return grad_x_BC.addcmul_(x_BC, slope_C.view(shape)).to(x_BC.dtype)
 
 

@@ -1,9 +1,9 @@
-"""Batch norm over ranks on CUDA: the formulas and messages of `synchronized_norm`, in few kernels.
+"""Batch norm over ranks on CUDA: the formulas and messages of `synchronized`, in few kernels.
 
-Small kernels cost the host more time to launch than the GPU to run. A layer takes 7 of them besides its all-reduces: forward
-torch's statistics kernel, one to pack the message, one to unpack it and torch's elementwise kernel; backward torch's sums, their
-concatenation into the message and torch's elementwise kernel. The four of torch are those of its SyncBatchNorm, which gathers the
-statistics of all ranks instead of their sum, so that its message grows with the group.
+A small kernel takes the host longer to launch than the GPU to run. A layer needs 7 of them besides its all-reduces: forward,
+torch's statistics kernel, one to pack the message, one to unpack it, and torch's elementwise kernel; backward, torch's sums,
+their concatenation into the message, and torch's elementwise kernel. The four torch kernels are those of its SyncBatchNorm,
+which gathers the statistics of all ranks instead of their sum, so that its message grows with the group.
 """
 
 import functools
@@ -29,7 +29,7 @@ def synchronized_norm_cuda(
     sum_over_group: SumOverGroup,
     running: RunningUpdate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `synchronized_norm.synchronized_norm`. The tensors are on the current device."""
+    """See `synchronized.synchronized_norm`. The tensors are on the current device."""
     x_BC = dense(x_BC)
     statistics, count = _group_statistics(x_BC.detach(), eps, sum_over_group, running)
     out_BC: Tensor = _Normalize.apply(x_BC, weight_C, bias_C, eps, sum_over_group, statistics)
@@ -39,16 +39,17 @@ def synchronized_norm_cuda(
 def _group_statistics(
     x_BC: Tensor, eps: float, sum_over_group: SumOverGroup, running: RunningUpdate | None
 ) -> tuple[GroupStatistics, Tensor]:
-    """Return the group's statistics and its float64 count of values a channel, by the message forward."""
-    messages = _message_kernels()
-    mean_C, var_C = torch.batch_norm_update_stats(_images(x_BC), None, None, 0.0)  # float32 of half precision
-    message = messages.pack_moments(mean_C, var_C, x_BC.numel() // x_BC.shape[1])
+    """Return the group's statistics and its float64 count of values per channel, by the forward message."""
+    kernels = message_kernels()
+    # float32 for half-precision inputs.
+    mean_C, var_C = torch.batch_norm_update_stats(_images(x_BC), None, None, 0.0)
+    message = kernels.pack_moments(mean_C, var_C, x_BC.numel() // x_BC.shape[1])
     sum_over_group(message, "statistics")
-    return messages.unpack_statistics(message, mean_C.dtype, eps, running), message[-1]
+    return kernels.unpack_statistics(message, mean_C.dtype, eps, running), message[-1]
 
 
 class _Normalize(torch.autograd.Function):
-    """Normalization by the statistics of the group. Its gradient includes that of the statistics, as functions of x."""
+    """Normalizes by the statistics of the group. Its gradient includes that of the statistics, which are functions of x."""
 
     @staticmethod
     def forward(
@@ -89,16 +90,16 @@ class _Normalize(torch.autograd.Function):
 
 
 def _images(x_BC: Tensor) -> Tensor:
-    """Return a view with at most the four dimensions that torch's channels-last kernels take: frames stack up to one image."""
+    """Return a view with at most the four dimensions that torch's channels-last kernels take: joins frames to one image."""
     return x_BC.flatten(2, 3) if x_BC.dim() == 5 else x_BC
 
 
 @functools.cache
-def _message_kernels() -> ModuleType:
+def message_kernels() -> ModuleType:
     """Return `messages_triton`, or `messages` where Triton is missing or cannot launch."""
     if not triton_can_launch():
         return messages
-    # Late: only processes with CUDA tensors pay for importing Triton.
+    # A late import: only processes with CUDA tensors pay the cost of importing Triton.
     from . import messages_triton
 
     return messages_triton

@@ -14,7 +14,7 @@ from tsm import shift
 @pytest.fixture(autouse=True)
 def _asked_again() -> Iterator[None]:
     """As in a process of its own."""
-    caches = (triton_can_launch, shift._fused_shift, synchronized_norm_cuda._message_kernels)
+    caches = (triton_can_launch, shift._fused_shift, synchronized_norm_cuda.message_kernels)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -40,7 +40,7 @@ def test_without_triton_torchs_operators_do_the_work(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not triton_can_launch()
     assert shift._fused_shift() is None
-    assert synchronized_norm_cuda._message_kernels() is messages
+    assert synchronized_norm_cuda.message_kernels() is messages
 
 
 def test_triton_that_cannot_launch_is_warned_of_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_triton_that_cannot_launch_is_warned_of_once_and_left_out(monkeypatch: p
     with pytest.warns(UserWarning, match=r"Triton cannot launch.*no C compiler.*Fix: install a C compiler"):
         assert not triton_can_launch()
     assert shift._fused_shift() is None
-    assert synchronized_norm_cuda._message_kernels() is messages
+    assert synchronized_norm_cuda.message_kernels() is messages
 
 
 def test_where_triton_can_launch_its_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,4 +57,4 @@ def test_where_triton_can_launch_its_kernels_are_used(monkeypatch: pytest.Monkey
     from tsm import shift_triton
 
     assert shift._fused_shift() is shift_triton.fused_shift
-    assert synchronized_norm_cuda._message_kernels() is messages_triton
+    assert synchronized_norm_cuda.message_kernels() is messages_triton

@@ -253,7 +253,7 @@ def cuda_kernels(messages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(
         pack_moments=alone(messages.pack_moments), unpack_statistics=alone(messages.unpack_statistics)
     )
-    monkeypatch.setattr(synchronized_norm_cuda, "_message_kernels", lambda: kernels)
+    monkeypatch.setattr(synchronized_norm_cuda, "message_kernels", lambda: kernels)
 
 
 class Ranks:
