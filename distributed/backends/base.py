@@ -21,7 +21,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ReducerOptions:
-    """How a reducer averages gradients."""
+    """Options of a reducer."""
 
     accumulation: int = 1
     """Micro-steps per step."""

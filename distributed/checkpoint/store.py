@@ -38,7 +38,7 @@ CHUNK_BYTES = 4 << 20
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read or used."""
+    """An error in writing, reading or using a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Written:
 
     step: int
     stall_s: float
-    """How long `save` blocked its caller."""
+    """The time that `save` blocked its caller."""
     waited_s: float
     """The part of `stall_s` spent waiting for the previous write."""
     duration_s: float

@@ -226,7 +226,7 @@ class Monitor:
             # A rank died meanwhile, which is the better reason, or left.
             return
         if not self._stuck(hang_timeout_s):
-            self._log.warning(f"hang: over, the job makes progress again; stacks: {path}")
+            self._log.warning(f"hang ended: the job makes progress again; stacks: {path}")
             return
         first, *others = stuck
         also = f", and ranks {others}" if others else ""

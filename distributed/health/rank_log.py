@@ -45,17 +45,18 @@ class RankLog:
         path = node_log(folder.name, int(self._who)) if on_node else folder / run_layout.LOG
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-            # After a crash of the interpreter, the log has its stacks.
-            assert self._file.stream is not None
-            faulthandler.enable(self._file.stream)
+            file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             _print_error(f"no log in {path}: {error.strerror}")
             return
-        self._file.setFormatter(self._formatter)
-        self._memory.setTarget(self._file)
+        file.setFormatter(self._formatter)
+        self._file = file
+        self._memory.setTarget(file)
         # From now on every record is passed on to the file at once.
         self._memory.flushLevel = logging.NOTSET
+        # After a crash of the interpreter, the log has its stacks.
+        assert file.stream is not None
+        faulthandler.enable(file.stream)
         self.info(f"process {os.getpid()} logs here from now on")
 
     def close(self) -> None:
