@@ -93,7 +93,7 @@ class RankLog:
         path = self.folder / run_layout.FAILURES / f"{self._started:%Y%m%d-%H%M%S}" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             return f"not written: {path}: {error.strerror}"
         return str(path)

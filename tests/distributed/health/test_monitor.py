@@ -359,6 +359,17 @@ def test_a_full_disk_is_reported_once_and_costs_only_the_log(
     assert lines[1] == "still on standard error"
 
 
+def test_text_that_is_not_unicode_is_logged_all_the_same(tmp_path: Path) -> None:
+    """A path with bytes that are not UTF-8, as Python reads it."""
+    log = RankLog(0, "n1")
+    log.open_in(tmp_path)
+    log.info("bad\udcff.mp4")
+    assert "bad\\udcff.mp4" in log.tail()
+    path = Path(log.write_failure_file("rank-00001.log", "bad\udcff.mp4"))
+    assert path.read_text() == "bad\\udcff.mp4"
+    log.close()
+
+
 def test_a_folder_that_is_gone_costs_only_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").write_text("a file in the folder's place")
     log = RankLog(0, "n1")
