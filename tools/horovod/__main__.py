@@ -26,7 +26,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from .build import install, locked, stamp_of, up_to_date, wheel_for
+from runtime.file_lock import file_lock
+
+from .build import install, stamp_of, up_to_date, wheel_for
 from .choose import explain, make_plan
 from .commands import BuildError
 from .prove import prove
@@ -68,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         # Two installs into one environment at the same time would leave half of each.
-        with locked(Path(sys.prefix) / ".horovod.lock"):
+        with file_lock(Path(sys.prefix) / ".horovod.lock"):
             make(args)
     except BuildError as error:
         sys.exit(f"horovod: {error}")

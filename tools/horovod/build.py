@@ -1,6 +1,5 @@
 """Build the wheel of a plan into the cache, and install it: source, patches, compilation, cache, installation."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -12,11 +11,10 @@ import sys
 import sysconfig
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from runtime.file_lock import file_lock
 from tools.requirements import name_of, requirements
 
 from .choose import CacheKey, Plan
@@ -117,15 +115,6 @@ def cache_root() -> Path:
     return root
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock: a second build of a key waits and then finds the wheel, a second install the same way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def cached_wheel(folder: Path) -> Path | None:
     """Return the finished wheel of a cache folder, if there is one."""
     return next(iter(sorted(folder.glob("horovod-*.whl"))), None)
@@ -175,7 +164,9 @@ def build_wheel(plan: Plan, folder: Path) -> Path:
 def wheel_for(plan: Plan) -> Path:
     """Return the plan's wheel from the cache, or build it."""
     folder = cache_root() / plan.key.digest()
-    with locked(folder.with_name(f"{folder.name}.lock")):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A second build of the same key waits here, and then finds the wheel.
+    with file_lock(folder.with_name(f"{folder.name}.lock")):
         wheel = cached_wheel(folder)
         if wheel is not None:
             print(f"  from the cache: {wheel}", flush=True)
