@@ -21,14 +21,14 @@ import sys
 # Imports stand inside the functions, because each worker process imports this file again, as __mp_main__.
 def make_parser() -> argparse.ArgumentParser:
     from pipelines.prepare.commands.datasets import add_datasets
-    from pipelines.prepare.commands.repack import add_prepared
+    from pipelines.prepare.commands.repack import add_repack
     from pipelines.prepare.commands.shapes import add_shapes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_shapes(commands)
     add_datasets(commands)
-    add_prepared(commands)
+    add_repack(commands)
     return parser
 
 
@@ -36,12 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.errors import BadClip
     from pipelines.manifest import ManifestError
     from pipelines.prepare.errors import DataSetError
-    from pipelines.prepare.shapes.write import ShapesError
 
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ShapesError, DataSetError, ManifestError, BadClip) as error:
+    except (DataSetError, ManifestError, BadClip) as error:
         print(f"prepare.py {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

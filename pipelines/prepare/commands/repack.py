@@ -23,7 +23,8 @@ _PART_HELP = (
 )
 
 
-def add_prepared(commands: Commands) -> None:
+def add_repack(commands: Commands) -> None:
+    """Add the sub-commands transcode, shard, verify and stage."""
     _add_transcode(commands)
     _add_shard(commands)
     _add_verify(commands)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestError, ManifestRow, write_manifest
-from pipelines.prepare.errors import cannot_write
+from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.scan.scan_clip import scan_clip
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
@@ -26,10 +26,6 @@ from .drawing import CLASSES, FPS, ORDER_GROUPS, QP, SPLITS, class_of, draw_clip
 
 FORMAT = 2
 """Raise it when a drawn pixel or an encoder option changes, so that older folders are not reused."""
-
-
-class ShapesError(ValueError):
-    """A wrong parameter, or a folder that cannot be used; the message says the fix."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,15 @@ class ShapesConfig:
         for split in SPLITS:
             clips = self.clips(split)
             if clips < len(CLASSES) or clips % len(CLASSES):
-                raise ShapesError(
+                raise DataSetError(
                     f"--{split}-clips is {clips}. Fix: give a positive multiple of {len(CLASSES)}, the number of classes"
                 )
         if self.size < 32 or self.size % 2:
-            raise ShapesError(f"--size is {self.size}. Fix: give an even number of pixels, 32 or more")
+            raise DataSetError(f"--size is {self.size}. Fix: give an even number of pixels, 32 or more")
         if not self.frames or min(self.frames) < 8:
-            raise ShapesError(f"--frames is {list(self.frames)}. Fix: give one or more lengths of 8 frames or more")
+            raise DataSetError(f"--frames is {list(self.frames)}. Fix: give one or more lengths of 8 frames or more")
         if self.seed < 0:
-            raise ShapesError(f"--seed is {self.seed}. Fix: give 0 or more")
+            raise DataSetError(f"--seed is {self.seed}. Fix: give 0 or more")
 
     def clips(self, split: str) -> int:
         """Return the number of clips of a split."""
@@ -80,16 +76,16 @@ def write_shapes(root: Path, config: ShapesConfig, workers: int = 1, force: bool
     """
     root = Path(root)
     if workers < 1:
-        raise ShapesError(f"--workers is {workers}. Fix: give 1 or more")
+        raise DataSetError(f"--workers is {workers}. Fix: give 1 or more")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _folder_lock(root):
             _claim(root, config, force)
             return _find_finished(root, config) or _write_missing(root, config, workers)
     except OSError as error:
-        raise ShapesError(cannot_write(error.filename or root, error, "--root")) from error
+        raise DataSetError(cannot_write(error.filename or root, error, "--root")) from error
     except BrokenProcessPool as error:
-        raise ShapesError(
+        raise DataSetError(
             "a worker process died (out of memory, or killed). Fix: run the same command again with fewer --workers; it resumes"
         ) from error
 
@@ -135,20 +131,20 @@ def _claim(root: Path, config: ShapesConfig, force: bool) -> None:
             if found["dataset"] != "shapes":
                 raise KeyError
         except (ValueError, KeyError, TypeError):
-            raise ShapesError(
+            raise DataSetError(
                 f"{path} was not written by prepare.py shapes. Fix: choose another folder with --root"
             ) from None
         changed = [f"{key} is {found.get(key)}, not {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
         if not changed:
             return
         if not force:
-            raise ShapesError(
+            raise DataSetError(
                 f"{root} contains shapes with other parameters ({'; '.join(changed)}). "
                 "Fix: choose another folder with --root, or replace the clips with --force"
             )
         _remove(root)
     elif any(entry.suffix != TEMPORARY_SUFFIX for entry in root.iterdir()):
-        raise ShapesError(
+        raise DataSetError(
             f"{root} is not empty and has no dataset.json of prepare.py shapes. Fix: choose another folder with --root"
         )
     _write_file(path, (json.dumps(wanted, indent=2) + "\n").encode())

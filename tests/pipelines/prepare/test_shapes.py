@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from pipelines.errors import BadClip
 from pipelines.manifest import Manifest
+from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes import write as shapes
 from pipelines.prepare.shapes.drawing import CLASSES, ORDER_GROUPS, class_of, draw_clip, encode_clip
-from pipelines.prepare.shapes.write import ShapesConfig, ShapesError, write_shapes
+from pipelines.prepare.shapes.write import ShapesConfig, write_shapes
 from runtime.atomic_write import atomic_write
 
 CHECKOUT = Path(__file__).parents[3]
@@ -258,7 +259,7 @@ def test_other_parameters_need_force(root: Path, tmp_path: Path) -> None:
     (root / "notes.txt").write_text("mine")
     before = contents(root)
     other = ShapesConfig(train_clips=10, val_clips=10, size=32, frames=(8, 24), seed=5)
-    with pytest.raises(ShapesError, match=r"train_clips is 20, not 10; seed is 0, not 5.*--root.*--force"):
+    with pytest.raises(DataSetError, match=r"train_clips is 20, not 10; seed is 0, not 5.*--root.*--force"):
         write_shapes(root, other)
     assert contents(root) == before
     assert write_shapes(root, other, force=True).new_clips == 20
@@ -270,10 +271,10 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.mp4").write_bytes(b"precious")
     for force in (False, True):
-        with pytest.raises(ShapesError, match=r"not empty and has no dataset.json.*--root"):
+        with pytest.raises(DataSetError, match=r"not empty and has no dataset.json.*--root"):
             write_shapes(tmp_path, SMALL, force=force)
     (tmp_path / "dataset.json").write_text('{"dataset": "kinetics"}')
-    with pytest.raises(ShapesError, match=r"not written by prepare.py shapes.*--root"):
+    with pytest.raises(DataSetError, match=r"not written by prepare.py shapes.*--root"):
         write_shapes(tmp_path, SMALL, force=True)
     assert sorted(contents(tmp_path)) == ["dataset.json", "train/mine.mp4"]
 
@@ -312,7 +313,9 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             yield file
 
     monkeypatch.setattr(shapes, "atomic_write", fill_up)
-    with pytest.raises(ShapesError, match=r"cannot write .*000005.mp4: No space left on device. Fix: free space there"):
+    with pytest.raises(
+        DataSetError, match=r"cannot write .*000005.mp4: No space left on device. Fix: free space there"
+    ):
         write_shapes(tmp_path / "shapes", SMALL)
     monkeypatch.undo()
     assert write_shapes(tmp_path / "shapes", SMALL).new_clips == 25
