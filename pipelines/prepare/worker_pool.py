@@ -2,8 +2,8 @@
 
 import multiprocessing
 import signal
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -22,6 +22,12 @@ class Died:
 
     how: str
     """The signal or exit code."""
+    work: str
+
+    @property
+    def reason(self) -> str:
+        """Text for the report."""
+        return f"the worker process died twice while {self.work} it ({self.how})"
 
 
 @dataclass
@@ -38,52 +44,102 @@ def run_guarded(
     workers: int,
     work: str,
     name_of: Callable[[Any], str] = str,
-) -> Iterator[tuple[int, Any]]:
-    """Yield (index, function(item)) of every item, in the order in which they finish; Died where the process did not survive.
+) -> Generator[tuple[int, Any], None, None]:
+    """Yield (index, function(item)) of every item, in order of completion; Died in place of a result if the process died.
 
-    `work` and `name_of(item)` name in errors what failed: "scanning" and a file's path.
-    `workers`: processes (spawned: the function is imported there); 0 works in this one, unguarded. Close the iterator, or
-    leave it by an exception, and all processes end at once. An exception of the function's own ends it with RuntimeError.
+    `work` ("scanning") and `name_of(item)` (a path) describe in errors what failed. `workers` is the number of processes,
+    which import the function (spawn); 0 runs it in this process, unguarded. Closing the generator, or an exception while it
+    runs, kills all processes. An exception of the function raises RuntimeError.
     """
     if workers == 0:
         yield from ((index, function(item)) for index, item in enumerate(items))
         return
-    waiting, failures = deque(range(len(items))), dict.fromkeys(range(len(items)), 0)
-    killed_at_start = 0
-    crew = [_start(function) for _ in range(min(workers, len(items)))]
+    pool = _Pool(function, items, work, name_of)
     try:
-        while crew:
-            for pipe in wait([worker.pipe for worker in crew]):
-                worker = next(worker for worker in crew if worker.pipe is pipe)
-                try:
-                    result = worker.pipe.recv()
-                except (EOFError, OSError):
-                    died = _died(worker)
-                    crew.remove(worker)
-                    if worker.item is None:
-                        killed_at_start += 1
-                        _check_start(worker, died, killed_at_start, work)
-                    crew.append(_start(function))
-                    # Killed from outside, before it had an item.
-                    if worker.item is None:
-                        continue
-                    failures[worker.item] += 1
-                    if failures[worker.item] < _ATTEMPTS:
-                        waiting.appendleft(worker.item)
-                    else:
-                        yield worker.item, died
-                    continue
-                item = worker.item
-                if isinstance(result, _Raised) and item is not None:
-                    raise RuntimeError(f"{work} {name_of(items[item])} failed: {result.text}")
-                _give_next(worker, waiting, items, crew)  # before the caller looks at the result
-                if item is not None:
-                    yield item, result
+        yield from pool.run(workers)
     finally:
-        for worker in crew:
+        pool.kill()
+
+
+class _Pool:
+    """The worker processes, and the items that wait for one."""
+
+    def __init__(
+        self, function: Callable[[Any], Any], items: Sequence[Any], work: str, name_of: Callable[[Any], str]
+    ) -> None:
+        self._function = function
+        self._items = items
+        self._work = work
+        self._name_of = name_of
+        self._waiting = deque(range(len(items)))
+        self._failures: Counter[int] = Counter()
+        self._died_at_start = 0
+        self._workers: list[_Worker] = []
+
+    def run(self, workers: int) -> Iterator[tuple[int, Any]]:
+        for _ in range(min(workers, len(self._items))):
+            self._workers.append(_start(self._function))
+        while self._workers:
+            for pipe in wait([worker.pipe for worker in self._workers]):
+                yield from self._receive(next(worker for worker in self._workers if worker.pipe is pipe))
+
+    def kill(self) -> None:
+        for worker in self._workers:
             worker.process.kill()
-        for worker in crew:
+        for worker in self._workers:
             worker.process.join()
+
+    def _receive(self, worker: _Worker) -> Iterator[tuple[int, Any]]:
+        """Take the worker's result, or its first message, which reports that it has started."""
+        try:
+            result = worker.pipe.recv()
+        except (EOFError, OSError):
+            yield from self._replace(worker)
+            return
+        item = worker.item
+        if isinstance(result, _Raised) and item is not None:
+            raise RuntimeError(f"{self._work} {self._name_of(self._items[item])} failed: {result.text}")
+        # Hand out work before the caller processes the result, so that the worker does not wait for the caller.
+        self._give_next(worker)
+        if item is not None:
+            yield item, result
+
+    def _replace(self, worker: _Worker) -> Iterator[tuple[int, Died]]:
+        """Start another process for one that died; give up an item on which two have died."""
+        died = Died(_end_of(worker.process), self._work)
+        self._workers.remove(worker)
+        if worker.item is None:
+            self._check_start(worker, died)
+        self._workers.append(_start(self._function))
+        # Killed from outside, before it had an item.
+        if worker.item is None:
+            return
+        self._failures[worker.item] += 1
+        if self._failures[worker.item] < _ATTEMPTS:
+            self._waiting.appendleft(worker.item)
+        else:
+            yield worker.item, died
+
+    def _check_start(self, worker: _Worker, died: Died) -> None:
+        """Raise RuntimeError if the process ended by itself before its first item, or too many were killed there."""
+        self._died_at_start += 1
+        if (worker.process.exitcode or 0) >= 0 or self._died_at_start == _ATTEMPTS:
+            raise RuntimeError(
+                f"{self._work} failed: a worker process ended before its first file ({died.how}). "
+                "Fix: read its output above"
+            )
+
+    def _give_next(self, worker: _Worker) -> None:
+        """Send the worker its next item, or end it when none is left."""
+        if not self._waiting:
+            worker.pipe.close()
+            worker.process.join()
+            self._workers.remove(worker)
+            return
+        worker.item = self._waiting.popleft()
+        # When the worker has just died, the next receive from it reports that.
+        with suppress(OSError):
+            worker.pipe.send(self._items[worker.item])
 
 
 @dataclass(frozen=True)
@@ -126,28 +182,7 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
         pipe.send(result)
 
 
-def _give_next(worker: _Worker, waiting: deque[int], items: Sequence[Any], crew: list[_Worker]) -> None:
-    """Send the worker its next item, or end it when none is left."""
-    if not waiting:
-        worker.pipe.close()
-        worker.process.join()
-        crew.remove(worker)
-        return
-    worker.item = waiting.popleft()
-    # When the worker has just died, the next receive from it reports that.
-    with suppress(OSError):
-        worker.pipe.send(items[worker.item])
-
-
-def _check_start(worker: _Worker, died: Died, attempts: int, work: str) -> None:
-    """Raise RuntimeError for a process that ended by itself before its first file, or that was killed there too often."""
-    if (worker.process.exitcode or 0) >= 0 or attempts == _ATTEMPTS:
-        raise RuntimeError(
-            f"{work} failed: a worker process ended before its first file ({died.how}); its output above says why"
-        )
-
-
-def _died(worker: _Worker) -> Died:
-    worker.process.join()
-    code = worker.process.exitcode or 0
-    return Died(f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}")
+def _end_of(process: multiprocessing.process.BaseProcess) -> str:
+    process.join()
+    code = process.exitcode or 0
+    return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"

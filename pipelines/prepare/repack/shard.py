@@ -99,10 +99,12 @@ def _require_space(target: Path, needed_bytes: int) -> None:
 
 
 def _written(tasks: list[ShardTask], workers: int) -> Iterator[ShardTask]:
-    with closing(run_guarded(write_shard, tasks, workers, "writing", _name)) as results:  # type: ignore[type-var]
+    """Write the shards, and yield each finished task."""
+    with closing(run_guarded(write_shard, tasks, workers, "writing", _name)) as results:
         for number, result in results:
             if isinstance(result, Died):
-                result = f"{_name(tasks[number])}: the process that wrote it died ({result.how}), twice"
+                fix = "Fix: run the same command again with fewer --workers"
+                result = f"{_name(tasks[number])}: {result.reason}. {fix}"
             if result:
                 raise DataSetError(result)
             yield tasks[number]

@@ -188,10 +188,11 @@ def _is_complete(task: CopyTask) -> bool:
 
 
 def _copied(tasks: Sequence[CopyTask], workers: int) -> Iterator[tuple[CopyTask, str]]:
-    with closing(run_guarded(copy_files, tasks, workers, "copying", _name)) as results:  # type: ignore[type-var]
+    """Copy the files, and yield each task with the reason if it failed."""
+    with closing(run_guarded(copy_files, tasks, workers, "copying", _name)) as results:
         for number, result in results:
             if isinstance(result, Died):
-                result = f"{_name(tasks[number])}: the process that copied it died ({result.how}), twice"
+                result = f"{_name(tasks[number])}: {result.reason}"
             yield tasks[number], result
 
 

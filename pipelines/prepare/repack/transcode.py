@@ -85,11 +85,11 @@ def clip_tasks(name: str, manifest: Manifest, target: Path, settings: Settings) 
 
 
 def _encoded(tasks: list[ClipTask], workers: int) -> Iterator[tuple[ClipTask, str]]:
-    """Each task, and why its clip is not there."""
-    with closing(run_guarded(transcode_clip, tasks, workers, "encoding", _name)) as results:  # type: ignore[type-var]
+    """Yield each finished task, with the reason if its clip is bad."""
+    with closing(run_guarded(transcode_clip, tasks, workers, "encoding", _name)) as results:
         for number, result in results:
             if isinstance(result, Died):
-                yield tasks[number], f"the process that encoded it died ({result.how}), twice"
+                yield tasks[number], result.reason
                 continue
             if result.fatal:
                 raise DataSetError(result.fatal)

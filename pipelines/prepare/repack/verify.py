@@ -88,10 +88,11 @@ def _check_index(root: Path, manifests: dict[str, Manifest], index: ShardIndex |
 
 
 def _checked(tasks: list[ShardCheck | RowsCheck], workers: int) -> Iterator[list[str]]:
-    with closing(run_guarded(check, tasks, workers, "verifying", _name)) as results:  # type: ignore[type-var]
+    """Do the tasks, and yield the faults of each."""
+    with closing(run_guarded(check, tasks, workers, "verifying", _name)) as results:
         for number, result in results:
             if isinstance(result, Died):
-                result = [f"{_name(tasks[number])}: the process that checked it died ({result.how}), twice"]
+                result = [f"{_name(tasks[number])}: {result.reason}"]
             yield result
 
 

@@ -86,14 +86,16 @@ def _scan_all(root: Path, annotations: Annotations, workers: int) -> tuple[dict[
 
 
 Task = tuple[Path, str, Scanned | None]
+"""(folder of the manifests, path in the manifest, record of an earlier scan)."""
 
 
 def _results(tasks: Sequence[Task], workers: int) -> Iterator[Scanned]:
-    with closing(run_guarded(scan_one, tasks, workers, "scanning", _name)) as results:  # type: ignore[type-var]
+    """Scan the clips, and yield their records in order of completion."""
+    with closing(run_guarded(scan_one, tasks, workers, "scanning", _name)) as results:
         for index, result in results:
             if isinstance(result, Died):
-                reason = f"{_name(tasks[index])}: the process that decoded it died ({result.how}), twice"
-                result = Scanned(tasks[index][1], 0, 0, reason=reason)  # not remembered: the next start tries again
+                # Without size and time it is not written to the journal, so the next scan tries again.
+                result = Scanned(tasks[index][1], 0, 0, reason=f"{_name(tasks[index])}: {result.reason}")
             yield result
 
 

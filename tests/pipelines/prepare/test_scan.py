@@ -107,7 +107,7 @@ def test_leaving_early_ends_the_processes(tmp_path: Path) -> None:
     results = run_guarded(die_on_bad, [f"sleep {tmp_path / 'pid'}", "a"], 2, "scanning")
     assert next(results) == (1, "A")
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
@@ -383,7 +383,10 @@ def test_a_decoder_that_crashes_names_its_file(root: Path, monkeypatch: pytest.M
     del annotations.splits["val"]
     reports = write_manifests(root, annotations, workers=2, max_bad=0.5)
     ((path, reason),) = reports["train"].bad
-    assert path == "clips/7.mp4" and "the process that decoded it died (signal 11, Segmentation fault), twice" in reason
+    assert (
+        path == "clips/7.mp4"
+        and "the worker process died twice while scanning it (signal 11, Segmentation fault)" in reason
+    )
     monkeypatch.undo()
     assert write_manifests(root, annotations, workers=0)["train"].bad == []  # tried again
 
