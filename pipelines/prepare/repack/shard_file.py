@@ -51,8 +51,8 @@ def find_record(task: ShardTask) -> ShardRecord | None:
     """Read a shard's record. Returns None unless the shard is finished and still has the recorded size."""
     try:
         record = ShardRecord(**json.loads(_record_path(task).read_text()))
-        whole = task.path.stat().st_size == record.bytes and len(record.offsets) == task.last - task.first
-        return record if whole else None
+        complete = task.path.stat().st_size == record.bytes and len(record.offsets) == task.last - task.first
+        return record if complete else None
     except (OSError, ValueError, TypeError):
         return None
 

@@ -56,9 +56,9 @@ class Outcome:
     """The result of one task; both texts are empty on success."""
 
     bad: str = ""
-    """Why the clip is left out."""
+    """The reason for leaving the clip out."""
     fatal: str = ""
-    """Why the target cannot be written."""
+    """The reason why the target cannot be written."""
 
 
 def find_row(task: ClipTask, source: ManifestRow) -> ManifestRow | None:
