@@ -19,7 +19,7 @@ def main() -> None:
         from omegaconf import DictConfig
 
         from training.config.load import register
-        from training.planning.dry_run import run_plan
+        from training.planning.command import run_plan
 
     register()
 

@@ -18,7 +18,7 @@ from pipelines.loading.worker_loader import WorkerLostError, start_worker_server
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
 from training.build.numerics import check_device, set_numerics
 from training.config.schema import BatchConfig, Config
-from training.planning.summary import describe_plan
+from training.planning.summary import describe_job
 from training.report.html import write_report
 from training.runs.restarts import check_progress
 from training.telemetry.metrics_log import MetricsLog
@@ -148,7 +148,7 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
 
 def _log_start(job: Job, log: MetricsLog) -> None:
     """Log the derived numbers, and record what the report needs of them."""
-    log.info(describe_plan(job))
+    log.info(describe_job(job))
     recipe, backend = job.recipe, job.backend
     log.write(
         "start",

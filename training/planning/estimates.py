@@ -1,71 +1,78 @@
-"""Numbers that follow from a configuration, its recipe and its execution: for the start-up lines and the dry run alike."""
+"""Estimate size, cost and throughput from configuration, recipe and execution. train.py and plan.py share these."""
 
 from dataclasses import dataclass
 
 import torch
 
 from training.build.model import network_of
-from training.config.schema import Config
+from training.config.schema import DistributedConfig, ModelConfig, NumericsConfig, PlanConfig
 from training.recipe import Recipe
 from tsm.flops import clip_multiply_adds
 
 
 @dataclass(frozen=True)
-class NetworkFigures:
-    """Size and cost of a network, from shapes alone."""
+class NetworkEstimate:
+    """Size and cost of a network, derived from tensor shapes only."""
 
     parameters: int
     trained_parameters: int
     clip_multiply_adds: int
     gradient_bytes: int
-    """What each process contributes to a step's all-reduce, as it travels (distributed.gradient_dtype)."""
+    """Bytes that each process contributes to a step's all-reduce (in distributed.gradient_dtype)."""
 
 
-def network_figures(config: Config) -> NetworkFigures:
-    """Raises ConfigError for a network that cannot be."""
+def estimate_network(model: ModelConfig, num_classes: int, size: int, value_bytes: int) -> NetworkEstimate:
+    """Estimate a network for frames of `size` pixels, whose gradients are all-reduced in `value_bytes` per value.
+
+    Raises ConfigError for settings that do not fit each other.
+    """
     with torch.device("meta"):
-        network = network_of(config.model, config.data.num_classes)
+        network = network_of(model, num_classes)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
-    trained = sum(size for size, learns in sizes if learns)
-    width = {"float16": 2, "float32": 8 if config.numerics.dtype == "float64" else 4}[config.distributed.gradient_dtype]
-    return NetworkFigures(
-        parameters=sum(size for size, _ in sizes),
+    trained = sum(numel for numel, requires_grad in sizes if requires_grad)
+    return NetworkEstimate(
+        parameters=sum(numel for numel, _ in sizes),
         trained_parameters=trained,
-        clip_multiply_adds=clip_multiply_adds(
-            lambda: network_of(config.model, config.data.num_classes), config.pipeline.size
-        ),
-        gradient_bytes=trained * width,
+        clip_multiply_adds=clip_multiply_adds(lambda: network_of(model, num_classes), size),
+        gradient_bytes=trained * value_bytes,
     )
 
 
+def gradient_value_bytes(numerics: NumericsConfig, distributed: DistributedConfig) -> int:
+    """Return the bytes of one gradient value in the all-reduce."""
+    if distributed.gradient_dtype == "float16":
+        return 2
+    return 8 if numerics.dtype == "float64" else 4
+
+
 def ring_bytes(message_bytes: int, world: int) -> float:
-    """What each process of a world sends when a message is reduced over a ring."""
+    """Return the bytes that each process sends in a ring all-reduce."""
     return 2 * message_bytes * (world - 1) / world
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a step time means; nothing of it is measured here."""
+    """Throughput and duration that follow from a step time. The step time is given, not measured."""
 
     step_s: float
     step_s_from: str
-    """The key that says it."""
+    """The key that gives it."""
     clips_per_s: float
     clips_per_s_per_process: float
     decoded_bytes_per_s: float
-    """uint8 frames on their way to all devices."""
+    """uint8 frames, to all devices together."""
     duration_s: float
     """Of all steps, without evaluations, checkpoints and start-up."""
 
 
-def clip_bytes(config: Config) -> int:
-    """A clip as the loader hands it over: uint8."""
-    return config.model.num_frames * 3 * config.pipeline.size**2
+def clip_bytes(num_frames: int, size: int) -> int:
+    """Return the size of a clip as the loader yields it: uint8."""
+    return num_frames * 3 * size**2
 
 
-def rates_of(config: Config, recipe: Recipe, world: int) -> Rates | None:
-    """At `plan.step_s`, or at the published time on the published world; None where neither is said."""
-    plan, published = config.plan, config.plan.step_s is None and config.plan.world_size == world
+def estimate_rates(plan: PlanConfig, recipe: Recipe, decoded_clip_bytes: int, world: int) -> Rates | None:
+    """Estimate from `plan.step_s`, else from the published step time on the published world; None without either."""
+    published = plan.step_s is None and plan.world_size == world
     step_s = plan.published_step_s if published else plan.step_s
     if step_s is None:
         return None
@@ -75,6 +82,6 @@ def rates_of(config: Config, recipe: Recipe, world: int) -> Rates | None:
         step_s_from="plan.published_step_s" if published else "plan.step_s",
         clips_per_s=clips_per_s,
         clips_per_s_per_process=clips_per_s / world,
-        decoded_bytes_per_s=clips_per_s * clip_bytes(config),
+        decoded_bytes_per_s=clips_per_s * decoded_clip_bytes,
         duration_s=recipe.total_steps * step_s,
     )

@@ -1,6 +1,6 @@
-"""What a training step takes of a process: memory, and the messages of batch norm.
+"""Estimate the memory of a training step, and its messages of batch norm.
 
-Counted on tensors that have shapes and no values, so that no GPU is needed and nothing is computed.
+Counts fake tensors, which have shapes and no values, so it needs no GPU and computes nothing.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from distributed.topology import Topology
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast, place_network
-from training.config.schema import Config
+from training.config.schema import Config, NumericsConfig
 from training.optim.ema import EMA
 from training.optim.lars import Lars
 from training.optim.optimizers import make_optimizer
@@ -37,28 +37,28 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Of one process. Bytes of memory are those of its tensors; what LEFT_OUT names comes on top."""
+    """Costs of a step for one process. Memory is that of tensors; what LEFT_OUT names is not included."""
 
     weights_bytes: int
     """Parameters and running statistics."""
     gradients_bytes: int
     optimizer_bytes: int
-    """Its state, and the weights' moving average where there is one."""
+    """Its state, and the EMA of the weights if there is one."""
     peak_bytes: int
-    """The most at any moment of a step, everything in it."""
+    """Peak of all tensors within a step."""
     checkpoint_bytes: int
-    """Tensors in the files of a checkpoint."""
+    """Size of the tensors in a checkpoint."""
     bn_messages: int
-    """All-reduces of batch norm in a step, over the ranks of its groups."""
+    """All-reduces of batch norm per step, over the ranks of its groups."""
     bn_message_bytes: int
-    """What the process contributes to them, together."""
+    """Bytes that the process contributes to them."""
 
 
 def step_costs(config: Config, execution: Execution) -> StepCosts:
-    """Follow a micro-step of one process, forward and backward, by the shapes of its tensors.
+    """Run forward and backward of a micro-step on fake tensors, and count them.
 
-    Autocast for CPUs stands for CUDA's: both run convolutions and the classifier in the lower precision. The update comes when
-    the activations are gone, so that of the optimizer its state alone counts. Raises ConfigError as `network_of` does.
+    CPU autocast stands for CUDA's: both run convolutions and the classifier in the lower precision. The optimizer's update runs
+    after the activations are freed, so only its state counts. Raises ConfigError as `network_of` does.
     """
     messages = _MessageCounter()
     with torch.device("meta"):
@@ -74,13 +74,15 @@ def step_costs(config: Config, execution: Execution) -> StepCosts:
         optimizer_bytes = live.now - weights_bytes
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         gradients_bytes = sum(parameter.nbytes for parameter in trained)
-        if execution.accumulation > 1:  # those of earlier micro-steps
+        # Gradients of earlier micro-steps.
+        if execution.accumulation > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        _forward_and_backward(config, network, execution.micro_batch)
+        shape = (execution.micro_batch, config.model.num_frames, 3, config.pipeline.size, config.pipeline.size)
+        _forward_and_backward(network, torch.empty(shape, dtype=torch.uint8), config.numerics)
         saved = [*network.state_dict().values(), *state_tensors(network, optimizer, average).values()]
         checkpoint_bytes = sum(tensor.nbytes for tensor in saved)
-        # Where LARS runs on GPUs, its buffer holds the gradients a second time.
+        # On GPUs the buffer of LARS holds a second copy of the gradients.
         copied_bytes = gradients_bytes if isinstance(optimizer, Lars) else 0
     return StepCosts(
         weights_bytes=weights_bytes,
@@ -94,7 +96,7 @@ def step_costs(config: Config, execution: Execution) -> StepCosts:
 
 
 class _MessageCounter(SingleBackend):
-    """Counts what a process would send."""
+    """Counts the messages of one process, and sends nothing."""
 
     def __init__(self) -> None:
         super().__init__(Topology("none", 0, 1, 0, 1, 0, "localhost"), torch.device("cpu"))
@@ -106,19 +108,18 @@ class _MessageCounter(SingleBackend):
         self.size_bytes += x.nbytes
 
 
-def _forward_and_backward(config: Config, network: TemporalNetwork, clips: int) -> None:
-    """What training.step does with a micro-batch, dropout's masks apart: they are numbers for each clip, not tensors of weight."""
-    size, cpu = config.pipeline.size, torch.device("cpu")
-    video_NTCHW = torch.empty(clips, config.model.num_frames, 3, size, size, dtype=torch.uint8)
-    label_N = torch.zeros(clips, dtype=torch.int64)
-    x_NTCHW = Normaliser(cpu, config.numerics)(video_NTCHW)
-    with autocast(cpu, config.numerics.amp):
+def _forward_and_backward(network: TemporalNetwork, video_NTCHW: Tensor, numerics: NumericsConfig) -> None:
+    """Do what training.step does with a micro-batch, without dropout's masks, which are small."""
+    cpu = torch.device("cpu")
+    label_N = torch.zeros(len(video_NTCHW), dtype=torch.int64)
+    x_NTCHW = Normaliser(cpu, numerics)(video_NTCHW)
+    with autocast(cpu, numerics.amp):
         loss = torch.nn.functional.cross_entropy(network(x_NTCHW), label_N)
     loss.backward()
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it: those that live `now`, and the most that ever did at once, `peak`."""
+    """Counts the bytes of all tensors made inside it: `now`, and at their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors until their memory is freed; views of what is counted already add nothing."""
+        """Count tensors until their memory is freed. Views of counted memory add nothing."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size_bytes = storage._cdata, storage.nbytes()

@@ -1,35 +1,36 @@
-"""The derived numbers of a run, in words: printed once at start-up, and by the dry run (training.planning.dry_run)."""
+"""Describe the derived numbers of a run as lines to read, for train.py at start-up and for plan.py."""
 
 from torch import nn
 
 from distributed.batch_norm.synchronized import message_bytes
 from training.build.data import describe_input
-from training.config.schema import Config
+from training.config.schema import ModelConfig, NumericsConfig
 from training.job import Job
 from training.optim.optimizers import describe_optimizer
 from training.recipe import Execution, Recipe
 from training.schedule import Schedule
 
-from .estimates import NetworkFigures, network_figures
+from .estimates import NetworkEstimate, estimate_network, gradient_value_bytes
 
 
-def describe_plan(job: Job) -> str:
-    """What is trained, where it runs, and how each number came about."""
-    topology = job.backend.topology
+def describe_job(job: Job) -> str:
+    """Describe what is trained, where it runs, and how each number was derived."""
+    config, topology = job.config, job.backend.topology
     source = job.training_clips.source
-    figures = network_figures(job.config)
+    value_bytes = gradient_value_bytes(config.numerics, config.distributed)
+    network = estimate_network(config.model, config.data.num_classes, config.pipeline.size, value_bytes)
     lines = [
         f"run        {job.folder.path.name}  recipe {job.recipe.fingerprint}  seed {job.recipe.seed}",
         *describe_recipe(job.recipe),
-        describe_network(job.config, figures),
-        describe_numerics(job.config),
+        describe_network(config.model, config.pipeline.size, network),
+        describe_numerics(config.numerics, config.evaluation.amp),
         f"optimizer  {describe_optimizer(job.trainer.optimizer)}",
         *([f"weights    {job.initial_weights}"] if job.initial_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
-        f"input      {describe_input(job.config.pipeline, source, job.backend)}",
+        f"input      {describe_input(config.pipeline, source, job.backend)}",
         *describe_execution(job.execution),
         *describe_batch_norm(job.trainer.network, job.execution),
-        describe_gradients(job.config, figures),
+        describe_gradients(config.distributed.gradient_dtype, network),
     ]
     return "\n".join(lines)
 
@@ -37,7 +38,7 @@ def describe_plan(job: Job) -> str:
 def describe_recipe(recipe: Recipe) -> list[str]:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     return [
-        f"recipe     {recipe.num_rows} clips, {recipe.global_batch} a step = {recipe.steps_per_epoch:.2f} steps an epoch, "
+        f"recipe     {recipe.num_rows} clips, {recipe.global_batch} per step = {recipe.steps_per_epoch:.2f} steps per epoch, "
         f"{recipe.epochs:.2f} epochs = {recipe.total_steps} steps",
         f"rate       {optimizer['lr']} at {optimizer['base_batch']} clips, {optimizer['scaling']} scaling -> "
         f"{schedule.peak:.6g} at {recipe.global_batch}; {schedule.warmup_steps} steps of warm-up, then {describe_decay(schedule)}",
@@ -46,7 +47,7 @@ def describe_recipe(recipe: Recipe) -> list[str]:
 
 
 def describe_decay(schedule: Schedule) -> str:
-    """The way of the rate behind the warm-up; milestones in steps."""
+    """Describe the rate after the warm-up; milestones in steps."""
     if schedule.decay != "step":
         end = f" to {schedule.end:g}" if schedule.decay != "constant" else ""
         return f"{schedule.decay}{end}"
@@ -54,20 +55,18 @@ def describe_decay(schedule: Schedule) -> str:
     return f"step x {schedule.factor:g} at {milestones or 'no step'}"
 
 
-def describe_network(config: Config, figures: NetworkFigures) -> str:
-    numbers, trained = figures.parameters, figures.trained_parameters
-    frozen = f" ({trained / 1e6:.2f} M trained: model.partial_bn)" if trained < numbers else ""
-    model, size = config.model, config.pipeline.size
+def describe_network(model: ModelConfig, size: int, network: NetworkEstimate) -> str:
+    total, trained = network.parameters, network.trained_parameters
+    frozen = f" ({trained / 1e6:.2f} M trained: model.partial_bn)" if trained < total else ""
     kind = "TSN" if model.shift == "none" else f"TSM ({model.shift}, {model.direction})"
     return (
-        f"network    {kind} {model.backbone}, {numbers / 1e6:.2f} M parameters{frozen}, "
-        f"{figures.clip_multiply_adds / 1e9:.3g} GFLOPs a clip of {model.num_frames} x {size} x {size} (multiply-adds)"
+        f"network    {kind} {model.backbone}, {total / 1e6:.2f} M parameters{frozen}, "
+        f"{network.clip_multiply_adds / 1e9:.3g} GFLOPs per clip of {model.num_frames} x {size} x {size} (multiply-adds)"
     )
 
 
-def describe_numerics(config: Config) -> str:
-    """Precision and memory format, of training and of evaluation."""
-    numerics, evaluation_amp = config.numerics, config.evaluation.amp
+def describe_numerics(numerics: NumericsConfig, evaluation_amp: str) -> str:
+    """Describe precision and memory format of training, and precision of evaluation."""
     parts = [
         numerics.dtype,
         "no autocast" if numerics.amp == "off" else f"{numerics.amp} autocast",
@@ -91,13 +90,13 @@ def describe_execution(execution: Execution) -> list[str]:
 
 
 def describe_batch_norm(network: nn.Module, execution: Execution) -> list[str]:
-    """What batch norm over processes sends; nothing where groups lie within them."""
+    """Describe the messages of batch norm over processes; no line if each group lies within a process."""
     messages, num_bytes = batch_norm_messages(network, execution)
-    return [f"bn sums    {messages} messages a step, {num_bytes / 1e6:.2f} MB a process"] if messages else []
+    return [f"bn sums    {messages} messages per step, {num_bytes / 1e6:.2f} MB per process"] if messages else []
 
 
 def batch_norm_messages(network: nn.Module, execution: Execution) -> tuple[int, int]:
-    """All-reduces of batch norm in a step, and the bytes that each process contributes to them; frozen layers send none."""
+    """Return the all-reduces of batch norm per step, and the bytes that each process contributes. Frozen layers send none."""
     if execution.bn_ranks == 1:
         return 0, 0
     layers = [
@@ -108,5 +107,5 @@ def batch_norm_messages(network: nn.Module, execution: Execution) -> tuple[int, 
     return 2 * len(layers) * execution.accumulation, sum(map(sum, layers)) * execution.accumulation
 
 
-def describe_gradients(config: Config, figures: NetworkFigures) -> str:
-    return f"gradients  {figures.gradient_bytes / 1e6:.1f} MB a step and process on the wire ({config.distributed.gradient_dtype})"
+def describe_gradients(gradient_dtype: str, network: NetworkEstimate) -> str:
+    return f"gradients  {network.gradient_bytes / 1e6:.1f} MB per step and process in the all-reduce ({gradient_dtype})"

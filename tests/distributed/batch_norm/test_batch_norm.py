@@ -200,7 +200,7 @@ def test_what_a_resnet50_sends_is_known() -> None:
     with torch.device("meta"):
         network = build_network("resnet50", 400)
     assert batch_norm_messages(network, execution) == (106, 26_560 * (16 + 8) + 53 * 8)
-    assert describe_batch_norm(network, execution) == ["bn sums    106 messages a step, 0.64 MB a process"]
+    assert describe_batch_norm(network, execution) == ["bn sums    106 messages per step, 0.64 MB per process"]
 
 
 def test_frozen_norms_and_evaluation_send_nothing() -> None:

@@ -25,9 +25,11 @@ from training.config.schema import Config
 from training.errors import ConfigError
 from training.optim.optimizers import make_optimizer
 from training.planning import memory
-from training.planning.dry_run import as_dict, make_plan, run_plan
-from training.planning.estimates import rates_of, ring_bytes
+from training.planning.command import run_plan
+from training.planning.estimates import Rates, clip_bytes, estimate_rates, ring_bytes
 from training.planning.memory import LiveBytes, StepCosts, step_costs
+from training.planning.output import as_dict
+from training.planning.plan import make_plan
 from training.recipe import Execution, Recipe, fitting_worlds, make_execution
 from training.runs.resume import state_tensors
 
@@ -113,13 +115,17 @@ def test_the_other_remembered_schedule() -> None:
 def test_a_published_time_is_that_of_the_published_world() -> None:
     config = config_of("experiment=kinetics_1536")
     recipe, _ = laid_out(config)
-    published = rates_of(config, recipe, 1_536)
+
+    def rates(world: int) -> Rates | None:
+        return estimate_rates(config.plan, recipe, clip_bytes(config.model.num_frames, config.pipeline.size), world)
+
+    published = rates(1_536)
     assert published is not None
     assert (published.step_s, published.step_s_from) == (0.437, "plan.published_step_s")
-    assert rates_of(config, recipe, 384) is None
+    assert rates(384) is None
     config.plan.step_s = 2.0
     for world in (384, 1_536):
-        told = rates_of(config, recipe, world)
+        told = rates(world)
         assert told is not None
         assert (told.step_s, told.step_s_from, told.clips_per_s) == (2.0, "plan.step_s", 6_144)
 
@@ -163,6 +169,11 @@ def test_live_bytes_of_real_tensors() -> None:
     assert live.peak == 3 * 4_000 + 2 * 4
 
 
+def video(config: Config, clips: int) -> Tensor:
+    size = config.pipeline.size
+    return torch.empty(clips, config.model.num_frames, 3, size, size, dtype=torch.uint8)
+
+
 class _OnRealTensors(LiveBytes):
     """The same count of tensors that hold numbers: what step_costs does in a world of shapes, done for real."""
 
@@ -174,7 +185,7 @@ class _OnRealTensors(LiveBytes):
         with self:
             self.hold(network.state_dict(keep_vars=True).values())
             self.optimizer = make_optimizer(network, config.optimizer)
-            memory._forward_and_backward(config, network, execution.micro_batch)
+            memory._forward_and_backward(network, video(config, execution.micro_batch), config.numerics)
         self.gradients: list[Tensor | None] = [parameter.grad for parameter in network.parameters()]
 
 
@@ -205,7 +216,7 @@ def test_memory_is_what_torchs_own_tracker_counts() -> None:
         tracker = MemTracker()
         tracker.track_external(network, optimizer)
         with tracker:
-            memory._forward_and_backward(config, network, config.batch.global_batch)
+            memory._forward_and_backward(network, video(config, config.batch.global_batch), config.numerics)
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     assert costs(config).peak_bytes == pytest.approx(peak["Total"], rel=0.01)
 
@@ -299,7 +310,7 @@ def test_a_world_that_does_not_fit_is_told_as_train_tells_it(capsys: pytest.Capt
     assert f"worlds     of {fitting} processes fit" in text
 
 
-# experiment: training clips, steps an epoch
+# experiment: training clips, steps per epoch
 WITHOUT_DATA = {
     "kinetics_single_node": (239_781, "1873.29"),
     "kinetics_1536": (239_781, "19.51"),
@@ -321,7 +332,9 @@ def test_a_recipe_is_planned_before_the_data_is_here(
     _, text, found = problems(capsys, f"experiment={name}", f"data.root={tmp_path}", *initial)
     assert len([line for line in found if "no such manifest" in line]) == 2
     assert f"clips      {clips}: as published (data.train_clips)" in text
-    assert re.search(rf"^recipe     {clips} clips, \d+ a step = {re.escape(steps)} steps an epoch", text, re.MULTILINE)
+    assert re.search(
+        rf"^recipe     {clips} clips, \d+ per step = {re.escape(steps)} steps per epoch", text, re.MULTILINE
+    )
     assert re.search(r"^rate       ", text, re.MULTILINE)
 
 
@@ -339,8 +352,8 @@ def test_missing_data_alone_has_a_code_of_its_own(capsys: pytest.CaptureFixture[
     code, text, found = problems(capsys, "experiment=smoke", f"data.root={tmp_path}")
     assert code == 3
     assert len(found) == 2
-    assert "steps an epoch" not in text, "no manifest and no published number: nothing to count steps with"
-    assert "GFLOPs a clip" in text and "GiB a process" in text
+    assert "steps per epoch" not in text, "no manifest and no published number: nothing to count steps with"
+    assert "GFLOPs per clip" in text and "GiB per process" in text
 
 
 def test_precision_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -383,7 +396,7 @@ def test_under_a_launcher_it_is_refused(
         monkeypatch.setenv(name, value)
     code, _, found = problems(capsys, "experiment=smoke", f"data.root={tmp_path}")
     assert code == 2
-    assert "plan.py is the work of one process, and torchrun started 2" in found[0]
+    assert "plan.py runs in one process only, and torchrun started 2" in found[0]
 
 
 @pytest.mark.parametrize("path", ["rate.unknown", "no/such/folder/rate.png"])
@@ -440,7 +453,9 @@ def test_train_prints_the_same_lines(folder: Path, tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in (folder / "clips" / "train").rglob("*") if path.is_file()]
     assert len(sizes) == 40
     assert told["stored_clip_bytes"] == pytest.approx(sum(sizes) / 40)
-    assert any(line.startswith("at         0.5 s a step (plan.step_s): 16 clips/s, 16.0 a process") for line in planned)
+    assert any(
+        line.startswith("at         0.5 s per step (plan.step_s): 16 clips/s, 16.0 per process") for line in planned
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -473,6 +488,6 @@ def test_clips_that_are_gone_are_a_problem(folder: Path, capsys: pytest.CaptureF
     code, _, found = problems(capsys, *options)
     assert code == 3
     assert len(found) == 1
-    assert "of 10 clips looked at, 2 are not there" in found[0]
-    assert "Fix: restore the files, or make the manifest anew (python prepare.py shapes" in found[0]
+    assert "the files of 2 of 10 checked clips are missing" in found[0]
+    assert "Fix: restore the files, or make the manifest again (python prepare.py shapes" in found[0]
     assert problems(capsys, *options, "data.max_bad_clips=2")[0] == 0

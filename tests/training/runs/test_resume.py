@@ -63,7 +63,7 @@ CANNOT_CHANGE_NUMBERS = (
     "training/telemetry/metrics_log.py",
     "training/telemetry/stragglers.py",
     "training/planning/summary.py",
-    "training/planning/dry_run.py",
+    "training/planning/plan.py",
     "training/planning/memory.py",
     "distributed/health/monitor.py",
     "distributed/checkpoint/writer.py",

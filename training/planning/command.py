@@ -1,0 +1,50 @@
+"""The command of plan.py."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.checkout import CHECKOUT
+from runtime.exit_codes import EXIT_CONFIG
+from training.config.load import from_composed
+from training.errors import ConfigError
+from training.report.charts import schedule_figure
+from training.runs.run_folder import RunFolder
+
+from .output import as_dict, as_text
+from .plan import Plan, make_plan
+
+
+def run_plan(composed: Any) -> int:
+    """Print the plan of a composed configuration, write what `plan.*` names, and return the exit code.
+
+    The exit code is 0, or train.py's: 2 for problems of the configuration, 3 if all problems are of the data.
+    """
+    try:
+        plan = make_plan(from_composed(composed))
+        print(as_text(plan), flush=True)
+        _write(plan)
+    except ConfigError as error:
+        print(f"error (plan): {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    for problem in plan.problems:
+        print(f"error (plan): {problem}", file=sys.stderr, flush=True)
+    return plan.exit_code
+
+
+def _write(plan: Plan) -> None:
+    config, recipe = plan.config, plan.recipe
+    if config.plan.write_config:
+        if config.run_id is None:
+            raise ConfigError("plan.write_config=true needs the name of the run. Fix: run_id=NAME")
+        if not plan.problems:
+            RunFolder(CHECKOUT / config.outputs / config.run_id).write_config(config)
+    try:
+        if config.plan.json is not None:
+            Path(config.plan.json).write_text(json.dumps(as_dict(plan), indent=1) + "\n")
+        if config.plan.plot is not None and recipe is not None:
+            schedule_figure(recipe.schedule, recipe.steps_per_epoch).savefig(config.plan.plot)
+    # matplotlib raises ValueError for an unknown ending.
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the file of plan.json or plan.plot: {error}. Fix: another path") from error

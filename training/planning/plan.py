@@ -1,0 +1,146 @@
+"""Plan a run: derive all numbers from its configuration, and collect all problems that would stop it.
+
+One process, seconds. Needs no GPU, no process group and no data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TypeVar
+
+from distributed.checkpoint.store import Checkpoint
+from distributed.topology import TopologyError
+from pipelines.loading.clips import ClipSource
+from pipelines.manifest import Manifest
+from runtime.checkout import CHECKOUT
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE
+from training.build.data import augmentation_of, find_decoder, open_manifest, training_clips_of
+from training.build.init_weights import find_initial_weights
+from training.build.recipe import recipe_of
+from training.config.schema import Config
+from training.errors import ConfigError, DataError
+from training.recipe import Execution, Recipe, fitting_worlds, make_execution
+from training.runs.code_version import code_version
+from training.runs.resume import check_same, find_start
+from training.runs.run_folder import RunFolder
+
+from .checks import check_files, check_run_folder, check_single_process, sample_rows
+from .estimates import NetworkEstimate, Rates, clip_bytes, estimate_network, estimate_rates, gradient_value_bytes
+from .memory import StepCosts, step_costs
+
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class Plan:
+    """The numbers of a run, as far as they can be derived. None: unknown, and `problems` say why."""
+
+    config: Config
+    world: int
+    problems: list[Exception] = field(default_factory=list)
+    """The errors that train.py would raise; it would stop at the first."""
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    """By split, without missing ones."""
+    stored_clip_bytes: float | None = None
+    """Mean file size of some training clips."""
+    weights: str | None = None
+    """The identity of the initial weights (training.build.init_weights)."""
+    recipe: Recipe | None = None
+    execution: Execution | None = None
+    worlds: list[int] = field(default_factory=list)
+    """World sizes that fit the recipe."""
+    network: NetworkEstimate | None = None
+    costs: StepCosts | None = None
+    rates: Rates | None = None
+
+    @property
+    def clip_bytes(self) -> int:
+        return clip_bytes(self.config.model.num_frames, self.config.pipeline.size)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the recipe, as train.py computes it; None without the manifest or the initial weights."""
+        known = self.recipe is not None and "train" in self.manifests and self.weights is not None
+        return self.recipe.fingerprint if known and self.recipe is not None else None
+
+    @property
+    def exit_code(self) -> int:
+        if all(isinstance(problem, DataError) for problem in self.problems):
+            return EXIT_DATA if self.problems else EXIT_DONE
+        return EXIT_CONFIG
+
+    def attempt(self, do: Callable[[], _Result]) -> _Result | None:
+        """Return the result of `do`. If it fails in a way that the user can fix, add the problem and return None."""
+        try:
+            return do()
+        except (ConfigError, DataError, TopologyError) as error:
+            if str(error) not in map(str, self.problems):
+                self.problems.append(error)
+            return None
+
+
+def make_plan(config: Config) -> Plan:
+    """Derive all numbers, and collect all problems, not only the first."""
+    plan = Plan(config, world=config.distributed.world_size or config.plan.world_size or 1)
+    plan.attempt(check_single_process)
+    for split in ("train", "val"):
+        manifest = plan.attempt(lambda split=split: open_manifest(config.data, split))  # type: ignore[misc]
+        if manifest is not None:
+            plan.manifests[split] = manifest
+            plan.attempt(lambda manifest=manifest: check_files(config.data, manifest))  # type: ignore[misc]
+    _check_clips(plan)
+    folder = RunFolder(CHECKOUT / config.outputs / (config.run_id or "new"))
+    checkpoint = plan.attempt(lambda: _find_start(plan, folder))
+    _derive(plan)
+    if checkpoint is not None and plan.recipe is not None:
+        recipe = plan.recipe
+        code, deterministic = code_version(CHECKOUT), config.numerics.deterministic
+        plan.attempt(lambda: check_same(config.checkpoint, deterministic, recipe, code, folder, checkpoint))
+    plan.attempt(lambda: check_run_folder(folder))
+    return plan
+
+
+def _check_clips(plan: Plan) -> None:
+    config, train = plan.config, plan.manifests.get("train")
+    decoder = plan.attempt(lambda: find_decoder(config.pipeline))
+    if train is None:
+        return
+    plan.stored_clip_bytes = fmean(row.length for row in sample_rows(train))
+    if decoder is not None:
+        source = ClipSource(train.path, decoder)
+        augmentation = augmentation_of(config.model, config.data, config.pipeline)
+        plan.attempt(lambda: training_clips_of(source, augmentation, config.seed))
+
+
+def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:
+    """Return the checkpoint that the run would resume from, if any, and identify its initial weights."""
+    if plan.config.run_id is None:
+        checkpoint, initial = None, find_initial_weights(plan.config.model, CHECKOUT, None)
+    else:
+        checkpoint, initial = find_start(plan.config.model, folder)
+    plan.weights = initial.identity
+    return checkpoint
+
+
+def _derive(plan: Plan) -> None:
+    config, batch = plan.config, plan.config.batch
+    plan.network = plan.attempt(
+        lambda: estimate_network(
+            config.model,
+            config.data.num_classes,
+            config.pipeline.size,
+            gradient_value_bytes(config.numerics, config.distributed),
+        )
+    )
+    groups = batch.global_batch, batch.bn_clips
+    plan.execution = plan.attempt(lambda: make_execution(*groups, plan.world, batch.micro_batch))
+    plan.worlds = fitting_worlds(*groups, batch.micro_batch)
+    if plan.network is not None and plan.execution is not None:
+        execution = plan.execution
+        plan.costs = plan.attempt(lambda: step_costs(config, execution))
+    train = plan.manifests.get("train")
+    clips = len(train) if train is not None else config.data.train_clips
+    if clips is not None:
+        plan.recipe = plan.attempt(lambda: recipe_of(config, clips, train.digest if train else "", plan.weights))
+    if plan.recipe is not None:
+        plan.rates = estimate_rates(config.plan, plan.recipe, plan.clip_bytes, plan.world)
