@@ -229,6 +229,16 @@ def test_a_plan_of_a_non_local_network_in_channels_last() -> None:
         "numerics=gpu",
         "numerics.channels_last=false",
     )
-    costs, expected = (step_costs(one, make_execution(128, 16, 16)) for one in (config, contiguous))
+    costs, expected = (
+        step_costs(
+            one.model,
+            one.data.num_classes,
+            one.pipeline.size,
+            one.numerics,
+            one.optimizer,
+            make_execution(128, 16, 16),
+        )
+        for one in (config, contiguous)
+    )
     assert costs.weights_bytes == expected.weights_bytes
     assert costs.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.1)

@@ -5,7 +5,8 @@ import time
 import torch
 
 from training.config import schema
-from training.planning.memory import step_costs
+from training.planning.memory import StepCosts, step_costs
+from training.recipe import Execution
 
 from .report import Results
 from .settings import Shape
@@ -30,7 +31,7 @@ def memory(results: Results) -> None:
             started_s = time.monotonic()
             set_switches(way)
             trainer, batches = build(way, shape, settings.device)
-            costs = step_costs(config_of(way, shape), trainer.execution)
+            costs = estimate(way, shape, trainer.execution)
             row["estimated_peak_gib"] = costs.peak_bytes / 2**30
             row["estimated_weights_gib"] = costs.weights_bytes / 2**30
             if settings.device == "cuda":
@@ -45,12 +46,13 @@ def memory(results: Results) -> None:
         free_memory(settings.device)
 
 
-def config_of(way: Way, shape: Shape) -> schema.Config:
-    """The configuration of such a step, as far as its memory depends on it."""
-    return schema.Config(
-        model=schema.ModelConfig(backbone=shape.backbone, num_frames=shape.frames),
-        data=schema.DataConfig(num_classes=CLASSES),
-        pipeline=schema.PipelineConfig(size=shape.size),
-        optimizer=schema.OptimizerConfig(name=way.optimizer, lr=0.1, base_batch=shape.clips),
-        numerics=schema.NumericsConfig(amp=way.amp, channels_last=way.channels_last),
+def estimate(way: Way, shape: Shape, execution: Execution) -> StepCosts:
+    """Return plan.py's estimate for such a step."""
+    return step_costs(
+        schema.ModelConfig(backbone=shape.backbone, num_frames=shape.frames),
+        CLASSES,
+        shape.size,
+        schema.NumericsConfig(amp=way.amp, channels_last=way.channels_last),
+        schema.OptimizerConfig(name=way.optimizer, lr=0.1, base_batch=shape.clips),
+        execution,
     )

@@ -21,7 +21,7 @@ from distributed.topology import Topology
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast, place_network
-from training.config.schema import Config, NumericsConfig
+from training.config.schema import ModelConfig, NumericsConfig, OptimizerConfig
 from training.optim.ema import EMA
 from training.optim.lars import Lars
 from training.optim.optimizers import make_optimizer
@@ -54,22 +54,29 @@ class StepCosts:
     """Bytes that the process contributes to them."""
 
 
-def step_costs(config: Config, execution: Execution) -> StepCosts:
-    """Run forward and backward of a micro-step on fake tensors, and count them.
+def step_costs(
+    model: ModelConfig,
+    num_classes: int,
+    size: int,
+    numerics: NumericsConfig,
+    optimizer_config: OptimizerConfig,
+    execution: Execution,
+) -> StepCosts:
+    """Run forward and backward of a micro-step on fake tensors, with frames of `size` pixels, and count the tensors.
 
     CPU autocast stands for CUDA's: both run convolutions and the classifier in the lower precision. The optimizer's update runs
     after the activations are freed, so only its state counts. Raises ConfigError as `network_of` does.
     """
     messages = _MessageCounter()
     with torch.device("meta"):
-        network = network_of(config.model, config.data.num_classes)
+        network = network_of(model, num_classes)
         convert_batch_norm(network, messages, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
-        place_network(network, torch.device("meta"), config.numerics)
+        place_network(network, torch.device("meta"), numerics)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         network.to_empty(device="cpu")
         live.hold(network.state_dict(keep_vars=True).values())
         weights_bytes = live.now
-        optimizer, decay = make_optimizer(network, config.optimizer), config.optimizer.ema_decay
+        optimizer, decay = make_optimizer(network, optimizer_config), optimizer_config.ema_decay
         average = None if decay is None else EMA(network, decay)
         optimizer_bytes = live.now - weights_bytes
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -78,8 +85,8 @@ def step_costs(config: Config, execution: Execution) -> StepCosts:
         if execution.accumulation > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        shape = (execution.micro_batch, config.model.num_frames, 3, config.pipeline.size, config.pipeline.size)
-        _forward_and_backward(network, torch.empty(shape, dtype=torch.uint8), config.numerics)
+        shape = (execution.micro_batch, model.num_frames, 3, size, size)
+        _forward_and_backward(network, torch.empty(shape, dtype=torch.uint8), numerics)
         saved = [*network.state_dict().values(), *state_tensors(network, optimizer, average).values()]
         checkpoint_bytes = sum(tensor.nbytes for tensor in saved)
         # On GPUs the buffer of LARS holds a second copy of the gradients.

@@ -124,20 +124,15 @@ def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:
 
 def _derive(plan: Plan) -> None:
     config, batch = plan.config, plan.config.batch
-    plan.network = plan.attempt(
-        lambda: estimate_network(
-            config.model,
-            config.data.num_classes,
-            config.pipeline.size,
-            gradient_value_bytes(config.numerics, config.distributed),
-        )
-    )
+    network = config.model, config.data.num_classes, config.pipeline.size
+    value_bytes = gradient_value_bytes(config.numerics, config.distributed)
+    plan.network = plan.attempt(lambda: estimate_network(*network, value_bytes))
     groups = batch.global_batch, batch.bn_clips
     plan.execution = plan.attempt(lambda: make_execution(*groups, plan.world, batch.micro_batch))
     plan.worlds = fitting_worlds(*groups, batch.micro_batch)
     if plan.network is not None and plan.execution is not None:
         execution = plan.execution
-        plan.costs = plan.attempt(lambda: step_costs(config, execution))
+        plan.costs = plan.attempt(lambda: step_costs(*network, config.numerics, config.optimizer, execution))
     train = plan.manifests.get("train")
     clips = len(train) if train is not None else config.data.train_clips
     if clips is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from distributed.backends.base import Backend
 from training.build.data import cores_of_rank, dali_threads
-from training.config.schema import Config
+from training.config.schema import PipelineConfig
 
 # Workers start, caches fill, and the first batches always take long.
 WARM_UP_STEPS = 20
@@ -29,11 +29,11 @@ class ClipWorkers:
     """Key that sets their number; None: a GPU decodes."""
 
     @classmethod
-    def of(cls, config: Config, backend: Backend) -> "ClipWorkers":
+    def of(cls, pipeline: PipelineConfig, backend: Backend) -> "ClipWorkers":
         cores = cores_of_rank(backend.topology)
-        if config.pipeline.loader == "torch":
-            return cls(config.pipeline.workers, cores)
-        threads = dali_threads(config.pipeline, backend.topology)
+        if pipeline.loader == "torch":
+            return cls(pipeline.workers, cores)
+        threads = dali_threads(pipeline, backend.topology)
         return cls(threads, cores, "pipeline.dali_threads" if backend.device.type == "cpu" else None)
 
     def workers_needed(self, step_s: float, wait_s: float) -> int:

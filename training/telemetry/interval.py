@@ -31,7 +31,7 @@ class LogInterval:
         self._unread: list[tuple[int, list[Tensor], Tensor]] = []
         self._own_time = OwnTimeClock(job.trainer.network, job.backend)
         self._stragglers = Stragglers(job.backend.topology.size)
-        self._input_stalls = InputStalls(ClipWorkers.of(job.config, job.backend))
+        self._input_stalls = InputStalls(ClipWorkers.of(job.config.pipeline, job.backend))
         self.restart()
 
     def restart(self) -> None:

@@ -44,7 +44,12 @@ def small(*overrides: str) -> Config:
 def costs(config: Config, world: int = 1) -> StepCosts:
     batch = config.batch
     execution = make_execution(batch.global_batch, batch.bn_group or batch.global_batch, world, batch.micro_batch)
-    return step_costs(config, execution)
+    return costs_of(config, execution)
+
+
+def costs_of(config: Config, execution: Execution) -> StepCosts:
+    network = config.model, config.data.num_classes, config.pipeline.size
+    return step_costs(*network, config.numerics, config.optimizer, execution)
 
 
 def laid_out(config: Config) -> tuple[Recipe, Execution]:
@@ -198,7 +203,7 @@ def test_memory_of_shapes_is_that_of_numbers(overrides: list[str]) -> None:
     batch = config.batch
     execution = make_execution(batch.global_batch, batch.bn_group or batch.global_batch, 1)
     real = _OnRealTensors(config, execution)
-    counted = step_costs(config, execution)
+    counted = costs_of(config, execution)
     assert counted.peak_bytes == pytest.approx(real.peak, rel=0.01)
     assert counted.gradients_bytes == sum(gradient.nbytes for gradient in real.gradients if gradient is not None)
 
