@@ -149,20 +149,14 @@ def work(name: str, setting: Setting, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- in the benchmark itself
 
 
-def command(backend: str) -> list[str]:
-    if backend == "torch":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-        return [sys.executable, *launcher, __file__]
-    horovodrun = str(Path(sys.executable).with_name("horovodrun"))
-    return [horovodrun, "--gloo", "-np", str(PROCESSES), sys.executable, __file__]
-
-
 def measure(backend: str, setting: Setting) -> tuple[list[dict[str, Any]], str]:
     """Start the processes of a backend; a row for each network, and what torch's SyncBatchNorm said."""
     with tempfile.TemporaryDirectory() as folder:
         order = json.dumps([backend, asdict(setting), folder, os.getpid()])
         environ = {"OMP_NUM_THREADS": str(setting.threads)}
-        common.run_child([*command(backend), "--worker", order], Path(folder) / "log", environ)
+        common.run_child(
+            [*common.launch_command(backend, PROCESSES, __file__), "--worker", order], Path(folder) / "log", environ
+        )
         measured = json.loads((Path(folder) / "measured.json").read_text())
     said = measured.pop("torch_says")
     return [row_of(backend, network, setting, found) for network, found in measured.items()], said

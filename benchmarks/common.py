@@ -106,6 +106,15 @@ def run_child(command: Sequence[str], log: Path, environ: Mapping[str, str], tim
         raise ChildFailed(f"{' '.join(command[:8])} ... ended with {code}:\n{tail}")
 
 
+def launch_command(backend: str, size: int, program: str) -> list[str]:
+    """Return the command that starts `size` processes of a Python program on a backend."""
+    if backend == "torch":
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        return [sys.executable, *module, program]
+    horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", str(size)]
+    return [*(horovodrun if backend == "horovod" else []), sys.executable, program]
+
+
 def _turn_sigterm_into_exit() -> None:
     def leave(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)

@@ -77,13 +77,6 @@ class Launch:
     size: int
     comparisons: tuple[tuple[str, bool], ...]
 
-    def command(self) -> list[str]:
-        if self.backend == "torch":
-            module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.size)]
-            return [sys.executable, *module, __file__]
-        horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", str(self.size)]
-        return [*(horovodrun if self.backend == "horovod" else []), sys.executable, __file__]
-
 
 LAUNCHES = (
     Launch("single", 1, (("training loop / plain loop", False),)),
@@ -242,7 +235,9 @@ def measure(launch: Launch, setting: Setting) -> list[dict[str, Any]]:
             write_manifest(folder / f"{split}.arrow", [row] * setting.batch, list(map(str, range(NUM_CLASSES))))
         order = json.dumps([launch.backend, asdict(setting), name, os.getpid()])
         environ = {"OMP_NUM_THREADS": str(setting.threads)}
-        common.run_child([*launch.command(), "--worker", order], folder / "log", environ)
+        common.run_child(
+            [*common.launch_command(launch.backend, launch.size, __file__), "--worker", order], folder / "log", environ
+        )
         measured = json.loads((folder / "measured.json").read_text())
     return [
         row_of(
