@@ -1,8 +1,9 @@
-"""DALI gives what the torch loader gives: the same clips, frames, crops and flips, and pixels within the rounding of colours.
+"""Compare DALI's batches with the torch loader's: same clips, frames, crops and flips, and nearly the same pixels.
 
-DALI repeats a pixel's colour difference where FFmpeg's scaler interpolates (files keep a quarter of them), and finds the weights of
-its scaling filter in a table: means of 1 to 2 levels, and up to 8 at an edge of colour. The same tests run on a GPU, where there is
-one; and on the CPU with a version that no longer decodes H.264 there.
+Files store colour at a quarter of the resolution. DALI repeats each colour sample where FFmpeg's scaler interpolates,
+and DALI reads the weights of its scaling filter from a table. Pixels therefore differ by 1 to 2 levels in the mean, and
+by up to 8 at colour edges. The same tests run on a GPU where there is one, and on the CPU with a DALI version that no
+longer decodes H.264 there.
 """
 
 import gc
@@ -45,7 +46,8 @@ from tools.fetch_dali import VERSION, fetch_dali
 
 CLIPS, SEED = 6, 3
 AUGMENTATION = Augmentation(num_frames=4, size=64, flip="on")
-MEAN_LIMIT, P99_LIMIT = 2.0, 8.0  # levels
+# In levels of 0 to 255.
+MEAN_LIMIT, P99_LIMIT = 2.0, 8.0
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -74,17 +76,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def knows_h264() -> bool:
-    """On CPUs: later versions decode no H.264 and HEVC there."""
+    """Return whether this DALI decodes H.264 and HEVC on the CPU; later versions do not."""
     return tuple(int(part) for part in import_dali().__version__.split(".")[:3]) <= (2, 1, 0)
 
 
 def video(number: int) -> NDArray[np.uint8]:
-    """Each of another length, wide or high."""
+    """A video with its own length, alternating between three frame sizes."""
     return smooth_video(20 + number, *((96, 128), (96, 160), (128, 96))[number % 3], seed=number)
 
 
 def write_clip(folder: Path, number: int, codec: str, rotation: int = 0) -> ManifestRow:
-    """A file, or a folder of JPEG files; its row has label 0 or 1."""
+    """Write a video file or a folder of JPEG files; its row has label 0 or 1."""
     if codec == JPEG_FRAMES:
         series, facts = scan_frames(write_frames(folder / str(number), video(number)))
         return ManifestRow(f"{number}/{series.pattern}", series.first, label=number % 2, **asdict(facts))
@@ -96,7 +98,7 @@ def write_clip(folder: Path, number: int, codec: str, rotation: int = 0) -> Mani
 
 
 def write_clips(folder: Path, codecs: list[str], rotations: tuple[int, ...] = (0,) * CLIPS) -> Path:
-    """The manifest of clips of these codecs in turn."""
+    """Write clips that cycle through these codecs; return their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [write_clip(folder, number, codecs[number % len(codecs)], rotations[number]) for number in range(CLIPS)]
     write_manifest(folder / "train.arrow", rows, ["a", "b"])
@@ -119,12 +121,13 @@ def check_same_clips(ours: ClipBatch, theirs: ClipBatch) -> None:
     for name in ("label_N", "row_N", "real_N"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     bad = [[replace(record, reason="") for record in batch.bad_clips] for batch in (ours, theirs)]
-    assert bad[0] == bad[1] and all(record.reason for record in ours.bad_clips)  # each decoder has its own words
+    # Each decoder words its reasons differently.
+    assert bad[0] == bad[1] and all(record.reason for record in ours.bad_clips)
     assert ours.video_NTCHW.shape == theirs.video_NTCHW.shape
 
 
 def check_alike(ours: list[ClipBatch], theirs: list[ClipBatch]) -> None:
-    """The same clips, and pixels within the limits."""
+    """Check that both lists hold the same clips, with pixels within the limits."""
     for one, other in zip(ours, theirs, strict=True):
         check_same_clips(one, other)
         difference = (one.video_NTCHW.cpu().float() - other.video_NTCHW.float()).abs()
@@ -139,7 +142,7 @@ def both(
     return ours, list(ClipLoader(dataset, 0, 2).batches(batch_indices))
 
 
-# --- What it decodes --------------------------------------------------------------------------------------------------
+# --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", [*ENCODERS, JPEG_FRAMES])
@@ -161,14 +164,16 @@ def test_training_batches(tmp_path: Path, device: torch.device, codec: str) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("codec", ["h264", "vp9"])
 def test_batches_are_whole_behind_a_full_queue(tmp_path: Path, codec: str) -> None:
-    """DALI uses its memory again; what torch's stream still holds must not have made a copy of it late."""
+    """Copy each batch before DALI reuses its buffers, even when the torch stream has a backlog."""
     device = torch.device("cuda")
     dataset, batch_indices = training(write_clips(tmp_path, [codec])), positions(20, 3)
     busy_NN = torch.randn(8192, 8192, device=device)
     ours = []
     for batch in DaliLoader(dataset, 0, 2, device, 2).batches(batch_indices):
-        ours.append(replace(batch, video_NTCHW=batch.video_NTCHW.clone()))  # queued too
-        for _ in range(4):  # 50 ms or more on any GPU of today
+        # The clone is queued on the stream too.
+        ours.append(replace(batch, video_NTCHW=batch.video_NTCHW.clone()))
+        # At least 50 ms on any current GPU.
+        for _ in range(4):
             busy_NN = torch.nn.functional.normalize(busy_NN @ busy_NN)
     torch.cuda.synchronize()
     check_alike(ours, list(ClipLoader(dataset, 0, 2).batches(batch_indices)))
@@ -185,7 +190,7 @@ def test_evaluation_views(tmp_path: Path, device: torch.device, codec: str, crop
 
 @pytest.mark.parametrize("codecs", [["vp9", "mpeg4"], ["vp9", JPEG_FRAMES, "vp9"], [JPEG_FRAMES, JPEG_FRAMES, "vp9"]])
 def test_codecs_that_do_not_go_together(tmp_path: Path, device: torch.device, codecs: list[str]) -> None:
-    """The lesser part is decoded on the host, and the batches do not show it."""
+    """Decode the codecs of the minority on the host, with the same batches as a result."""
     manifest = write_clips(tmp_path, codecs)
     feed = choose_feed(manifest, device)
     many = max(set(codecs), key=codecs.count)
@@ -200,7 +205,7 @@ def test_codecs_that_do_not_go_together(tmp_path: Path, device: torch.device, co
 
 @pytest.mark.parametrize("codec", ["h264", "mpeg4"])
 def test_turned_videos(tmp_path: Path, device: torch.device, codec: str) -> None:
-    """The same integer rectangle of the upright frame is cut, though DALI's decoder leaves frames as they are stored."""
+    """Cut the same integer rectangle from the upright frame, although DALI's decoder returns frames as stored."""
     rows = []
     for number, degrees in enumerate((0, 90, 180, 270, 90, 0)):
         _, encoder, pix_fmt = ENCODERS[codec]
@@ -213,7 +218,7 @@ def test_turned_videos(tmp_path: Path, device: torch.device, codec: str) -> None
 
 
 def test_a_video_that_is_turned_by_half_a_right_angle_is_as_bad_as_for_the_host(tmp_path: Path) -> None:
-    """Its crop would lie elsewhere, and partly outside."""
+    """Reject a rotation of 45 degrees as the host does: its crop would lie elsewhere, partly outside the frame."""
     rows = [write_clip(tmp_path, number, "vp9") for number in range(CLIPS)]
     rows[2] = replace(rows[2], rotation=45)
     write_manifest(tmp_path / "train.arrow", rows, ["a", "b"])
@@ -224,7 +229,7 @@ def test_a_video_that_is_turned_by_half_a_right_angle_is_as_bad_as_for_the_host(
 
 @given(st.integers(0, 3), st.data())
 def test_the_window_of_a_turned_frame(turns: int, data: st.DataObject) -> None:
-    """Cut from the stored frame and turned is the same as turned and cut."""
+    """Cropping the stored frame and rotating gives the same pixels as rotating and cropping."""
     height, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
     stored_HW = np.arange(height * width).reshape(height, width)
     upright_HW = np.rot90(stored_HW, turns)
@@ -237,18 +242,18 @@ def test_the_window_of_a_turned_frame(turns: int, data: st.DataObject) -> None:
     assert np.array_equal(np.rot90(stored_HW[t : t + h, l : l + w], turns), expected_HW)
 
 
-# --- As a loader ------------------------------------------------------------------------------------------------------
+# --- Loader -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of VP9 clips, which every version decodes on the CPU."""
+    """A folder of VP9 clips, which every DALI version decodes on the CPU."""
     return write_clips(tmp_path_factory.mktemp("dali"), ["vp9"]).parent
 
 
 @pytest.fixture
 def manifest(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """The manifest of a copy that a test may damage."""
     shutil.copytree(made, tmp_path / "clips")
     return tmp_path / "clips" / "train.arrow"
 
@@ -276,7 +281,7 @@ def test_no_batch_indices(made: Path) -> None:
 
 
 def test_ranks_see_each_clip_once_in_as_many_steps(made: Path) -> None:
-    """2 ranks of 3 clips a step are 1 rank of 6."""
+    """Give 2 ranks with 3 clips per step the same clips as 1 rank with 6."""
     loader = DaliLoader(training(made / "train.arrow"), 0, 2, CPU, 1)
     whole = list(loader.batches(positions(4, 6)))
     halves = [list(loader.batches([step[rank * 3 : rank * 3 + 3] for step in positions(4, 6)])) for rank in range(2)]
@@ -287,7 +292,10 @@ def test_ranks_see_each_clip_once_in_as_many_steps(made: Path) -> None:
 
 
 def test_nothing_of_a_loader_is_left_after_its_last_batch(made: Path) -> None:
-    """Nor of one that was left early: each evaluation is a pipeline with threads, and on a GPU memory, of its own."""
+    """Free threads and files after the last batch, and also when iteration stops early.
+
+    Each evaluation builds its own pipeline, with threads and, on a GPU, device memory.
+    """
 
     def threads_and_files() -> tuple[int, int]:
         return len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
@@ -295,7 +303,8 @@ def test_nothing_of_a_loader_is_left_after_its_last_batch(made: Path) -> None:
     loader = DaliLoader(training(made / "train.arrow"), 0, 2, CPU, 2)
     list(loader.batches(positions(3, 2)))
     before = threads_and_files()
-    gc.disable()  # what only the collector of cycles frees, nobody knows when
+    # Resources must be freed without the cyclic GC, which runs at an unknown time.
+    gc.disable()
     try:
         for _ in range(3):
             list(loader.batches(positions(3, 2)))
@@ -305,11 +314,11 @@ def test_nothing_of_a_loader_is_left_after_its_last_batch(made: Path) -> None:
         gc.enable()
 
 
-# --- What is broken ---------------------------------------------------------------------------------------------------
+# --- Broken clips -----------------------------------------------------------------------------------------------------
 
 
 def row_in_batch(batch_indices: list[NDArray[np.int64]], batch: int) -> int:
-    """A row that is first met in this batch."""
+    """Return a row that first occurs in this batch."""
     rows = [StreamOrder(CLIPS, SEED).at(positions_N)[1].tolist() for positions_N in batch_indices]
     return next(row for row in rows[batch] if all(row not in earlier for earlier in rows[:batch]))
 
@@ -319,7 +328,7 @@ def cut(path: Path) -> None:
 
 
 def overwrite(path: Path) -> None:
-    """As many bytes, none of them a video's."""
+    """Overwrite a file with as many bytes that are no video."""
     path.write_bytes(b"\xa5" * path.stat().st_size)
 
 
@@ -328,7 +337,8 @@ def overwrite(path: Path) -> None:
 def test_a_bad_clip_is_replaced_and_the_rest_goes_on(manifest: Path, spoil: object, workers: int) -> None:
     batch_indices = positions(6, 2)
     row = row_in_batch(batch_indices, 1)
-    choose_feed(manifest, CPU)  # before the damage, as in a run
+    # The feed is chosen before the damage, as in a run.
+    choose_feed(manifest, CPU)
     spoil(manifest.parent / f"{row}.webm")  # type: ignore[operator]
     ours, theirs = both(training(manifest), batch_indices, workers=workers)
     check_alike(ours, theirs)
@@ -337,7 +347,7 @@ def test_a_bad_clip_is_replaced_and_the_rest_goes_on(manifest: Path, spoil: obje
 
 
 def test_a_video_of_fewer_frames_than_the_manifest_says(tmp_path: Path) -> None:
-    """DALI would pad it; FFmpeg, too, has to find that the last frame is not there."""
+    """Reject a video with fewer frames than its manifest row: DALI would pad it, and FFmpeg must find the end too."""
     rows = [write_clip(tmp_path, number, "vp9") for number in range(CLIPS)]
     rows[2] = replace(rows[2], num_frames=400)
     write_manifest(tmp_path / "train.arrow", rows, ["a", "b"])
@@ -366,7 +376,10 @@ def test_an_evaluation_says_what_is_missing(manifest: Path) -> None:
 
 
 def test_dali_that_fails_with_good_clips_is_an_error(tmp_path: Path) -> None:
-    """Not a training at the pace of one decoding process: the manifest calls MPEG-4 by another name, and the host does not mind."""
+    """Raise when DALI fails on good clips, instead of training at the speed of one decoding process.
+
+    The manifest lists MPEG-4 files as VP9. DALI fails on them, but the host decodes them.
+    """
     rows = [write_clip(tmp_path, number, "vp9" if number == 0 else "mpeg4") for number in range(CLIPS)]
     write_manifest(tmp_path / "train.arrow", [replace(row, codec="vp9") for row in rows], ["a", "b"])
     loader = DaliLoader(training(tmp_path / "train.arrow"), 0, 2, CPU, 1)
@@ -388,12 +401,12 @@ def test_a_reading_process_that_is_killed_is_an_error(made: Path) -> None:
 
 
 def _newest_worker() -> int:
-    """A loader's process is the fork server's child."""
+    """Return the pid of the loader's newest worker, a child of the fork server."""
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     return int(Path(f"/proc/{server}/task/{server}/children").read_text().split()[-1])
 
 
-# --- A job, and another version ---------------------------------------------------------------------------------------
+# --- A whole job, and another DALI version ----------------------------------------------------------------------------
 
 JOB = (
     "experiment=smoke pipeline=dali pipeline.workers=1 logger=disabled logger.every_steps=1 pipeline.size=32 model.num_frames=4 "

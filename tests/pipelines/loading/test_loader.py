@@ -1,4 +1,4 @@
-"""Batches from worker processes: what is in them, what happens to broken clips, and how workers end."""
+"""Load batches with worker processes: content of batches, broken clips, and the end of workers."""
 
 import multiprocessing
 import os
@@ -37,7 +37,7 @@ PROTOCOL = EvalProtocol(num_frames=4, size=32)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a manifest of six clips of noise, the third a different size; labels go 0, 1, 2, 0, 1, 2."""
+    """A folder with a manifest of six clips of noise, the third in another size; labels are 0, 1, 2, 0, 1, 2."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     rows = []
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "clips"))
 
 
@@ -74,12 +74,12 @@ def evaluation_clips(folder: Path, protocol: EvalProtocol = PROTOCOL) -> Evaluat
 
 
 def frames_of(folder: Path, row: int, frame_T: np.ndarray) -> torch.Tensor:
-    """Whole frames of a row, uint8 (T, 3, H, W)."""
+    """Decode whole frames of a row, uint8 (T, 3, H, W)."""
     return decode_clip("pyav", folder, source(folder).manifest.row(row), frame_T)
 
 
 def positions(*batches: int) -> list[np.ndarray]:
-    """Stream positions in batches of these sizes."""
+    """Return stream positions in batches of these sizes."""
     ends = np.cumsum(batches)
     return [np.arange(end - size, end) for end, size in zip(ends, batches, strict=True)]
 
@@ -138,7 +138,7 @@ def test_a_clip_is_cut_anew_in_the_next_epoch(made: Path) -> None:
 
 
 def test_pixels_are_those_of_the_draw(made: Path) -> None:
-    """With crops that need no resampling: frames, rectangle and flip, pixel by pixel."""
+    """Compare frames, crop and flip with the sampled augmentation, pixel by pixel, for crops that need no resampling."""
     augmentation = Augmentation(num_frames=4, size=20, crop_scales=(0.5,), flip="on")
     clips = training_clips(made, augmentation)
     (batch,) = ClipLoader(clips, 0, 2).batches(positions(3 * CLIPS))
@@ -155,7 +155,7 @@ def test_pixels_are_those_of_the_draw(made: Path) -> None:
 
 
 def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
-    """A uniform part stays uniform, and means stay: 40 x 40 to 10 x 10 averages."""
+    """Resample crops of 40 x 40 to 10 x 10 by averaging: the mean stays and the deviation falls."""
     augmentation = Augmentation(num_frames=4, size=10, crop_scales=(1.0,))
     (batch,) = ClipLoader(training_clips(made, augmentation), 0, 2).batches(positions(1))
     row = int(batch.row_N[0])
@@ -168,7 +168,7 @@ def test_crops_are_resampled_to_the_networks_size(made: Path) -> None:
 
 
 def test_mirrored_clips_get_the_mirrored_label(made: Path, tmp_path: Path) -> None:
-    """Labels 0 and 1 change places where the sampled augmentation mirrors, and nowhere else; pixels are those of flip=on."""
+    """Swap labels 0 and 1 for exactly the clips that the sampled augmentation mirrors; pixels equal those of flip=on."""
     rows = [source(made).manifest.row(row) for row in range(CLIPS)]
     for row in rows:
         (tmp_path / row.path).symlink_to(made / row.path)
@@ -196,7 +196,7 @@ def test_a_class_without_a_mirror_image_is_refused(made: Path, tmp_path: Path) -
 
 
 def replacement(row: int, epoch: int, broken: set[int]) -> tuple[int, list[tuple[int, int]]]:
-    """The row that stands in by the rule, and each `(broken row, its substitute)` on the way."""
+    """Return the replacement row by the rule, and each `(broken row, its substitute)` on the way."""
     candidate, steps = row, []
     for attempt in range(10):
         if candidate not in broken:
@@ -226,7 +226,7 @@ def test_broken_clips_are_replaced_by_the_rule_and_recorded(folder: Path, broken
 
 
 def test_a_replacement_is_drawn_as_itself(folder: Path, made: Path) -> None:
-    """What stands in looks as it does in its own place of the epoch."""
+    """Sample a replacement's augmentation from its own row, so that it equals its own occurrence in the epoch."""
     break_clips(folder, 1)
     (whole,) = ClipLoader(training_clips(made), 0, 2).batches(positions(CLIPS))
     (batch,) = ClipLoader(training_clips(folder), 0, 2).batches(positions(CLIPS))
@@ -258,7 +258,7 @@ def test_a_clip_and_nine_replacements_are_tried(folder: Path, monkeypatch: pytes
 
 
 def test_a_file_of_another_size_of_picture_is_a_bad_clip(folder: Path) -> None:
-    """Row 2's file, which is wider, under the name of row 0, with as many bytes as the manifest says."""
+    """Reject row 2's wider file under the name of row 0, although its length matches the manifest."""
     rows = [
         ManifestRow(path="2.mp4", offset=0, label=0, **vars(scan_clip(folder / "2.mp4")) | {"width": WIDTH}),
         ManifestRow(path="1.mp4", offset=0, label=1, **vars(scan_clip(folder / "1.mp4"))),
@@ -287,14 +287,17 @@ def test_an_evaluation_has_every_clip_once_and_marks_padding(made: Path) -> None
 
 
 def test_an_evaluation_takes_the_centre(made: Path) -> None:
-    """At a size of 35 frames of a shorter side of 40 pixels need no scaling."""
+    """Take the centre crop: at size 35, frames with a shorter side of 40 pixels need no scaling."""
     (batch,) = ClipLoader(evaluation_clips(made, EvalProtocol(4, 35)), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     frames_TCHW = frames_of(made, 0, np.array([1, 4, 7, 10]))
     assert torch.equal(batch.video_NTCHW[0], frames_TCHW[:, :, 2:37, 6:41])
 
 
 def test_all_views_of_a_clip_lie_side_by_side(made: Path) -> None:
-    """Ten dense clips of frames 0, 4, 8, 0 (12 frames are fewer than a window), each with 10 crops."""
+    """Stack all views of a clip in order: ten dense clips of frames 0, 4, 8, 0 with 10 crops each.
+
+    A clip of 12 frames is shorter than a dense window.
+    """
     protocol = EvalProtocol(4, 35, clips="dense", crops=10)
     (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(CLIPS, CLIPS, 0, 1))
     assert batch.video_NTCHW.shape == (CLIPS * 100, 4, 3, 35, 35)
@@ -327,7 +330,7 @@ def test_a_frame_that_many_views_see_is_decoded_once(made: Path, monkeypatch: py
 
 
 def test_views_are_those_of_the_protocol(made: Path) -> None:
-    """Scaled to a shorter side of 36, whichever view."""
+    """Scale every view of the protocol to a shorter side of 36."""
     protocol = EvalProtocol(4, 32, clips="twice", crops=3, full_resolution=True)
     (batch,) = ClipLoader(evaluation_clips(made, protocol), 0, 2).batches(evaluation_rows(1, 1, 0, 1))
     for number, view in enumerate(evaluation_views(protocol, FRAMES, WIDTH, HEIGHT)):
@@ -349,7 +352,7 @@ def test_a_broken_clip_of_an_evaluation_is_missing_and_not_replaced(folder: Path
 
 
 def test_batch_indices_are_not_changed_by_a_broken_clip(folder: Path) -> None:
-    """The same batch indices serve the next evaluation, when the file may be back."""
+    """Keep the batch indices unchanged: the next evaluation uses them again, and the file may be back."""
     break_clips(folder, 4)
     batch_indices = evaluation_rows(CLIPS, CLIPS, rank=0, size=1)
     list(ClipLoader(evaluation_clips(folder), 0, 2).batches(batch_indices))
@@ -364,7 +367,7 @@ def test_workers_evaluate_as_this_process_does(folder: Path) -> None:
     )
 
 
-# --- The life of workers ----------------------------------------------------------------------------------------------
+# --- Life cycle of workers --------------------------------------------------------------------------------------------
 
 
 def wait_until_no_children() -> bool:
@@ -391,7 +394,7 @@ def test_workers_end_when_the_iterator_is_dropped(made: Path) -> None:
 
 
 class KillsItsSender:
-    """Where it arrives, the process that it comes from is killed, and the server that reports deaths is held up for a moment."""
+    """An object that, when unpickled, kills the worker that sent it and delays the fork server's report of the death."""
 
     def __reduce__(self) -> tuple[Callable[[int, int], int], tuple[int, int]]:
         return kill_unreported, (os.getpid(), os.getppid())
@@ -420,7 +423,7 @@ class LostOnTheWay(Dataset[tuple[KillsItsSender, Tensor]]):
 
 
 def test_a_worker_that_is_killed_while_its_batch_is_on_the_way_is_named(tmp_path: Path) -> None:
-    """The kernel's words of a connection that has ended do not say whose it was."""
+    """Name the killed worker: the kernel's error for a closed connection does not say whose it was."""
     with pytest.raises(WorkerLostError, match="was killed: pid [0-9]+, ") as caught:
         list(ClipLoader(LostOnTheWay(tmp_path / "worker"), 1, 2).batches([0, 1]))
     assert f"pid {(tmp_path / 'worker').read_text()}, " in str(caught.value)
@@ -451,7 +454,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def training(made: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own that has taken batches from two workers, and takes another for each line it reads."""
+    """A process in its own session that has taken batches from two workers and takes another per input line."""
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     command = [sys.executable, str(script), str(made / "train.arrow")]
@@ -475,13 +478,14 @@ def training(made: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def session(leader: int) -> set[int]:
-    """The living processes of a session."""
+    """Return the living processes of a session."""
     alive = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, in_session = stat.read_text().rpartition(")")[2].split()[:4]
         except OSError:
-            continue  # ended meanwhile
+            # The process has ended meanwhile.
+            continue
         if int(in_session) == leader and state not in "ZX":
             alive.add(int(stat.parent.name))
     return alive
@@ -494,7 +498,8 @@ LINUX = pytest.mark.skipif(
 
 @LINUX
 def test_no_worker_outlives_a_parent_that_was_killed(training: subprocess.Popen[str]) -> None:
-    assert len(session(training.pid)) >= 4  # the parent, the server, two workers
+    # The parent, the fork server and two workers.
+    assert len(session(training.pid)) >= 4
     os.kill(training.pid, signal.SIGKILL)
     for _ in range(100):
         if not session(training.pid):
@@ -505,13 +510,14 @@ def test_no_worker_outlives_a_parent_that_was_killed(training: subprocess.Popen[
 
 @LINUX
 def test_ctrl_c_is_not_the_workers_business(training: subprocess.Popen[str]) -> None:
-    """A terminal sends it to every process of the group; only the training process may act on it."""
+    """Ignore SIGINT in workers: a terminal sends it to the whole process group, and only the training process may act."""
     others = session(training.pid) - {training.pid}
     for process in others:
         os.kill(process, signal.SIGINT)
     assert training.stdin is not None
     assert training.stdout is not None
-    for _ in range(12):  # more than were decoded ahead
+    # More batches than were decoded ahead.
+    for _ in range(12):
         training.stdin.write("next\n")
         training.stdin.flush()
         assert training.stdout.readline() == "batch\n"
@@ -532,7 +538,7 @@ def test_the_signal_handler_of_this_process_is_left_alone() -> None:
 
 
 def test_workers_do_not_import_the_program_that_starts_them(tmp_path: Path) -> None:
-    """A training program imports a lot under its __main__ guard; a worker imports only what stands outside of it."""
+    """Import in workers only what the program imports outside its __main__ guard."""
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
