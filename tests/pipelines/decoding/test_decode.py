@@ -1,4 +1,4 @@
-"""Decoding chosen frames, told by their grey levels, and what is said of files that are not what they should be."""
+"""Decode selected frames, identified by their grey level, and reject broken or changed files."""
 
 import io
 import re
@@ -41,9 +41,9 @@ def grey(index: int) -> int:
 
 
 def encode(path: Path, video_THWC: NDArray[np.uint8], faststart: bool = False, time_T: list[int] | None = None) -> Path:
-    """H.264 with a key frame every ten frames and two B-frames between the others.
+    """Encode H.264 with a key frame every ten frames and two B-frames between reference frames.
 
-    `time_T`: when each frame is shown, in 240ths of a second; without it 24 a second.
+    `time_T` gives each frame's display time in units of 1/240 s. The default is 24 frames/s.
     """
     with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as container:
         stream = container.add_stream("libx264", rate=24)
@@ -65,14 +65,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greys() -> NDArray[np.uint8]:
-    """Frame i is grey level `grey(i)` throughout."""
+    """A video whose frame i has the uniform grey level `grey(i)`."""
     levels_T111 = np.array([grey(index) for index in range(FRAMES)], dtype=np.uint8)[:, None, None, None]
     return np.ascontiguousarray(np.broadcast_to(levels_T111, (FRAMES, HEIGHT, WIDTH, 3)))
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large frames, with the index in front of them: a file that is cut loses its last frames and still opens."""
+    """A clip of large frames with its index at the front: after truncation it opens but lacks its last frames."""
     video_THWC = np.random.default_rng(0).integers(0, 256, (FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
     return encode(tmp_path_factory.mktemp("clips") / "noisy.mp4", video_THWC, faststart=True)
 
@@ -101,7 +101,7 @@ def row_of(path: Path) -> ManifestRow:
     return ManifestRow(path.name, 0, label=0, **asdict(scan_clip(path)))
 
 
-# --- The frames that were asked for -----------------------------------------------------------------------------------
+# --- Requested frames -------------------------------------------------------------------------------------------------
 
 
 def test_the_clip_is_as_hard_as_it_should_be(clip: Path) -> None:
@@ -132,7 +132,8 @@ def test_the_frames_come_as_asked_for(decoder: str, clip: Path, frames: tuple[in
 
 def check_levels(video_TCHW: torch.Tensor, frames: tuple[int, ...]) -> None:
     levels_T1 = torch.tensor([grey(frame) for frame in frames])[:, None]
-    assert (video_TCHW.flatten(1).int() - levels_T1).abs().max() <= 2  # neighbours are 7 apart
+    # Neighbouring frames differ by 7 levels.
+    assert (video_TCHW.flatten(1).int() - levels_T1).abs().max() <= 2
 
 
 TIMES = {
@@ -145,7 +146,7 @@ TIMES = {
 
 @pytest.mark.parametrize("times", TIMES)
 def test_frames_are_counted_and_not_timed(decoder: str, tmp_path: Path, times: str) -> None:
-    """A manifest's row holds a number of frames: whatever the clock of a file says, frame i is the i-th."""
+    """Select frames by index, not by timestamp: frame i is the i-th frame whatever the file's timestamps say."""
     path = encode(tmp_path / "c.mp4", greys(), time_T=TIMES[times])
     frames = (1, 5, 9, 14, 18, 22, 25, 29)
     check_levels(decode(decoder, path, indices(*frames)), frames)
@@ -165,7 +166,7 @@ def test_colours_and_sides_are_where_they_were(decoder: str, tmp_path: Path) -> 
 
 
 def corner() -> NDArray[np.uint8]:
-    """Red in the top left quarter, black elsewhere."""
+    """A video that is red in the top left quarter and black elsewhere."""
     video_THWC = np.zeros((2, HEIGHT, WIDTH, 3), dtype=np.uint8)
     video_THWC[:, : HEIGHT // 2, : WIDTH // 2, 0] = 255
     return video_THWC
@@ -173,7 +174,8 @@ def corner() -> NDArray[np.uint8]:
 
 def check_corner(video_TCHW: torch.Tensor, top: bool, left: bool) -> None:
     height, width = video_TCHW.shape[2] // 2, video_TCHW.shape[3] // 2
-    inner = slice(4, -4)  # half the colours are stored: edges blur
+    # 4:2:0 stores colour at half resolution, so edges blur.
+    inner = slice(4, -4)
     for is_top, rows in ((True, video_TCHW[:, :, :height]), (False, video_TCHW[:, :, height:])):
         for is_left, part in ((True, rows[..., :width]), (False, rows[..., width:])):
             red, green, blue = part[:, :, inner, inner].float().mean((0, 2, 3)).tolist()
@@ -198,7 +200,7 @@ def test_rotated_clips_come_upright(decoder: str, tmp_path: Path, clockwise: int
 
 @dataclass(frozen=True)
 class Kind:
-    """A container, an encoder and what the scan should call it."""
+    """A container, an encoder and the codec name that the scan must report."""
 
     suffix: str
     encoder: str
@@ -246,7 +248,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Scan and both decoders count alike, and give the frames that were written."""
+    """Scan and both decoders count the same frames and return the frames that were written."""
     kind = KINDS[name]
     if kind.encoder not in av.codecs_available:
         pytest.skip(f"PyAV was built without the encoder {kind.encoder}")
@@ -257,9 +259,10 @@ def test_every_kind_of_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixt
     row = row_of(path)
     assert (row.num_frames, row.codec, row.width, row.height) == (40, kind.codec, kind.width, kind.height)
     if kind.pix_fmt == "gray":
-        # the encoder is given levels of 0 to 255 and calls them 16 to 235, so both decoders stretch them
+        # The encoder takes levels 0 to 255 and tags them as limited range (16 to 235), so both decoders expand them.
         video_THWC = (video_THWC @ np.array([[0.299], [0.587], [0.114]]) - 16) * 255 / 219 * np.ones(3)
-    step = np.abs(np.diff(video_THWC.astype(float), axis=0)).mean((1, 2, 3)).min()  # between neighbouring frames
+    # The smallest mean difference between neighbouring frames.
+    step = np.abs(np.diff(video_THWC.astype(float), axis=0)).mean((1, 2, 3)).min()
     frames = (1, 7, 12, 20, 27, 33, 39)
     expected_TCHW = torch.from_numpy(video_THWC[list(frames)]).permute(0, 3, 1, 2).float()
     decoded = {decoder: decode(usable(decoder), path, indices(*frames)).float() for decoder in ("pyav", "torchcodec")}
@@ -270,13 +273,14 @@ def test_every_kind_of_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixt
     packed = pack(tmp_path / "shard.tar", path, row)
     for decoder, video_TCHW in decoded.items():
         assert torch.equal(decode_clip(decoder, tmp_path, packed, indices(*frames)), video_TCHW.byte())
-    for frame in frames:  # one at a time, torchcodec seeks another way
+    # For a single frame torchcodec takes another seek path.
+    for frame in frames:
         one_TCHW = decode("torchcodec", path, indices(frame)).float()
         assert (one_TCHW[0] - expected_TCHW[frames.index(frame)]).abs().mean() < 0.8 * step
 
 
 def pack(shard: Path, path: Path, row: ManifestRow) -> ManifestRow:
-    """The clip as the second member of a shard."""
+    """Store the clip as the second member of a shard."""
     with open(shard, "wb") as file:
         writer = TarWriter(file)
         writer.add("first.cls", b"1")
@@ -296,7 +300,7 @@ def test_torchcodec_decodes_what_it_can_index(
 
 
 def torchcodec_or_pyav(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of them decodes a file when torchcodec is asked."""
+    """Return the decoder that decodes a file when torchcodec is requested."""
     used, real = ["torchcodec"], decode_module._decode_pyav
 
     def spy(video: EncodedVideo, row: ManifestRow, frame_T: Indices) -> torch.Tensor:
@@ -311,11 +315,14 @@ def torchcodec_or_pyav(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg program: install it (apt-get install ffmpeg)")
 def test_packets_that_show_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """VP8's hidden reference frames, which its two-pass encoder makes: torchcodec alone takes each for a frame."""
+    """Fall back to PyAV for VP8 files with hidden reference frames, each of which torchcodec counts as a frame.
+
+    The two-pass encoder of libvpx makes such frames.
+    """
     usable("torchcodec")
     video_THWC = smooth_video(96)
     video_THWC[48:] = video_THWC[48:, ::-1]
-    # Without loss, since x264 does not always give the same pixels.
+    # A lossless codec, because x264 does not always give the same pixels.
     path = write_video(tmp_path / "clip.mkv", video_THWC, "ffv1")
     for number in ("1", "2"):
         output = ["-f", "null", "-"] if number == "1" else [str(tmp_path / "clip.webm")]
@@ -326,7 +333,8 @@ def test_packets_that_show_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             *(part for key, value in ALT_REF.items() for part in (f"-{key}", value)),
             "-b:v",
             "200k",
-            "-threads",  # with several, whether a frame is hidden depends on how busy the machine is
+            # With several threads, timing decides whether a frame is hidden.
+            "-threads",
             "1",
         ]
         subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", str(path), *encoder, *two_pass, *output], check=True)
@@ -357,7 +365,8 @@ def frames_row(tmp_path: Path) -> ManifestRow:
 def test_jpeg_frames_come_as_asked_for(tmp_path: Path, frames_row: ManifestRow) -> None:
     expected_TCHW = torch.from_numpy(smooth_video(10)).permute(0, 3, 1, 2).float()
     for frames in ((0, 9, 4), (2, 2, 2), tuple(range(10))):
-        for decoder in ("pyav", "torchcodec"):  # neither is asked
+        # JPEG frames use neither decoder.
+        for decoder in ("pyav", "torchcodec"):
             video_TCHW = decode_clip(decoder, tmp_path, frames_row, indices(*frames))
             assert video_TCHW.dtype == torch.uint8
             assert (video_TCHW.float() - expected_TCHW[list(frames)]).abs().mean((1, 2, 3)).max() < 2
@@ -408,7 +417,7 @@ def test_jpeg_frames_outside_of_the_clip(tmp_path: Path, frames_row: ManifestRow
 
 
 def check_bad(decoder: str, path: Path, frame_T: Indices, says: str, length: int | None = None) -> None:
-    """`length`: what the manifest says; without it, what the file has."""
+    """Check that decoding fails with BadClip; `length` is the manifest's file length (default: the file's own)."""
     size = path.stat().st_size if length is None else length
     row = ManifestRow(path.name, 0, size, 0, FRAMES, "h264", WIDTH, HEIGHT, 0)
     with pytest.raises(BadClip, match=says) as caught:
@@ -445,14 +454,14 @@ def test_no_video_stream(decoder: str, tmp_path: Path) -> None:
 
 
 def test_a_file_without_its_end(decoder: str, clip: Path, tmp_path: Path) -> None:
-    """The index is at the end: nothing can be decoded."""
+    """Reject a truncated file whose index was at the end, so that no frame decodes."""
     path = tmp_path / "cut.mp4"
     path.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     check_bad(decoder, path, indices(0), "cannot decode")
 
 
 def test_a_file_without_its_last_frames(decoder: str, noisy: Path, tmp_path: Path) -> None:
-    """The index is at the front, and promises frames that are not there."""
+    """Reject a truncated file whose index, at the front, lists frames that are missing."""
     path = tmp_path / "cut.mp4"
     path.write_bytes(noisy.read_bytes()[: noisy.stat().st_size * 6 // 10])
     whole = replace(row_of(noisy), path=path.name, length=path.stat().st_size)
@@ -468,7 +477,7 @@ def test_a_frame_behind_the_last(decoder: str, clip: Path, frame: int) -> None:
 def test_pictures_of_another_size_take_no_memory_for_their_pixels(
     decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of the right length whose frames are ten times as wide: no frame of it becomes an array."""
+    """Reject a file of the right length but ten times the width before any frame becomes an array."""
     monkeypatch.setattr("av.VideoFrame.to_ndarray", lambda *_, **__: pytest.fail("pixels were made"), raising=True)
     path = write_video(tmp_path / "wide.mp4", smooth_video(FRAMES, HEIGHT, 10 * WIDTH))
     check_bad(decoder, path, indices(0), "640x48, but 64x48 when the manifest was made")
@@ -490,7 +499,7 @@ def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(
 
 
 def test_pictures_that_outgrow_the_limit_later_are_refused(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By FFmpeg itself, which knows each picture's size before it takes memory for it."""
+    """Let FFmpeg reject images that exceed the limit later in the file, before it allocates memory for them."""
     monkeypatch.setattr(video_module, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     monkeypatch.setattr(video_module, "check_pixels", lambda *_: None)
     with pytest.raises(BadClip, match="grey.mp4: does not decode"):
@@ -523,7 +532,7 @@ def test_pyav_names_the_frame_that_is_not_there(clip: Path) -> None:
     check_bad("pyav", clip, indices(0, 31, 40), "frame 31 is missing")
 
 
-# --- The choice of a decoder ------------------------------------------------------------------------------------------
+# --- Choice of the decoder --------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_decoder_is_refused() -> None:
@@ -543,7 +552,7 @@ def test_auto_is_torchcodec_where_it_loads() -> None:
 
 @pytest.fixture
 def _no_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine where the package does not import; the choice is not remembered from another test."""
+    """Make torchcodec fail to import, and bypass the cached choice of an earlier test."""
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
     monkeypatch.setattr("pipelines.decoding.decode.choose_decoder", choose_decoder.__wrapped__)
 

