@@ -1,4 +1,4 @@
-"""Tiny data sets in the published forms: rows, labels, classes, splits and order; and what is said of wrong annotations."""
+"""Read tiny data sets in their published forms: rows, labels, classes, splits and order; report wrong annotations."""
 
 import csv
 import json
@@ -56,7 +56,8 @@ def rows(root: Path, split: str) -> Rows:
     manifest = Manifest.open(root / f"{split}.arrow")
     assert manifest.split == split
     found = [manifest.row(index) for index in range(len(manifest))]
-    for row in found:  # what the manifest names is there
+    # Every path of the manifest must exist.
+    for row in found:
         name = manifest.root / row.path
         assert (name if row.codec != JPEG_FRAMES else name.with_name(name.name % row.offset)).is_file()
     return [(row.path, row.label) for row in found]
@@ -69,7 +70,7 @@ def classes(root: Path) -> list[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that says why; no manifest is there afterwards."""
+    """Run prepare.py, check that it fails without writing a manifest, and return its one error line."""
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith("scan: ")]
@@ -86,7 +87,7 @@ KINETICS_HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
 
 @pytest.fixture
 def kinetics(tmp_path: Path, a_clip: Path) -> Path:
-    """Three classes; videos under split and class, flat, with short numbers, and one that YouTube has no more."""
+    """A data set of three classes whose videos lie under split and class, flat, or under short numbers; one is missing."""
     root = tmp_path / "k400"
     text(
         root / "annotations" / "train.csv",
@@ -214,7 +215,8 @@ def test_kinetics_wrong_annotations(kinetics: Path, wrong: str, capsys: pytest.C
 
 # --- Something-Something and Jester -----------------------------------------------------------------------------------
 
-V1_CLASSES = ["Holding something", "Turning something upside down", "Closing something"]  # not sorted, as in the file
+# In the order of the labels file, which is not sorted.
+V1_CLASSES = ["Holding something", "Turning something upside down", "Closing something"]
 
 
 @pytest.fixture
@@ -273,14 +275,14 @@ def test_something_v1_wrong_annotations(something_v1: Path, file: str, capsys: p
 
 
 def test_a_clip_that_is_missing(something_v1: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No data set but Kinetics loses clips: a copy that was not finished is no reason to train on less."""
+    """Fail on any missing clip: only Kinetics tolerates losses, and an unfinished copy must not shrink the data set."""
     shutil.rmtree(something_v1 / "20bn-something-something-v1" / "3")
     message = refused(capsys, "something-v1", "--root", something_v1)
     assert "train: 1 of 3 clips do not exist, more than the limit of 0.00%" in message and "/3: no such file" in message
 
 
 def test_jester_with_answers_to_its_test(tmp_path: Path) -> None:
-    """The newer form: files without the data set's name, and labels of the test clips."""
+    """Read the newer form: file names without the data set's name, and labels of the test clips."""
     labels = text(tmp_path / "annotations" / "labels.csv", "Swiping Left", "Swiping Right", "No gesture").parent
     text(labels / "train.csv", "148092;Swiping Left", "11;No gesture")
     text(labels / "validation.csv", "12;Swiping Right")
@@ -329,7 +331,7 @@ def something_v2(tmp_path: Path, a_webm: Path, a_clip: Path) -> Path:
 
 
 def test_something_v2(something_v2: Path) -> None:
-    """Videos of both kinds, and the frames that the official tool makes, in one folder."""
+    """Read videos of both kinds, and frames from the official tool, in one folder."""
     assert run("something-v2", "--root", something_v2) == 0
     assert classes(something_v2) == sorted(V2_LABELS, key=lambda name: int(V2_LABELS[name]))
     folder = "20bn-something-something-v2"
@@ -485,7 +487,8 @@ def test_lists(listed: Path, form: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_list_is_corrected_about_frames_and_says_so(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text(listed / "train.txt", "abseil/a.mp4 4 0", "abseil/frames 5 0")
-    assert run("frames", *list_arguments(listed)[1:]) == 0  # another name of the same
+    # `frames` is another name of the same command.
+    assert run("frames", *list_arguments(listed)[1:]) == 0
     assert Manifest.open(listed / "train.arrow").row(1).num_frames == 3
     assert "NOTE: 1 train clips have another number of frames" in (said := capsys.readouterr().out)
     assert "train.txt, line 2: 5 frames listed, but abseil/frames has 3" in said
@@ -511,7 +514,7 @@ paths = st.lists(names, min_size=1, max_size=3).map(" ".join).filter(lambda path
 def test_any_path_can_be_listed(
     tmp_path_factory: pytest.TempPathFactory, paths: list[str], delimiter: str, frames: bool, data: st.DataObject
 ) -> None:
-    """What a CSV writer writes is read back, whatever the paths hold, and the delimiter is found, where nothing is ambiguous."""
+    """Read back what a CSV writer writes, with any paths, and detect the delimiter where it is unambiguous."""
     labels = data.draw(st.lists(st.integers(0, 2), min_size=len(paths), max_size=len(paths)))
     folder = tmp_path_factory.mktemp("list")
     with open(folder / "train.txt", "w", newline="", encoding="utf-8") as file:
@@ -555,7 +558,7 @@ def test_a_list_that_is_not_there(listed: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_delimiter_can_be_given(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each of the lines could be cut at the comma as well."""
+    """Accept --delimiter where each line could also be split at the comma."""
     copies(listed / "v.mp4", [listed / "w,1.mp4"])
     text(listed / "train.txt", "w,1.mp4 1")
     assert "the class '1.mp4 1' is not in" in refused(capsys, *list_arguments(listed))
@@ -594,10 +597,12 @@ def test_a_part_is_held_out_by_name(class_folders: Path, a_clip: Path) -> None:
     assert run(*arguments) == 0
     first = {split: set(rows(class_folders, split)) for split in ("train", "val")}
     assert len(first["train"]) + len(first["val"]) == 40 and not first["train"] & first["val"]
-    assert 4 <= len(first["val"]) <= 20  # 12 are expected: four standard deviations on each side, nearly
+    # The expected count is 12; the limits are about four standard deviations away.
+    assert 4 <= len(first["val"]) <= 20
     copies(a_clip, [class_folders / "jump" / f"new{number}.mp4" for number in range(10)])
     assert run(*arguments) == 0
-    for split in first:  # no clip has moved
+    # No clip has changed its split.
+    for split in first:
         assert first[split] <= set(rows(class_folders, split))
     assert run(*arguments, "--seed", "1") == 0
     assert first["val"] - set(rows(class_folders, "val"))

@@ -1,4 +1,4 @@
-"""prepare.py as a command: its documentation, the data groups of the configuration, what it prints."""
+"""Run prepare.py as a command: its documentation, the data groups of the configuration, its output."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ NUM_CLASSES = {
 
 
 def documented() -> list[str]:
-    """Every command of prepare.py that a document or a configuration gives."""
+    """Return every command of prepare.py that a document or a configuration gives."""
     files = [
         *CHECKOUT.glob("*.md"),
         *CHECKOUT.glob("docs/*.md"),
@@ -71,7 +71,7 @@ def test_gestures_that_a_mirror_exchanges() -> None:
 def test_the_report_in_the_documentation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The example of docs/data.md, line for line but for the time."""
+    """Print the example of docs/data.md exactly, except for the time."""
     monkeypatch.chdir(tmp_path)
     root = Path("data/kinetics400")
     (root / "annotations").mkdir(parents=True)

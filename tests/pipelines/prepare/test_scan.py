@@ -1,4 +1,4 @@
-"""Scanning many files: processes that die, a journal that survives, limits, and what ends up in manifests."""
+"""Scan many files: processes that die, the resumable journal, limits on bad clips, and the resulting manifests."""
 
 import csv
 import importlib
@@ -51,7 +51,8 @@ def test_a_process_that_dies_costs_its_item_only(workers: int, tmp_path: Path) -
     results = dict(found)
     died = {items[index]: result.how for index, result in results.items() if isinstance(result, Died)}
     assert died == {"kill": "signal 9, Killed", "segfault": "signal 11, Segmentation fault", "exit": "exit code 7"}
-    assert results[3] == items[3].upper()  # a second try was enough
+    # The second attempt succeeded.
+    assert results[3] == items[3].upper()
     assert [results[index] for index in (0, 2, 5, 7)] == ["A", "B", "C", "D"]
 
 
@@ -62,7 +63,7 @@ def test_a_fault_of_the_program_is_none_of_the_file() -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video as `files`, and in `shards`."""
+    """A data set of one video per split as `files`, and the same in `shards`."""
     root = tmp_path_factory.mktemp("prepared")
     write_mp4(root / "files" / "train" / "one" / "0.mp4", smooth_video(9))
     write_mp4(root / "files" / "val" / "one" / "0.mp4", smooth_video(9))
@@ -153,7 +154,8 @@ def test_the_cut_last_line_of_a_killed_scan(tmp_path: Path, cut: int) -> None:
     with open_journal(path) as (known, journal):
         assert known == ({"a.mp4": GOOD} if cut > 1 else {"a.mp4": GOOD, BAD.path: BAD})
         journal.add(FRAMES)
-    with open_journal(path) as (known, _):  # the new line was not glued to the rest of the old one
+    # The new line was not appended to the truncated one.
+    with open_journal(path) as (known, _):
         assert known["c"] == FRAMES and known["a.mp4"] == GOOD
 
 
@@ -268,7 +270,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def annotate(root: Path, val: int = 4) -> Annotations:
-    """The last clips first, so that the order of the list is not that of the names."""
+    """Annotate the clips from the last to the first, so that the list's order differs from that of the names."""
     names = [f"{number}.mp4" for number in range(16)] + ["16", "17"]
     clips = [Clip(root / "clips" / name, index % 2, f"list, line {index}") for index, name in enumerate(names)][::-1]
     return Annotations(["still", "moving"], {"train": clips[val:], "val": clips[:val]})
@@ -296,7 +298,7 @@ def test_workers_and_this_process_write_the_same(root: Path, tmp_path: Path) -> 
 
 
 def scanned_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Write the manifests and tell which clips were decoded for it."""
+    """Write the manifests and return the names of the clips that were decoded for it."""
     decoded: list[str] = []
 
     def spy(real: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -318,14 +320,19 @@ def test_a_second_start_scans_what_has_changed(root: Path, monkeypatch: pytest.M
     (root / "clips" / "7.mp4").unlink()
     assert len(scanned_again(root, monkeypatch)) == 17
     before = (root / "train.arrow").read_bytes()
-    assert scanned_again(root, monkeypatch) == []  # the bad clip is known too
+    # The journal holds bad clips too.
+    assert scanned_again(root, monkeypatch) == []
     assert (root / "train.arrow").read_bytes() == before
 
-    shutil.copyfile(root / "clips" / "4.mp4", root / "clips" / "5.mp4")  # mended
-    shutil.copyfile(root / "clips" / "4.mp4", root / "clips" / "7.mp4")  # came
-    os.utime(root / "clips" / "9.mp4", ns=(0, 1))  # may have changed
+    # Repaired.
+    shutil.copyfile(root / "clips" / "4.mp4", root / "clips" / "5.mp4")
+    # Added.
+    shutil.copyfile(root / "clips" / "4.mp4", root / "clips" / "7.mp4")
+    # Possibly changed.
+    os.utime(root / "clips" / "9.mp4", ns=(0, 1))
     image = root / "clips" / "17" / "00002.jpg"
-    image.write_bytes(image.read_bytes())  # a frame of a folder, whose own time stays
+    # A changed frame, which leaves the folder's own time as it was.
+    image.write_bytes(image.read_bytes())
     assert scanned_again(root, monkeypatch) == ["17", "5.mp4", "7.mp4", "9.mp4"]
     assert {Manifest.open(root / "train.arrow").row(index).num_frames for index in (6, 8)} == {7}
 
@@ -346,7 +353,7 @@ def test_bad_and_missing_clips_are_left_out_and_named(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["c.mp4", "frames"])
 def test_a_pipe_is_no_clip(tmp_path: Path, name: str) -> None:
-    """Opening one waits for ever, so it must be known before."""
+    """Reject a FIFO before opening it, which would block forever."""
     path = tmp_path / name
     if name == "frames":
         path.mkdir()
@@ -358,7 +365,8 @@ def test_a_pipe_is_no_clip(tmp_path: Path, name: str) -> None:
 def test_only_quarter_turns_are_known(tmp_path: Path) -> None:
     for degrees in (0, 90, 180, 270):
         path = turned(write_mp4(tmp_path / f"{degrees}.mp4", plain_video(4)), degrees)
-        assert scan_clip(path).rotation == -degrees % 360  # counter-clockwise
+        # Counter-clockwise.
+        assert scan_clip(path).rotation == -degrees % 360
     with pytest.raises(BadClip, match="degrees, which is not a multiple of 90"):
         scan_clip(turned(write_mp4(tmp_path / "odd.mp4", plain_video(4)), 45))
 
@@ -372,12 +380,13 @@ def test_too_many_bad_clips_write_nothing(root: Path) -> None:
         write_manifests(root, annotate(root), workers=0)
     assert "--max-bad 0.072" in str(caught.value) and "5.mp4" in (root / BAD_FILES_NAME).read_text()
     assert (root / "train.arrow").read_bytes() == before
-    write_manifests(root, annotate(root), workers=0, max_bad=0.072)  # what the message says is enough
+    # The limit that the message proposes is enough.
+    write_manifests(root, annotate(root), workers=0, max_bad=0.072)
     assert len(Manifest.open(root / "train.arrow")) == 13
 
 
 def test_a_decoder_that_crashes_names_its_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes are real; only the file's ability to crash one is lent to it."""
+    """Name the file when its decoder crashes; the processes are real, and only the crash is simulated."""
     monkeypatch.setattr("pipelines.prepare.scan.write_manifests.scan_one", crash_on_seven)
     annotations = annotate(root)
     del annotations.splits["val"]
@@ -388,7 +397,8 @@ def test_a_decoder_that_crashes_names_its_file(root: Path, monkeypatch: pytest.M
         and "the worker process died twice while scanning it (signal 11, Segmentation fault)" in reason
     )
     monkeypatch.undo()
-    assert write_manifests(root, annotations, workers=0)["train"].bad == []  # tried again
+    # Files of crashed decoders are tried again.
+    assert write_manifests(root, annotations, workers=0)["train"].bad == []
 
 
 def crash_on_seven(task: tuple[Path, str, Scanned | None]) -> Scanned:
@@ -408,7 +418,8 @@ def test_paths_of_rows(tmp_path: Path) -> None:
     assert row_path(root, root / "linked" / "a.mp4") == "linked/a.mp4"
     assert row_path(root, Path("/usr/share/a.mp4")) == "/usr/share/a.mp4"
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "deep" / "er" / "data").symlink_to(root)  # `..` behind a link leads to the real folder's parent
+    # `..` after a symbolic link leads to the parent of the real folder.
+    (tmp_path / "deep" / "er" / "data").symlink_to(root)
     assert row_path(tmp_path / "deep" / "er" / "data", elsewhere / "a.mp4") == "../store/videos/a.mp4"
 
 
@@ -429,7 +440,7 @@ def test_clips_elsewhere_are_found_again(root: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def long(tmp_path: Path) -> Path:
-    """Clips that take a moment each to decode."""
+    """A data set whose clips take a moment each to decode."""
     clip = write_mp4(tmp_path / "clip.mp4", np.tile(smooth_video(10, 256, 256), (12, 1, 1, 1)))
     for split, count in (("train", 60), ("val", 2)):
         for number in range(count):
@@ -440,7 +451,7 @@ def long(tmp_path: Path) -> Path:
 
 
 def start(root: Path) -> "subprocess.Popen[str]":
-    """A scan, once the first results are in its journal."""
+    """Start a scan and return once its journal holds the first results."""
     process = subprocess.Popen(
         [*PREPARE, "folder", "--root", str(root), "--workers", "2"],
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -462,7 +473,8 @@ def children(process: "subprocess.Popen[str]") -> list[int]:
 def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(long: Path) -> None:
     process = start(long)
     start_s = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
+    # A terminal sends SIGINT to the whole process group.
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and time.monotonic() - start_s < 3
     message = "interrupted. Fix: run the same command again to resume\n"
@@ -495,7 +507,8 @@ def test_a_killed_scan_leaves_no_process_and_goes_on(long: Path) -> None:
 def test_a_worker_that_is_killed_from_outside_loses_nothing(long: Path) -> None:
     process = start(long)
     before = set(children(process))
-    for pid in before:  # the first may be Python's own resource tracker
+    # The first child may be Python's resource tracker.
+    for pid in before:
         if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
             os.kill(pid, signal.SIGKILL)
             break
@@ -505,7 +518,7 @@ def test_a_worker_that_is_killed_from_outside_loses_nothing(long: Path) -> None:
 
 
 def test_nothing_of_this_needs_torch() -> None:
-    """Scanning processes start in a moment, and videos are prepared on machines without torch's libraries loaded."""
+    """Import no torch: scanning processes start fast, and prepare.py runs on machines without torch."""
     code = "import sys, prepare, pipelines.prepare.scan.write_manifests; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
 
@@ -532,7 +545,7 @@ if os.getpid() != TEST:
 def test_a_process_that_is_killed_as_it_starts_is_replaced_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int
 ) -> None:
-    """Each process imports the function's module, and the first ones are killed there."""
+    """Replace a worker that is killed while importing the function's module, but only once."""
     name = f"dies_as_it_starts_{lives}"
     (tmp_path / f"{name}.py").write_text(DIES_AS_IT_STARTS.format(lives=lives, test=os.getpid()))
     monkeypatch.syspath_prepend(str(tmp_path))

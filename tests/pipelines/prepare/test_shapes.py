@@ -1,4 +1,4 @@
-"""The shapes: pure functions of their index, twins that differ in the order of frames only, and a folder that survives anything."""
+"""Generate the shapes: clips as pure functions of their index, twins in reverse order, and an interruptible write."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished folder, to be harmed."""
+    """A copy of a finished folder that a test may damage."""
     return Path(shutil.copytree(finished, tmp_path / "shapes"))
 
 
@@ -72,7 +72,7 @@ def test_a_clip_is_a_pure_function_of_its_index(split: str, seed: int, index: in
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**40), drawing=st.integers(0, 2**40))
 def test_twins_are_reversed_also_once_encoded(seed: int, drawing: int) -> None:
-    """The decoded pixels too, so that no network can read the order from the encoder's traces."""
+    """Reverse the decoded pixels of twins too, so that no network can read the order from encoder artefacts."""
     forward_THWC, backward_THWC = (draw_clip("train", seed, 2 * drawing + twin, 48, (8, 24)) for twin in range(2))
     assert np.array_equal(forward_THWC[::-1], backward_THWC)
     assert not np.array_equal(forward_THWC, backward_THWC)
@@ -82,7 +82,7 @@ def test_twins_are_reversed_also_once_encoded(seed: int, drawing: int) -> None:
 
 
 def test_a_longer_gop_would_give_the_order_away() -> None:
-    """That the test above can fail: with predicted frames the twins' decoded pixels differ."""
+    """Show that the test above can fail: with predicted frames the decoded pixels of twins differ."""
     forward_THWC, backward_THWC = draw_clip("train", 0, 0), draw_clip("train", 0, 1)
     forward_THWC, backward_THWC = (
         decode(encode_clip(video_THWC, gop=12)) for video_THWC in (forward_THWC, backward_THWC)
@@ -92,7 +92,7 @@ def test_a_longer_gop_would_give_the_order_away() -> None:
 
 @pytest.mark.parametrize("index", range(0, 10, 2))
 def test_a_clip_shows_its_class(index: int) -> None:
-    """Measured on the mask of what differs from the background's grey: where it is, how large, how strong."""
+    """Measure position, area and strength of the shape on the mask of saturated pixels."""
     for drawing in range(index, index + 200, 10):
         video_THWC = draw_clip("val", 3, drawing).astype(float)
         saturation_THW = video_THWC.max(-1) - video_THWC.min(-1)
@@ -107,7 +107,8 @@ def test_a_clip_shows_its_class(index: int) -> None:
             assert (last_HW > 0).sum() > 2 * (first_HW > 0).sum()
         elif CLASSES[class_of(index)] == "appear":
             assert last_HW.sum() > 3 * first_HW.sum()
-        else:  # a turning shape keeps its size and its place
+        else:
+            # A rotating shape keeps its area and its position.
             assert 0.7 < (last_HW > 0).sum() / (first_HW > 0).sum() < 1.4
 
 
@@ -122,9 +123,10 @@ def test_splits_and_seeds_share_no_clip() -> None:
 
 
 def test_quality_is_the_same_in_every_frame() -> None:
-    """The first frame of a clip is no sharper than the others: the encoder's error does not depend on the place."""
+    """Encode every frame with the same error, so that the first frame of a clip is no sharper than the others."""
     error_NT = []
-    for index in range(0, 200, 10):  # moving discs: what is to be encoded stays the same along the clip
+    # Moving discs: the encoder's task is the same in every frame of the clip.
+    for index in range(0, 200, 10):
         video_THWC = draw_clip("train", 0, index, 64, (24,))
         decoded_THWC = decode(encode_clip(video_THWC))
         error_NT.append(np.abs(decoded_THWC.astype(float) - video_THWC).mean(axis=(1, 2, 3)))
@@ -224,7 +226,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     wait_until(lambda: len(list(killed.glob("train/*/*.mp4"))) >= 30)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_until(lambda: not living_members(process.pid))  # its workers do not outlive it
+    # The workers of the killed process end as well.
+    wait_until(lambda: not living_members(process.pid))
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("train/*/*.mp4")}
     assert 30 <= len(kept) < 240 and not (killed / "train.arrow").exists()
 
@@ -243,7 +246,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
 
 
 def living_members(group: int) -> list[str]:
-    """Process ids of a process group, without those that are dead and not yet collected."""
+    """Return the process ids of a process group, without zombies."""
     members = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""Clips in shards: the same bytes, frames and order as in files, and what befalls the writing."""
+"""Pack clips into shards: same bytes, frames and order as in files, and interrupted or failing writes."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of every kind of clip: videos in four containers, one of them turned, and folders of frames."""
+    """A data set of every kind of clip: videos in four containers, some of them rotated, and folders of frames."""
     root = tmp_path_factory.mktemp("files")
     for split, count in (("train", 3), ("val", 1)):
         for number in range(count):
@@ -134,11 +134,11 @@ def test_only_the_frames_asked_for_are_read(shards: Path, monkeypatch: pytest.Mo
     assert read == [512 + index_bytes, 512 + len(frames[0]), 512 + len(frames[5])]
 
 
-# --- The files --------------------------------------------------------------------------------------------------------
+# --- Shard files ------------------------------------------------------------------------------------------------------
 
 
 def test_shards_are_plain_tar_files(files: Path, shards: Path) -> None:
-    """Read by Python's tarfile and by tar; a clip's members share their key, which is its row in the manifest."""
+    """Read shards with Python's tarfile and with tar; a clip's members share one key, its row in the manifest."""
     members: dict[str, dict[str, bytes]] = {}
     for path in sorted(shards.glob("train-*.tar")):
         with tarfile.open(path) as shard:
@@ -191,7 +191,7 @@ def test_rows_are_cut_into_neighbours(
 
 
 def test_shards_of_shards(shards: Path, tmp_path: Path) -> None:
-    """Cut anew, without the files."""
+    """Repack shards into shards of another size, without the files."""
     assert shard(shards, tmp_path / "again", "1MB") == 0
     for row, again in zip(rows_of(shards), rows_of(tmp_path / "again"), strict=True):
         frame_T = np.array([0, 3])
@@ -200,7 +200,7 @@ def test_shards_of_shards(shards: Path, tmp_path: Path) -> None:
         )
 
 
-# --- Shards that are not what they were -------------------------------------------------------------------------------
+# --- Changed or broken shards -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_shard_that_is_cut_short(spoiled: Path, kind: str) -> None:
 
 
 def test_a_shard_of_other_clips(spoiled: Path) -> None:
-    """Found by the header in front of a clip's bytes."""
+    """Detect another clip in a shard by the header before the clip's bytes."""
     shutil.copy(spoiled / "train-000002.tar", spoiled / "train-000001.tar")
     rows = [row for row in rows_of(spoiled) if row.path == "train-000001.tar"]
     reasons = [bad_reason(spoiled, row) for row in rows]
@@ -249,7 +249,7 @@ def test_a_shard_is_opened_once(spoiled: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(opened) == len(set(opened)) == len({row.path for row in rows_of(spoiled)})
 
 
-# --- What befalls the writing -----------------------------------------------------------------------------------------
+# --- Interrupted and failing writes -----------------------------------------------------------------------------------
 
 
 def test_a_finished_data_set_is_left_alone(files: Path, spoiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +293,7 @@ def shard_command(root: Path, target: Path, size: str = "40KB") -> list[str]:
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path: Path) -> None:
-    """With SIGKILL, several times: whatever has a shard's name is whole, and the end is as without it."""
+    """Resume after several SIGKILLs: every file under a shard's name is complete, and the result is the same."""
     root = tmp_path / "many"
     first = write_mp4(root / "train" / "one" / "000.mp4", plain_video(4))
     for number in range(1, 120):
@@ -388,7 +388,7 @@ def test_sizes() -> None:
             parse_bytes(text)
 
 
-# --- Parts ------------------------------------------------------------------------------------------------------------
+# --- Parts of a job array ---------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 9), st.integers(0, 30))

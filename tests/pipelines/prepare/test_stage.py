@@ -1,4 +1,4 @@
-"""prepare.py stage: copies on a node's own disk, read in place of the shared files for as long as they are good."""
+"""Stage files with prepare.py: read copies on the node's own disk instead of the shared files while they are good."""
 
 import os
 import re
@@ -28,7 +28,7 @@ KINDS = ("files", "shards", "elsewhere")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same clips as `files`, in `shards`, and in a data set `elsewhere` whose manifests lead to `files`."""
+    """The same clips as `files`, in `shards`, and in a data set `elsewhere` whose manifests refer to `files`."""
     root = tmp_path_factory.mktemp("made")
     write_both_kinds(root / "files", {"train": 6, "val": 2})
     assert prepare.main(["folder", "--root", str(root / "files"), "--workers", "0"]) == 0
@@ -57,7 +57,7 @@ def _no_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of copies that reading looks into."""
+    """The folder of staged files that readers use."""
     monkeypatch.setenv(staged_copies.VARIABLE, str(tmp_path / "local"))
     return tmp_path / "local"
 
@@ -76,13 +76,13 @@ def pixels(root: Path, row: ManifestRow) -> torch.Tensor:
 
 
 def hide(shared: Path) -> None:
-    """Of the shared file system only the manifests are left."""
+    """Remove all clips from the shared file system and leave only the manifests."""
     for path in [*shared.rglob("*.mp4"), *shared.rglob("*.jpg"), *shared.rglob("*.tar")]:
         path.unlink()
 
 
 def readable(root: Path, split: str = "train") -> list[int]:
-    """The rows that can be decoded."""
+    """Return the rows that can be decoded."""
     numbers = []
     for number, row in enumerate(rows_of(root, split)):
         try:
@@ -93,12 +93,12 @@ def readable(root: Path, split: str = "train") -> list[int]:
     return numbers
 
 
-# --- What is read -----------------------------------------------------------------------------------------------------
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without the shared files: clips, bytes and frames come from the copies, and are the same."""
+    """Read the same clips, bytes and frames from staged files when the shared files are gone."""
     root = shared / kind
     before = {(split, row): pixels(root, row) for split in ("train", "val") for row in rows_of(root, split)}
     assert stage(root, local) == 0
@@ -115,7 +115,7 @@ def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.
 
 
 def test_paths_by_another_name(shared: Path, local: Path, tmp_path: Path) -> None:
-    """A symbolic link to the data, and a path from here, lead to the same staged_copies."""
+    """Find the same staged files by a symbolic link to the data and by a relative path."""
     (tmp_path / "link").symlink_to(shared / "shards")
     assert stage(tmp_path / "link", local) == 0
     hide(shared)
@@ -124,7 +124,7 @@ def test_paths_by_another_name(shared: Path, local: Path, tmp_path: Path) -> Non
 
 
 def test_another_data_set_of_the_same_names(shared: Path, local: Path, tmp_path: Path) -> None:
-    """Its shards have the names of those that were copied, and are others."""
+    """Ignore staged files of another data set whose shards have the same names."""
     other = Path(shutil.copytree(shared / "shards", tmp_path / "other"))
     assert stage(shared / "shards", local) == 0
     hide(tmp_path / "other")
@@ -164,7 +164,7 @@ def cut(path: Path, row: ManifestRow) -> None:
 def test_a_copy_that_goes_bad(
     shared: Path, local: Path, kind: str, spoil: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """During the run, with the shard open: the shared file is read from then on, and it is said once."""
+    """Return to the shared file, and log it once, when a staged file goes bad during the run with its shard open."""
     root = shared / kind
     assert stage(root, local) == 0
     row = next(row for row in rows_of(root) if row.codec != JPEG_FRAMES)
@@ -180,7 +180,7 @@ def test_a_copy_that_goes_bad(
 
 
 def test_a_clip_that_is_bad_everywhere(shared: Path, local: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Is not the copy's fault: the other clips of its shard are still read there."""
+    """Keep reading the staged shard when one of its clips is bad in the shared file as well."""
     root = shared / "shards"
     row = next(row for row in rows_of(root) if row.codec != JPEG_FRAMES)
     assert stage(root, local) == 0
@@ -191,14 +191,15 @@ def test_a_clip_that_is_bad_everywhere(shared: Path, local: Path, capsys: pytest
     assert staged_copies.find_copy(root, row) is not None
 
 
-# --- What is copied ---------------------------------------------------------------------------------------------------
+# --- Copying ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_call_copies_what_is_missing(shared: Path, local: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage(shared / "shards", local) == 0
     copied = sorted(local.rglob("*.tar"))
     copied[1].unlink()
-    copied[2].rename(copied[2].with_name(copied[2].name + ".tmp"))  # as a killed call leaves it
+    # A killed call leaves such a file.
+    copied[2].rename(copied[2].with_name(copied[2].name + ".tmp"))
     capsys.readouterr()
     assert stage(shared / "shards", local) == 0
     assert f": 2 files copied to {local}" in (said := capsys.readouterr().out)
@@ -215,12 +216,13 @@ def test_chosen_shards(shared: Path, local: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
 def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Steps 3 and 4 of a run of 2 clips a step: the stream's positions 6 to 9."""
+    """Stage the clips of steps 3 and 4 at 2 clips per step: stream positions 6 to 9."""
     root = shared / kind
     assert stage(root, local, "--first-step", "3", "--steps", "2", "--global-batch", "2", "--seed", "5") == 0
     wanted = set(StreamOrder(12, seed=5).at(np.arange(6, 10))[1].tolist())
     assert len(readable(root)) == 12
-    assert "staged file is bad" not in capsys.readouterr().err  # nothing is said of what was never copied
+    # Clips that were never staged cause no message.
+    assert "staged file is bad" not in capsys.readouterr().err
     hide(shared)
     shard_reader.close_shards()
     found = set(readable(root))
@@ -238,7 +240,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
 def test_as_much_as_fits(shared: Path, small_disk: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rest is read where it is."""
+    """Stage the files that fit, and read the rest from the shared file system."""
     root = shared / kind
     assert stage(root, small_disk) == 0
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""prepare.py transcode: the same frames, smaller; and what befalls the writing."""
+"""Transcode clips with prepare.py: same frames in smaller files, and interrupted or failing writes."""
 
 import csv
 import re
@@ -32,11 +32,15 @@ from tests.helpers.small_disk import mounted
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 FRAMES = 12
-SMALL = ["--codec", "mjpeg", "--short-side", "48"]  # the same bytes from the same frames, which x264 does not promise
+# MJPEG encodes the same frames to the same bytes; x264 does not guarantee that.
+SMALL = ["--codec", "mjpeg", "--short-side", "48"]
 
 
 def write_unsteady(path: Path, video_THWC: np.ndarray) -> Path:
-    """With sound, from 1.5 s on, at an unsteady rate: players would drop and repeat frames to make it steady."""
+    """Write a video with sound, a start at 1.5 s and a variable frame rate.
+
+    Players would drop and repeat frames to make the rate constant.
+    """
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=24, options={"x264-params": "bframes=2:b-adapt=0:threads=1"})
         sound: Any = container.add_stream("aac", rate=8000, layout="mono")
@@ -55,7 +59,7 @@ def write_unsteady(path: Path, video_THWC: np.ndarray) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips of every awkward kind, each of FRAMES frames that can be told apart."""
+    """A data set of difficult clips, each of FRAMES distinguishable frames."""
     root = tmp_path_factory.mktemp("source")
     for split in ("train", "val"):
         write_video(root / split / "a" / "plain.mp4", smooth_video(FRAMES, 96, 128, seed=1))
@@ -98,7 +102,7 @@ def encoded_files(root: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("codec", ENCODERS)
 def test_every_frame_shows_what_it_showed(source: Path, tmp_path: Path, codec: str) -> None:
-    """Each is nearest to the frame of its own number, in its upright form; by both decoders."""
+    """Check that each frame, upright, is nearest to the source frame of its own number; with both decoders."""
     assert transcode(source, tmp_path / "made", "--codec", codec, "--short-side", "64", "--gop", "5") == 0
     before, after = rows_of(source), rows_of(tmp_path / "made")
     assert [(row.label, row.num_frames) for row in before] == [(row.label, row.num_frames) for row in after]
@@ -122,7 +126,7 @@ def test_every_frame_shows_what_it_showed(source: Path, tmp_path: Path, codec: s
 
 @pytest.mark.parametrize("codec", [codec for codec in ENCODERS if codec != "jpeg"])
 def test_what_is_in_the_files(source: Path, tmp_path: Path, codec: str) -> None:
-    """One stream, 8 bits, 4:2:0, tags of its colours, and a key frame every so many frames."""
+    """Write one stream of 8 bits and 4:2:0, with colour tags and a key frame at the given interval."""
     assert transcode(source, tmp_path / "made", "--codec", codec, "--short-side", "64", "--gop", "5") == 0
     for row in rows_of(tmp_path / "made"):
         with av.open(str(tmp_path / "made" / row.path)) as container:
@@ -134,7 +138,8 @@ def test_what_is_in_the_files(source: Path, tmp_path: Path, codec: str) -> None:
         assert {frame.colorspace for frame in frames} == {5}
         times = [frame.time for frame in frames if frame.time is not None]
         steps = [later - earlier for earlier, later in pairwise(times)]
-        assert len(times) == FRAMES and max(steps) - min(steps) < 0.0015  # WebM counts milliseconds
+        # WebM stores times in milliseconds.
+        assert len(times) == FRAMES and max(steps) - min(steps) < 0.0015
 
 
 @given(st.integers(16, 4000), st.integers(16, 4000), st.integers(16, 600), st.sampled_from([0, 90, 180, 270]))
@@ -195,7 +200,7 @@ def test_a_clip_that_fails_is_left_out_and_named(
 
 
 def test_a_picture_that_has_become_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Noise at the poorest quality is grey."""
+    """Reject an encoded clip that differs from its source: noise at the lowest quality becomes grey."""
     noise_THWC = np.random.default_rng(0).integers(0, 256, (FRAMES, 64, 64, 3), dtype=np.uint8)
     for split in ("train", "val"):
         write_video(tmp_path / "noise" / split / "one" / "clip.mp4", noise_THWC, options={"crf": "1"})
@@ -215,7 +220,7 @@ def test_a_clip_that_is_too_small_for_x265(tmp_path: Path, capsys: pytest.Captur
     assert "libx265 needs 64 pixels a side, but it has 48" in error and error.endswith("Fix: repair the clips\n")
 
 
-# --- What befalls the writing -----------------------------------------------------------------------------------------
+# --- Interrupted and failing writes -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +261,15 @@ def test_one_call_at_a_part(tmp_path: Path) -> None:
 
 
 def count_clips(target: Path) -> int:
-    """Those that have their names."""
+    """Count the encoded clips that have their final names."""
     return sum(entry.suffix != ".tmp" for split in ("train", "val") for entry in (target / split).glob("*/*"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("codec", "workers", "kills"), [("mjpeg", 2, 2), ("jpeg", 1, 1)])  # for jpeg they load torch
+# Workers import torch for jpeg.
+@pytest.mark.parametrize(("codec", "workers", "kills"), [("mjpeg", 2, 2), ("jpeg", 1, 1)])
 def test_killed_and_started_again(tmp_path: Path, codec: str, workers: int, kills: int) -> None:
-    """With SIGKILL: the end is as without it."""
+    """Resume after SIGKILL with the result of an uninterrupted call."""
     root = tmp_path / "many"
     for number in range(15):
         write_video(root / "train" / "a" / f"{number:02d}.mp4", smooth_video(FRAMES, 96, 128, seed=number))
@@ -292,7 +298,8 @@ def test_killed_and_started_again(tmp_path: Path, codec: str, workers: int, kill
             time.sleep(0.005)
         process.kill()
         process.wait()
-        time.sleep(0.5)  # its workers see that it is gone
+        # The workers notice that their parent is gone.
+        time.sleep(0.5)
         seen = count_clips(target)
         assert 4 <= seen < 30 and not (target / "train.arrow").exists()
     subprocess.run(command, cwd=CHECKOUT, check=True, timeout=120, stdout=subprocess.DEVNULL)
@@ -308,7 +315,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("codec", ["mjpeg", "jpeg"])
 def test_a_full_disk(source: Path, small_disk: Path, codec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """An error that says so, and nothing half-written."""
+    """Fail with an error that names the full disk, and leave no partial file."""
     assert transcode(source, small_disk / "made", "--codec", codec, "--short-side", "64") == 2
     error = capsys.readouterr().err
     assert "No space left on device. Fix: free space there" in error and "made/train/000000/" in error

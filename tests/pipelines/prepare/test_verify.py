@@ -1,4 +1,4 @@
-"""prepare.py verify: everything that is not what the manifests say is named, and what is right is not."""
+"""Verify with prepare.py: name everything that differs from the manifests, and nothing else."""
 
 import os
 import re
@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`files`, and the same clips in `shards`, two clips each or so."""
+    """The same clips as `files` and in `shards` of about two clips each."""
     root = tmp_path_factory.mktemp("made")
     write_both_kinds(root / "files", {"train": 3, "val": 3})
     assert prepare.main(["folder", "--root", str(root / "files"), "--workers", "0"]) == 0
@@ -35,7 +35,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def faults(root: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
-    """What `verify` says is bad; its exit code agrees."""
+    """Return the faults that `verify` prints; check its exit code."""
     capsys.readouterr()
     code = prepare.main(["verify", "--root", str(root), "--workers", "0", *options])
     said = capsys.readouterr()
@@ -91,7 +91,7 @@ def test_faults_of_files(folder: Path, fault: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("frames", [False, True])
 def test_a_byte_of_a_shard(folder: Path, frames: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """One bit within a clip: the sha256 is another, and nothing else is."""
+    """Detect one flipped bit within a clip by the sha256 of its shard only."""
     row = row_of(folder / "shards", frames)
     path, place = folder / "shards" / row.path, row.offset + row.length - 40
     overwrite(path, place, bytes([path.read_bytes()[place] ^ 1]))
@@ -110,7 +110,7 @@ def test_a_shard_is_made_again_as_is_said(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_shard_that_is_gone_or_cut_short(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Named itself, and with it the clips that it should hold."""
+    """Name a missing or truncated shard and each of its clips."""
     root = folder / "shards"
     os.truncate(root / "train-000000.tar", 600)
     (root / "train-000001.tar").unlink()
@@ -123,7 +123,7 @@ def test_a_shard_that_is_gone_or_cut_short(folder: Path, capsys: pytest.CaptureF
 
 
 def test_a_bit_of_a_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A label that has become another one."""
+    """Detect a label that has changed in a manifest."""
     path = folder / "files" / "train.arrow"
     content = path.read_bytes()
     labels = np.array([0, 0, 0, 1, 1, 1], dtype="<i4").tobytes()
@@ -150,7 +150,7 @@ def test_a_manifest_of_other_shards(folder: Path, change: str, capsys: pytest.Ca
 
 
 def test_what_only_decoding_finds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another clip of the same length, and a JPEG that was overwritten, in files: nothing knows their sha256."""
+    """Find with --decode another clip of the same length and an overwritten JPEG: files have no recorded sha256."""
     root = folder / "files"
     size = (root / "train/one/0.mp4").stat().st_size
     other = write_video(folder / "other.mp4", smooth_video(5, seed=9)).read_bytes()
