@@ -1,4 +1,4 @@
-"""The manifest: what is written comes back, and what is wrong with a file is said."""
+"""Write and read manifests: rows survive the round trip, and errors name the fault of a file."""
 
 import pickle
 from dataclasses import replace
@@ -193,7 +193,7 @@ def test_other_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_further_process_of_a_node_keeps_little_for_itself(tmp_path: Path) -> None:
-    """A column of a million numbers would be 4 MB or more."""
+    """Share the manifest's memory between processes of a node: one column of a million numbers has at least 4 MB."""
     write_large(tmp_path / "train.arrow", 1_000_000)
     seen = on_a_node(tmp_path / "train.arrow", processes=2)
     assert all(process.shared_mib > 30 and process.own_mib < 2.5 for process in seen), seen

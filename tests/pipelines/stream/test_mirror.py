@@ -1,4 +1,4 @@
-"""Labels of mirrored clips: the published maps come out of the published class names."""
+"""Derive labels of mirrored clips: the class names give the published maps."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from pipelines.stream.mirror_labels import mirrored_labels
 LEFT_RIGHT = [["left", "right"]]
 CLOCK = [["clockwise", "counterclockwise"]]
 
-# Something-Something's classes that mention a side, by label in the order that mmaction2 uses (tools/data/sthv1 and sthv2);
-# the other classes get names that mention none.
+# The classes of Something-Something that mention a side, by label in mmaction2's order (tools/data/sthv1 and sthv2).
+# The other classes get names without a side.
 SOMETHING_V1 = {
     2: "Turning the camera left while filming something",
     4: "Turning the camera right while filming something",
@@ -25,7 +25,7 @@ SOMETHING_V2 = {
     166: "Turning the camera left while filming something",
     167: "Turning the camera right while filming something",
 }
-# Classes that a match of parts of words would take for more of them ("leftovers", "upright").
+# Class names that contain such a word as a part of another ("leftovers", "upright"); whole words must match.
 OTHERS = ["Putting something upright on the table", "Eating leftovers", "Copyrighting something", "Turning brightly"]
 
 JESTER = [
@@ -37,7 +37,7 @@ JESTER = [
 
 
 def swaps(classes: list[str], words: list[list[str]]) -> dict[int, int]:
-    """The labels that change."""
+    """Return the labels that change."""
     return {label: other for label, other in enumerate(mirrored_labels(classes, words)) if label != other}
 
 

@@ -1,4 +1,4 @@
-"""Which frames and which pixels: the official rules written again, and what the sample parameters depend on."""
+"""Sample frames and crops: an independent version of the official rules, and the key that determines a sample."""
 
 from dataclasses import replace
 
@@ -24,7 +24,10 @@ LENGTHS = st.integers(1, 2000)
 
 
 def official_uniform_training(num_frames: int, segments: int, randint_T: list[int]) -> list[int]:
-    """`d = N // S`; d > 0: `s * d + randint(d)` for each segment s; else zeros (N > S cannot be with d = 0)."""
+    """Return the official frames: with `d = N // S`, `s * d + randint(d)` for each segment s if d > 0, else zeros.
+
+    The official code's other case, N > S, cannot occur with d = 0.
+    """
     d = num_frames // segments
     return [s * d + randint for s, randint in enumerate(randint_T)] if d > 0 else [0] * segments
 
@@ -34,7 +37,7 @@ def official_dense(num_frames: int, segments: int, start: int) -> list[int]:
 
 
 def official_evaluation(rule: str, num_frames: int, segments: int) -> list[list[int]]:
-    """In Python's own numbers; numpy's linspace for the starts of dense clips, as there."""
+    """Return the official evaluation frames from Python arithmetic, with numpy's linspace for dense starts as there."""
     t = num_frames / float(segments)
     middle = [int(t / 2.0 + t * s) for s in range(segments)]
     if rule == "uniform_validation":
@@ -46,7 +49,8 @@ def official_evaluation(rule: str, num_frames: int, segments: int) -> list[list[
     positions = max(1, 1 + num_frames - 64)
     if rule == "dense":
         return [official_dense(num_frames, segments, start) for start in np.linspace(0, positions - 1, 10, dtype=int)]
-    return [official_dense(num_frames, segments, (positions - 1) // 2)]  # ours: there it is sampled
+    # The official code samples this start; this project takes the middle.
+    return [official_dense(num_frames, segments, (positions - 1) // 2)]
 
 
 @given(num_frames=LENGTHS, segments=st.integers(1, 64), seed=st.integers(0, 1000))
@@ -61,7 +65,7 @@ def test_uniform_training_frames_are_the_official_ones(num_frames: int, segments
 @given(num_frames=LENGTHS, segments=st.integers(1, 64), uniform=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=100, deadline=None)
 def test_dense_training_frames_are_official_ones(num_frames: int, segments: int, uniform: float) -> None:
-    """For one of the starts that `randint(0, P - 1)`, which leaves its end out, can give."""
+    """Sample one of the starts of the official `randint(0, P - 1)`, which excludes its upper end."""
     positions = max(1, 1 + num_frames - 64)
     frame_T = dense_training(num_frames, segments, np.full(segments, uniform)).tolist()
     start = 0 if positions == 1 else int(uniform * (positions - 1))
@@ -81,7 +85,8 @@ def test_evaluation_frames_are_the_official_ones(rule: str, num_frames: int, seg
     assert EVALUATION_RULES[rule](num_frames, segments).tolist() == official_evaluation(rule, num_frames, segments)
 
 
-# Worked out by hand from the official rules: clips shorter than, as long as and longer than 8 segments or a dense window.
+# Worked out by hand from the official rules: clips shorter than, as long as and longer than 8 segments or a dense
+# window.
 EVALUATION_TABLE = [
     ("uniform_validation", 300, 8, [[18, 56, 93, 131, 168, 206, 243, 281]]),
     ("uniform_validation", 65, 8, [[4, 12, 20, 28, 36, 44, 52, 60]]),
@@ -115,7 +120,7 @@ def test_evaluation_reference_values(rule: str, num_frames: int, segments: int, 
     assert EVALUATION_RULES[rule](num_frames, segments).tolist() == frame_VT
 
 
-# (rule, length, frames taken, the numbers sampled, frames)
+# Rule, length, number of frames, sampled numbers, frames.
 TRAINING_TABLE = [
     ("uniform", 300, 4, [0.0, 0.5, 0.99, 0.1], [0, 112, 224, 232]),
     ("uniform", 65, 4, [0.0, 0.5, 0.99, 0.1], [0, 24, 47, 49]),
@@ -175,7 +180,7 @@ def test_training_samples_reach_every_frame_of_a_segment() -> None:
 
 
 def check_inside(params: SampleParams, width: int, height: int) -> None:
-    """At least a pixel, and none beyond the frame."""
+    """Check that a crop has at least one pixel and lies within the frame."""
     assert 1 <= params.width <= width
     assert 1 <= params.height <= height
     assert 0 <= params.left <= width - params.width
@@ -203,21 +208,23 @@ def many(
 
 
 def test_crop_sizes_are_the_officials() -> None:
-    """Base 256: scales 1, .875, .75, .66; the two sides at most one step apart."""
+    """Sample the official crop sizes: base 256, scales 1, .875, .75, .66, with sides at most one scale step apart."""
     sides = [256, 224, 192, 168]
     expected = {(sides[i], sides[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1}
     samples = many(1000)
     assert {(params.width, params.height) for params in samples} == expected
     counts = [sum((params.width, params.height) == pair for params in samples) for pair in expected]
-    assert min(counts) > 60  # of 100 on the average
+    # The expected count is 100.
+    assert min(counts) > 60
 
 
 def test_a_side_near_the_networks_input_becomes_it() -> None:
-    """Base 254: .875 of it is 222, two pixels from 224."""
+    """Round a side near the network's input size to it: base 254 gives 222, two pixels from 224."""
     widths = {params.width for params in many(300, height=254)}
     assert 224 in widths
     assert 222 not in widths
-    assert 219 in {params.width for params in many(300, height=251)}  # five pixels from it stay
+    # A side that is five pixels off stays.
+    assert 219 in {params.width for params in many(300, height=251)}
 
 
 def test_a_frame_just_smaller_than_the_networks_input_is_not_exceeded() -> None:
@@ -225,7 +232,7 @@ def test_a_frame_just_smaller_than_the_networks_input_is_not_exceeded() -> None:
 
 
 def test_all_thirteen_offsets_are_hit() -> None:
-    """In quarters of the free space: corners, centre, middles of the edges, and four between."""
+    """Sample all 13 offsets, in quarters of the free space: corners, centre, edge centres and four points between."""
     samples = [
         params
         for params in many(3000, width=256 + 224, height=256 + 224)
@@ -240,7 +247,8 @@ def test_all_thirteen_offsets_are_hit() -> None:
 
 
 def test_flip_is_a_fair_coin() -> None:
-    assert sum(params.flip for params in many(2000)) == pytest.approx(1000, abs=110)  # five deviations
+    # Five standard deviations.
+    assert sum(params.flip for params in many(2000)) == pytest.approx(1000, abs=110)
 
 
 def test_flip_is_off_unless_asked_for() -> None:
@@ -272,7 +280,7 @@ def test_frames_crop_and_flip_are_drawn_apart() -> None:
     assert np.abs(correlation - np.eye(len(correlation))).max() < 5 / 4000**0.5
 
 
-# --- What sample parameters depend on -------------------------------------------------------------------------------------------
+# --- Keys of the sampled parameters -----------------------------------------------------------------------------------
 
 
 def values_of(params: SampleParams) -> tuple[object, ...]:
@@ -280,7 +288,7 @@ def values_of(params: SampleParams) -> tuple[object, ...]:
 
 
 def test_golden_sample_params() -> None:
-    """A change here breaks every resumed run: it would cut its clips otherwise."""
+    """Keep the sampled parameters: a change would alter the crops of every resumed run."""
     golden = {
         (42, 0, 0): ((27, 69, 81, 140, 168, 197, 239, 280), 116, 16, 224, 224, True),
         (42, 0, 1): ((19, 45, 85, 133, 167, 217, 246, 292), 37, 16, 192, 192, True),
@@ -315,7 +323,7 @@ def test_replacements_lie_in_the_manifest_and_repeat(rows: int, key: tuple[int, 
 
 
 def test_golden_replacements() -> None:
-    """A change here breaks every resumed run that met a broken clip."""
+    """Keep the replacement rows: a change would alter every resumed run that has met a broken clip."""
     assert [replacement_row(239_781, 42, 0, 5, attempt) for attempt in range(3)] == [176720, 40610, 152365]
 
 
@@ -325,7 +333,7 @@ def test_seed_epoch_row_and_attempt_of_a_replacement_each_matter() -> None:
 
 
 def test_golden_dropout_seeds() -> None:
-    """A change here breaks every resumed run: it would go on with other masks."""
+    """Keep the dropout seeds: a change would alter the masks of every resumed run."""
     golden = [5684778374870362375, 2170156266440264496, 3820435562263061999]
     assert dropout_seeds(42, 0, np.arange(3)).tolist() == golden
 

@@ -1,4 +1,4 @@
-"""The clip stream: keyed random numbers, the order of clips, evaluation, and who takes which clip on which world."""
+"""Order the clip stream: counter-based random numbers, clip order, evaluation, and each rank's clips in any world size."""
 
 import itertools
 
@@ -14,12 +14,12 @@ from training.recipe import Execution, make_execution
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 PUBLISHED_BATCH, PUBLISHED_GROUP, PUBLISHED_CLIPS = 12_288, 8, 239_781
 
-# --- Keyed numbers ----------------------------------------------------------------------------------------------------
-# The golden values below are what runs were trained with: a change of one breaks every resumed run.
+# --- Counter-based random numbers -------------------------------------------------------------------------------------
+# Runs were trained with the golden values below: a change to one of them breaks every resumed run.
 
 
 def test_words_are_those_of_splitmix64() -> None:
-    """The published generator, seeded with 0 (the values of its reference implementation)."""
+    """Match the published generator seeded with 0 (values of its reference implementation)."""
     assert [hex(word) for word in words(0, 3)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
 
 
@@ -95,7 +95,7 @@ def test_permute_needs_no_list_of_the_rows(size: int, index: int) -> None:
 
 
 def test_golden_order() -> None:
-    """A change here breaks every resumed run: it would see other clips."""
+    """Keep the order of clips: a change would give every resumed run other clips."""
     assert permute(np.arange(10), 10, key_of(7, 0)).tolist() == [1, 4, 6, 3, 5, 0, 9, 7, 8, 2]
     assert permute(np.arange(16), 16, 5).tolist() == [4, 12, 15, 8, 6, 10, 9, 1, 13, 2, 5, 0, 11, 3, 14, 7]
     positions = np.array([0, 1, 2, 12_287, 12_288, 239_780, 239_781, 23_978_099])
@@ -177,11 +177,11 @@ def test_ranks_of_an_evaluation_have_as_much_to_do(rows: int, batch: int, size: 
     assert max(counts) - min(counts) <= 1
 
 
-# --- The same clips on every world ------------------------------------------------------------------------------------
+# --- The same clips for any world size --------------------------------------------------------------------------------
 
 
 def layouts(global_batch: int, group: int, limit: int | None = None) -> list[Execution]:
-    """An execution for each world that fits."""
+    """Return an execution for each world size that fits."""
     fitting = []
     for world in range(1, global_batch + 1):
         if global_batch % world == 0:
@@ -193,7 +193,7 @@ def layouts(global_batch: int, group: int, limit: int | None = None) -> list[Exe
 
 
 def check_step_holds_its_clips(execution: Execution, step: int) -> None:
-    """Over ranks and micro-steps, the positions of a step are [step * B, (step + 1) * B), each once."""
+    """Check that ranks and micro-steps together take positions [step * B, (step + 1) * B), each once."""
     positions = np.concatenate(
         [part for rank in range(execution.world) for part in execution.stream_positions(rank, step, step + 1)]
     )
@@ -202,7 +202,7 @@ def check_step_holds_its_clips(execution: Execution, step: int) -> None:
 
 
 def check_groups_are_together(execution: Execution, group: int) -> None:
-    """Each batch-norm group lies in one micro-step, whole on one rank or on exactly the ranks of one rank group."""
+    """Check that each batch-norm group lies in one micro-step, on one rank or on exactly one rank group."""
     rank_groups = {tuple(ranks) for ranks in execution.bn_rank_groups()}
     lies_on: dict[int, set[tuple[int, int]]] = {}
     for rank in range(execution.world):
@@ -216,7 +216,10 @@ def check_groups_are_together(execution: Execution, group: int) -> None:
 
 
 def check_ghosts_are_groups(execution: Execution, group: int) -> None:
-    """A micro-batch in `bn_ghosts` equal parts is its groups in order; where ranks share a group, all of it is of one."""
+    """Check that the `bn_ghosts` equal parts of a micro-batch are its groups in order.
+
+    Where ranks share a group, the whole micro-batch belongs to one group.
+    """
     for rank in (0, execution.world - 1):
         parts = np.split(execution.slots(rank, execution.accumulation - 1), execution.bn_ghosts)
         assert all(len(set(part // group)) == 1 for part in parts)
@@ -270,7 +273,7 @@ def test_a_rank_takes_its_micro_steps_in_order() -> None:
 
 
 def test_steps_of_several_epochs_are_one_stream() -> None:
-    """No clip is dropped where an epoch ends within a step."""
+    """Drop no clip where an epoch ends within a step."""
     rows, batch, steps = 10, 4, 5
     execution = make_execution(batch, 2, world=2)
     positions = [part for rank in range(2) for part in execution.stream_positions(rank, 0, steps)]

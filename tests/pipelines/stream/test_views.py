@@ -1,4 +1,4 @@
-"""The views of an evaluation: sizes, crops and flips against the official rules, and pixels against torchvision's and Pillow's."""
+"""Compare evaluation views with the official rules, and their pixels with torchvision's and Pillow's."""
 
 from itertools import product
 
@@ -22,7 +22,7 @@ WIDTHS_AND_HEIGHTS = [(340, 256), (256, 340), (320, 256), (171, 128), (256, 256)
 
 
 def crops(width: int, height: int, **options: object) -> list[tuple[int, int]]:
-    """(left, top) of the crops of one temporal view."""
+    """Return (left, top) of the crops of one temporal view."""
     views = evaluation_views(EvalProtocol(8, 224, **options), 24, width, height)  # type: ignore[arg-type]
     return [(view.left, view.top) for view in views]
 
@@ -37,12 +37,15 @@ def crops(width: int, height: int, **options: object) -> list[tuple[int, int]]:
         (224, (256, 340), (256, 340)),
         (224, (320, 256), (320, 256)),
         (224, (171, 128), (342, 256)),
-        (224, (1280, 720), (455, 256)),  # 455.1
+        # The exact width is 455.1.
+        (224, (1280, 720), (455, 256)),
         (224, (720, 1280), (256, 455)),
-        (224, (640, 426), (384, 256)),  # 384.6
+        # The exact width is 384.6.
+        (224, (640, 426), (384, 256)),
         (224, (50, 50), (256, 256)),
         (32, (64, 64), (36, 36)),
-        (112, (320, 240), (170, 128)),  # 170.7
+        # The exact width is 170.7.
+        (112, (320, 240), (170, 128)),
     ],
 )
 def test_frames_are_scaled_to_a_shorter_side_of_8_sevenths(
@@ -68,10 +71,13 @@ def test_the_scaled_size_is_torchvisions(size: int, width: int, height: int) -> 
         ((340, 256), 58, 16),
         ((256, 340), 16, 58),
         ((320, 256), 48, 16),
-        ((171, 128), 59, 16),  # of 342 x 256
+        # The scaled frame is 342 x 256.
+        ((171, 128), 59, 16),
         ((256, 256), 16, 16),
-        ((341, 256), 58, 16),  # 58.5 goes to the even neighbour
-        ((343, 256), 60, 16),  # 59.5 likewise
+        # 58.5 rounds to even.
+        ((341, 256), 58, 16),
+        # 59.5 rounds to even.
+        ((343, 256), 60, 16),
     ],
 )
 def test_the_centre_crop(frame: tuple[int, int], left: int, top: int) -> None:
@@ -91,7 +97,8 @@ def test_the_centre_crop_is_torchvisions(width: int, height: int, size: int) -> 
 
 
 THREE_CROPS = [
-    # frame, full resolution: left, right, centre in the official order; portrait clips with and without the bug
+    # Frame, full resolution, then left, right, centre in the official order: with and without the official bug for
+    # portrait clips.
     ((340, 256), True, [(0, 0), (84, 0), (42, 0)], [(0, 0), (84, 0), (42, 0)]),
     ((256, 340), True, [(0, 42), (0, 42), (0, 42)], [(0, 0), (0, 84), (0, 42)]),
     ((320, 256), True, [(0, 0), (64, 0), (32, 0)], [(0, 0), (64, 0), (32, 0)]),
@@ -120,12 +127,13 @@ def test_three_crops(
         ((340, 256), [(0, 0), (116, 0), (0, 32), (116, 32), (58, 16)]),
         ((256, 340), [(0, 0), (32, 0), (0, 116), (32, 116), (16, 58)]),
         ((320, 256), [(0, 0), (96, 0), (0, 32), (96, 32), (48, 16)]),
-        ((171, 128), [(0, 0), (116, 0), (0, 32), (116, 32), (58, 16)]),  # 118 is cut to four steps of 29
+        # 118 is truncated to four steps of 29.
+        ((171, 128), [(0, 0), (116, 0), (0, 32), (116, 32), (58, 16)]),
         ((256, 256), [(0, 0), (32, 0), (0, 32), (32, 32), (16, 16)]),
     ],
 )
 def test_five_and_ten_crops(frame: tuple[int, int], expected: list[tuple[int, int]]) -> None:
-    """Corners and centre; of ten each is followed by its mirror image."""
+    """Take corners and centre; of ten crops, each is followed by its mirror image."""
     assert crops(*frame, crops=5) == expected
     views = evaluation_views(EvalProtocol(8, 224, crops=10), 24, *frame)
     assert [(view.left, view.top) for view in views] == [place for place in expected for _ in range(2)]
@@ -133,7 +141,7 @@ def test_five_and_ten_crops(frame: tuple[int, int], expected: list[tuple[int, in
 
 
 def test_the_thirteen_training_offsets_of_a_frame() -> None:
-    """256 x 256 of 340 x 260: steps of 21 and 1 pixels."""
+    """Take the 13 training offsets of 256 x 256 in 340 x 260: steps of 21 and 1 pixels."""
     x, y = 21, 1
     assert crop_offsets(84, 4) == [
         (0, 0), (4 * x, 0), (0, 4 * y), (4 * x, 4 * y), (2 * x, 2 * y),
@@ -202,7 +210,7 @@ def test_the_published_protocols(options: dict[str, object], side: int, views: i
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """A smooth picture with noise on it, uint8 (H, W, 3)."""
+    """Return a smooth image with noise, uint8 (H, W, 3)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves_HW3 = np.stack([127 + 90 * np.sin(x / (7 + c) + y / (11 - c)) for c in range(3)], axis=-1)
@@ -222,7 +230,7 @@ def largest_gap(one_CHW: torch.Tensor, other_CHW: torch.Tensor) -> int:
 
 @pytest.mark.parametrize(("width", "height"), WIDTHS_AND_HEIGHTS)
 def test_pixels_are_torchvisions_and_pillows(width: int, height: int) -> None:
-    """Resize and CenterCrop on tensors, and on Pillow's images as in the official code: within a level of 255."""
+    """Match Resize and CenterCrop on tensors, and on Pillow images as in the official code, within one level of 255."""
     image_HWC = noise(width, height)
     (view,) = evaluation_views(CENTRE, 24, width, height)
     cut_CHW = ours(image_HWC, view)
@@ -245,7 +253,7 @@ def test_pixels_of_many_crops_are_pillows(width: int, height: int, full_resoluti
 
 
 def test_training_pixels_are_pillows() -> None:
-    """A crop, then scaled: other pixels than scaling first, because the filter does not reach beyond the crop."""
+    """Crop first and scale second: the filter must not reach beyond the crop."""
     image_HWC = noise(340, 256)
     frame_TCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
     for left, top, width, height in [(42, 32, 256, 192), (0, 0, 168, 168), (84, 0, 224, 256)]:
