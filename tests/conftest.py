@@ -1,4 +1,4 @@
-"""Fixtures and marks that all tests share."""
+"""Fixtures and marks for all tests."""
 
 import os
 from collections.abc import Iterator
@@ -15,8 +15,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 @pytest.fixture(autouse=True)
 def _ordinary_priority() -> Iterator[None]:
-    """No test may leave the process with another scheduling policy: a real-time one starves every other process (some video
-    encoders ask for it)."""
+    """Fail a test that leaves the process with another scheduling policy.
+
+    A real-time process starves every other process. Some video encoders ask for real-time scheduling.
+    """
     yield
     policy = os.sched_getscheduler(0)
     if policy != os.SCHED_OTHER:
@@ -28,9 +30,13 @@ def _ordinary_priority() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums of several threads need not repeat to the bit, and a tiny convolution is ten times slower on two threads than on one
-    when something else runs."""
-    import torch  # slow to import, and not for every test
+    """Run a test on one torch thread.
+
+    Multi-threaded sums need not repeat to the bit. On a busy machine a tiny convolution is ten times slower on two
+    threads.
+    """
+    # Imported here because torch is slow to import and few tests need it.
+    import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip, with a reason, where there is no CUDA device; those marked `fake_gpu`, off the fake one."""
+    """Skip tests marked `gpu` without a CUDA device, and tests marked `fake_gpu` without the fake GPU."""
     if fake_gpu_is_loaded():
         wanted, reason = "fake_gpu", "a GPU that computes nothing is no place for it"
     elif not any(item.get_closest_marker("gpu") or item.get_closest_marker("fake_gpu") for item in items):

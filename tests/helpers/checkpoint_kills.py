@@ -1,9 +1,9 @@
-"""Writes of checkpoints that are killed at each of their calls to the system; test_checkpoint_kills.py starts it.
+"""Kill checkpoint writes at each of their system calls; test_checkpoint_kills.py starts this program.
 
-python tests/helpers/checkpoint_kills.py FOLDER SCENE    prints a JSON list, one entry for each kill
+    python tests/helpers/checkpoint_kills.py FOLDER SCENE    prints a JSON list, one entry for each kill
 
-A child is forked for each kill: it counts its calls that change anything on disk, and ends itself by SIGKILL in front of the N-th,
-or, in a write, behind some of its bytes. (What a process has handed to the kernel survives its kill.)
+Each kill forks a child. The child counts its system calls that change files and sends itself SIGKILL before the N-th
+call. In a write it may also die after some of the bytes. The kernel keeps what it received before a kill.
 """
 
 import json
@@ -33,11 +33,12 @@ from distributed.checkpoint.store import (
 from distributed.checkpoint.writer import CheckpointWriter
 
 CALLS = ("open", "mkdir", "write", "fsync", "rename", "replace", "symlink", "unlink", "rmdir")
-CUTS = 6  # kills within each write, beside the one in front of it
+# Kills within each write, in addition to the one before it.
+CUTS = 6
 
 
 def checkpoint(step: int, mark: int = 0) -> Checkpoint:
-    """Its tensors are a function of (step, mark): `mark` tells two of the same step apart."""
+    """Return a checkpoint with tensors made from (step, mark); `mark` distinguishes checkpoints of the same step."""
     values = torch.arange(400, dtype=torch.float32) + 1000 * step + 100_000 * mark
     state = {"step": step, "mark": mark, "recipe": {}}
     return Checkpoint({"weight": values, "count": torch.tensor(step)}, {"weight.momentum_buffer": -values}, state)
@@ -52,9 +53,10 @@ def is_whole(found: Checkpoint) -> bool:
 
 
 def arm(number: int, part: float | None, told: int) -> None:
-    """Let this process end in front of its call `number`, or, where it is a write, behind the given part of its bytes.
+    """Arrange a SIGKILL of this process before its call `number`, or within it if it is a write.
 
-    The pipe `told` hears which call it was.
+    `part` is the fraction of the write's bytes that is written before the kill. The pipe `told` receives the call's
+    name.
     """
     calls, tell = 0, os.write
 
@@ -79,7 +81,7 @@ def arm(number: int, part: float | None, told: int) -> None:
 
 
 def write_behind(folder: Path, new: Checkpoint, best: bool) -> None:
-    """As training does: in the writer's thread."""
+    """Write in the writer's thread, as training does."""
     writer = CheckpointWriter(folder, keep=2)
     writer.save(new, best)
     writer.wait()
@@ -90,7 +92,7 @@ def write_at_once(folder: Path, new: Checkpoint, best: bool) -> None:
     write_snapshot(folder, Snapshot().take(new), keep=1, best=best)
 
 
-# name -> (what is there before, what is written over it, how)
+# Name -> (checkpoints present before, checkpoint to write, function that writes it).
 SCENES: dict[str, tuple[list[tuple[int, bool]], Checkpoint, Callable[[Path, Checkpoint, bool], None]]] = {
     "first": ([], checkpoint(1), write_at_once),
     "next": ([(1, False)], checkpoint(2), write_at_once),
@@ -101,7 +103,8 @@ SCENES: dict[str, tuple[list[tuple[int, bool]], Checkpoint, Callable[[Path, Chec
 
 def main(folder: Path, scene: str) -> int:
     torch.set_num_threads(1)
-    store.CHUNK_BYTES = 700  # so that a file takes several writes
+    # Small chunks, so that each file takes several writes.
+    store.CHUNK_BYTES = 700
     before, new, write = SCENES[scene]
     prepared, live = folder / "prepared", folder / "live"
     prepared.mkdir(parents=True)
@@ -117,13 +120,14 @@ def main(folder: Path, scene: str) -> int:
             if during:
                 kills.append({"call": number, "during": during, "part": part} | looked_at(live))
             if during != "write":
-                break  # a part is for writes alone
+                # Only writes can be cut in part.
+                break
     print(json.dumps(kills))
     return 0
 
 
 def killed(folder: Path, number: int, part: float | None, write: Any, new: Checkpoint) -> str:
-    """Write in a child that is killed; the call that it was killed in, empty where it made fewer and so came to its end."""
+    """Write in a child that is killed; return the name of the call it died in, or "" if it made fewer calls and finished."""
     hears, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -144,7 +148,7 @@ def killed(folder: Path, number: int, part: float | None, write: Any, new: Check
 
 
 def looked_at(folder: Path) -> dict[str, Any]:
-    """What a run finds that starts behind the kill, and what is there when it has saved again."""
+    """Return what a restarted run finds after the kill, and the files present after it has saved again."""
     loaded, broken = load_newest(folder)
     best = folder / BEST
     try:

@@ -1,4 +1,4 @@
-"""Small clips for tests: frames that can be told apart, in files of any codec."""
+"""Small clips for tests: distinguishable frames, in files of any codec."""
 
 import math
 import multiprocessing
@@ -18,13 +18,13 @@ Video = NDArray[np.uint8]
 
 
 def plain_video(frames: int = 4, height: int = 32, width: int = 48, level: int = 90) -> Video:
-    """video_THWC: grey, a little brighter in each frame, so that a file of it is small."""
+    """Return a grey video_THWC that gets a little brighter in each frame, so that its file is small."""
     level_T111 = (level + 10 * np.arange(frames))[:, None, None, None]
     return np.ascontiguousarray(np.broadcast_to(level_T111, (frames, height, width, 3)).astype(np.uint8))
 
 
 def smooth_video(frames: int = 16, height: int = 48, width: int = 64, seed: int = 0) -> Video:
-    """video_THWC of slowly changing colours that any codec keeps well, each frame its own."""
+    """Return a video_THWC of slowly changing colours that every codec preserves well; all frames differ."""
     rng = np.random.default_rng(seed)
     y_H1, x_1W = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
     phase_T11C = 0.15 * np.arange(frames)[:, None, None, None] + rng.uniform(0, 6, 3)
@@ -39,7 +39,7 @@ def write_video(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
 ) -> Path:
-    """A file of the kind that its ending says; PyAV's own encoders."""
+    """Write a video with PyAV's encoders; the file's suffix determines the container."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(24))
@@ -54,8 +54,11 @@ def write_video(
 
 
 def write_video_apart(*arguments: Any) -> None:
-    """`write_video` in a process of its own: SVT-AV1 makes the whole thread that opens it a real-time one when it is root's, at
-    the highest priority, and all processes started from there would starve the machine."""
+    """Call `write_video` in its own process.
+
+    As root, SVT-AV1 gives the calling thread real-time scheduling at the highest priority. Processes started from that
+    thread inherit it and would starve the machine.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(write_video, *arguments).result()
 
@@ -67,7 +70,7 @@ def write_mp4(path: Path, video_THWC: Video | None = None) -> Path:
 
 
 def write_frames(folder: Path, video_THWC: Video, name: str = "%05d.jpg", first: int = 1, quality: int = 95) -> Path:
-    """One JPEG for each frame."""
+    """Write one JPEG file per frame."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def write_frames(folder: Path, video_THWC: Video, name: str = "%05d.jpg", first:
 
 
 def write_both_kinds(folder: Path, clips: dict[str, int]) -> None:
-    """A folder for prepare.py folder: of each split so many videos in class `one`, and the same as JPEG frames in class `two`."""
+    """Write a data set for `prepare.py folder`: videos in class `one`, the same clips as JPEG frames in class `two`."""
     for split, count in clips.items():
         for number in range(count):
             video_THWC = smooth_video(8, seed=number)
@@ -86,7 +89,7 @@ def write_both_kinds(folder: Path, clips: dict[str, int]) -> None:
 
 
 def turned(path: Path, degrees: int) -> Path:
-    """Write into the track header that players turn the picture by `degrees` clockwise (ISO 14496-12, 8.3.2)."""
+    """Write a rotation by `degrees` clockwise into the track header (ISO 14496-12, 8.3.2)."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     content = bytearray(path.read_bytes())
     matrix_at = content.index(b"tkhd") + 4 + 40

@@ -1,4 +1,4 @@
-"""Whole jobs for tests: train.py under a launcher, what it printed, how it ended, what it left running, and its last checkpoint."""
+"""Whole jobs for tests: start train.py with a launcher and collect output, exit code, processes left and last checkpoint."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ _MARK = "TSM_TEST_JOB"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended."""
+    """The result of a job that has ended."""
 
     exit_code: int
     output: str
@@ -32,7 +32,7 @@ class Ended:
 
 
 class RunningJob:
-    """A job in a process group of its own, as a terminal starts one; each of its processes carries a mark."""
+    """A job in its own process group, as a terminal starts one; every process carries a mark in its environment."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self._mark = uuid.uuid4().hex
@@ -50,17 +50,18 @@ class RunningJob:
             )
 
     def interrupt(self) -> None:
-        """Ctrl-C: the terminal sends SIGINT to the whole foreground process group."""
+        """Send SIGINT to the whole process group, as a terminal does on Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def ranks(self) -> dict[int, int]:
-        """The process of each rank that runs train.py now."""
+        """Return the pid of the process of each rank that runs train.py now."""
         found = {}
         for pid, command in self._processes():
             words = command.split()
             if "python" not in words[0] or "train.py" not in words[1:3]:
                 continue
-            with suppress(OSError):  # ended meanwhile
+            # The process may have ended meanwhile.
+            with suppress(OSError):
                 environ = dict(
                     entry.split("=", 1)
                     for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -71,13 +72,13 @@ class RunningJob:
         return found
 
     def loader_workers(self, rank: int) -> list[int]:
-        """The processes that decode for a rank: grandchildren, by way of its server of workers."""
+        """Return the decoding processes of a rank, which are children of its fork server."""
         parents = {pid: _parent(pid) for pid, _ in self._processes()}
         servers = {pid for pid, parent in parents.items() if parent == self.ranks()[rank]}
         return sorted(pid for pid, parent in parents.items() if parent in servers)
 
     def wait(self, limit_s: float) -> Ended:
-        """Wait for the end. Raises AssertionError, with the output, for a job that is still there after `limit_s`."""
+        """Wait for the end; raise AssertionError with the output if the job is still running after `limit_s`."""
         started_s = time.monotonic()
         try:
             exit_code = self.process.wait(limit_s)
@@ -85,7 +86,8 @@ class RunningJob:
             self.kill()
             raise AssertionError(f"still running after {limit_s} s:\n{self.log.read_text()[-5000:]}") from None
         duration_s = time.monotonic() - started_s
-        # The server of loader workers notices the end of its job when it has imported torch, seconds later on a busy machine.
+        # The fork server of the loader workers notices the end of its job only after importing torch, seconds later on
+        # a busy machine.
         deadline_s = time.monotonic() + 30
         while self._processes() and time.monotonic() < deadline_s:
             time.sleep(0.1)
@@ -101,13 +103,14 @@ class RunningJob:
                 continue
 
     def _processes(self) -> list[tuple[int, str]]:
-        """(pid, command line) of every living process that carries the job's mark."""
+        """Return (pid, command line) of every living process that carries the job's mark."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if f"{_MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
                     found.append((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")))
-            except OSError:  # ended meanwhile
+            except OSError:
+                # The process has ended meanwhile.
                 continue
         return found
 
@@ -121,7 +124,7 @@ def _parent(pid: int) -> int:
 
 
 def make_clips(root: Path) -> Path:
-    """The shapes with 40 clips to train on and 20 to evaluate."""
+    """Write the shapes data set with 40 training and 20 validation clips."""
     command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
     subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
     return root
@@ -130,7 +133,7 @@ def make_clips(root: Path) -> Path:
 def start_training(
     world: World, log: Path, *overrides: str, rank_variable: str | None = None, program: str = "train.py"
 ) -> RunningJob:
-    """Start train.py in a world; with `rank_variable` each rank gets `seed=` that variable: ranks that disagree."""
+    """Start train.py in a world; `rank_variable` sets each rank's `seed=` from that variable, so that ranks disagree."""
     if rank_variable is None:
         return RunningJob(world.command(program, *overrides), world.environment, log)
     script = log.with_suffix(".py")
@@ -142,7 +145,7 @@ def start_training(
 
 
 def wait_for_record(metrics: Path, kind: str, limit_s: float = 120, step: int = 0) -> None:
-    """Wait until a run has written a record of this kind, of this step or a later one."""
+    """Wait until a run has written a record of this kind at this step or later."""
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         records = read_metrics(metrics) if metrics.exists() else []
@@ -153,7 +156,7 @@ def wait_for_record(metrics: Path, kind: str, limit_s: float = 120, step: int = 
 
 
 def differing(one: Path, other: Path, step: int) -> list[str]:
-    """What is not bit-equal in the last checkpoints of two runs, which must be of this step."""
+    """Return the names of tensors that are not bit-equal in the last checkpoints of two runs, both of this step."""
     ours, theirs = last_checkpoint(one, step), last_checkpoint(other, step)
     names = sorted(ours.keys() | theirs.keys())
     return [
@@ -162,7 +165,7 @@ def differing(one: Path, other: Path, step: int) -> list[str]:
 
 
 def last_checkpoint(run: Path, step: int) -> dict[str, Tensor]:
-    """Everything that the last checkpoint of a run holds, which must be of this step."""
+    """Return the tensors of a run's last checkpoint, which must be of this step."""
     checkpoint, broken = load_newest(run / "checkpoints")
     assert checkpoint is not None and not broken, broken
     assert checkpoint.state["step"] == step

@@ -1,7 +1,8 @@
-"""The authors' networks, defined a second time: slowly, plainly, and with the names of tensors that their files have.
+"""The authors' networks in a second, plain implementation with the tensor names of their checkpoint files.
 
-Written from the definition of mit-han-lab/temporal-shift-module (ops/models.py, ops/temporal_shift.py, ops/non_local.py,
-archs/mobilenet_v2.py, online_demo/mobilenet_v2_tsm.py) and from nothing of ours, so that the two can be held against each other.
+Written from the definition of mit-han-lab/temporal-shift-module (ops/models.py, ops/temporal_shift.py,
+ops/non_local.py, archs/mobilenet_v2.py, online_demo/mobilenet_v2_tsm.py) and independent of this project's code, so
+that tests can compare the two.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Shifted(nn.Module):
-    """A module behind a shift by one frame: an eighth of the channels from the next frame, an eighth from the one before."""
+    """A shift by one frame before a module: 1/8 of the channels from the next frame, 1/8 from the previous frame."""
 
     def __init__(self, net: nn.Module, frames: int, parts: int = 8) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class Shifted(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A stage behind a maximum over three frames at every second one; the number of frames is even."""
+    """A maximum over three frames, at every second frame, before a stage; the number of frames is even."""
 
     def __init__(self, net: nn.Module, frames: int) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class Pooled(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Attention of every position to every second one in height and width, with half the channels inside."""
+    """Attention from every position to every second position in height and width, with half the channels inside."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class NonLocal(nn.Module):
 
 
 class Attended(nn.Module):
-    """A residual block and a non-local block behind it."""
+    """A residual block followed by a non-local block."""
 
     def __init__(self, block: nn.Module, frames: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Attended(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block as one sequence: expand (unless the factor is 1), depthwise, project."""
+    """The block of MobileNetV2 as one sequence: expand (unless the factor is 1), depthwise, project."""
 
     def __init__(self, inside: int, outside: int, stride: int, factor: int) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Factor, channels, blocks and first stride of each stage as in Sandler et al., arXiv:1801.04381, table 2."""
+    """MobileNetV2; factor, channels, blocks and first stride of each stage from Sandler et al., arXiv:1801.04381, table 2."""
 
     STAGES = (
         (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
@@ -127,10 +128,10 @@ class MobileNetV2(nn.Module):
 
 
 class OnlineMobileNet(MobileNetV2):
-    """The online demo: one frame at a time, with the first eighth of the channels kept for the next frame."""
+    """The online demo: one frame at a time; the first eighth of the channels is kept for the next frame."""
 
     def step(self, frame: Tensor, caches: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """The logits of frame (N, 3, H, W), and what the next call needs; without caches the frame is the first."""
+        """Return the logits of a frame (N, 3, H, W) and the caches for the next call; no caches means the first frame."""
         kept: list[Tensor] = []
         shifted = self.shifted_blocks()
         x = frame
@@ -146,7 +147,7 @@ class OnlineMobileNet(MobileNetV2):
 
 
 class Official(nn.Module):
-    """`official(x)` for clips (N, T, 3, H, W) -> logits (N, classes)."""
+    """A network whose call maps clips (N, T, 3, H, W) to logits (N, classes)."""
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class Official(nn.Module):
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random statistics, scales and biases everywhere, so that nothing is a zero, a one or its neighbour's value."""
+    """Fill statistics, scales and biases with random values, so that none is 0 or 1 or equals its neighbour."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():

@@ -1,4 +1,4 @@
-"""What worker processes of prepare.py run in tests; in a file of its own because they import it by name."""
+"""Functions that worker processes of prepare.py run in tests; workers import them by name, so they need their own file."""
 
 import os
 import signal
@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def die_on_bad(item: str) -> str:
-    """Kill the own process on `kill`, on `once FILE` the first time only, exit on `exit`; raise on `raise`; otherwise echo."""
+    """Echo the item in upper case, or fail as the item says.
+
+    `kill` and `segfault` send a signal to this process, `once FILE` kills it the first time only, `exit` exits, `raise`
+    raises, and `sleep FILE` writes the pid and sleeps.
+    """
     if item == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if item == "segfault":

@@ -1,7 +1,7 @@
-"""A pytest plugin that says aloud what was not run: a green run on a small machine is less than a green run.
+"""A pytest plugin that lists what did not run, because a pass on a small machine covers less.
 
-At the end of a run it lists every skipped test with its reason, and the GPU tests that were left out. FORBID_SKIPS=1 in
-the environment turns a run with any skipped test into a failed one: for machines where everything should be there.
+At the end of a run it lists every skipped test with its reason, and the GPU tests that were deselected. FORBID_SKIPS=1
+in the environment makes a run with any skipped test fail. Use it on machines that have everything installed.
 """
 
 import os
@@ -14,47 +14,47 @@ TITLE = "SKIPPED (not run on this machine)"
 
 
 class SkipReport:
-    """Collects during the run, prints at its end."""
+    """A collector of skips that prints a summary at the end of the run."""
 
     def __init__(self) -> None:
         self.reasons: list[tuple[str, str]] = []
-        """(test or file, reason), as they come."""
+        """(test or file, reason), in order of arrival."""
         self.left_out: Counter[str] = Counter()
         """Deselected tests by marker."""
 
     @property
     def forbidden(self) -> bool:
-        """Has the caller asked that a skip be a failure, and was there one?"""
+        """Return whether the run must fail: FORBID_SKIPS=1 is set and a test was skipped."""
         return os.environ.get("FORBID_SKIPS") == "1" and bool(self.reasons)
 
     def note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        """Remember a skip. An expected failure is reported as a skip too, but it did run."""
+        """Record a skip; an expected failure is reported as a skip too, but it did run."""
         if report.skipped and not hasattr(report, "wasxfail"):
             text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.reasons.append((report.nodeid, text.removeprefix("Skipped: ")))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test, or its setup, skipped."""
+        """Record a skipped test or setup."""
         self.note(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A whole file skipped while it was imported."""
+        """Record a file that was skipped on import."""
         self.note(report)
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Tests that `-m` left out."""
+        """Count the tests that `-m` deselected."""
         for item in items:
             if marker := next((name for name in ("gpu", "fake_gpu", "slow") if item.get_closest_marker(name)), None):
                 self.left_out[marker] += 1
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Under FORBID_SKIPS=1 a run that would have passed fails."""
+        """Fail a run that would have passed if FORBID_SKIPS=1 and a test was skipped."""
         if self.forbidden and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """The block at the end."""
+        """Print the summary."""
         lines = [f"{test}: {reason}" for test, reason in self.reasons]
         if self.left_out["gpu"]:
             lines.append(f"{self.left_out['gpu']} GPU tests: {gpu_line()}")
@@ -76,8 +76,9 @@ class SkipReport:
 
 
 def gpu_line() -> str:
-    """Why the GPU tests did not run, and what would."""
-    import torch  # late: a run that leaves nothing out need not wait for it
+    """Return why the GPU tests did not run, and how to run them."""
+    # Imported here: a run that skips nothing need not wait for torch.
+    import torch
 
     if torch.cuda.is_available():
         return "left out by -m; make test-gpu runs them here"
@@ -85,5 +86,5 @@ def gpu_line() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One collector a run."""
+    """Register one collector per run."""
     config.pluginmanager.register(SkipReport(), "skip-report-collector")

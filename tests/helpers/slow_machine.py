@@ -1,6 +1,6 @@
-"""train.py on a slow machine: its first step, every batch that it computes and every file that it writes take long.
+"""Run train.py with delays in its first step, each batch and each fsync, to emulate a slow machine.
 
-`python tests/helpers/slow_machine.py OVERRIDES` in place of `python train.py OVERRIDES`
+Run `python tests/helpers/slow_machine.py OVERRIDES` in place of `python train.py OVERRIDES`.
 """
 
 import itertools
@@ -14,11 +14,12 @@ from typing import Any
 
 FIRST_STEP_S = 12.0
 BATCH_S = 1.0
-SYNC_S = 2.0  # of a file or a folder
+# Per file or folder.
+SYNC_S = 2.0
 
 
 def delayed(function: Callable[..., Any], *delays_s: float) -> Callable[..., Any]:
-    """The same, which takes longer: its first calls by these times, all behind them by the last."""
+    """Return a function with delays: one per call in this order, then the last delay for every further call."""
     waits_s = itertools.chain(delays_s, itertools.repeat(delays_s[-1]))
 
     def call(*arguments: Any, **options: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The emulated Slurm cluster for tests, as a pytest plugin: one of 4 nodes for the whole run, started by the first test that asks.
+"""An emulated Slurm cluster of 4 nodes as a pytest plugin, started once per run by the first test that needs it.
 
-A test that crashes a node, or changes its rate, disk, GPUs or environment, sets that right again: `with cluster.changed(...)`.
+A test that crashes a node, or changes its rate, disk, GPUs or environment, restores it: `with cluster.changed(...)`.
 """
 
 import os
@@ -33,7 +33,7 @@ ENDED = (
 
 
 def why_no_cluster() -> str | None:
-    """Why this machine cannot have one; None where it can."""
+    """Return why this machine cannot run the emulated cluster, or None if it can."""
     if os.geteuid() != 0:
         return "the emulated Slurm cluster needs root"
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
@@ -43,7 +43,7 @@ def why_no_cluster() -> str | None:
 
 
 class SlurmCluster:
-    """Slurm's commands with the environment of an emulated cluster, and what can befall its nodes."""
+    """Slurm's commands in the environment of an emulated cluster, and faults of its nodes."""
 
     def __init__(self, folder: Path, nodes: int, *options: str) -> None:
         self.folder = folder
@@ -53,13 +53,13 @@ class SlurmCluster:
         self.emulator("up", str(nodes), *options)
 
     def emulator(self, *arguments: str) -> str:
-        """Run cluster.sh; returns what it printed."""
+        """Run cluster.sh and return its output."""
         return self.run(str(_SCRIPT), *arguments).stdout
 
     def run(
         self, *command: str, limit_s: float = 120, check: bool = True, cwd: Path = CHECKOUT
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a program of the host, or Slurm's. Raises AssertionError, with the output, if it fails or takes too long."""
+        """Run a program; raise AssertionError with the output if it fails or exceeds the time limit."""
         try:
             ended = subprocess.run(
                 command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=limit_s
@@ -74,15 +74,15 @@ class SlurmCluster:
     # ---------------------------------------------------------------------------------------------------------------- jobs
 
     def srun(self, *arguments: str, limit_s: float = 60) -> list[str]:
-        """The lines that the tasks printed, sorted."""
+        """Return the lines that the tasks printed, sorted."""
         return sorted(self.run("srun", *arguments, limit_s=limit_s).stdout.splitlines())
 
     def sbatch(self, *arguments: str, cwd: Path = CHECKOUT) -> int:
-        """Submit a job; its number. (`sbatch --wait` looks after 2, 10, 42 and 162 seconds.)"""
+        """Submit a job and return its id (`sbatch --wait` polls after 2, 10, 42 and 162 seconds)."""
         return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd).stdout.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What Slurm knows of a job (JobState, Restarts, NodeList, ExitCode, ...). On a busy machine it may not answer at once."""
+        """Return Slurm's fields of a job (JobState, Restarts, NodeList, ...); retry while Slurm does not answer."""
         ask = ("scontrol", "--oneliner", "show", "job", str(job))
         for _ in range(5):
             asked = self.run(*ask, check=False)
@@ -93,7 +93,7 @@ class SlurmCluster:
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait_for_state(self, job: int, *states: str, limit_s: float = 120) -> dict[str, str]:
-        """Wait until the job is in one of the states, any in which it has ended if none is given."""
+        """Wait until the job is in one of the states; without states, until it has ended."""
         wanted = states or ENDED
         deadline_s = time.monotonic() + limit_s
         while (seen := self.job(job))["JobState"] not in wanted:
@@ -102,7 +102,7 @@ class SlurmCluster:
         return seen
 
     def cancel_all(self) -> None:
-        """End every job, and wait until its nodes are free."""
+        """Cancel every job and wait until the nodes are idle."""
         self.run("scancel", "--user=root")
         self.wait_until_idle()
 
@@ -113,7 +113,7 @@ class SlurmCluster:
         return dict(line.split() for line in lines)
 
     def wait_until_idle(self, limit_s: float = 60) -> None:
-        """Wait until no job runs and all nodes are there."""
+        """Wait until no job runs and all nodes are available."""
         deadline_s = time.monotonic() + limit_s
         while set((states := self.node_states()).values()) != {"idle"}:
             assert time.monotonic() < deadline_s, f"after {limit_s} s the nodes are {states}"
@@ -130,8 +130,11 @@ class SlurmCluster:
         gpu_answers: dict[int, str] | None = None,
         environment: dict[str, str] | None = None,
     ) -> Iterator[None]:
-        """While it lasts, a node is unlike the others: the rate of its link (`10mbit`), its disk `full` or `read-only`, a GPU gone,
-        what its GPUs say of themselves (lines FIELD=VALUE), variables of its tasks."""
+        """Change a node within a `with` block.
+
+        The changes are the rate of its link (`10mbit`), its disk (`full` or `read-only`), a missing GPU, the answers of
+        its GPUs (lines FIELD=VALUE), and environment variables of its tasks.
+        """
         gpus = self.folder / "nodes" / node / "gpu"
         tasks = self.folder / "nodes" / node / "disk" / "task_environment"
         if environment is not None:
@@ -158,7 +161,7 @@ class SlurmCluster:
 
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """4 nodes, n1..n4, of which a silent one is given up after 20 s."""
+    """A cluster of 4 nodes, n1..n4, that marks a node down after 20 s without an answer."""
     reason = why_no_cluster()
     if reason is not None:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""A disk that is full soon."""
+"""A small file system that fills up quickly."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def mounted(disk: Path, size: str) -> Iterator[Path]:
-    """A file system of this size (`100k`, `1m`) in a new folder. Skips the test where none can be mounted."""
+    """Mount a file system of this size (`100k`, `1m`) on a new folder; skip the test without permission to mount."""
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
@@ -19,4 +19,5 @@ def mounted(disk: Path, size: str) -> Iterator[Path]:
     try:
         yield disk
     finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a loaded tensor may still lie in its files
+        # Lazy, because a loaded tensor may still map one of its files.
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

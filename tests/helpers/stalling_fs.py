@@ -1,5 +1,7 @@
-"""A read-only view of a folder, as a file system whose reads block for as long as a marker exists: a file server that is gone. A
-marker with a number in it delays every opening of a file by so many seconds instead: one that is slow.
+"""A read-only view of a folder whose reads can block or slow down, as with a lost or slow file server.
+
+Reads block for as long as an empty marker file exists. A marker that contains a number delays each opening of a file by
+so many seconds instead.
 
 `python tests/helpers/stalling_fs.py FOLDER MOUNT MARKER` serves it until it is unmounted.
 """
@@ -14,7 +16,7 @@ import mfusepy
 
 
 class StallingFiles(mfusepy.Operations):
-    """Passes everything through to `folder`; `read` waits while `marker` is there, `open` as long as it says."""
+    """A FUSE file system over `folder`; an empty `marker` blocks `read`, and a number in it delays `open`."""
 
     use_ns = True
 
@@ -44,7 +46,7 @@ class StallingFiles(mfusepy.Operations):
         return os.pread(fh, size, offset)
 
     def _delay_s(self) -> float | None:
-        """None: for as long as the marker is as it is."""
+        """Return the delay of the marker, 0 without a marker, and None to block until the marker changes."""
         try:
             text = self._marker.read_text()
         except FileNotFoundError:
@@ -58,5 +60,5 @@ class StallingFiles(mfusepy.Operations):
 
 if __name__ == "__main__":
     folder, mount, marker = map(Path, sys.argv[1:])
-    # direct_io: no page of a file is kept, so that every read comes here.
+    # direct_io disables the page cache, so that every read reaches this process.
     mfusepy.FUSE(StallingFiles(folder, marker), str(mount), foreground=True, direct_io=True, ro=True)

@@ -1,4 +1,4 @@
-"""The project's own Trainer over random clips, for tests of steps on any device."""
+"""Trainers of this project over random clips, for tests of steps on any device."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,10 @@ CLIPS, CLASSES, FRAMES = 4, 5, 2
 
 
 def optimizer_of(network: nn.Module, name: str) -> torch.optim.Optimizer:
-    """An optimizer by its name in the configuration, or `nesterov`; `lars flat`, `lamb on a device`: GPUs' forms, anywhere."""
+    """Make an optimizer by its name in the configuration, or a variant of one.
+
+    `nesterov` is SGD with Nesterov momentum. `lars flat` and `lamb on a device` are the GPU variants on any device.
+    """
     config = OptimizerConfig(name=name.split()[0], weight_decay=1e-2, lr=1.0)
     if name == "nesterov":
         config = replace(config, name="sgd", nesterov=True)
@@ -61,9 +64,10 @@ def trainer_of(
     network_options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Trainer:
-    """A trainer in one process; `changes` replace fields of Trainer.
+    """Make a trainer in one process; `changes` replace fields of Trainer.
 
-    `bn_group`: clips in a group of batch norm (None: a micro-batch); `over_ranks`: groups of ranks, of which there is one.
+    `bn_group` is the number of clips in a batch-norm group (None: a micro-batch). `over_ranks` uses rank groups, of
+    which there is one.
     """
     backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device(device))
     schedule = Schedule(
@@ -103,7 +107,7 @@ def trainer_of(
 def batches_of(
     trainer: Trainer, step: int, damage: float | None = None, micro_step: int = 0, size: int = 32
 ) -> list[ClipBatch]:
-    """Random clips; `damage` goes into one number of the micro-step's video, so that its gradient or statistics overflow."""
+    """Return random clips; `damage` replaces one value of a micro-step's video, so that gradients or statistics overflow."""
     generator = torch.Generator().manual_seed(step)
     batches = []
     for number in range(trainer.execution.accumulation):

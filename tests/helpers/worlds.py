@@ -1,6 +1,6 @@
-"""Worlds of real processes for tests: one launch per (backend, size) runs every test body, each test then reads its result.
+"""Worlds of real processes: one launch per (backend, size) runs all test bodies, and each test reads its result.
 
-`python tests/helpers/worlds.py FOLDER` is what each process of a launch runs; bodies are in tests/world_cases/bodies.py.
+Each process of a launch runs `python tests/helpers/worlds.py FOLDER`; the bodies are in tests/world_cases/bodies.py.
 """
 
 import json
@@ -23,7 +23,7 @@ LAUNCH_LIMIT_S = 600
 
 @dataclass(frozen=True)
 class World:
-    """A launch: `launcher` is none, torchrun, horovodrun or mpirun."""
+    """A launcher (none, torchrun, horovodrun or mpirun) and a world size."""
 
     launcher: str
     size: int
@@ -34,7 +34,7 @@ class World:
 
     @property
     def missing(self) -> str | None:
-        """Why this machine cannot launch it."""
+        """Return why this machine cannot launch the world, or None."""
         if self.launcher in ("horovodrun", "mpirun") and not _horovod_is_built():
             return "Horovod is not built here (make horovod)"
         if self.launcher == "mpirun" and shutil.which("mpirun") is None:
@@ -42,7 +42,7 @@ class World:
         return None
 
     def command(self, *program: str) -> list[str]:
-        """The command line that runs a Python program with its arguments in this world."""
+        """Return the command line that runs a Python program with its arguments in this world."""
         python = sys.executable
         size = str(self.size)
         return {
@@ -54,7 +54,7 @@ class World:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Few threads and patient waiting: the machine has fewer cores than the world has processes."""
+        """The environment of a launch: few threads, and MPI that yields, because a machine has fewer cores than processes."""
         return os.environ | {
             "OMP_NUM_THREADS": "1",
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -76,7 +76,7 @@ WORLDS = [
 
 
 def available(world: World) -> World:
-    """The world, or a skipped test, with the reason, where this machine cannot launch it."""
+    """Return the world, or skip the test with the reason why this machine cannot launch it."""
     if world.missing:
         pytest.skip(world.missing)
     return world
@@ -90,13 +90,13 @@ def _horovod_is_built() -> bool:
 
 @dataclass(frozen=True)
 class Results:
-    """What the bodies of a launch returned, by body and rank."""
+    """The results that the bodies of a launch returned, by body and rank."""
 
     folder: Path
     by_rank: list[dict[str, Any]]
 
     def of(self, body: str) -> list[Any]:
-        """A body's result on each rank; fails with the body's own traceback where it raised."""
+        """Return a body's result on each rank; fail with the body's own traceback if it raised."""
         for rank, results in enumerate(self.by_rank):
             outcome = results.get(body, {"error": f"did not run: an earlier body failed ({list(results)[-1:]})"})
             if "error" in outcome:
@@ -105,7 +105,7 @@ class Results:
 
 
 def launch(world: World, folder: Path) -> Results:
-    """Run all bodies in a world. Raises AssertionError with the launch's output when it leaves results out."""
+    """Run all bodies in a world; raise AssertionError with the launch's output if results are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     command = world.command(str(Path(__file__)), str(folder))
     log = folder / "launch.log"
@@ -123,7 +123,7 @@ def launch(world: World, folder: Path) -> Results:
 
 
 def main(folder: Path) -> int:
-    """Run every body on this rank; the first that raises ends the launch, since the ranks are out of step then."""
+    """Run every body on this rank; the first exception ends the launch, because ranks are then at different calls."""
     sys.path.insert(0, str(CHECKOUT))
     from runtime.gc_freeze import frozen_imports
 
