@@ -1,4 +1,4 @@
-"""What each process of a test world does; tests/distributed/test_worlds.py checks what comes back. Results are plain JSON."""
+"""Test bodies that run on every rank of a test world and return plain JSON; tests/distributed/test_worlds.py checks it."""
 
 import functools
 import math
@@ -38,7 +38,7 @@ from .bodies_batch_norm import batch_norm_over_ranks
 
 CHECKOUT = Path(__file__).parents[2]
 
-# 20 steps of float64 over real clips: the design's equivalence test. 40 clips, 8 a step.
+# The design's equivalence test: 20 steps in float64 over 40 real clips, 8 per step.
 EQUIVALENCE = [
     "experiment=smoke",
     "logger=disabled",
@@ -60,7 +60,8 @@ EQUIVALENCE = [
 
 LARS = ["optimizer.name=lars", "optimizer.lr=4", "optimizer.label_smoothing=0.1"]
 AVERAGE = "optimizer.ema_decay=0.8"
-# name -> overrides; every one is trained in every world, the first with the published ResNet-18, the others with a narrow one
+# Name -> overrides. Every variant is trained in every world: the first with the published ResNet-18, the others with a
+# narrow one.
 VARIANTS = {
     "whole_world": ["numerics.channels_last=true"],
     "groups_of_4": [*LARS, "batch.bn_group=4", "batch.precise_bn_steps=2"],
@@ -82,7 +83,8 @@ def compose_config(*overrides: str) -> Config:
 
 def start(folder: Path) -> Context:
     register()
-    training.job.code_version = functools.cache(training.job.code_version)  # a second of each job that is built
+    # Saves a second for each job that is built.
+    training.job.code_version = functools.cache(training.job.code_version)
     torch.set_num_threads(1)
     topology = find_topology()
     backend = join_world(
@@ -92,12 +94,12 @@ def start(folder: Path) -> Context:
 
 
 def wait_for_all(backend: Backend) -> None:
-    """Return when every rank has called this."""
+    """Barrier: return when every rank has called this."""
     backend.all_gather_objects(None)
 
 
 def halves(size: int) -> list[list[int]]:
-    """The groups that all bodies do with, beside the whole world."""
+    """Return the rank groups that all bodies use in addition to the whole world."""
     return [list(range(size // 2)), list(range(size // 2, size))] if size > 1 else [[0]]
 
 
@@ -107,16 +109,17 @@ def config_for(context: Context, run_id: str, *overrides: str) -> Config:
 
 
 def narrowed(network: TemporalNetwork) -> TemporalNetwork:
-    """The same with a quarter of the channels, from random weights: as many tensors of the same names, a tenth of the time.
+    """Reduce a network to a quarter of its channels with random weights: the same tensor names, a tenth of the time.
 
-    Float64 is what the time goes into: its convolutions are slow, and a ResNet-18's 11 M parameters are sent and saved.
+    Float64 convolutions are slow, and a ResNet-18 has 11 M parameters to reduce and to save.
     """
     for name, module in list(network.named_modules()):
         small: nn.Module
         if isinstance(module, nn.Conv2d):
             channels = 3 if module.in_channels == 3 else module.in_channels // 4, module.out_channels // 4
             small = nn.Conv2d(*channels, module.kernel_size, module.stride, module.padding, bias=False)  # type: ignore[arg-type]
-            small._forward_pre_hooks = module._forward_pre_hooks  # the shift
+            # The temporal shift.
+            small._forward_pre_hooks = module._forward_pre_hooks
         elif isinstance(module, nn.BatchNorm2d):
             small = nn.BatchNorm2d(module.num_features // 4)
         elif isinstance(module, nn.Linear):
@@ -138,7 +141,7 @@ def job_of(context: Context, run_id: str, *overrides: str, narrow: bool = False)
 def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, ...] = (), narrow: bool = False) -> Job:
     """Train a run to its end (or max_steps) as train.py does; its checkpoint stays in the folder.
 
-    In the steps `spoiled` the last rank's clips are not finite.
+    In the steps `spoiled` the last rank's clips are non-finite.
     """
     job = job_of(context, run_id, *overrides, narrow=narrow)
     config, take_step = job.config, job.trainer.step
@@ -160,7 +163,10 @@ def trained(context: Context, run_id: str, *overrides: str, spoiled: tuple[int, 
 
 
 def equivalence(context: Context) -> dict[str, Any]:
-    """Train every variant; and what the trained network scores. Alone, also with groups of the whole batch in place of smaller."""
+    """Train every variant and return its evaluation scores.
+
+    A world of one process also trains the narrow variants with the whole batch as one group.
+    """
     scores = {}
     for name, overrides in VARIANTS.items():
         narrow = name != "whole_world"
@@ -177,7 +183,7 @@ def equivalence(context: Context) -> dict[str, Any]:
 
 
 def resumed(context: Context) -> bool:
-    """Go on from the checkpoint at step 10 of `groups_of_4`, as if that run had ended there; and save with every record."""
+    """Resume `groups_of_4` from its checkpoint at step 10, as if the run had ended there, and save with every record."""
     if context.backend.topology.rank == 0:
         half_way = "checkpoints/step-00000010"
         shutil.copytree(context.folder / "groups_of_4" / half_way, context.folder / "resumed" / half_way)
@@ -187,10 +193,11 @@ def resumed(context: Context) -> bool:
 
 
 def deterministic(context: Context) -> list[str]:
-    """Runs of 7 steps in the deterministic mode: which tensors differ in any bit when one saves on the way, and stops, and goes on.
+    """Return the tensors that differ in any bit, in deterministic mode, between an uninterrupted and a resumed run.
 
-    With batch norm over all ranks and within each where there are several. The run that is left alone saves nothing before its end;
-    the other saves behind steps 2, 4 and 6 too, and its first start ends behind step 3, within an epoch.
+    Each run has 7 steps, once with batch norm over all ranks and once within each rank. The uninterrupted run saves
+    only at its end. The other also saves after steps 2, 4 and 6, and its first start ends after step 3, within an
+    epoch.
     """
     options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
     differing = []
@@ -206,7 +213,7 @@ def deterministic(context: Context) -> list[str]:
 
 
 def collectives(context: Context) -> dict[str, Any]:
-    """Sums, broadcasts and gathers of known values."""
+    """Sum, broadcast and gather known values."""
     backend = context.backend
     rank, size = backend.topology.rank, backend.topology.size
     total = torch.full((3,), float(rank + 1), dtype=torch.float64)
@@ -227,7 +234,7 @@ def collectives(context: Context) -> dict[str, Any]:
 
 
 def running_statistics(context: Context) -> list[float]:
-    """Ghost groups with accumulation: running statistics after averaging are those of all groups of the step."""
+    """Average running statistics of ghost groups over accumulation: the result covers all groups of the step."""
     size, rank = context.backend.topology.size, context.backend.topology.rank
     norm = nn.Sequential(nn.BatchNorm2d(3)).double()
     convert_batch_norm(norm, context.backend, ghosts=4 // size, rank_groups=[], accumulation=2)
@@ -240,24 +247,24 @@ def running_statistics(context: Context) -> list[float]:
 
 
 def damaged(batch: ClipBatch, value: float) -> ClipBatch:
-    """The same clips, with a value in one place that no uint8 video could have."""
+    """Return the clips with one value that no uint8 video can hold."""
     video_NTCHW = batch.video_NTCHW.double()
     video_NTCHW[0, 0, 0, 7, 7] = value
     return replace(batch, video_NTCHW=video_NTCHW)
 
 
 def state_of(job: Job) -> dict[str, Tensor]:
-    """Copies of weights, running statistics and optimizer state."""
+    """Copy weights, running statistics and optimizer state."""
     network = job.trainer.network
     live = network.state_dict() | optimizer_tensors(network, job.trainer.optimizer)
     return {name: tensor.clone() for name, tensor in live.items()}
 
 
 def bad_steps(context: Context) -> dict[str, Any]:
-    """Three steps, the second of them spoiled on the last rank alone; and a run that only takes the first and third.
+    """Take three steps with non-finite clips on the last rank in the second, and compare with a run of steps 1 and 3.
 
-    Groups of 2 clips, so that batch norm is local in every world: the other ranks' running statistics stay numbers. With 1e200
-    variances overflow and the last rank's loss and gradients do not.
+    Groups of 2 clips keep batch norm local in every world, so the other ranks' running statistics stay finite. With
+    1e200 the variances overflow, but the last rank's loss and gradients stay finite.
     """
     backend = context.backend
     last = backend.topology.rank == backend.topology.size - 1
@@ -285,7 +292,7 @@ def bad_steps(context: Context) -> dict[str, Any]:
 
 
 def bad_steps_in_a_run(context: Context) -> list[str]:
-    """A run that recovers from three bad steps, and one that ends at the third in a row: what each rank hears.
+    """Recover from skipped steps in one run, and abort after three in a row in another; return each rank's outcome.
 
     Training records are due at steps 2, 4 and 6, checkpoints at 5 and 6.
     """
@@ -302,7 +309,7 @@ def bad_steps_in_a_run(context: Context) -> list[str]:
 
 
 def scaled_and_clipped(context: Context) -> float:
-    """Two steps with a loss scale and a limit on the norm that is always reached, from two micro-steps; the weights are kept."""
+    """Take two steps of two micro-steps with a loss scale and constant clipping; return the sum of absolute weights."""
     options = ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=0.1"]
     job = job_of(context, "none", *options, narrow=True)
     trainer = job.trainer
@@ -316,7 +323,7 @@ def scaled_and_clipped(context: Context) -> float:
 
 
 def measured_step(context: Context) -> dict[str, Any]:
-    """What diagnostics say of a step with LARS, clipping, a loss scale and micro-steps, beside the same by autograd alone."""
+    """Measure a step with LARS, clipping, a loss scale and micro-steps, and return the same values from plain autograd."""
     backend = context.backend
     options = ["batch.bn_group=2", "batch.micro_batch=2", "optimizer.name=lars", "optimizer.clip_norm=0.1"]
     job = job_of(context, "none", *options, narrow=True)
@@ -331,7 +338,8 @@ def measured_step(context: Context) -> dict[str, Any]:
         slot_N = job.execution.slots(backend.topology.rank, micro_step)
         network.dropout.seed_N = torch.from_numpy(dropout_seeds(job.recipe.seed, 0, slot_N))
         loss = nn.functional.cross_entropy(network(trainer.normalise(batch.video_NTCHW)), batch.label_N)
-        gradients = torch.autograd.grad(loss, list(network.parameters()))  # runs no hook of DDP or Horovod
+        # Runs no hook of DDP or Horovod.
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
         squares.append(sum(gradient.square().sum().item() for gradient in gradients))
         for total, gradient in zip(mean, gradients, strict=True):
             total += gradient / job.execution.accumulation / backend.topology.size
@@ -346,7 +354,7 @@ def measured_step(context: Context) -> dict[str, Any]:
 
 
 def fp16_compression(context: Context) -> dict[str, float]:
-    """Gradients whose mean fp16 can hold and whose sum, or largest part, it cannot."""
+    """Average gradients whose mean fits fp16 although their sum or largest part does not."""
     backend = context.backend
     rank, size = backend.topology.rank, backend.topology.size
 
@@ -371,7 +379,7 @@ def fp16_compression(context: Context) -> dict[str, float]:
 
 
 def reduced_gradients(context: Context) -> dict[str, list[float]]:
-    """Means over ranks of gradients that Horovod cannot take as they are: bf16, channels_last, of several micro-steps."""
+    """Average gradients that Horovod cannot reduce as they are: bf16, channels_last, over several micro-steps."""
     backend = context.backend
     value = float(backend.topology.rank + 1)
     means = {}
@@ -382,7 +390,8 @@ def reduced_gradients(context: Context) -> dict[str, list[float]]:
         reducer = backend.reducer(layer, ReducerOptions(accumulation=2))
         optimizer = _Plain(list(layer.parameters()), 1.0)
         nn.init.zeros_(layer.weight)
-        for _ in range(2):  # the second time there are gradients to take away
+        # In the second pass there are gradients to clear.
+        for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
             for last in (False, True):
                 with reducer.micro_step(last):
@@ -395,7 +404,7 @@ def reduced_gradients(context: Context) -> dict[str, list[float]]:
 
 
 class _Plain(torch.optim.Optimizer):
-    """Gradient descent whose rate has no default, so that it cannot be made again from its parameters alone."""
+    """Gradient descent whose rate has no default, so that the optimizer cannot be rebuilt from its parameters only."""
 
     def __init__(self, params: list[nn.Parameter], rate: float) -> None:
         super().__init__(params, {"rate": rate})
@@ -408,7 +417,7 @@ class _Plain(torch.optim.Optimizer):
 
 
 def disagreement(context: Context) -> str:
-    """The last rank comes with another seed: every rank must hear which key and rank."""
+    """Give the last rank another seed; every rank's error must name the key and the rank."""
     backend = context.backend
     config = config_for(context, "none")
     if backend.topology.size > 1 and backend.topology.rank == backend.topology.size - 1:
@@ -421,7 +430,7 @@ def disagreement(context: Context) -> str:
 
 
 def stop_reasons(context: Context) -> list[str]:
-    """After `agreed_stop` every rank gives a reason of its own too late: the first one, the last rank's, counts on all."""
+    """Request stops after `agreed_stop`: the last rank's reason came first and counts on all ranks."""
     own = f"too late, from rank {context.backend.topology.rank}"
     context.control.request_stop(own)
     wanted = "SIGUSR1" if context.backend.topology.size == 1 else own
@@ -431,7 +440,7 @@ def stop_reasons(context: Context) -> list[str]:
 
 
 def agreed_stop(context: Context) -> list[int]:
-    """The last rank wants to stop at step 3; every rank must stop after the same step."""
+    """Request a stop on the last rank at step 3; every rank must stop after the same step."""
     topology = context.backend.topology
     for step in range(20):
         context.backend.all_reduce_(torch.zeros(1), "test.step")
@@ -442,10 +451,11 @@ def agreed_stop(context: Context) -> list[int]:
 
 
 def no_leftovers(context: Context) -> bool:
-    """Rank 0 drops the runs' larger files, so that a test session does not fill the disk."""
+    """Remove the runs' larger files on rank 0, so that a test session does not fill the disk."""
     if context.backend.topology.rank == 0:
         for optimizer in context.folder.glob("*/checkpoints/*/optimizer.safetensors"):
-            optimizer.unlink(missing_ok=True)  # once by its own name, once by that of the best
+            # The link to the best checkpoint lists a file a second time.
+            optimizer.unlink(missing_ok=True)
         for run in context.folder.glob("deterministic-*"):
             shutil.rmtree(run)
     return True
@@ -466,7 +476,7 @@ BODIES: list[Callable[[Context], Any]] = [
     fp16_compression,
     reduced_gradients,
     no_leftovers,
-    # Last: a stop that was agreed on stays agreed on, and would end every later run.
+    # Last, because an agreed stop is final and would end every later run.
     agreed_stop,
     stop_reasons,
 ]

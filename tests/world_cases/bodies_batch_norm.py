@@ -1,4 +1,4 @@
-"""Batch norm over the ranks of a test world, in uneven parts, against torch's own on each group's clips together."""
+"""Compare batch norm over ranks with uneven parts with torch's batch norm over each group's clips together."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """A norm over inputs (clips, 3, *size); `halves`: each half of the world is a group of its own."""
+    """A norm over inputs (clips, 3, *size); with `halves` each half of the world is a group."""
 
     kind: type[Any]
     size: tuple[int, ...]
@@ -33,19 +33,20 @@ CASES = {
 
 
 def batch_norm_over_ranks(context: "Context") -> dict[str, float]:
-    """The largest relative difference of each case: outputs, gradients of inputs and parameters, running statistics."""
+    """Return each case's largest relative difference over outputs, gradients and running statistics."""
     return {name: _largest_difference(context, case) for name, case in CASES.items()}
 
 
 def _largest_difference(context: "Context", case: Case) -> float:
-    """Two steps of one layer; rank r has r + 2 clips, far from 0 and other than those of its neighbours."""
+    """Run two steps of one layer; rank r has r + 2 clips, far from 0 and from those of its neighbours."""
     backend = context.backend
     rank, world = backend.topology.rank, list(range(backend.topology.size))
     half = max(1, len(world) // 2)
     rank_groups = [world[:half], world[half:]] if case.halves and len(world) > 1 else [world]
     mine = next(group for group in rank_groups if rank in group)
 
-    torch.manual_seed(11)  # every rank makes the clips of all
+    # Every rank generates the clips of all ranks.
+    torch.manual_seed(11)
     plain = case.kind(3, affine=case.affine).double()
     for parameter in plain.parameters():
         nn.init.uniform_(parameter, 0.5, 2.0)
@@ -65,7 +66,8 @@ def _largest_difference(context: "Context", case: Case) -> float:
         )
         place = mine.index(rank)
         differences += [_difference(one, other.split(sizes)[place]) for one, other in zip(found, expected, strict=True)]
-    for name, parameter in plain.named_parameters():  # a rank has its part, and the reducer would add them up
+    # Each rank has its part of the gradient, which the reducer would sum.
+    for name, parameter in plain.named_parameters():
         grad_C = joined.get_parameter(f"0.{name}").grad
         assert grad_C is not None
         backend.all_reduce_(grad_C, "test.gradient", joined[0].layout.group)  # type: ignore[union-attr, arg-type]

@@ -1,4 +1,4 @@
-"""Two ranks of which rank 0 closes its backend at once, while the other still reduces in a group of its own."""
+"""Run two ranks: rank 0 closes its backend at once while rank 1 still reduces in its own group."""
 
 import sys
 import time
@@ -15,7 +15,8 @@ topology = find_topology()
 backend = make_backend("horovod", topology, torch.device("cpu"), timeout_s=60.0, rank_groups=[[0], [1]])
 group = backend.group([[0], [1]])
 if topology.rank == 1:
-    time.sleep(2.0)  # rank 0 is in close() by now
+    # Rank 0 is in close() by now.
+    time.sleep(2.0)
     for number in range(10):
         x = torch.ones(1000)
         backend.all_reduce_(x, f"late.{number}", group)

@@ -1,4 +1,4 @@
-"""Two ranks of which rank 1 is stopped, while rank 0 hands a tensor in: its other threads must go on meanwhile."""
+"""Run two ranks: rank 1 is stopped while rank 0 enqueues a tensor; other threads of rank 0 must continue."""
 
 import os
 import signal
@@ -28,7 +28,8 @@ if topology.rank == 0:
 
     threading.Thread(target=watch).start()
     os.kill(pids[1], signal.SIGSTOP)
-    time.sleep(1.0)  # Horovod's own thread has come to where it waits for rank 1, if it does
+    # If Horovod's thread waits for rank 1 at all, it has reached that point by now.
+    time.sleep(1.0)
     handing_in.set()
 x = torch.ones(3)
 backend.all_reduce_(x, "test.stopped")
