@@ -1,13 +1,15 @@
-"""A corpus of broken files, scanned as prepare.py does and then decoded as training and evaluation do, by PyAV, torchcodec and
-DALI, which decodes in the training process itself.
+"""Scan a corpus of broken files as prepare.py does, then train and evaluate on it with PyAV, torchcodec and DALI.
 
-python tests/soak/bad_corpus.py --files 1000 --decodes 20000 --json FILE      part of `make faults`
+    python tests/soak/bad_corpus.py --files 1000 --decodes 20000 --json FILE      part of `make faults`
 
-The manifest's rows are of a scan from before the damage; for every second file the row's size is then made that of the broken
-file, so that the decoder itself meets it. Some files are replaced while workers read them. Two rows of whole clips stand beside
-each row of the corpus, since training replaces what does not decode. Checked: no process dies, no batch takes longer than
-LIMIT_S, every file that must fail is named with a reason, whole ones never are, replacements follow the rule, an evaluation
-reports what is missing, and neither memory, open files nor threads of the workers grow.
+The manifest's rows are from a scan before the damage. For every second file the row's size is then set to that of the
+broken file, so that the decoder itself meets the damage. Some files are replaced while workers read them. For each row
+of the corpus there are two rows of whole clips, because training replaces clips that do not decode. DALI decodes in the
+training process itself.
+
+Checks: no process dies, no batch takes longer than LIMIT_S, every file that must fail is named with a reason, whole
+files are never named, replacements follow the rule, an evaluation reports missing clips, and memory, open files and
+threads of the workers do not grow.
 """
 
 import argparse
@@ -56,13 +58,18 @@ from tests.helpers.broken_files import (
 )
 from training.build.data import Loader
 
-LIMIT_S = 60.0  # of a batch of 4 clips, the start of workers included, on a busy machine
+# Per batch of 4 clips on a busy machine, including the start of workers.
+LIMIT_S = 60.0
 BATCH, WORKERS, SEED = 4, 2, 7
-WHOLE_ROWS = 2  # for each row of the corpus
-# What a worker may grow by from a run's second third to its last: for 20,000 decodes 8 KiB in each of its own.
-RSS_MIB, RSS_FROM = 12.0, 5000  # with fewer decodes of a decoder, workers are still warming up
-RSS_GROWTH_MIB = 200.0  # of a scanning process, at its peak, by the damage: pictures of 96 MB are in it
-# Of workers, and with DALI: what workers read ahead is in shared memory, a file each.
+# Per row of the corpus.
+WHOLE_ROWS = 2
+# Limit on a worker's memory growth from the second third of a run to its last third: for 20,000 decodes, 8 KiB per
+# decode of a worker.
+# Below this number of decodes per decoder, workers are still warming up.
+RSS_MIB, RSS_FROM = 12.0, 5000
+# Limit on the growth of a scanning process's peak memory by the damage, which includes images of 96 MB.
+RSS_GROWTH_MIB = 200.0
+# Limits for workers and for DALI: data that workers read ahead is in shared memory, one file each.
 FILES_GROWTH, THREADS_GROWTH = (2, 40), 0
 DALI = "dali"
 
@@ -71,16 +78,16 @@ WHOLE, BROKEN, EITHER = "whole", "broken", "either"
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to harm a clip, and what must be said of it."""
+    """A way to damage a clip, and the expected results."""
 
     scan: str
-    """WHOLE, BROKEN, or EITHER where it depends on the place of the damage."""
+    """Expected result: WHOLE, BROKEN, or EITHER if it depends on the place of the damage."""
     decode: str
-    """When the row has the size from before."""
+    """Expected result if the row has the size from before the damage."""
     same_size: str | None = None
-    """When the row has the size of what is there now; None: that is no case of its own."""
+    """Expected result if the row has the current size; None: the same as `decode`."""
     running: bool = False
-    """It happens while workers read."""
+    """The file is swapped while workers read it."""
 
 
 KINDS = {
@@ -113,12 +120,13 @@ class BrokenFile:
     kind: str
     scene: int
     follow: bool
-    """The row's size becomes that of the file that is there."""
+    """Set the row's size to that of the current file."""
 
     @property
     def scan_says(self) -> str:
         if self.kind == "wrong ending" and self.form.codec is None:
-            return BROKEN  # a PNG is no JPEG, whereas any video is found by its content
+            # A PNG is no JPEG, but a video's type is detected from its content.
+            return BROKEN
         return KINDS[self.kind].scan
 
     @property
@@ -126,7 +134,8 @@ class BrokenFile:
         kind = KINDS[self.kind]
         if self.form.codec is None:
             if self.kind in DAMAGE:
-                return EITHER  # the sampled frames may be whole ones
+                # The sampled frames may be undamaged.
+                return EITHER
             return BROKEN if self.kind == "wrong ending" else kind.decode
         return kind.same_size if self.follow and kind.same_size else kind.decode
 
@@ -144,7 +153,7 @@ def possible(form: Form, kind: str) -> bool:
 
 
 def make_files(folder: Path, corpus: Corpus, count: int, dice: random.Random) -> list[BrokenFile]:
-    """Whole clips for now; each form has each kind in turn, where it can have it."""
+    """Make whole clips; each form is combined with each possible kind in turn."""
     pairs = [(form, kind) for kind in KINDS for form in FORMS if possible(form, kind)]
     files = []
     for number in range(count):
@@ -160,7 +169,7 @@ def make_files(folder: Path, corpus: Corpus, count: int, dice: random.Random) ->
 
 
 def put_whole(corpus: Corpus, file: BrokenFile) -> None:
-    """The clip as it was before any damage; an odd one is odd from the start."""
+    """Write the clip as it is before any damage; unusual valid clips are unusual from the start."""
     kind = file.kind if file.kind in ("one frame", "variable rate", "rotated", "odd size", "10 bits") else "plain"
     if kind != "plain" and file.form.codec is None and kind != "one frame" and kind != "odd size":
         kind = "plain"
@@ -168,7 +177,7 @@ def put_whole(corpus: Corpus, file: BrokenFile) -> None:
 
 
 def harm(corpus: Corpus, file: BrokenFile, dice: random.Random) -> None:
-    """What befell the clip before the run; nothing for those that are odd, or that are harmed later."""
+    """Damage the clip before the run; leave unusual valid clips and those that are swapped later."""
     path = file.path
     if file.kind in DAMAGE:
         damage(path, file.kind, dice)
@@ -188,7 +197,7 @@ def harm(corpus: Corpus, file: BrokenFile, dice: random.Random) -> None:
 
 
 def swap(corpus: Corpus, file: BrokenFile) -> None:
-    """What befalls a clip while workers read it."""
+    """Replace a clip while workers read it."""
     if file.kind == "swapped, same size":
         put_other_of_same_size(file.path, corpus.model(file.form, "plain", (file.scene + 1) % 3))
     elif file.kind == "swapped, shorter":
@@ -197,16 +206,16 @@ def swap(corpus: Corpus, file: BrokenFile) -> None:
         put_folder(file.path)
 
 
-# ------------------------------------------------------------------------------------------------------------------ watching
+# --- Monitoring -------------------------------------------------------------------------------------------------------
 
 
 Sample = tuple[int, dict[int, tuple[float, int, int]]]
-"""(decodes so far, of each worker: MiB of memory, open files, threads)."""
+"""(decodes so far, and for each worker: MiB of memory, open files, threads)."""
 
 
 @dataclass
 class Watch:
-    """Memory, open files and threads of what decodes, over the decodes of a run: the workers, or with DALI this process."""
+    """Memory, open files and threads over the decodes of a run: of the workers, or with DALI of this process."""
 
     decoder: str
     samples: list[Sample] = field(default_factory=list)
@@ -222,9 +231,9 @@ class Watch:
         self.samples.append((decodes, workers))
 
     def growth(self) -> dict[str, float]:
-        """Of the worker that grew most, from the run's second third to its last.
+        """Return the growth of the worker that grew most, from the run's second third to its last.
 
-        What a worker holds goes up and down with the clips that it has in hand, but a leak raises the least that it ever holds.
+        A worker's memory varies with the clips in hand, but a leak raises its minimum.
         """
         third = len(self.samples) // 3
         before, behind = self.samples[third : 2 * third], self.samples[2 * third :]
@@ -248,7 +257,7 @@ def least(samples: list[Sample], pid: int, what: int) -> float:
 
 @contextmanager
 def time_limit(what: str) -> Iterator[Callable[[], None]]:
-    """Yields a function that starts the time anew; TimeoutError when LIMIT_S pass without a call."""
+    """Yield a function that restarts the timer; raise TimeoutError after LIMIT_S without a call."""
 
     def ring(number: int, frame: object) -> None:
         raise TimeoutError(f"{what}: nothing for {LIMIT_S} s")
@@ -267,20 +276,20 @@ def time_limit(what: str) -> Iterator[Callable[[], None]]:
 
 @dataclass
 class Outcome:
-    """What was seen; `wrong` is empty when all is as it must be."""
+    """The observations of a run; `wrong` is empty if all checks passed."""
 
     files: int
     of_kind: Counter[str] = field(default_factory=Counter)
     decodes: int = 0
     named_by_scan: Counter[str] = field(default_factory=Counter)
-    """Files by kind."""
+    """Number of files by kind."""
     missing: dict[str, Counter[str]] = field(default_factory=dict)
-    """In the evaluation, by decoder and kind."""
+    """Missing clips in the evaluation, by decoder and kind."""
     replaced: dict[str, Counter[str]] = field(default_factory=dict)
-    """In training: times, by decoder and kind."""
+    """Number of replacements in training, by decoder and kind."""
     growth: dict[str, dict[str, float]] = field(default_factory=dict)
     scan_peak_mib: tuple[float, float] = (0.0, 0.0)
-    """Of a scanning process, before the damage and with it."""
+    """Peak memory of a scanning process before and after the damage."""
     wrong: list[str] = field(default_factory=list)
 
     def check(self, holds: bool, what: str) -> None:
@@ -289,8 +298,7 @@ class Outcome:
 
 
 def scan(root: Path, files: list[BrokenFile]) -> tuple[Manifest, dict[str, str], float]:
-    """As prepare.py does it: the manifest of what is whole, the reason of each file that is left out, and the highest memory of
-    a scanning process, MiB."""
+    """Scan as prepare.py does; return the manifest, the reason for each excluded file, and the peak memory in MiB."""
     clips = [Clip(file.path, number % 5, f"line {number}") for number, file in enumerate(files)]
     peak = PeakOfChildren()
     peak.start()
@@ -302,7 +310,7 @@ def scan(root: Path, files: list[BrokenFile]) -> tuple[Manifest, dict[str, str],
 
 
 class PeakOfChildren(threading.Thread):
-    """The highest memory of any process that this one starts, looked at ten times a second."""
+    """The peak memory of any child process, sampled ten times per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -311,7 +319,8 @@ class PeakOfChildren(threading.Thread):
     def run(self) -> None:
         while not self._done.wait(0.1):
             for child in multiprocessing.active_children():
-                with suppress(OSError, KeyError):  # it ended just now
+                # The process has just ended.
+                with suppress(OSError, KeyError):
                     self.mib = max(self.mib, status_mib(child.pid, "VmHWM"))
 
     def stop(self) -> float:
@@ -330,7 +339,7 @@ def status_mib(pid: int | None, name: str) -> float:
 
 
 def run(root: Path, num_files: int, decodes: int, seed: int, decoders: tuple[str, ...]) -> Outcome:
-    """`decodes`: training clips and views of an evaluation over all decoders."""
+    """Run all checks; `decodes` counts training clips and evaluation views over all decoders."""
     dice, outcome = random.Random(seed), Outcome(num_files)
     scratch, folder = root / "models", root / "clips"
     scratch.mkdir()
@@ -402,7 +411,7 @@ def train(
     watch: Watch,
     alive: Callable[[], None],
 ) -> None:
-    """One stream of clips through one set of workers; a third of the way on, files are swapped under them."""
+    """Train on one stream of clips with one set of workers, and swap files after a third of it."""
     decoder = watch.decoder
     num_rows = len(source.manifest)
     batch_indices = [np.arange(first, first + BATCH) for first in range(0, decodes, BATCH)]
@@ -441,7 +450,7 @@ def check_record(outcome: Outcome, decoder: str, file: BrokenFile | None, row: i
 
 
 def check_rule(outcome: Outcome, batch: ClipBatch, epochs: list[int], rows: list[int], num_rows: int) -> None:
-    """Every clip is its own, or what the rule puts in its place, one failed candidate after the other."""
+    """Check that every clip is its own row or its replacement by the rule, after each failed candidate."""
     records = iter(batch.bad_clips)
     for epoch, row, got in zip(epochs, rows, batch.row_N.tolist(), strict=True):
         candidate, attempt = row, 0

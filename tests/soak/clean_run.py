@@ -1,8 +1,8 @@
-"""Jobs with nothing wrong with them, in which nobody may be said to hold the others up.
+"""Run jobs without faults, in which no rank may be reported as a straggler.
 
-python tests/soak/clean_run.py --steps 1000 --json FILE      torch and Horovod, 2 processes
+    python tests/soak/clean_run.py --steps 1000 --json FILE      torch and Horovod, 2 processes
 
-For a machine that has nothing else to do: another program would hold a rank up indeed.
+Run it on an idle machine: another program would slow a rank down and make it a straggler.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RUN = (
 
 @dataclass(frozen=True)
 class Clean:
-    """A run, and how often a rank was named in it."""
+    """A run, and the number of its straggler records."""
 
     world: str
     steps: int

@@ -1,9 +1,9 @@
-"""Runs that are killed at random moments, started again until they are done, and compared with a run that was left alone.
+"""Kill runs at random moments, restart them until they are done, and compare them with an uninterrupted run.
 
-python tests/soak/kill_runs.py --kills 50 --json FILE      `make faults`: torch and Horovod, 2 and 4 processes
+    python tests/soak/kill_runs.py --kills 50 --json FILE      `make faults`: torch and Horovod, 2 and 4 processes
 
-A kill is SIGKILL to one process of the job: a rank, or what decodes for it. The moment is random within a phase that is drawn:
-start-up, a step, the write of a checkpoint, an evaluation.
+A kill sends SIGKILL to one process of the job: a rank or one of its loader workers. The moment is random within a
+randomly chosen phase: start-up, a step, a checkpoint write or an evaluation.
 """
 
 import argparse
@@ -26,8 +26,10 @@ from tests.helpers.jobs import Ended, RunningJob, differing, make_clips, start_t
 from tests.helpers.worlds import World
 from training.telemetry.metrics_log import read_metrics
 
-LIMIT_S = 300.0  # of one start, on a busy machine
-END_S = 60.0  # for a job to end behind a kill
+# Per start, on a busy machine.
+LIMIT_S = 300.0
+# Time for a job to end after a kill.
+END_S = 60.0
 PHASES = ("start", "step", "checkpoint", "evaluation")
 WORLDS = (World("torchrun", 2), World("horovodrun", 2), World("torchrun", 4), World("horovodrun", 4))
 
@@ -36,25 +38,26 @@ RUN = (
     "batch.global_batch=8 batch.bn_group=4 schedule.epochs=4 schedule.warmup_epochs=0 evaluation.every_epochs=1 evaluation.batch=4 "
     "checkpoint.every_steps=2 checkpoint.allow_no_progress=true numerics.deterministic=true distributed.hang_timeout_s=120"
 ).split()
-STEPS = 20  # 40 clips
+# 40 clips, 8 per step, 4 epochs.
+STEPS = 20
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What was done to a start, and how it ended."""
+    """A kill of a start, and its outcome."""
 
     world: str
     phase: str
     victim: str
     from_step: int
     at_step: int
-    """Steps of which a record was there when the kill came."""
+    """The last step with a record at the time of the kill."""
     ended_s: float
     outcome: str
 
 
 class Run:
-    """One run in a folder of its own, in one world."""
+    """One run in its own folder, in one world."""
 
     def __init__(self, world: World, folder: Path, clips: Path) -> None:
         self.world, self.folder, self._clips = world, folder, clips
@@ -72,7 +75,7 @@ class Run:
         return max((record["step"] for record in records if record["kind"] == kind), default=0)
 
     def first_step(self) -> int:
-        """Where the newest start went on."""
+        """Return the step from which the newest start resumed."""
         provenance = self.folder / "provenance.json"
         return int(json.loads(provenance.read_text())[-1]["first_step"]) if provenance.exists() else 0
 
@@ -91,12 +94,13 @@ def undisturbed(world: World, folder: Path, clips: Path) -> Run:
 def killed_and_resumed(
     world: World, folder: Path, clips: Path, kills: int, dice: random.Random, tell: Callable[[Kill], None]
 ) -> Run:
-    """A run that is killed so many times, each in a start of its own, and then left to end; fewer if it ends before."""
+    """Kill a run so many times, once per start, then let it finish; kill it fewer times if it finishes earlier."""
     run = Run(world, folder, clips)
     for _ in range(kills):
         job = run.start()
         kill = _kill_in(run, job, dice)
-        if kill is None:  # it was done before the moment came
+        # The run finished before the kill.
+        if kill is None:
             break
         tell(kill)
     while not run.done:
@@ -128,7 +132,7 @@ def _kill_in(run: Run, job: RunningJob, dice: random.Random) -> Kill | None:
 
 
 def _wait_for(run: Run, job: RunningJob, phase: str, dice: random.Random) -> bool:
-    """Wait for a random moment of a phase; False when the run ended before."""
+    """Wait for a random moment of a phase; return False if the run ended before."""
     deadline_s = time.monotonic() + LIMIT_S
     if phase == "start":
         time.sleep(dice.uniform(0.5, 15.0))

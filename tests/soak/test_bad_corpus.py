@@ -1,4 +1,4 @@
-"""150 broken files, scanned, trained on and evaluated by every decoder; `make faults` takes 1,000 (tests/soak/bad_corpus.py)."""
+"""Scan, train on and evaluate 150 broken files with every decoder; `make faults` takes 1,000 (tests/soak/bad_corpus.py)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Six kills at random moments, over torch and Horovod: each run ends bit-equal to one that was left alone."""
+"""Kill runs six times at random moments, with torch and Horovod; each run must end bit-equal to an uninterrupted one."""
 
 import random
 from pathlib import Path
