@@ -1,4 +1,4 @@
-"""Imports: entry points and loader workers freeze theirs for the cyclic GC, and entry points are cheap to import."""
+"""Freeze imports of entry points and loader workers for the cyclic GC, and keep entry points cheap to import."""
 
 import gc
 import importlib
@@ -13,9 +13,11 @@ from pipelines.loading.worker_loader import ClipLoader, start_worker_server
 from runtime.gc_freeze import frozen_imports
 
 ROOT = Path(__file__).parents[2]
-TORCH_OBJECTS = 100_000  # fewer than any torch makes, more than a process without it has
+# Fewer than any torch creates, more than a process without torch has.
+TORCH_OBJECTS = 100_000
 
-# Runs an entry point up to its hydra.main, as `python train.py` does, and prints what the cyclic GC would scan.
+# Runs an entry point up to its hydra.main, as `python train.py` does, and prints the number of objects that the cyclic
+# GC scans.
 COUNT = """
 import gc, runpy, sys
 import hydra
@@ -44,14 +46,14 @@ def test_an_entry_points_imports_are_not_looked_at(program: str) -> None:
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plan.py", "prepare.py"])
 def test_a_worker_imports_an_entry_point_cheaply(program: str) -> None:
-    """As __mp_main__: only the standard library and runtime/, which is built on it."""
+    """Import only the standard library and runtime/ when an entry point is imported as __mp_main__."""
     command = [sys.executable, "-c", PACKAGES, program]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert set(loaded) - set(sys.stdlib_module_names) <= {"runtime"}
 
 
 class Collector(Dataset[tuple[int, bool, bool]]):
-    """A dataset that says what a worker's collector has to look at."""
+    """A dataset that reports the state of a worker's cyclic GC."""
 
     def __getitem__(self, item: int) -> tuple[int, bool, bool]:
         return gc.get_freeze_count(), gc.isenabled(), "pipelines.loading.worker_server" in sys.modules
@@ -75,7 +77,8 @@ def test_what_is_made_later_is_looked_at() -> None:
         del cycle
         assert gc.collect() >= 1
     finally:
-        gc.unfreeze()  # in the process of the tests nothing is to last
+        # Later tests in this process need an unfrozen GC.
+        gc.unfreeze()
 
 
 def test_an_import_that_fails_leaves_the_collector_on() -> None:

@@ -1,4 +1,4 @@
-"""runtime/: atomic writes, file locks, children that end with their parent."""
+"""Test runtime/: atomic writes, file locks, and children that end with their parent."""
 
 import os
 import select
@@ -126,7 +126,10 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_busy_child_ends_with_a_killed_parent(method: str, tmp_path: Path) -> None:
-    """Also a child of the fork server, which outlives the parent until its last worker has ended."""
+    """End a busy child when its parent is killed, even a fork server's child.
+
+    The fork server outlives the parent until its last worker has ended.
+    """
     program = tmp_path / "program.py"
     program.write_text(PARENT.format(method=method))
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}

@@ -1,4 +1,4 @@
-"""Triton is used where it can launch, and left out, with a warning that says the fix, where it cannot."""
+"""Use Triton where it can launch; elsewhere fall back to torch with a warning that names the fix."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tsm import shift
 
 @pytest.fixture(autouse=True)
 def _asked_again() -> Iterator[None]:
-    """As in a process of its own."""
+    """Clear the caches, so that each test decides again as a new process does."""
     caches = (triton_can_launch, shift._fused_shift, synchronized_norm_cuda.message_kernels)
     for cached in caches:
         cached.cache_clear()
@@ -23,7 +23,7 @@ def _asked_again() -> Iterator[None]:
 
 
 def driver_of_triton(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
-    """A machine on which Triton's driver starts, or fails so."""
+    """Emulate a machine on which Triton's driver starts, or fails with `error`."""
     triton = pytest.importorskip("triton")
 
     class Driver:
