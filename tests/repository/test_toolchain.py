@@ -1,4 +1,4 @@
-"""The pins, the Horovod build's decisions, and the report of skipped tests."""
+"""Check the pinned versions, the choices of the Horovod build, and the report of skipped tests."""
 
 import ast
 import dataclasses
@@ -22,19 +22,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINNED_PYTHON = (3, 11)
 GROUPS = ["core", *PROJECT["project"]["optional-dependencies"]]
 
-# Names that mean something else on PyPI than they seem to.
+# Names on PyPI that belong to other projects than they seem to.
 NOT_WHAT_THEY_SEEM = {"apex", "nvidia-dali"}
 
-# Where this project's Python lies ("" is the top), what it may import that the operator installs, and packages that are
-# imported under another name than they are installed.
+# Folders of this project's Python code ("" is the top), modules that the operator installs, and packages whose import
+# name differs from the name they are installed by.
 CODE = ("", "benchmarks", "distributed", "launch", "pipelines", "runtime", "slurm", "tests", "tools", "training", "tsm")
 OPERATORS_OWN = {"apex", "nvidia", "cv2", "decord"}
-TORCHS_OWN = {"triton"}  # torch's CUDA build brings it in the version that it needs, and other builds do without
+# torch's CUDA build installs the version that it needs; other builds do not need it.
+TORCHS_OWN = {"triton"}
 DISTRIBUTION = {"PIL": "pillow", "hydra": "hydra-core", "yaml": "pyyaml"}
 
 
 def pins() -> dict[str, str]:
-    """Package -> version of constraints.txt."""
+    """Return the version of each package in constraints.txt."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     matches = [(line, re.fullmatch(r"([a-z0-9-]+)==(\S+)", line)) for line in lines if line]
     assert all(match for _, match in matches), [line for line, match in matches if not match]
@@ -62,18 +63,19 @@ def test_misleading_names_are_nowhere() -> None:
 
 
 def test_the_environment_is_the_pinned_one() -> None:
-    """Another version than the pinned one here would test something that nobody else installs."""
+    """Fail on a version other than the pinned one: a test here would cover a version that users do not install."""
     from importlib.metadata import version
 
     if sys.version_info[:2] != PINNED_PYTHON:
         pytest.skip(f"constraints.txt pins versions for Python {'.'.join(map(str, PINNED_PYTHON))}")
     core = {name_of(line) for line in requirements(["core"])}
-    here = {name: version(name).split("+")[0] for name in core}  # without a tag such as +cpu
+    # Without a tag such as +cpu.
+    here = {name: version(name).split("+")[0] for name in core}
     assert here == {name: pins()[name] for name in core}
 
 
 def test_the_environment_lies_in_the_declared_ranges() -> None:
-    """On any Python, also where other versions than the pinned ones are installed."""
+    """Accept any version in the declared ranges, on any Python, even if it is not the pinned one."""
     from importlib.metadata import version
 
     from packaging.requirements import Requirement
@@ -88,7 +90,7 @@ def test_nothing_is_ever_installed_into_site_packages() -> None:
 
 
 def test_no_folder_of_tests_hides_a_package() -> None:
-    """With tests/ on the path, tests/distributed could stand in for distributed."""
+    """Keep tests/ off sys.path, where tests/distributed could shadow distributed."""
     assert (ROOT / "tests").resolve() not in {Path(folder).resolve() for folder in sys.path}
     for folder in ("distributed", "pipelines", "runtime", "tests", "tools", "training", "tsm"):
         spec = importlib.util.find_spec(folder)
@@ -96,7 +98,7 @@ def test_no_folder_of_tests_hides_a_package() -> None:
 
 
 def imported_packages(source: str) -> set[str]:
-    """Top-level names that a source file imports, anywhere in it."""
+    """Return the top-level names that a source file imports anywhere."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -107,7 +109,7 @@ def imported_packages(source: str) -> set[str]:
 
 
 def test_every_import_is_named_in_pyproject() -> None:
-    """Else it works only as long as some other package happens to bring it."""
+    """Require every import in pyproject.toml; otherwise it works only while another package installs it."""
     ours = {path.stem if path.is_file() else path.name for path in ROOT.iterdir()}
     named = {name_of(line) for line in requirements(GROUPS)}
     for folder in CODE:
@@ -148,7 +150,7 @@ def test_cxx_standard_of_an_unreadable_version() -> None:
 
 
 def example_key() -> choose.CacheKey:
-    """A key like those in use."""
+    """Return a typical cache key."""
     return choose.CacheKey(
         horovod="0.28.1",
         torch="2.14.1+cu130",
@@ -183,12 +185,12 @@ def test_recipe_changes_with_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cuda_torch(folder: Path, cuda: str | None = "13.0") -> choose.Torch:
-    """A torch that is only described."""
+    """Return the description of a torch that is not installed."""
     return choose.Torch("2.14.1+cu130", cuda, 1, folder / "site-packages/torch")
 
 
 def write_nvcc(folder: Path, release: str) -> Path:
-    """A toolkit whose nvcc can say what it is and nothing else."""
+    """Write a CUDA toolkit whose nvcc only reports its version."""
     nvcc = folder / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(
@@ -253,13 +255,14 @@ def test_torchs_nccl_comes_before_the_systems(tmp_path: Path, monkeypatch: pytes
 
 
 def test_half_toolkits_are_laid_out_as_one(tmp_path: Path) -> None:
-    """The compiler of one folder with the libraries of another, under the plain names that linkers ask for."""
+    """Combine the compiler of one folder with the libraries of another, under the plain names that linkers search for."""
     for name in ("compiler/include/cuda.h", "compiler/bin/nvcc", "wheel/include/cuda.h", "wheel/lib/libcudart.so.13"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     home = toolkits.lay_out_cuda([tmp_path / "compiler", tmp_path / "wheel"], tmp_path / "cuda")
     assert (home / "include/cuda.h").read_text() == "compiler/include/cuda.h"
-    assert (home / "bin/../lib64/libcudart.so").read_text() == "wheel/lib/libcudart.so.13"  # as nvcc looks for it
+    # As nvcc searches for it.
+    assert (home / "bin/../lib64/libcudart.so").read_text() == "wheel/lib/libcudart.so.13"
     assert (home / "bin/nvcc").read_text() == "compiler/bin/nvcc"
     assert (home / "lib64/libcudart.so").read_text() == "wheel/lib/libcudart.so.13"
 
@@ -273,7 +276,7 @@ def test_a_source_that_is_not_the_known_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_edit_is_made(tmp_path: Path) -> None:
-    """Also the one for the driver's library: compute nodes have libcuda.so.1 and often no libcuda.so."""
+    """Apply every source edit, including the driver's library: compute nodes have libcuda.so.1 but often no libcuda.so."""
     for name, old, _ in recipe.SOURCE_EDITS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"before\n  {old}\nafter\n")
@@ -293,7 +296,7 @@ def test_a_failed_command_shows_log_and_fix(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_leaves_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second caller must not find half of one."""
+    """Leave no partial wheel after a failed build, so that the next caller does not find one."""
 
     def fail(work: Path, log: Path) -> Path:
         (work / "wheel").mkdir()
@@ -314,7 +317,7 @@ def test_a_failed_build_leaves_no_wheel(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_wheel_without_its_compiled_part_is_refused(tmp_path: Path) -> None:
-    """Horovod's own build succeeds with such a wheel where a path holds a plus sign."""
+    """Refuse a wheel without the compiled library, which Horovod's build produces if a path contains a plus sign."""
     log = tmp_path / "build.log"
     log.write_text("all went well\n")
     wheel = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
@@ -345,7 +348,7 @@ def test_installed_horovod_reduces_over_two_processes() -> None:
 
 @pytest.mark.slow
 def test_installed_horovod_opens_the_drivers_own_library() -> None:
-    """The edit of horovod/torch/cuda_util.cc has reached the binary."""
+    """Check the edit of horovod/torch/cuda_util.cc in the installed binary."""
     spec = importlib.util.find_spec("horovod")
     if spec is None or spec.origin is None:
         pytest.skip("Horovod is not installed; make horovod")
@@ -361,11 +364,12 @@ def test_installed_horovod_opens_the_drivers_own_library() -> None:
 
 
 def inner_pytest(folder: Path, test: str, forbid: bool) -> subprocess.CompletedProcess[str]:
-    """A pytest run of its own over one file, with the plugin and without this project's settings."""
+    """Run pytest on one file, with the plugin and without this project's settings."""
     (folder / "test_inner.py").write_text(test)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: g\n    slow: s\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FORBID_SKIPS": "1" if forbid else "0"}
-    environment |= {"PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # only this plugin, and quick
+    # Loads only this plugin and starts quickly.
+    environment |= {"PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [
         sys.executable,
         "-m",
@@ -424,7 +428,8 @@ def test_git_ignores_the_environment(tmp_path: Path, kind: str) -> None:
 
 # --- Layout -----------------------------------------------------------------------------------------------------------
 
-# A comment after a bracket that stands alone, or after the only line within brackets: the formatter split the code for it.
+# A comment after a closing bracket on its own line, or after the only line within brackets: the formatter split the
+# code because of it.
 COMMENT = r"  # (?!type:|noqa|fmt:).*"
 SPLIT_BY_A_COMMENT = re.compile(rf"^\s*[])}}]+[:,]?{COMMENT}|[\[({{]\n[^\n#]*[^\s,]{COMMENT}\n\s*[])}}]", re.MULTILINE)
 
