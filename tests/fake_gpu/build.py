@@ -1,8 +1,8 @@
-"""Builds the fake GPU and prints the folder of its two libraries: `python tests/fake_gpu/build.py`.
+"""Build the fake GPU and print the folder of its two libraries: `python tests/fake_gpu/build.py`.
 
-libfake_gpu.so is loaded before torch and stands in for the CUDA runtime, cuBLAS, cuDNN and NCCL; libcuda.so.1 stands in for
-the driver. Every function of these that torch could call and that no source here defines is generated: it prints its name and
-returns an error, so that nothing is passed over in silence.
+libfake_gpu.so is preloaded before torch and replaces the CUDA runtime, cuBLAS, cuDNN and NCCL. libcuda.so.1 replaces
+the driver. For every function that torch could call and that no source here defines, a stub is generated that prints
+its name and returns an error, so that no call is ignored silently.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
 PRELOADED = ("memory.c", "runtime.c", "libraries.c", "nccl.c", "calls.c")
 FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", "-Wall", "-Werror", "-Wno-deprecated-declarations")
-# The errors "not supported" of each API, for functions that are not implemented.
+# Each API's "not supported" error, for functions that are not implemented.
 NOT_SUPPORTED = {"cuda": 801, "__cuda": 801, "cublas": 15, "cudnn": 3000, "nccl": 3, "cu": 801}
 
 
 def site_folder(package: str) -> Path:
-    """The folder of an installed package, without importing it."""
+    """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
@@ -33,33 +33,33 @@ def site_folder(package: str) -> Path:
 
 
 def include_folders() -> list[Path]:
-    """Headers from the wheels that torch's CUDA build needs; Triton's has those that the runtime's leaves out."""
+    """Return header folders of the wheels of torch's CUDA build; Triton's wheel has headers that the runtime's lacks."""
     nvidia = site_folder("nvidia")
     found = [nvidia / "cu13/include", nvidia / "cudnn/include", nvidia / "nccl/include"]
     return [*found, site_folder("triton") / "backends/nvidia/include"]
 
 
 def symbols(library: Path, which: str) -> set[str]:
-    """A library's dynamic symbols, without their versions; `which` is nm's --undefined-only or --defined-only."""
+    """Return a library's dynamic symbols without versions; `which` is nm's --undefined-only or --defined-only."""
     listed = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True)
     return {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
 
 
 def wanted_symbols() -> set[str]:
-    """The functions of the CUDA libraries that torch's own libraries call."""
+    """Return the functions of the CUDA libraries that torch's libraries call."""
     libraries = sorted((site_folder("torch") / "lib").glob("lib*.so"))
     names = set().union(*(symbols(library, "--undefined-only") for library in libraries))
     return {name for name in names if re.match(r"__cuda|cuda[A-Z]|cublas|cudnn|nccl[A-Z]", name)}
 
 
 def wanted_driver_symbols() -> set[str]:
-    """The driver's functions that torch looks up by name."""
+    """Return the driver's functions that torch looks up by name."""
     library = (site_folder("torch") / "lib" / "libc10_cuda.so").read_bytes()
     return {name.decode() for name in re.findall(rb"\0(cu[A-Z][A-Za-z0-9]+)(?=\0)", library)}
 
 
 def unimplemented_source(names: set[str]) -> str:
-    """C code for functions that the sources here lack."""
+    """Return C code of stubs for functions that the sources here lack."""
     lines = ['#include "fake_gpu.h"']
     for name in sorted(names):
         error = next(error for prefix, error in NOT_SUPPORTED.items() if name.startswith(prefix))
@@ -68,7 +68,7 @@ def unimplemented_source(names: set[str]) -> str:
 
 
 def key() -> str:
-    """Names the build: the sources here and torch's version."""
+    """Return the build's key, a hash of the sources here and of torch's version."""
     digest = hashlib.sha256()
     for path in [*sorted(HERE.glob("*.[ch]")), Path(__file__)]:
         digest.update(path.read_bytes())
@@ -78,14 +78,15 @@ def key() -> str:
 
 
 def compile_library(target: Path, sources: list[Path], *options: str) -> None:
-    """One shared library; what it does not define is found in the process that loads it."""
+    """Compile one shared library; its undefined symbols are resolved in the process that loads it."""
     includes = [f"-I{folder}" for folder in (HERE, target.parent / "include", *include_folders())]
     subprocess.run(["gcc", *FLAGS, *includes, "-o", str(target), *map(str, sources), *options], check=True)
 
 
 def compile_into(folder: Path) -> None:
-    """Both libraries. Each is linked twice: what it defines decides what has to be generated."""
-    shim = folder / "include" / "nv" / "target"  # a C++ header that cuda_fp16.h asks for and that no wheel here has
+    """Compile both libraries; each is linked twice, because its defined symbols decide which stubs to generate."""
+    # A C++ header that cuda_fp16.h includes and that no installed wheel has.
+    shim = folder / "include" / "nv" / "target"
     shim.parent.mkdir(parents=True)
     shim.touch()
     sources = [HERE / name for name in PRELOADED]
@@ -102,7 +103,7 @@ def compile_into(folder: Path) -> None:
 
 
 def build() -> Path:
-    """The folder of the two libraries, built unless it is there."""
+    """Return the folder of the two libraries; build them if needed."""
     folder = CHECKOUT / "build" / f"fake_gpu-{key()}"
     if folder.exists():
         return folder
@@ -113,7 +114,8 @@ def build() -> Path:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         compile_into(scratch)
-        with contextlib.suppress(OSError):  # another process was faster
+        # Another process has built it meanwhile.
+        with contextlib.suppress(OSError):
             scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,5 +1,5 @@
-/* Calls of which the fake GPU only counts that they were made, and calls that succeed without any work. No CUDA header is
-   included here, so that no argument list has to be repeated: C callers leave it to the caller to clean up arguments. */
+/* Calls that the fake GPU only counts, and calls that succeed without any work. No CUDA header is included here, so that
+   argument lists need not be repeated: in the C calling convention the caller cleans up the arguments. */
 #include "fake_gpu.h"
 
 #define COUNTED(counter, name)               \

@@ -1,4 +1,4 @@
-"""The counters of the fake GPU in this process."""
+"""Counters of the fake GPU in this process."""
 
 import ctypes
 from collections.abc import Iterator
@@ -25,18 +25,18 @@ def _library() -> ctypes.CDLL:
 
 
 def is_loaded() -> bool:
-    """Whether this process runs on the fake GPU (tests/fake_gpu/run.sh)."""
+    """Return whether this process runs on the fake GPU (tests/fake_gpu/run.sh)."""
     return hasattr(ctypes.CDLL(None), "fake_gpu_count")
 
 
 def counts() -> dict[str, int]:
-    """All counters since the process started or since `counted` began."""
+    """Return all counters since the process started or since `counted` began."""
     return {name: _library().fake_gpu_count(name.encode()) for name in COUNTERS}
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Within it the counters start at 0; the dict is filled when it ends."""
+    """Reset the counters for a `with` block; the dict is filled when the block ends."""
     _library().fake_gpu_reset()
     found: dict[str, int] = {}
     yield found
@@ -44,7 +44,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def kernels_by_name() -> dict[str, int]:
-    """How often each of torch's kernels was launched, by its mangled name."""
+    """Return the number of launches of each of torch's kernels, by mangled name."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernels"
         _library().fake_gpu_write_kernels(str(path).encode())
@@ -53,6 +53,6 @@ def kernels_by_name() -> dict[str, int]:
 
 
 def calls(found: dict[str, int]) -> int:
-    """All that the host had to start on the device: launches, library calls, copies and memsets."""
+    """Count all operations that the host started on the device: launches, library calls, copies and memsets."""
     started = ("kernels", "convolutions", "batch_norms", "matrix_products", "collectives", "memsets")
     return sum(found[name] for name in (*started, "copies_to_device", "copies_to_host", "copies_on_device"))

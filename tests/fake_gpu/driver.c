@@ -1,4 +1,4 @@
-/* libcuda.so.1 of the fake GPU: what torch and Triton ask of the driver itself. */
+/* libcuda.so.1 of the fake GPU: the driver functions that torch and Triton call. */
 #include "fake_gpu.h"
 
 #include <cuda.h>
@@ -26,7 +26,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 233472; break;
         case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
-        default: *value = 1; /* what is asked otherwise is whether a feature is there */
+        default: *value = 1; /* all other queries ask whether a feature exists */
     }
     return CUDA_SUCCESS;
 }
@@ -76,7 +76,7 @@ CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
 
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 
-/* ---- kernels that Triton compiles: a function is its name ---- */
+/* ---- kernels that Triton compiles: the handle of a function is its name ---- */
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     *module = fake_gpu_handle();

@@ -1,9 +1,9 @@
-/* A GPU that computes nothing: what its parts share. See tests/fake_gpu/README.md. */
+/* Declarations shared by the parts of a GPU that computes nothing. See tests/fake_gpu/README.md. */
 #ifndef FAKE_GPU_H
 #define FAKE_GPU_H
 #include <stddef.h>
 
-/* What is counted. An entry here is a counter and its name for fake_gpu_count. */
+/* The counters. Each entry is a counter and its name for fake_gpu_count. */
 #define FAKE_GPU_COUNTERS(X)                                                                                       \
     X(kernels)           /* kernels launched by torch, Triton and the like */                                     \
     X(convolutions)      /* calls of cuDNN's convolutions */                                                       \
@@ -13,7 +13,7 @@
     X(copies_to_device)  /* from the host */                                                                       \
     X(copies_to_host)    /* from the device */                                                                     \
     X(copies_on_device)                                                                                            \
-    X(pageable_copies)   /* of those from and to the host: the ones whose host memory is not pinned; each waits */ \
+    X(pageable_copies)   /* copies from or to host memory that is not pinned; each waits                        */ \
     X(memsets)                                                                                                     \
     X(stream_waits)      /* the host waits for a stream or for the device */                                       \
     X(event_waits)       /* the host waits for an event and sleeps (cudaEventBlockingSync) */                      \
@@ -34,7 +34,7 @@ void fake_gpu_name_kernel(const void *function, const char *name);
 int fake_gpu_alloc(void **pointer, size_t bytes, int on_device); /* 0, or 2 (out of memory) in every API's numbering */
 void fake_gpu_free(void *pointer);
 int fake_gpu_on_device(const void *pointer); /* 1 device, 0 pinned host, -1 pageable host */
-int fake_gpu_range(const void *pointer, void **start, size_t *bytes); /* whether it lies in an allocation */
+int fake_gpu_range(const void *pointer, void **start, size_t *bytes); /* 1 if the pointer lies in an allocation */
 void fake_gpu_copy(void *to, const void *from, size_t bytes);
 long fake_gpu_bytes(int peak);
 int fake_gpu_unimplemented(const char *function, int error); /* prints the name, returns the error */

@@ -1,4 +1,4 @@
-"""Prints, on rank 0 of a Horovod job on the fake GPU, how often the host waited for the device in ten reductions."""
+"""Print, on rank 0 of a Horovod job on the fake GPU, the host's waits for the device in ten reductions."""
 
 import sys
 import time
@@ -20,10 +20,12 @@ def main() -> None:
     backend = HorovodBackend(topology, pick_device("cuda", topology), timeout_s=60)
     x = torch.zeros(1000, device=backend.device)
     for number in range(11):
-        if number == 1:  # the first makes communicators
+        # The first reduction creates communicators.
+        if number == 1:
             before = counts()
         backend.all_reduce_(x, f"reduction {number}")
-    time.sleep(0.2)  # Horovod's own thread counts too
+    # Horovod's background thread counts too.
+    time.sleep(0.2)
     after = counts()
     if topology.rank == 0:
         waits = sum(after[name] - before[name] for name in ("event_waits", "spinning_waits", "stream_waits"))

@@ -1,6 +1,6 @@
-/* cuBLAS and cuDNN of the fake GPU: calls are counted, and answered as far as torch looks at the answer.
+/* cuBLAS and cuDNN of the fake GPU: calls are counted, and return the values that torch reads.
 
-   Of cuDNN only the seventh interface: TORCH_CUDNN_V8_API_DISABLED=1 makes torch use it. */
+   Of cuDNN only the v7 API is implemented: TORCH_CUDNN_V8_API_DISABLED=1 makes torch use it. */
 #include "fake_gpu.h"
 
 #include <cublasLt.h>

@@ -1,4 +1,4 @@
-/* Memory, counters and handles of the fake GPU: device memory is host memory, copies copy at once, kernels are counted. */
+/* Memory, counters and handles of the fake GPU: device memory is host memory, copies are synchronous, kernels are counted. */
 #define _GNU_SOURCE
 #include "fake_gpu.h"
 
@@ -32,7 +32,7 @@ int fake_gpu_unimplemented(const char *function, int error) {
 
 void *fake_gpu_handle(void) {
     static long next = 1;
-    return (void *)(0x100000 + 16 * __sync_fetch_and_add(&next, 1)); /* an address that faults when somebody follows it */
+    return (void *)(0x100000 + 16 * __sync_fetch_and_add(&next, 1)); /* an address that faults when dereferenced */
 }
 
 /* ---- kernels, by the address of their host function ---- */
@@ -43,7 +43,7 @@ typedef struct {
     long count;
 } kernel;
 
-#define SLOTS (1u << 20) /* torch registers some 100,000 */
+#define SLOTS (1u << 20) /* torch registers about 100,000 */
 static kernel *kernels;
 
 static kernel *kernel_of(const void *function) {

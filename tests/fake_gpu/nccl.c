@@ -1,4 +1,4 @@
-/* NCCL of the fake GPU: communicators that send nothing. Each rank gets back what it sent. */
+/* NCCL of the fake GPU: communicators send nothing. Each rank receives what it sent. */
 #include "fake_gpu.h"
 
 #include <nccl.h>
@@ -6,7 +6,7 @@
 #include <string.h>
 
 typedef struct {
-    int size; /* of its ranks; 0 where it is not known: of a communicator that was split off */
+    int size; /* number of ranks; 0 if unknown, in a communicator from ncclCommSplit */
 } communicator;
 
 static ncclResult_t make(ncclComm_t *made, int size) {

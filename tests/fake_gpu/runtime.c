@@ -1,4 +1,4 @@
-/* The CUDA runtime of the fake GPU: an H100 of compute capability 9.0 on which every call is done when it returns. */
+/* The CUDA runtime of the fake GPU: an H100 of compute capability 9.0 on which every call is synchronous. */
 #define _GNU_SOURCE
 #include "fake_gpu.h"
 
@@ -109,7 +109,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
         case cudaDevAttrWarpSize: *value = properties.warpSize; break;
         case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
         case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
-        default: *value = 1; /* what is asked otherwise is whether a feature is there */
+        default: *value = 1; /* all other queries ask whether a feature exists */
     }
     return cudaSuccess;
 }
@@ -230,7 +230,7 @@ cudaError_t cudaDeviceSynchronize(void) { return cudaStreamSynchronize(0); }
 
 typedef struct {
     unsigned flags;
-} event; /* what a cudaEvent_t of this GPU points to */
+} event; /* target of a cudaEvent_t of this GPU */
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *made, unsigned flags) {
     event *fresh = malloc(sizeof *fresh);
@@ -354,7 +354,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const voi
     return cudaSuccess;
 }
 
-/* ---- errors, and the way to the driver ---- */
+/* ---- errors and driver entry points ---- */
 
 cudaError_t cudaGetLastError(void) {
     cudaError_t error = last_error;
@@ -376,7 +376,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetDriverEntryPointByVersion(
     const char *name, void **function, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *status
 ) {
-    static const char *const suffixes[] = {"", "_v2", "_v3"}; /* of functions whose arguments have changed since they began */
+    static const char *const suffixes[] = {"", "_v2", "_v3"}; /* of functions whose signatures have changed */
     void *driver = dlopen("libcuda.so.1", RTLD_NOW);
     char symbol[128];
     *function = NULL;
