@@ -18,7 +18,8 @@ def interpreted() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is decorated
+        # Triton reads the variable when a kernel is decorated.
+        patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""Batch norm over groups of clips, against torch's own and against float64. Worlds of several processes: test_worlds.py."""
+"""Batch norm over groups of clips agrees with torch's and with float64 references. Multi-process tests: test_worlds.py."""
 
 import copy
 from collections.abc import Callable
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 class CountingBackend(SingleBackend):
-    """A world of one that notes what it is asked to send."""
+    """Backend of a world of one that records the name and size of each all-reduce."""
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(ALONE, torch.device(device))
@@ -43,7 +43,7 @@ class CountingBackend(SingleBackend):
 
 
 def alone(x: Tensor, kind: str) -> None:
-    """The sum over a group of one rank."""
+    """All-reduce over a group of one rank: a no-op."""
 
 
 def random_norm(kind: type[Any], channels: int, **options: Any) -> nn.Module:
@@ -54,7 +54,7 @@ def random_norm(kind: type[Any], channels: int, **options: Any) -> nn.Module:
 
 
 def synchronized(norm: nn.Module) -> Any:
-    """A copy that takes the path over ranks, in a group of one."""
+    """Copy of the norm that uses the synchronized path, in a group of one."""
     holder = nn.Sequential(copy.deepcopy(norm))
     convert_batch_norm(holder, CountingBackend(), 1, [[0]], 1)
     return holder[0]
@@ -75,7 +75,8 @@ def test_every_shape_and_layout_gives_what_torch_gives(shape: str, affine: bool)
     plain = random_norm(kind, size[1], affine=affine)
     ours = synchronized(plain)
     x = (3 * torch.randn(size, dtype=torch.float64) + 2).contiguous(memory_format=memory_format)
-    grad = torch.randn(size, dtype=torch.float64)  # autograd's layout need not be that of the input
+    # Autograd may pass a gradient with another layout than the input's.
+    grad = torch.randn(size, dtype=torch.float64)
     (out, grad_x), (expected, expected_grad_x) = passed(ours, x, grad), passed(plain, x, grad)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_x, expected_grad_x, rtol=1e-11, atol=1e-12)
@@ -97,7 +98,7 @@ def test_a_part_of_a_tensor_is_taken_as_well() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
 def test_statistics_of_float32_lose_no_digits_far_from_zero(offset: float) -> None:
-    """Two unequal parts, joined as two ranks would; 1e4 standard deviations is where float32 inputs have few digits left."""
+    """Two unequal parts are joined as two ranks would. At 1e4 standard deviations float32 inputs keep few digits."""
     x_BCHW = torch.randn(64, 8, 8, 8, generator=torch.Generator().manual_seed(0)) + offset
     messages: list[Tensor] = []
     for part_BCHW in x_BCHW.split((20, 44)):
@@ -195,7 +196,7 @@ def test_the_plan_says_what_a_step_sends(dtype: torch.dtype, partial_bn: bool) -
 
 
 def test_what_a_resnet50_sends_is_known() -> None:
-    """53 layers of 26,560 channels: (2C + 1) float64 forward, 2C float32 backward."""
+    """A ResNet-50 has 53 norms with 26,560 channels: (2C + 1) float64 forward, 2C float32 backward."""
     execution = Execution(world=2, global_batch=2, micro_batch=1, accumulation=1, bn_ghosts=1, bn_ranks=2)
     with torch.device("meta"):
         network = build_network("resnet50", 400)
@@ -240,7 +241,8 @@ def test_conversion_of_a_network_keeps_its_tensors_modes_and_what_is_frozen() ->
     convert_batch_norm(network, CountingBackend(), 2, [], 1)
     after = network.state_dict(keep_vars=True)
     assert list(after) == list(tensors)
-    assert all(after[name] is tensors[name] for name in tensors)  # so also of the same type, on the same device
+    # The same objects, so dtype and device are unchanged too.
+    assert all(after[name] is tensors[name] for name in tensors)
     assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == learns
     assert {name: module.training for name, module in network.named_modules()} == modes
     assert not any(type(module) in (nn.BatchNorm2d, nn.BatchNorm3d) for module in network.modules())
@@ -317,7 +319,7 @@ def small_network() -> nn.Sequential:
 
 
 def population_by_hand(network: nn.Sequential, groups: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance in front of each norm over all groups, each layer normalising group by group (arXiv:2105.07576)."""
+    """Mean and variance before each norm over all groups, with each layer normalised per group (arXiv:2105.07576)."""
     first, second = network[1], network[5]
     assert isinstance(first, nn.BatchNorm2d)
     assert isinstance(second, nn.BatchNorm2d)
@@ -326,7 +328,8 @@ def population_by_hand(network: nn.Sequential, groups: list[Tensor]) -> list[tup
         inputs[0].append(network[0](x_BCHW))
         mean_1C11, var_1C11 = inputs[0][-1].mean((0, 2, 3), True), inputs[0][-1].var((0, 2, 3), False, keepdim=True)
         normal_BCHW = (inputs[0][-1] - mean_1C11) / (var_1C11 + first.eps).sqrt()
-        inputs[1].append(network[4](normal_BCHW.relu()))  # weight 1, bias 0, no dropout
+        # Weight is 1, bias is 0, and dropout is off.
+        inputs[1].append(network[4](normal_BCHW.relu()))
     return [
         (torch.cat(seen).mean((0, 2, 3)).detach(), torch.cat(seen).var((0, 2, 3), correction=0).detach())
         for seen in inputs
@@ -337,7 +340,7 @@ def population_by_hand(network: nn.Sequential, groups: list[Tensor]) -> list[tup
     ("ghosts", "rank_groups"), [(1, []), (2, []), (1, [[0]])], ids=["local", "ghosts", "over_ranks"]
 )
 def test_recomputed_statistics_are_those_of_all_groups(ghosts: int, rank_groups: list[list[int]]) -> None:
-    """For groups of one size, E[mean^2 + var] - E[mean]^2 over groups is the variance of all values together."""
+    """For groups of equal size, E[mean^2 + var] - E[mean]^2 over groups is the variance of all values together."""
     network = small_network()
     batches = [torch.randn(4, 3, 9, 9, dtype=torch.float64) * scale + scale for scale in (1, 2, 3)]
     expected = population_by_hand(copy.deepcopy(network), [part for batch in batches for part in batch.chunk(ghosts)])
@@ -444,9 +447,10 @@ def test_a_gpu_never_makes_the_host_wait(shape: str, dtype: torch.dtype) -> None
     )
     x = torch.randn(size, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
     grad = torch.randn_like(x)
-    passed(ours, x, grad)  # compiles kernels
+    # Warm up: compiles the kernels.
+    passed(ours, x, grad)
     try:
-        # Inside the try: setting the mode warns, and a warning that is an error must not leave the mode on.
+        # Setting the mode warns. Where warnings are errors the mode would stay on, so set it inside the try.
         torch.cuda.set_sync_debug_mode("error")
         out, grad_x = passed(ours, x, grad)
     finally:

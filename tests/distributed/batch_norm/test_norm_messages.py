@@ -1,4 +1,4 @@
-"""The message of batch norm over ranks: in torch's operators, and by Triton kernels in Triton's interpreter."""
+"""The message of batch norm over ranks, by torch operators and by Triton kernels in Triton's interpreter."""
 
 import re
 from types import ModuleType
@@ -15,7 +15,7 @@ DECAY, GAIN = 0.7, 0.3
 
 
 def parts(channels: int, dtype: torch.dtype, offset: float = 3.0) -> list[Tensor]:
-    """Two ranks' values, of unlike sizes and means, (values, C)."""
+    """Values of two ranks, with different counts and means, (values, C)."""
     generator = torch.Generator().manual_seed(channels)
     scale_C = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
     sizes_and_offsets = ((37, offset), (90, 2 * offset))
@@ -79,7 +79,7 @@ def test_without_running_statistics_the_rest_is_the_same(messages: ModuleType) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernels_give_what_torch_gives(interpreted: ModuleType, dtype: torch.dtype) -> None:
-    """Far from zero too, where digits are lost if either computes the message in float32."""
+    """Kernels and torch also agree far from zero, where a float32 message would lose digits."""
     tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 3e-7, "atol": 1e-7}
     for offset in (0.0, 1e3):
         parts_VC = parts(200, dtype, offset)
@@ -92,16 +92,18 @@ def test_the_kernels_give_what_torch_gives(interpreted: ModuleType, dtype: torch
 
 
 def test_counts_beyond_int32_are_exact(messages: ModuleType) -> None:
-    total = 9_864_000_005  # 1,536 GPUs with 64 clips of 8 frames of 112 x 112 pixels, and some
+    # 1,536 GPUs with 64 clips of 8 frames of 112 x 112 pixels, plus a few.
+    total = 9_864_000_005
     message = torch.tensor([0.0, total, total], dtype=torch.float64)
     statistics = messages.unpack_statistics(message, torch.float32, EPS, None)
     assert statistics.count_parts.shape == (COUNT_PARTS,)
     assert statistics.count_parts.sum(dtype=torch.int64) == total
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, Triton's interpreter
+# numpy warns inside Triton's interpreter.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_variances_are_not_negative_and_stay_nan(messages: ModuleType) -> None:
-    """A constant channel, whose variance rounding makes negative, and one that has overflowed: the guard has to see that."""
+    """Rounding makes the variance of a constant channel negative: clamp it. An overflowed channel stays NaN for the guard."""
     n, mean_C = 10.0, torch.tensor([1e5 + 0.1, float("nan"), float("inf")], dtype=torch.float64)
     second_C = mean_C.square() * (1 - 1e-15)
     message = torch.cat([n * mean_C, n * second_C, torch.tensor([n], dtype=torch.float64)])

@@ -1,4 +1,4 @@
-"""Batch norm over ranks as CUDA computes it: its formulas on CPUs, with torch's kernels written out."""
+"""Batch norm over ranks on CUDA: the formulas of torch's kernels, on the CPU."""
 
 import threading
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def backward_elemt(
 
 
 def update_stats(x_BC: Tensor, running_mean_C: None, running_var_C: None, momentum: float) -> tuple[Tensor, Tensor]:
-    """`torch.batch_norm_update_stats` as on CUDA, where statistics of half precision are float32."""
+    """`torch.batch_norm_update_stats` as on CUDA, where statistics of half-precision inputs are float32."""
     dims = [dim for dim in range(x_BC.dim()) if dim != 1]
     var_C, mean_C = torch.var_mean(x_BC if x_BC.dtype == torch.float64 else x_BC.float(), dims, correction=0)
     return mean_C, var_C
@@ -76,10 +76,11 @@ def update_stats(x_BC: Tensor, running_mean_C: None, running_var_C: None, moment
 
 @pytest.fixture
 def cuda_kernels(messages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA path on CPU tensors: torch's kernels are the formulas above."""
+    """Run the CUDA path on CPU tensors, with the formulas above in place of torch's kernels."""
     for function in (elemt, backward_reduce, backward_elemt, update_stats):
         monkeypatch.setattr(torch, f"batch_norm_{function.__name__}", function)
-    lock = threading.Lock()  # Triton's interpreter takes one kernel at a time
+    # Triton's interpreter runs one kernel at a time.
+    lock = threading.Lock()
 
     def alone(function: Callable[..., Any]) -> Callable[..., Any]:
         def locked(*arguments: Any) -> Any:
@@ -95,7 +96,7 @@ def cuda_kernels(messages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Ranks:
-    """Threads as ranks: each runs the same code, and sums meet at a barrier."""
+    """Threads as ranks: each runs the same code, and all-reduces meet at a barrier."""
 
     def __init__(self, size: int) -> None:
         self.parts: list[Any] = [None] * size
@@ -119,7 +120,8 @@ class Ranks:
             try:
                 return body(rank)
             except BaseException:
-                self.barrier.abort()  # or the others would wait for this rank
+                # Otherwise the other threads would wait for this rank.
+                self.barrier.abort()
                 raise
 
         with ThreadPoolExecutor(len(self.parts)) as pool:
@@ -147,7 +149,8 @@ def test_two_ranks_give_what_torch_gives_on_their_values_together(layout: str, a
     x_BC = (3 * torch.randn(size, dtype=torch.float64) + 2).contiguous(memory_format=memory_format).requires_grad_()
     grad_BC = torch.randn(size, dtype=torch.float64)
     plain(x_BC).backward(grad_BC)
-    ranks, sizes = Ranks(2), [3, 6]  # unlike parts
+    # Parts of unequal size.
+    ranks, sizes = Ranks(2), [3, 6]
     x_parts, grad_parts = x_BC.detach().split(sizes), grad_BC.split(sizes)
 
     def one_rank(rank: int) -> tuple[Tensor, ...]:
@@ -160,7 +163,8 @@ def test_two_ranks_give_what_torch_gives_on_their_values_together(layout: str, a
         out_BC.backward(grad_parts[rank])
         assert part_BC.grad is not None
         assert out_BC.stride() == part_BC.grad.stride() == part_BC.stride()
-        assert out_BC._base is None  # or a change of it in place would cost copies
+        # A view as output would make a later in-place operation copy.
+        assert out_BC._base is None
         return out_BC.detach(), part_BC.grad, *(p.grad for p in affine_C), update.mean_C, update.var_C  # type: ignore[misc]
 
     found = ranks.run(one_rank)
@@ -219,7 +223,7 @@ def test_a_layer_whose_input_needs_no_gradient_sends_none() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("clips")])
 def test_torchs_kernels_do_what_is_written_out_here(layout: str, dtype: torch.dtype) -> None:
-    """The formulas in which the tests above stand in for `torch.batch_norm_*`."""
+    """torch's CUDA kernels agree with the formulas that replace `torch.batch_norm_*` in the tests above."""
     size, memory_format = LAYOUTS[layout]
     x_BC = torch.randn(size, device="cuda").to(dtype).contiguous(memory_format=memory_format)
     grad_BC = torch.randn_like(x_BC)
