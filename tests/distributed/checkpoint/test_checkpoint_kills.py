@@ -57,7 +57,7 @@ import sys
 sys.path.insert(0, ".")
 from pathlib import Path
 from tests.helpers.checkpoint_kills import checkpoint
-from distributed.checkpoint_writer import CheckpointWriter
+from distributed.checkpoint.writer import CheckpointWriter
 writer = CheckpointWriter(Path(sys.argv[1]), keep=2)
 print("ready", flush=True)
 for step in range(int(sys.argv[2]), 10_000_000):
