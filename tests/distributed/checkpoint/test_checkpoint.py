@@ -1,4 +1,4 @@
-"""Checkpoints: the round trip, damage of any kind, a full disk, and that loading executes nothing."""
+"""Checkpoints: round trip, damaged files, a full disk, and loading without executing code."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ FILES = ("network.safetensors", "optimizer.safetensors", "state.json", "sha256.j
 
 
 def checkpoint(step: int, numbers: int = 6) -> Checkpoint:
-    """Every kind of tensor that a run has; its values tell the step."""
+    """Checkpoint with every kind of tensor that a run has; the values encode the step."""
     network = {
         "conv.weight": torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last) + step,
         "bn.running_mean": torch.full((numbers,), float(step), dtype=torch.float64),
@@ -41,7 +41,7 @@ def checkpoint(step: int, numbers: int = 6) -> Checkpoint:
 
 
 def save_checkpoint(folder: Path, saved: Checkpoint, keep: int, best: bool = False) -> Path:
-    """Write it as the training's writer does, before returning."""
+    """Write a checkpoint as the writer thread does, but synchronously."""
     return write_snapshot(folder, Snapshot().take(saved), keep, best)
 
 
@@ -103,7 +103,7 @@ def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     check_equal(load_newest(tmp_path)[0], again)
 
 
-# --- The best ---------------------------------------------------------------------------------------------------------
+# --- The best checkpoint ----------------------------------------------------------------------------------------------
 
 
 def test_the_best_is_kept_beside_the_newest_and_found_by_a_link(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_the_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_back_behind_broken_ones_keeps_what_it_saves(tmp_path: Path) -> None:
-    """Those broken ones have greater steps, and must not push it out as the newest."""
+    """Damaged checkpoints of later steps do not push out a new checkpoint of an earlier step."""
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, checkpoint(step), keep=3)
     for step in (20, 30):
@@ -232,7 +232,7 @@ def test_a_part_left_over_does_not_get_into_the_next_checkpoint(tmp_path: Path) 
 
 
 def test_a_part_of_another_step_does_not_stay_for_ever(tmp_path: Path) -> None:
-    """Each kill while writing would otherwise cost a checkpoint's space for good."""
+    """Otherwise each kill during a write would leak the disk space of a checkpoint."""
     part = tmp_path / ".step-00000001.part"
     part.mkdir()
     (part / "network.safetensors").write_bytes(b"cut short")
@@ -242,7 +242,7 @@ def test_a_part_of_another_step_does_not_stay_for_ever(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("successor", ["none", "broken"])
 def test_one_that_stepped_aside_for_a_successor_that_never_came_counts(tmp_path: Path, successor: str) -> None:
-    """As a kill between the two renames leaves it."""
+    """A kill between the two renames leaves only the `.replaced.part` folder, which still loads."""
     saved = checkpoint(3)
     path = save_checkpoint(tmp_path, saved, keep=1)
     path.rename(tmp_path / ".step-00000003.replaced.part")
@@ -270,7 +270,7 @@ def test_a_failure_before_the_rename_leaves_the_earlier_one(tmp_path: Path, monk
 
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut may leave a name without its content."""
+    """Otherwise a power loss could leave a name without its content."""
     synced: list[str] = []
     sync = os.fsync
 
@@ -281,11 +281,12 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", note)
     path = save_checkpoint(tmp_path, checkpoint(1), keep=1)
     assert sorted(synced[:-2]) == sorted(FILES)
-    assert synced[-2:] == [f".{path.name}.part", path.parent.name]  # their names in the folder, then the folder's own
+    # First the names in the checkpoint's folder, then the name of that folder.
+    assert synced[-2:] == [f".{path.name}.part", path.parent.name]
 
 
 def test_a_folder_that_is_gone_is_an_error_and_not_made_again(tmp_path: Path) -> None:
-    """It may have been on a file system that is not mounted any more; when it is back, the next save finds it."""
+    """The file system may be unmounted. Do not create the folder again; once it is mounted, the next save succeeds."""
     folder = tmp_path / "checkpoints"
     with pytest.raises(CheckpointError, match=r"cannot write .*checkpoints/step-00000001.*No such file"):
         save_checkpoint(folder, checkpoint(1), keep=1)
@@ -298,13 +299,14 @@ def test_a_folder_that_is_gone_is_an_error_and_not_made_again(tmp_path: Path) ->
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """File system of 1 MiB."""
     with mounted(tmp_path / "disk", "1m") as disk:
         yield disk
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_earlier_one(small_disk: Path) -> None:
-    previous = checkpoint(1, numbers=50_000)  # 0.4 MB
+    # 0.4 MB
+    previous = checkpoint(1, numbers=50_000)
     save_checkpoint(small_disk, previous, keep=1)
     with pytest.raises(CheckpointError, match=r"cannot write .*step-00000002.*(space|os error 28)"):
         save_checkpoint(small_disk, checkpoint(2, numbers=100_000), keep=1)
@@ -314,15 +316,17 @@ def test_a_full_disk_is_an_error_and_leaves_the_earlier_one(small_disk: Path) ->
 
 
 def test_after_a_full_disk_a_checkpoint_that_fits_is_written(small_disk: Path) -> None:
-    half = torch.zeros(75_000, dtype=torch.float64)  # 0.6 MB
+    # 0.6 MB
+    half = torch.zeros(75_000, dtype=torch.float64)
     with pytest.raises(CheckpointError):
         save_checkpoint(small_disk, Checkpoint({"half": half}, {"half": half}, {"step": 1}), keep=1)
-    saved = checkpoint(2, numbers=75_000)  # fits only where the attempt left nothing behind
+    # This fits only if the failed attempt left no files.
+    saved = checkpoint(2, numbers=75_000)
     save_checkpoint(small_disk, saved, keep=1)
     check_equal(load_newest(small_disk)[0], saved)
 
 
-# --- Nothing is executed ----------------------------------------------------------------------------------------------
+# --- No code is executed ----------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_safetensors_and_json(tmp_path: Path) -> None:
@@ -336,7 +340,7 @@ def test_a_checkpoint_is_safetensors_and_json(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Object whose unpickling creates a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

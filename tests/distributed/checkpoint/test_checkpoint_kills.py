@@ -1,4 +1,4 @@
-"""A kill -9 at any byte of a checkpoint's write leaves the old one or the new one, whole. The killing is in checkpoint_kills.py."""
+"""A kill -9 at any point of a checkpoint write leaves the old or the new checkpoint, complete (see checkpoint_kills.py)."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.helpers.worlds import CHECKOUT
 
 pytestmark = pytest.mark.slow
 
-# What there is to find before and after the write: (step, mark); None where nothing is saved yet.
+# Checkpoint found before and after the write: (step, mark); None if nothing is saved yet.
 OLD_AND_NEW: dict[str, tuple[tuple[int, int] | None, tuple[int, int]]] = {
     "first": (None, (1, 0)),
     "next": ((1, 0), (2, 0)),
@@ -44,9 +44,11 @@ def test_a_kill_at_every_call_leaves_the_old_or_the_new_one(tmp_path: Path, scen
     for kill in kills:
         found = None if kill["step"] is None else (kill["step"], kill["mark"])
         assert found in (old, new) and kill["whole"] and kill["broken"] == [] and kill["best_is_whole"], kill
-        assert kill["left"] == [BEST, "step-00000009"], kill  # nothing of the killed write stays
+        # No files of the killed write remain.
+        assert kill["left"] == [BEST, "step-00000009"], kill
         seen.append(found)
-    assert seen == sorted(seen, key=lambda found: found == new)  # once the new one is there, it stays
+    # Once the new checkpoint exists, it stays.
+    assert seen == sorted(seen, key=lambda found: found == new)
     assert {old, new} == set(seen)
     assert {kill["during"] for kill in kills} == set(CALLS) - ({"rmdir"} if scene == "first" else set())
     assert sum(kill["part"] is not None for kill in kills) > 40
@@ -66,7 +68,7 @@ for step in range(int(sys.argv[2]), 10_000_000):
 
 
 def test_kills_from_outside_at_random_moments(tmp_path: Path) -> None:
-    """Restarted each time, as a job is; what was saved never gets lost."""
+    """The writer is killed and restarted repeatedly; no saved checkpoint is lost."""
     draw, newest, processes = random.Random(1), 0, 8
     for _ in range(processes):
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(newest + 1)]

@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training: what a save copies, when it waits, and what becomes known of it."""
+"""Asynchronous checkpoint writes: the snapshot of a save, when a save waits, and the reported result."""
 
 import threading
 from pathlib import Path
@@ -16,7 +16,7 @@ from distributed.checkpoint.writer import CheckpointWriter
 
 from .test_checkpoint import check_equal, checkpoint, names_in
 
-# --- The copy ---------------------------------------------------------------------------------------------------------
+# --- The snapshot -----------------------------------------------------------------------------------------------------
 
 
 def tensors_of_all_kinds() -> dict[str, Tensor]:
@@ -60,7 +60,8 @@ def test_the_memory_of_a_copy_is_used_again(tmp_path: Path) -> None:
     first = copy.parts()[1]
     copy.take({"a": torch.full((1000,), 2.0)})
     assert first.tobytes() == torch.full((1000,), 2.0).numpy().tobytes()
-    copy.take({"a": torch.zeros(7)})  # another layout has memory of its own
+    # A changed layout gets memory of its own.
+    copy.take({"a": torch.zeros(7)})
     assert len(copy.parts()[1]) == 28 and first.tobytes() == torch.full((1000,), 2.0).numpy().tobytes()
 
 
@@ -68,7 +69,7 @@ def test_the_memory_of_a_copy_is_used_again(tmp_path: Path) -> None:
 
 
 class Gate:
-    """Holds the writes up until they are let through; `fails`: the reasons of those that fail, by step."""
+    """Blocks writes until the test releases them; `fails` maps a step to the exception that its write raises."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.let_through, self.fails = (
@@ -99,7 +100,8 @@ def test_a_save_returns_while_the_write_goes_on_and_keeps_what_the_tensors_were(
     writer.save(Checkpoint({"weight": weight}, {}, {"step": 5}))
     assert gate.begun.acquire(timeout=30)
     assert writer.ended() == [] and names_in(tmp_path) == []
-    weight.zero_()  # training goes on
+    # Training overwrites the weights.
+    weight.zero_()
     gate.let_through.release()
     writer.wait()
     (written,) = writer.ended()
