@@ -1,4 +1,4 @@
-"""Every launcher's environment, what contradicts itself, the choice of a backend, and what imports without torch."""
+"""Each launcher's environment, contradictions in it, the choice of a backend, and modules that import without torch."""
 
 import re
 import socket
@@ -46,7 +46,7 @@ JSRUN = {
     "JSM_NAMESPACE_LOCAL_RANK": "1",
     "JSM_NAMESPACE_LOCAL_SIZE": "4",
 }
-# What srun says of tasks beside much else.
+# Variables that srun sets for a task, among many others.
 SRUN = {
     "SLURM_PROCID": "5",
     "SLURM_STEP_NUM_TASKS": "8",
@@ -59,7 +59,7 @@ ENVIRONMENTS = {"torchrun": TORCHRUN, "horovodrun": HOROVODRUN, "mpirun": MPIRUN
 EACH = pytest.mark.parametrize("launcher", ENVIRONMENTS)
 
 
-# --- What a launcher says ---------------------------------------------------------------------------------------------
+# --- Launcher variables -----------------------------------------------------------------------------------------------
 
 
 def test_no_launcher_is_a_world_of_one() -> None:
@@ -95,7 +95,7 @@ def test_tasks_of_srun() -> None:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "horovodrun"])
 def test_a_launcher_that_srun_started_knows_more(launcher: str) -> None:
-    """torchrun once on each node; mpirun's daemons are srun's tasks."""
+    """torchrun runs once per node under srun; mpirun's daemons are srun tasks."""
     daemon = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
     assert find_topology(daemon | ENVIRONMENTS[launcher]).launcher == launcher
 
@@ -141,11 +141,11 @@ def test_torchruns_own_run_id_is_no_job() -> None:
     assert find_topology(TORCHRUN | {"TORCHELASTIC_RUN_ID": "random"}).job_id is None
 
 
-# --- What cannot be ---------------------------------------------------------------------------------------------------
+# --- Contradictions ---------------------------------------------------------------------------------------------------
 
 
 def refused(environment: dict[str, str], *parts: str) -> None:
-    """The message holds the parts, and a fix."""
+    """Assert that the error message holds the parts and a fix."""
     with pytest.raises(TopologyError) as caught:
         find_topology(environment)
     for part in (*parts, "Fix: "):
@@ -155,7 +155,7 @@ def refused(environment: dict[str, str], *parts: str) -> None:
 @EACH
 @pytest.mark.parametrize("index", range(4))
 def test_a_missing_variable_is_named(launcher: str, index: int) -> None:
-    """Rank, size, local rank or local size; without rank and size there would be no launcher."""
+    """Drop rank, size, local rank or local size. Without both rank and size, no launcher would be detected."""
     environment = dict(ENVIRONMENTS[launcher])
     missing = list(environment)[index]
     del environment[missing]
@@ -191,7 +191,8 @@ def test_launchers_that_disagree_are_refused(name: str) -> None:
 def test_what_srun_leaves_out_is_refused(name: str) -> None:
     environment = dict(SRUN)
     del environment[name]
-    if name == "SLURM_STEP_NUM_TASKS":  # a batch script is no step of tasks
+    # A batch script is not a task of a step.
+    if name == "SLURM_STEP_NUM_TASKS":
         assert find_topology(environment).size == 1
     else:
         refused(environment, name)
@@ -212,7 +213,7 @@ def test_what_srun_cannot_have_said_is_refused(changed: dict[str, str]) -> None:
 
 
 def test_one_task_of_srun_is_a_world_of_one() -> None:
-    """Named after its job, as each of a sweep is; a command in a shell of an allocation is not."""
+    """It takes the job's id, as each run of a sweep does; a command in a shell of an allocation does not."""
     assert find_topology({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}) == Topology(
         "none", 0, 1, 0, 1, 0, HOST, "7"
     )
@@ -223,7 +224,7 @@ def test_srun_that_started_torchrun_is_no_contradiction() -> None:
     assert find_topology(TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"}).launcher == "torchrun"
 
 
-# --- The choice of a backend ------------------------------------------------------------------------------------------
+# --- Choice of a backend ----------------------------------------------------------------------------------------------
 
 
 def started_by(launcher: str, size: int) -> Topology:
@@ -302,7 +303,7 @@ def test_what_a_preflight_needs_imports_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-# --- What follows from the launcher -----------------------------------------------------------------------------------
+# --- Topology of a launcher -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -341,9 +342,12 @@ def test_the_backend_under_srun() -> None:
 
 def test_the_gpu_in_each_shape_that_slurm_gives() -> None:
     last = Topology("srun", 11, 12, 5, 6, 1, HOST)
-    assert choose_gpu(6, last) == 5  # --gres=gpu:6 or no binding: all of them
-    assert choose_gpu(8, last) == 5  # more than tasks
-    assert choose_gpu(1, last) == 0  # --gpus-per-task=1: its own
+    # --gres=gpu:6 or no binding: the task sees all GPUs.
+    assert choose_gpu(6, last) == 5
+    # More GPUs than tasks.
+    assert choose_gpu(8, last) == 5
+    # --gpus-per-task=1: the task sees only its own.
+    assert choose_gpu(1, last) == 0
     with pytest.raises(TopologyError, match="6 processes on .* see 4 GPUs. Fix: start 4"):
         choose_gpu(4, last)
     with pytest.raises(TopologyError, match="sees no GPU"):

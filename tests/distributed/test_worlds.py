@@ -1,4 +1,4 @@
-"""Every distributed behaviour in real worlds of 1, 2 and 4 processes on every backend."""
+"""Distributed behaviour in real worlds of 1, 2 and 4 processes on every backend."""
 
 import json
 import math
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[World, Any]:
-    """Results by world, filled as tests ask; the folder holds the clips that all worlds train on."""
+    """Cache of results by world, filled on demand; the folder holds the clips that all worlds train on."""
     folder = tmp_path_factory.mktemp("worlds")
     command = [sys.executable, "prepare.py", "shapes", "--root", str(folder / "clips")]
     sizes = ["--train-clips", "40", "--val-clips", "20"]
@@ -65,7 +65,7 @@ def final_weights(results: Results, run_id: str) -> dict[str, Tensor]:
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Largest difference of any tensor relative to that tensor's largest value."""
+    """Largest difference over all tensors, relative to the largest value of the tensor."""
     assert left.keys() == right.keys()
     return max(
         ((left[name] - right[name]).abs().max() / right[name].abs().max().clamp_min(1e-12)).item()
@@ -80,7 +80,7 @@ def reference_weights(launches: dict[Any, Any]) -> dict[str, Tensor]:
 
 
 def bare_loop(clips: Path) -> dict[str, Tensor]:
-    """The `whole_world` run in plain torch: the network as built, its own batch norm, torch's SGD, one process, one batch."""
+    """The `whole_world` run in plain torch: one process, one batch, torch's batch norm and SGD."""
     register()
     config = compose_config(*EQUIVALENCE, f"data.root={clips}")
     dataset = TrainingClips(
@@ -138,7 +138,7 @@ def test_weights_after_20_steps_do_not_depend_on_the_world(
 
 
 def test_groupings_differ_from_each_other(launches: dict[Any, Any]) -> None:
-    """Otherwise the equality above could not tell a right grouping from a wrong one."""
+    """The equality above can tell right groups from wrong ones."""
     results = results_of(WORLDS[0], launches)
     results.of("equivalence")
     for name in ("groups_of_4", "groups_of_2_accumulated"):
@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(results: Results) -> None:
 
 
 def test_all_ranks_save_when_the_clock_of_rank_0_says_so(results: Results) -> None:
-    """Behind step 15 no epoch wants it. Ranks that did not agree would wait for each other in different collectives."""
+    """No epoch ends at step 15. Ranks that disagreed would wait for each other in different collectives."""
     results.of("resumed")
     saved = [
         record["step"]
@@ -196,13 +196,13 @@ def test_running_statistics_follow_all_groups_of_a_step(results: Results) -> Non
 
 
 def test_batch_norm_over_ranks_is_that_of_the_joined_group(results: Results) -> None:
-    """Whole world and halves, uneven parts, every layout."""
+    """Groups of the whole world and of halves, uneven parts, every layout."""
     for differences in results.of("batch_norm_over_ranks"):
         assert max(differences.values()) < 1e-9, differences
 
 
 def test_precise_batch_norm_averages_over_groups_of_the_next_steps(launches: dict[Any, Any]) -> None:
-    """`groups_of_4` ends with it, over two steps; that all worlds end alike is tested above."""
+    """`groups_of_4` ends with precise batch norm over two steps; a test above shows that all worlds agree."""
     weights = final_weights(results_of(WORLDS[0], launches), "groups_of_4")
     network = narrowed(build_network("resnet18", 10, num_frames=4)).double()
     network.load_state_dict(weights)
@@ -261,7 +261,7 @@ def test_ranks_stop_behind_the_same_step(results: Results) -> None:
 
 
 def test_a_bad_step_on_one_rank_is_rolled_back_bit_for_bit_on_all(results: Results) -> None:
-    """And the run goes on as if that step's update had been left out. Two kinds: infinite clips, and variances that overflow."""
+    """The run continues as if the skipped step did not exist. Causes: infinite clips, and variances that overflow."""
     for result in results.of("bad_steps"):
         assert result["flags"] == [[0, 0], [0, 1, 0], [0, 1, 0]]
         assert result["changed"] == []
@@ -293,13 +293,14 @@ def test_bad_steps_are_written_down_with_their_clips(results: Results, world: Wo
             assert [row for rows in line["rows_by_rank"] for row in rows] == expected["rows_by_rank"][0]
     metrics = (results.folder / "recovering" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, metrics) if record["kind"] == "train"]
-    assert [record["step"] for record in records] == [4, 6]  # of the first two steps there is nothing to tell
+    # The first two steps were skipped, so there is nothing to log.
+    assert [record["step"] for record in records] == [4, 6]
     assert all(math.isfinite(record["loss"]) for record in records)
 
 
 def test_diagnostics_stand_beside_records_of_good_steps_alone(results: Results) -> None:
     results.of("bad_steps_in_a_run")
-    # Both have records after their steps 1 and 3 (from 0).
+    # Both runs log records after steps 1 and 3 (counted from 0).
     for run_id, steps in (("recovering", [6]), ("diverging", [2])):
         metrics = (results.folder / run_id / "metrics.jsonl").read_text().splitlines()
         found = [record for record in map(json.loads, metrics) if record["kind"] == "diagnostics"]
@@ -343,7 +344,7 @@ def test_half_precision_wire_does_not_overflow_where_the_mean_does_not(results: 
 
 
 def test_gradients_that_horovod_cannot_take_are_averaged_all_the_same(results: Results, world: World) -> None:
-    """bf16, channels_last, two micro-steps; for an optimizer that Horovod could not make again."""
+    """bf16, channels_last and two micro-steps, with an optimizer that Horovod could not rebuild."""
     mean_rank = (world.size + 1) / 2
     expected = [number * mean_rank * 1.5 for number in range(8)] * 2
     for means in results.of("reduced_gradients"):
@@ -353,7 +354,7 @@ def test_gradients_that_horovod_cannot_take_are_averaged_all_the_same(results: R
 
 @pytest.mark.parametrize("name", ["horovodrun-2", "mpirun-2"])
 def test_a_rank_that_is_done_first_waits_for_the_others(name: str, tmp_path: Path) -> None:
-    """Rank 0 closes while the other still reduces; Horovod would shut down under it."""
+    """Rank 0 closes while the other rank still reduces; without a barrier Horovod would shut down under it."""
     (world,) = (available(world) for world in WORLDS if world.name == name)
     command = world.command(str(CHECKOUT / "tests/world_cases/early_exit.py"))
     done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=120)
@@ -363,7 +364,7 @@ def test_a_rank_that_is_done_first_waits_for_the_others(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["horovodrun-2", "mpirun-2"])
 def test_a_rank_that_others_wait_for_leaves_them_their_other_threads(name: str) -> None:
-    """Horovod's dynamic process sets would hold rank 0, and Python's lock with it: its control channel would fall silent."""
+    """Horovod's dynamic process sets would block rank 0 while it holds the GIL, and silence its control thread."""
     (world,) = (available(world) for world in WORLDS if world.name == name)
     command = world.command(str(CHECKOUT / "tests/world_cases/stopped_peer.py"))
     done = subprocess.run(command, cwd=CHECKOUT, env=world.environment, capture_output=True, text=True, timeout=120)

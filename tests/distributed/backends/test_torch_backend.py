@@ -1,4 +1,4 @@
-"""The torch backend's use of DistributedDataParallel, whose arguments differ between the versions that pyproject.toml allows."""
+"""The torch backend passes DistributedDataParallel the arguments of each torch version that pyproject.toml allows."""
 
 import inspect
 from typing import Any
@@ -9,7 +9,7 @@ from distributed.backends.ddp import without_buffer_sync
 
 
 def of_torch_2_11(module: Any, broadcast_buffers: bool = True) -> None:
-    """The old name alone."""
+    """Only the old name."""
 
 
 def of_torch_2_14(

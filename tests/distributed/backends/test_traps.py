@@ -1,26 +1,27 @@
-"""Horovod's and DDP's traps: where each one has its test, and those that need no second process.
+"""Traps of Horovod and DDP, with the test of each remedy; the tests in this file need no second process.
 
-Worlds are the processes of test_worlds.py, over Gloo and MPI. Seen to fail with the remedy taken out: channels_last, bf16,
-micro-steps, loss scale, pre-scaling, DDP's buckets, early exit. Fusion by arrival is not among them: without fixed groups 4 ranks on
-one machine repeated themselves all the same, as they happened to arrive alike, so that test proves the remedy harmless and no more.
+Worlds are the processes of test_worlds.py, over Gloo and MPI. These tests fail when the remedy is removed:
+channels_last, bf16, micro-steps, loss scale, pre-scaling, DDP's buckets, early exit. Fusion by arrival order is the
+exception: without fixed groups, 4 ranks on one machine also repeated bit for bit, because tensors arrived in the same
+order. Its test only shows that the remedy is harmless.
 
 | trap | remedy | test |
 |---|---|---|
-| channels_last gradients are refused | a contiguous view in the compressor | below; test_worlds: gradients_that_horovod_cannot_take, weights_after_20_steps[whole_world] |
-| bf16 is not reduced | fp32 on the wire | below; test_worlds: gradients_that_horovod_cannot_take |
-| zero_grad(set_to_none=True) is refused | the loop has the plain optimizer | test_worlds: gradients_that_horovod_cannot_take, and every training run |
-| an optimizer class is made again from `params` alone | the wrapped one is never the real one | test_worlds: gradients_that_horovod_cannot_take |
-| micro-steps are summed, not averaged | the loss is divided | test_worlds: weights_after_20_steps[groups_of_2_accumulated] |
-| hvd.SyncBatchNorm: GPUs and the whole world alone | batch norm of our own | test_worlds: weights_after_20_steps[groups_of_4], test_batch_norm |
-| clipping and loss scale in front of the reduction | the order in Trainer | test_worlds: loss_scale_clipping_and_accumulation; test_step: the_loss_scale_is_off_before_the_clipping |
+| Horovod refuses channels_last gradients | a contiguous view in the compressor | below; test_worlds: gradients_that_horovod_cannot_take, weights_after_20_steps[whole_world] |
+| Horovod does not reduce bf16 | reduction in fp32 | below; test_worlds: gradients_that_horovod_cannot_take |
+| Horovod refuses zero_grad(set_to_none=True) | the training loop uses the plain optimizer | test_worlds: gradients_that_horovod_cannot_take, and every training run |
+| Horovod rebuilds an optimizer's class from `params` only | Horovod wraps a substitute, not the real optimizer | test_worlds: gradients_that_horovod_cannot_take |
+| Horovod sums micro-steps instead of averaging | the loss is divided | test_worlds: weights_after_20_steps[groups_of_2_accumulated] |
+| hvd.SyncBatchNorm needs GPUs and the whole world | our own batch norm | test_worlds: weights_after_20_steps[groups_of_4], test_batch_norm |
+| clipping and loss scale before the reduction | the order in Trainer | test_worlds: loss_scale_clipping_and_accumulation; test_step: the_loss_scale_is_off_before_the_clipping |
 | the stall inspector is silent under Gloo | the control channel, and the monitor's hang detection | test_monitor: ranks_that_never_come_are_named; test_faults: a_stopped_rank_is_named_with_the_stacks_of_all (a hang within a collective) |
 | grouped reduction ignores its pre-scaling | pre-scaling in the compressor | below; test_worlds: half_precision_wire ("in fixed groups") |
-| fusion by arrival order | fixed groups, never fused | test_worlds: deterministic_mode_repeats (4 ranks) |
-| DDP lays buckets out anew after step 1 | find_unused_parameters in that mode | test_worlds: deterministic_mode_repeats (the resumed run) |
-| a rank that ends early takes the others down | a barrier in close() | test_worlds: a_rank_that_is_done_first |
+| Horovod fuses tensors by arrival order | fixed groups, never fused | test_worlds: deterministic_mode_repeats (4 ranks) |
+| DDP rebuilds its buckets after step 1 | find_unused_parameters in deterministic mode | test_worlds: deterministic_mode_repeats (the resumed run) |
+| a rank that exits early shuts down the other ranks | a barrier in close() | test_worlds: a_rank_that_is_done_first |
 | each launcher sets other variables | topology | test_topology, and each world by its launcher |
 
-Not here: bare `srun` (test_slurm_jobs, on an emulated cluster), and NCCL, which needs GPUs (test_gpu).
+Tested elsewhere: bare `srun` (test_slurm_jobs, on an emulated cluster), and NCCL, which needs GPUs (test_gpu).
 """  # noqa: E501
 
 import re
@@ -33,7 +34,8 @@ from torch import Tensor
 
 from distributed.backends.fp16_compression import fp16_share
 
-SUMMIT = 1536  # ranks of the published run
+# Ranks of the published run.
+SUMMIT = 1536
 
 
 def test_every_test_of_the_table_exists() -> None:
@@ -47,7 +49,7 @@ def test_every_test_of_the_table_exists() -> None:
 
 
 def ring_sum(parts_RN: Tensor) -> Tensor:
-    """The sum as a ring of ranks makes it: one after the other, rounded to the type of the parts each time."""
+    """Sum as in a ring of ranks: sequential, rounded to the dtype of the parts after each addition."""
     total_N = torch.zeros_like(parts_RN[0])
     for part_N in parts_RN:
         total_N = total_N + part_N
@@ -55,7 +57,7 @@ def ring_sum(parts_RN: Tensor) -> Tensor:
 
 
 def tree_sum(parts_RN: Tensor) -> Tensor:
-    """The sum as a tree of ranks makes it: in pairs, and pairs of pairs."""
+    """Sum as in a tree of ranks: pairwise, rounded after each addition."""
     while len(parts_RN) > 1:
         even_RN, odd_RN = parts_RN[::2], parts_RN[1::2]
         parts_RN = torch.cat([even_RN[: len(odd_RN)] + odd_RN, even_RN[len(odd_RN) :]])
@@ -64,7 +66,7 @@ def tree_sum(parts_RN: Tensor) -> Tensor:
 
 @pytest.fixture
 def compressor_of() -> Any:
-    """Makes the compressor for a world of any size."""
+    """Class of the gradient compressor, which takes the world size."""
     try:
         from distributed.backends.horovod import GradientCompressor
     except ImportError as error:
@@ -82,16 +84,17 @@ def test_a_sum_of_1536_fp16_gradients_overflows_unless_they_are_divided_first(co
         context = (torch.float32, False)
         mean_N = compressor.decompress(tree_sum(sent_RN), context)
         torch.testing.assert_close(mean_N, torch.full((3,), gradient), rtol=1e-3, atol=0)
-        # A ring adds ever smaller parts to a growing sum, and equal ones lose the most to rounding.
+        # A ring adds small parts to a growing sum. With equal parts the rounding error is largest.
         torch.testing.assert_close(
             compressor.decompress(ring_sum(sent_RN), context), torch.full((3,), gradient), rtol=0.2, atol=0
         )
 
 
 def test_noisy_gradients_lose_little_to_a_half_precision_ring() -> None:
-    """Noise as large as it is at such batches: the rounding is far below it."""
+    """The rounding error is far below realistic gradient noise at these batch sizes."""
     gradients_RN = 1e-2 * torch.randn(SUMMIT, 1000, generator=torch.Generator().manual_seed(0)) + 1e-3
-    scale = 65536.0  # of the loss, which fp16 arithmetic has
+    # Loss scale of fp16 training.
+    scale = 65536.0
     mean_N = (
         ring_sum(torch.stack([fp16_share(gradient_N * scale, SUMMIT) for gradient_N in gradients_RN])).float() / scale
     )
@@ -100,13 +103,14 @@ def test_noisy_gradients_lose_little_to_a_half_precision_ring() -> None:
 
 
 def test_the_division_comes_before_the_rounding() -> None:
-    """A local gradient that fp16 cannot hold has a part of the mean that it can."""
+    """Dividing before the cast keeps a mean that fp16 can hold although one rank's gradient overflows fp16."""
     assert fp16_share(torch.tensor([1e7]), SUMMIT).item() == pytest.approx(1e7 / SUMMIT, rel=1e-3)
-    assert fp16_share(torch.tensor([1e9]), SUMMIT).isinf().all()  # the mean itself is too large: a bad step
+    # The mean itself overflows fp16: the step is skipped.
+    assert fp16_share(torch.tensor([1e9]), SUMMIT).isinf().all()
 
 
 def test_small_gradients_need_the_loss_scale_on_a_half_precision_wire() -> None:
-    """Documents the other end of fp16 in a large world: 1e-5 is an ordinary gradient."""
+    """Without a loss scale, an ordinary gradient of 1e-5 underflows in fp16 once divided by a large world size."""
     assert fp16_share(torch.tensor([1e-5]), SUMMIT).item() == 0
     scaled = fp16_share(torch.tensor([1e-5 * 65536]), SUMMIT).float() * SUMMIT / 65536
     assert scaled.item() == pytest.approx(1e-5, rel=1e-3)

@@ -1,4 +1,4 @@
-"""The monitor without a job: ranks here are plain connections that send what a test wants."""
+"""The monitor without a job: ranks are plain connections that send the messages of the test."""
 
 import json
 import os
@@ -42,11 +42,11 @@ NO_PROCESS = 1 << 24
 Kind = TypeVar("Kind", bound=Message)
 
 
-# --- Who is stuck -----------------------------------------------------------------------------------------------------
+# --- Stuck ranks ------------------------------------------------------------------------------------------------------
 
 
 def seen(step: int, phase: str, progress_s: float, heartbeat_s: float = 0.0) -> RankState:
-    """A rank that made progress and sent a heartbeat so many seconds ago."""
+    """State of a rank whose last progress and last heartbeat were that many seconds ago."""
     return RankState(Place(step, phase, 1), -progress_s, -heartbeat_s)
 
 
@@ -72,7 +72,7 @@ def test_where_all_are_at_the_same_place_all_are_named() -> None:
 
 
 def test_ranks_that_wait_for_one_that_still_works_are_left_alone() -> None:
-    """An evaluation whose shares differ: rank 0 was done long ago."""
+    """In an evaluation with uneven shares, rank 0 finished long ago."""
     assert stuck(seen(9, "evaluation", 60.0), seen(9, "evaluation", 0.5)) == []
 
 
@@ -161,11 +161,11 @@ def test_a_message_of_an_unknown_kind_is_none(line: bytes) -> None:
     assert parse_message(line) is None
 
 
-# --- A monitor --------------------------------------------------------------------------------------------------------
+# --- The monitor process ----------------------------------------------------------------------------------------------
 
 
 class Rank:
-    """A rank's side of the connection."""
+    """Rank's side of the connection."""
 
     connected: ClassVar[list["Rank"]] = []
 
@@ -180,7 +180,7 @@ class Rank:
             self.connection.sendall(message.to_line())
 
     def receive(self, kind: type[Kind]) -> Kind:
-        """The next message of this kind; fails if the monitor closes the connection instead."""
+        """Return the next message of this kind; fail if the monitor closes the connection instead."""
         for line in self.lines:
             message = parse_message(line)
             if isinstance(message, kind):
@@ -360,7 +360,7 @@ def test_a_full_disk_is_reported_once_and_costs_only_the_log(
 
 
 def test_text_that_is_not_unicode_is_logged_all_the_same(tmp_path: Path) -> None:
-    """A path with bytes that are not UTF-8, as Python reads it."""
+    """A path with bytes that are not UTF-8, which Python reads as surrogates."""
     log = RankLog(0, "n1")
     log.open_in(tmp_path)
     log.info("bad\udcff.mp4")
