@@ -1,4 +1,4 @@
-"""Wrong input, in real jobs: a clear error on every rank within seconds, an exit code that never requeues, nothing left."""
+"""Invalid input in real jobs: every rank logs a clear error within seconds, and the job is not requeued."""
 
 import json
 import shutil
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 
 WORLDS = [World("none", 1), World("torchrun", 2), World("horovodrun", 2)]
 RANK_VARIABLE = {"torchrun": "RANK", "horovodrun": "HOROVOD_RANK"}
-LIMIT_S = 120  # a start on a busy machine; the errors themselves come within seconds of it
+# Allows for a slow start on a busy machine; the errors themselves appear within seconds.
+LIMIT_S = 120
 
 SMALL = (
     "experiment=smoke logger=disabled logger.every_steps=1 pipeline.size=32 model.num_frames=4 pipeline.decoder=pyav "
@@ -41,7 +42,7 @@ def train(world: World, folder: Path, clips: Path, *overrides: str, rank_variabl
 
 
 def assert_refused(ended: Ended, world: World, exit_code: int, *words: str) -> None:
-    """Every rank says the words; the launcher ends with an error that does not requeue; nothing is left."""
+    """Assert that every rank logs the words, that the exit code does not requeue, and that no process remains."""
     assert ended.left_running == []
     assert ended.exit_code not in (0, 75), ended.output
     if world.launcher == "none":
@@ -54,7 +55,7 @@ def assert_refused(ended: Ended, world: World, exit_code: int, *words: str) -> N
 
 
 def break_manifest(clips: Path, copy: Path, change: str) -> None:
-    """A copy of the data set whose training manifest is empty or has a label that no class has."""
+    """Copy the data set, with an empty training manifest or with a label outside the classes."""
     copy.mkdir()
     for name in ("train", "val"):
         (copy / name).symlink_to(clips / name)
@@ -116,7 +117,7 @@ def test_a_tolerated_truncated_video_is_replaced_and_listed(tmp_path: Path, clip
 
 
 def test_a_video_that_is_replaced_while_the_job_runs(tmp_path: Path, clips: Path) -> None:
-    """By another one that decodes as well: its clip is replaced by the rule, until it happened more often than is tolerated."""
+    """Another decodable video replaces the file. Its clip is substituted until data.max_bad_clips is exceeded."""
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", clips, copy], check=True)
     manifest = Manifest.open(copy / "train.arrow")
@@ -157,9 +158,9 @@ def test_a_world_that_contradicts_its_launcher(world: World, tmp_path: Path, cli
 
 
 def test_ctrl_c(world: World, tmp_path: Path, clips: Path) -> None:
-    """Within 10 s: exit code 130, nothing left running, and a checkpoint that the same command goes on from.
+    """Within 10 s: exit code 130, no process left, and a checkpoint from which the same command resumes.
 
-    A launcher takes its own time to end, and ends with 1 whatever its processes end with.
+    The launcher takes longer to exit, and its own exit code is always 1.
     """
     arguments = [*SMALL, f"data.root={clips}", f"outputs={tmp_path}", "run_id=stopped", "schedule.epochs=4000"]
     job = start_training(world, tmp_path / "log.txt", *arguments)

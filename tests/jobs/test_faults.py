@@ -1,4 +1,4 @@
-"""Ranks that die or hang, in real jobs on every backend: everyone ends, and says who it was."""
+"""Ranks that die or hang in real jobs on every backend: the job ends and its log names the rank."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 
-START_S = 180  # on a busy machine
+# Allows for a busy machine.
+START_S = 180
 END_S = 30
 
 ENDLESS = (
@@ -50,7 +51,7 @@ def name_of(value: object) -> str:
 
 
 def start(world: World, folder: Path, clips: Path, *overrides: str) -> RunningJob:
-    """A job that has taken its first steps and would go on for ever."""
+    """Start a job that trains forever, and wait for its first steps."""
     arguments = [*ENDLESS, f"data.root={clips}", f"outputs={folder.parent}", f"run_id={folder.name}", *overrides]
     folder.mkdir(exist_ok=True)
     job = start_training(world, folder / "console.txt", *arguments)
@@ -63,7 +64,7 @@ def log_of(run: Path) -> str:
 
 
 def gathered(run: Path, name: str) -> str:
-    """What was gathered when the job failed, under this name."""
+    """Read the file of this name from those gathered when the job failed."""
     (path,) = run.glob(f"failures/*/{name}")
     return path.read_text()
 
@@ -75,7 +76,7 @@ def outcome_of(run: Path) -> dict[str, object]:
 
 @pytest.fixture
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A run folder that no other test's has the name of: logs of nodes go by it."""
+    """Run folder with a name unique to the test, because the node logs use it."""
     return tmp_path / f"fault-{os.getpid()}-{tmp_path.parent.name}-{tmp_path.name}"
 
 
@@ -90,11 +91,12 @@ def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path,
     assert verdict in log_of(run), ended.output
     assert outcome_of(run)["exit_code"] == 75, ended.output
     for rank in range(1, world.size):
-        # MPI may end a process before it can say anything, once it sees itself that a peer is gone.
+        # MPI may kill a process that sees a peer disconnect, before the process can log anything.
         if rank != victim and world.launcher != "mpirun":
             log = gathered(run, f"rank-{rank:05d}.log") if victim != 0 else node_log(run.name, rank).read_text()
             assert verdict in log, log + ended.output
-    if victim != 0:  # the dead cannot send theirs: a neighbour does
+    # A neighbour sends the log of a dead rank.
+    if victim != 0:
         assert "step      1" in gathered(run, f"rank-{victim:05d}.log")
 
 
@@ -118,7 +120,8 @@ def test_a_loader_worker_killed_in_an_evaluation_ends_the_job_with_its_reason(ru
     job = start(world, run, clips, *"evaluation=dense_30 evaluation.every_epochs=1 evaluation.batch=30".split())
     wait_for_record(run / "metrics.jsonl", "train", START_S, step=5)
     deadline_s = time.monotonic() + START_S
-    while len(workers := job.loader_workers(1)) < 2:  # one of training, one of the evaluation
+    # One worker for training, one for the evaluation.
+    while len(workers := job.loader_workers(1)) < 2:
         assert time.monotonic() < deadline_s and job.process.poll() is None
         time.sleep(0.05)
     os.kill(workers[-1], signal.SIGKILL)
@@ -155,7 +158,7 @@ def test_a_job_that_faults_at_one_step_again_and_again_is_not_started_a_fourth_t
 def test_a_signal_to_one_rank_stops_all_behind_one_step_with_a_checkpoint(
     world: World, run: Path, clips: Path, name: str
 ) -> None:
-    """As when Slurm warns of a time limit or of pre-emption; the launcher's own exit code is its business."""
+    """As when Slurm warns of a time limit or of preemption; the launcher's own exit code is not checked."""
     job = start(available(world), run, clips)
     os.kill(job.ranks()[1], signal.Signals[name])
     ended = job.wait(END_S)
@@ -168,10 +171,11 @@ def test_a_signal_to_one_rank_stops_all_behind_one_step_with_a_checkpoint(
     assert f"stopped by {name} after step {step}" in node_log(run.name, 1).read_text()
 
 
+# 30 views of each clip, and 5 steps before each evaluation.
 EVALUATED = (
     "schedule.epochs=2 evaluation=dense_30 evaluation.every_epochs=1 numerics.deterministic=true batch.bn_group=4 "
     "optimizer.ema_decay=0.8"
-).split()  # 30 views of each clip, and 5 steps before each evaluation
+).split()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ EVALUATED = (
 def test_a_signal_within_an_evaluation_is_heeded_there_and_costs_no_bit(
     world: World, run: Path, clips: Path, name: str
 ) -> None:
-    """Both evaluations of a run are cut off, and made by the start behind. A cluster that ends a job does not wait for them."""
+    """Signals interrupt both evaluations of a run, and the next start makes them. A cluster would not wait for them."""
 
     def start(folder: Path) -> RunningJob:
         arguments = [*ENDLESS, *EVALUATED, f"data.root={clips}", f"outputs={folder.parent}", f"run_id={folder.name}"]
@@ -215,12 +219,12 @@ def test_a_signal_within_an_evaluation_is_heeded_there_and_costs_no_bit(
 # --- Hangs ------------------------------------------------------------------------------------------------------------
 
 HANG_S = 10
-# The limit, the wait for stacks, and what a launcher gives a stopped process before it kills it (torchrun: 30 s).
+# The hang timeout, the wait for stacks, and the grace that a launcher gives a stopped process (torchrun: 30 s).
 HANG_END_S = 4 * HANG_S + 60
 
 
 def assert_hang_is_named(run: Path, ended: Ended, size: int, culprit: int, where: str) -> str:
-    """The log names the rank and where it is, before the end; returns the stacks of all ranks."""
+    """Assert that the log names the rank and its place before the job ends; return the stacks of all ranks."""
     log = log_of(run)
     assert f"rank {culprit} on {os.uname().nodename} hangs at step" in log, log + ended.output
     assert where in log.split("hangs at")[1], log
@@ -238,7 +242,7 @@ STOPPED = {World("torchrun", 4): 2, World("horovodrun", 2): 0, World("mpirun", 2
 
 @pytest.fixture(scope="module")
 def stopped_jobs(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Iterator[dict[World, RunningJob]]:
-    """Jobs of which a rank is stopped: they wait for their limits beside each other."""
+    """Jobs with one stopped rank each, which wait for their hang timeouts in parallel."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs = {}
     for world, victim in STOPPED.items():
@@ -260,7 +264,8 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_all(
     ended, run = job.wait(HANG_END_S), job.log.parent
     stacks = assert_hang_is_named(run, ended, stopped_world.size, victim, "no heartbeat for")
     assert "T (stopped)" in stacks.split("==== ")[1], stacks
-    if stopped_world.launcher == "torchrun":  # it gives a stopped process half a minute
+    # torchrun waits 30 s for a stopped process.
+    if stopped_world.launcher == "torchrun":
         assert f"rank {victim} on {os.uname().nodename} did not exit within 15 s: killed" in log_of(run)
     assert "training/loop.py" in stacks.split("==== ")[2], stacks
 
@@ -281,7 +286,7 @@ SLOW_HANG_S = 8
 
 
 def test_what_rightly_takes_long_is_no_standstill(run: Path, clips: Path) -> None:
-    """A slow first step, statistics computed anew, an evaluation, and a checkpoint that is waited for."""
+    """A slow first step, precise batch norm, an evaluation and a blocking checkpoint."""
     slow = "schedule.epochs=1 evaluation.every_epochs=1 evaluation.batch=1 batch.precise_bn_steps=8"
     places = [f"data.root={clips}", f"outputs={run.parent}", f"run_id={run.name}"]
     limit = f"distributed.hang_timeout_s={SLOW_HANG_S}"
@@ -299,7 +304,7 @@ def test_what_rightly_takes_long_is_no_standstill(run: Path, clips: Path) -> Non
 
 @pytest.fixture
 def stalling(tmp_path: Path, clips: Path) -> Iterator[tuple[Path, Path]]:
-    """A copy of the data set whose videos come through a file system that blocks while a marker exists; both."""
+    """Copy of the data set on a file system that blocks while a marker file exists, and the path of the marker."""
     pytest.importorskip("mfusepy", reason="needs the package mfusepy and libfuse (make dev; tools/system_packages.txt)")
     root, mount, marker = tmp_path / "stalling", tmp_path / "mount", tmp_path / "stalled"
     for folder in (root, mount):
@@ -322,7 +327,7 @@ def stalling(tmp_path: Path, clips: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def test_a_file_system_that_blocks_is_named(run: Path, stalling: tuple[Path, Path]) -> None:
-    """The worker that waits for it cannot be killed, as with a file server that is gone; the job ends all the same."""
+    """A worker blocked in the kernel cannot be killed, as with a dead file server; the job ends nevertheless."""
     root, marker = stalling
     job = start(World("none", 1), run, root, f"distributed.hang_timeout_s={HANG_S}")
     marker.touch()
@@ -335,7 +340,7 @@ def test_a_file_system_that_blocks_is_named(run: Path, stalling: tuple[Path, Pat
 def test_a_slow_file_system_is_hidden_by_what_is_read_ahead_or_named_with_the_remedy(
     run: Path, stalling: tuple[Path, Path]
 ) -> None:
-    """Opening a file takes 0.01 s at first, which 4 workers hide (0.02 s of a step's 8 clips), then 0.25 s, which they cannot."""
+    """Opening a file takes 0.01 s, which 4 workers hide (0.02 s per step of 8 clips), then 0.25 s, which they cannot."""
     root, marker = stalling
     marker.write_text("0.01")
     job = start(World("none", 1), run, root, *"logger.every_steps=10 max_steps=110 pipeline.workers=4".split())
