@@ -1,6 +1,6 @@
-"""Whole jobs on the fake GPU (tests/fake_gpu): the loop, checkpoints, evaluation and two ranks over NCCL run their host code.
+"""Whole jobs on the fake GPU (tests/fake_gpu): training, checkpoints, evaluation and two ranks over NCCL on the host.
 
-Values mean nothing there. Without torch's caching of device memory every tensor that a kernel should have filled is 0.
+Computed values have no meaning. Without torch's caching of device memory, every tensor that a kernel should fill is 0.
 """
 
 import json
@@ -32,7 +32,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the jobs that a test starts: device memory is 0 until a copy fills it."""
+    """Jobs that the test starts see zeros in device memory until a copy fills it."""
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     monkeypatch.setenv("FAKE_GPUS", "2")
 
@@ -77,16 +77,17 @@ def test_two_ranks_train_over_nccl(tmp_path: Path, clips: Path, launcher: str) -
     world = available(World(launcher, 2))
     backend = "torch" if launcher == "torchrun" else "horovod"
     options = ["optimizer=lars", "numerics.amp=float16", "distributed.gradient_dtype=float16", f"distributed={backend}"]
-    # Nothing is summed on the fake GPU: to each rank the clips that the other evaluated are missing.
+    # The fake GPU sums nothing, so each rank counts the clips of the other rank as missing.
     options.append("data.max_bad_clips=20")
     ended = run(world, tmp_path, clips, *options)
     assert "2 x cuda" in ended.output
-    assert "barrier" not in ended.output  # NCCL's warning that it had to guess the device
+    # NCCL would warn that it had to guess the device of the barrier.
+    assert "barrier" not in ended.output
     assert (tmp_path / "run" / "SUCCESS").exists()
 
 
 def test_the_loop_waits_only_to_stay_a_few_steps_ahead(context: Context) -> None:
-    """From one step's start to the next: no wait but the one that bounds how far the host runs ahead, and that one sleeps."""
+    """From step to step the only wait is the one that bounds how far the host runs ahead, and that wait sleeps."""
     overrides = ["numerics.dtype=float32", "logger.every_steps=100", "max_steps=8", "checkpoint.every_epochs=100"]
     job = job_of(context, "loop", *overrides)
     take_step, seen = job.trainer.step, []
@@ -110,7 +111,7 @@ def test_the_loop_waits_only_to_stay_a_few_steps_ahead(context: Context) -> None
 def test_horovod_queues_reductions_without_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, completion: str | None, waits: int
 ) -> None:
-    """HOROVOD_ENABLE_ASYNC_COMPLETION, which the backend sets on GPUs; without it the host waits for each reduction."""
+    """The backend sets HOROVOD_ENABLE_ASYNC_COMPLETION on GPUs; without it the host waits for each reduction."""
     if completion is not None:
         monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", completion)
     world = available(World("horovodrun", 2))

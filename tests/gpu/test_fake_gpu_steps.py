@@ -1,4 +1,4 @@
-"""Training steps on the fake GPU (tests/fake_gpu): no configuration raises, none waits for the device, and calls are bounded."""
+"""Training steps on the fake GPU (tests/fake_gpu): no configuration fails or synchronizes, and API calls are bounded."""
 
 from typing import Any
 
@@ -35,9 +35,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def take_steps(trainer: Trainer, size: int = 32) -> dict[str, int]:
-    """Two steps to warm up, and what a third one calls, in which a wait for the device is an error.
+    """Take two warm-up steps; return the CUDA calls of a third one, in which a synchronization is an error.
 
-    Clips lie in pinned memory, as loaders hand them over.
+    Clips are in pinned memory, as loaders deliver them.
     """
     batches = [[batch.pin_memory() for batch in batches_of(trainer, step, size=size)] for step in range(3)]
     for step in range(2):
@@ -84,8 +84,8 @@ def test_averaged_weights_wait_for_nothing() -> None:
     assert_no_wait(take_steps(trainer))
 
 
-# Calls that the host makes for a step of the recipe's network, the most that is accepted. A change that needs fewer lowers the
-# bound. Fewer calls mean less time of the host, which is what a step of 8 clips waits for on a fast GPU (docs/gpu.md).
+# Upper bounds of the host's CUDA calls per step of the recipe's network. Lower a bound when a change needs fewer calls.
+# Fewer calls cost less host time, which limits a step of 8 clips on a fast GPU (docs/gpu.md).
 CALLS: dict[str, tuple[int, dict[str, Any]]] = {
     "recipe": (661, {}),
     "no shift": (629, {"network_options": {"shift": "none"}}),

@@ -1,4 +1,4 @@
-"""Tests of what differs on a GPU: run by `make test-gpu` where CUDA is there, skipped with a reason elsewhere."""
+"""GPU behaviour: run by `make test-gpu` where CUDA is available, skipped with a reason elsewhere."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_normalised_clips_are_the_cpu_ones(channels_last: bool) -> None:
 
 @pytest.mark.parametrize("ghosts", [1, 2])
 def test_gradients_are_the_cpu_ones(ghosts: int) -> None:
-    """A whole TSM in float64, with one batch-norm group and with two ghosts."""
+    """A whole TSM in float64, with one batch-norm group and with two groups (ghosts)."""
     gradients = []
     x_NTCHW = torch.randn(4, 4, 3, 32, 32, dtype=torch.float64)
     label_N = torch.tensor([0, 1, 2, 3])
@@ -69,7 +69,7 @@ def test_gradients_are_the_cpu_ones(ghosts: int) -> None:
 
 
 def test_a_checkpoint_is_what_the_tensors_were_when_the_save_returned(tmp_path: Path) -> None:
-    """The copy goes to pinned memory behind what the GPU was still doing, and training goes on at once."""
+    """The copy to pinned memory is ordered after pending GPU work, and training continues at once."""
     x_NN = torch.randn(2000, 2000, device="cuda")
     weight_NN = torch.zeros_like(x_NN)
     for _ in range(50):
@@ -96,7 +96,7 @@ def test_mixed_precision_takes_a_step(amp: torch.dtype) -> None:
     convert_batch_norm(network, SingleBackend(ALONE, torch.device("cuda")), 2, [], accumulation=1)
     optimizer = make_optimizer(network, OptimizerConfig())
     set_learning_rate(optimizer, 0.1)
-    # At GradScaler's first scale, 65536, the classifier's gradient overflows with one seed in four.
+    # At GradScaler's initial scale, 65536, the classifier's gradient overflows with one seed in four.
     scaler = torch.amp.GradScaler("cuda", init_scale=1024, enabled=amp == torch.float16)
     before = network.classifier.weight.detach().clone()
     with torch.autocast("cuda", amp):
@@ -112,7 +112,7 @@ def test_mixed_precision_takes_a_step(amp: torch.dtype) -> None:
 @pytest.mark.parametrize("bn_group", ["2", "null"])
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
 def test_a_job_with_a_process_for_each_gpu_reduces_there(tmp_path: Path, pipeline: str, bn_group: str) -> None:
-    """NCCL and a step in as many processes as there are GPUs, with batch norm within and over ranks; DALI decodes by NVDEC."""
+    """NCCL steps with one process per GPU, batch norm within and over ranks; DALI decodes by NVDEC."""
     if pipeline == "dali":
         try:
             import_dali()
