@@ -1,4 +1,4 @@
-"""The overrides of each launch script, as the script hands them on, composed by Hydra."""
+"""Overrides that each launch script passes on, composed by Hydra."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from training.config.schema import Config
 
 LAUNCH = CHECKOUT / "launch"
 
-# script: experiment, autocast, device. Summit's V100 have no bfloat16.
+# script: experiment, autocast, device. Summit's V100 GPUs have no bfloat16.
 SCRIPTS = {
     "kinetics_1536.sh": ("kinetics_1536", "float16", "cuda"),
     "kinetics_1536_lsf.sh": ("kinetics_1536", "float16", "auto"),
@@ -33,7 +33,7 @@ def executable(path: Path, script: str) -> None:
 
 
 def overrides_of(script: str, folder: Path, *user: str) -> list[str]:
-    """What the script hands to plan.py: run in a checkout of stand-ins that write down what they are given."""
+    """Overrides that the script passes to plan.py, recorded by stubs in a fake checkout."""
     given = folder / "given"
     (folder / "slurm").mkdir(parents=True)
     (folder / "slurm" / "job.sh").write_text(f"run_job() {{ printf '%s\\n' \"$@\" >{given}; }}\n")
@@ -109,7 +109,7 @@ def test_the_first_check_of_a_script_plans_its_run(script: str, tmp_path: Path) 
 
 
 def local(folder: Path, nvidia_smi: str, *user: str) -> list[str]:
-    """What launch/local.sh hands to train.py, where nvidia-smi is `nvidia_smi`."""
+    """Overrides that launch/local.sh passes to train.py, with `nvidia_smi` as the script of nvidia-smi."""
     bin_folder = folder / "bin"
     executable(bin_folder / "nvidia-smi", nvidia_smi)
     executable(bin_folder / "python", "true")
@@ -125,7 +125,7 @@ def local(folder: Path, nvidia_smi: str, *user: str) -> list[str]:
 
 
 def gpus(*capabilities: str) -> str:
-    """An nvidia-smi on a machine with these GPUs."""
+    """Script of an nvidia-smi on a machine with these GPUs."""
     lines = "\\n".join(capabilities)
     return f"case $1 in --list-gpus | --query-gpu=compute_cap) printf '{lines}\\n' ;; *) exit 2 ;; esac"
 

@@ -1,4 +1,4 @@
-"""launch/local.sh: the launch script for no cluster at all."""
+"""launch/local.sh: the launch script for one machine without a cluster."""
 
 import json
 import os
@@ -36,5 +36,5 @@ def test_it_starts_two_processes_where_there_is_no_gpu(world: World, overrides: 
 
 
 def _no_gpus() -> str:
-    """The script counts GPUs; on a machine that has some, say two."""
+    """Value of PROCESSES: "2" on a machine with GPUs, because the script would count them."""
     return "2" if any(Path("/dev").glob("nvidia[0-9]*")) else os.environ.get("PROCESSES", "")

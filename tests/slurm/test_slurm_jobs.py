@@ -1,4 +1,4 @@
-"""The launch scripts on a real Slurm of emulated nodes: their shapes, three ways to start, and what befalls a job meanwhile."""
+"""Launch scripts on a real Slurm of emulated nodes: shapes, three ways to start, and faults while a job runs."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 
-# A network that takes seconds to train, and numbers that do not hide a difference behind rounding.
+# A network that trains within seconds, in a precision whose rounding hides no difference.
 TINY = (
     "pipeline.size=24 model.num_frames=4 pipeline.decoder=pyav pipeline.workers=0 batch.global_batch=8 batch.bn_group=4 "
     "schedule.warmup_epochs=0 evaluation.batch=4 logger.every_steps=1 logger.wandb=disabled numerics.deterministic=true"
@@ -40,7 +40,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Job:
-    """A job of a launch script, its log and its run folder."""
+    """Job of a launch script, with its log and its run folder."""
 
     cluster: SlurmCluster
     number: int
@@ -62,7 +62,7 @@ class Job:
         self.wait(lambda: metrics.exists() and any(record["step"] >= step for record in self.records("train")))
 
     def restarted(self, times: int, said: str) -> None:
-        """Wait until it runs after so many restarts; its log says why it had to."""
+        """Wait until the job runs after this many restarts; its log must give the reason."""
 
         def runs_again() -> bool:
             state = self.cluster.job(self.number)
@@ -73,7 +73,8 @@ class Job:
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # ended meanwhile
+            # The process ended meanwhile.
+            with suppress(OSError):
                 environ = (process / "environ").read_bytes().split(b"\0")
                 mine = {
                     f"SLURM_JOB_ID={self.number}".encode(),
@@ -90,7 +91,7 @@ class Job:
 
 
 class Launch:
-    """Submits launch scripts, each into a run folder of its own."""
+    """Submit launch scripts, each into its own run folder."""
 
     def __init__(self, cluster: SlurmCluster, clips: Path, folder: Path) -> None:
         self.cluster, self._clips, self.folder = cluster, clips, folder
@@ -113,7 +114,8 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def launch(slurm_cluster: SlurmCluster, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    available(World("mpirun", 2))  # Horovod with MPI
+    # Horovod with MPI.
+    available(World("mpirun", 2))
     return Launch(slurm_cluster, clips, tmp_path_factory.mktemp("runs"))
 
 
@@ -167,7 +169,7 @@ def test_slurm_refuses_what_a_machine_has_not(options: str, slurm_cluster: Slurm
 
 @pytest.fixture(scope="module")
 def three_ways(launch: Launch) -> dict[str, Job]:
-    """launch/smoke.sh on 4 nodes x 2 ranks in float64, 5 steps, one way after the other."""
+    """Run launch/smoke.sh on 4 nodes x 2 ranks in float64, 5 steps, each way in turn."""
     jobs = {}
     for way in ("horovod", "horovod_gloo", "torch"):
         overrides = [f"distributed={way}", "numerics.dtype=float64", "schedule.epochs=1"]
@@ -177,7 +179,7 @@ def three_ways(launch: Launch) -> dict[str, Job]:
 
 
 def test_the_three_ways_train_alike(three_ways: dict[str, Job]) -> None:
-    """The same clips in each step, or the losses would differ; the same weights and accuracy. Float64: equal to 1e-9."""
+    """Equal losses prove equal clips in each step. Weights and accuracy agree too, in float64 to 1e-9."""
     first, *others = three_ways.values()
     reference = last_checkpoint(first.folder, 5)
     for other in others:
@@ -206,7 +208,7 @@ def test_each_way_is_what_it_says(three_ways: dict[str, Job]) -> None:
 def test_ranks_write_no_files_of_their_own_on_the_shared_file_system(
     three_ways: dict[str, Job], launch: Launch
 ) -> None:
-    """The run folder is rank 0's; logs of the ranks lie on their nodes. Nothing lands at home."""
+    """Only rank 0 writes to the run folder; logs of the ranks stay on their nodes; the home folder stays empty."""
     for job in three_ways.values():
         files = {str(path.relative_to(job.folder)) for path in job.folder.rglob("*") if path.is_file()}
         unexpected = {
@@ -227,7 +229,7 @@ def test_a_complete_run_never_runs_again(three_ways: dict[str, Job], launch: Lau
     assert "is complete (SUCCESS is there): nothing to do" in again.log.read_text()
 
 
-# --- What is refused before any rank starts ---------------------------------------------------------------------------
+# --- Refused before any rank starts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_a_wrong_job_ends_at_once_and_is_not_queued_again(
 
 
 def test_ranks_that_mpi_does_not_join_are_refused(launch: Launch, slurm_cluster: SlurmCluster) -> None:
-    """A wrong --mpi would make as many worlds of one rank."""
+    """A wrong --mpi would start as many worlds of one rank."""
     slurm_cluster.environment["TSM_SRUN_MPI"] = "none"
     try:
         job = launch("wrong-mpi", "smoke", "--nodes=2", overrides=["distributed.controller=mpi"])
@@ -262,11 +264,11 @@ def test_ranks_that_mpi_does_not_join_are_refused(launch: Launch, slurm_cluster:
     assert {int(rank) for rank in re.findall(r"error \(rank (\d) of 4", text)} == {0, 1, 2, 3}
 
 
-# --- The published run's script, and what can befall it ---------------------------------------------------------------
+# --- The script of the published run, and faults ----------------------------------------------------------------------
 
 
 def test_the_script_for_1536_runs_on_eight(launch: Launch) -> None:
-    """`sbatch --nodes=4 --ntasks-per-node=2 launch/kinetics_1536.sh`, with preflight, and with the data copied to the nodes."""
+    """`sbatch --nodes=4 --ntasks-per-node=2 launch/kinetics_1536.sh`, with preflight, and with data staged to the nodes."""
     job = launch(
         "kinetics", "kinetics_1536", "--nodes=4", "--ntasks-per-node=2", "--export=ALL,TSM_STAGE_DATA=on",
         overrides=[*SMOKE, "schedule.epochs=0.8", "schedule.milestones=[]", "evaluation.every_epochs=1"], preflight="on",
@@ -285,7 +287,7 @@ def test_the_script_for_1536_runs_on_eight(launch: Launch) -> None:
 def test_what_is_staged_is_whole_or_not_there(
     launch: Launch, clips: Path, slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    """The environment on each node; the data on each that has room; and nothing behind the job."""
+    """Each node gets the environment, and the data if it has room; no staged files remain after the job."""
     venv.create(tmp_path / "environment", with_pip=False)
     archive = tmp_path / "environment.tar.gz"
     slurm_cluster.run("slurm/pack_environment.sh", str(archive), str(tmp_path / "environment"))
@@ -303,7 +305,8 @@ def test_what_is_staged_is_whole_or_not_there(
         on_each_node 'echo "$(hostname) left: $(ls /mnt/local | grep staged)"'
     """)
     filler = slurm_cluster.folder / "nodes" / "n3" / "disk" / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 1_000_000))  # room for the environment alone
+    # Room only for the environment.
+    filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 1_000_000))
     files = len(list(clips.rglob("*.mp4")))
     number = slurm_cluster.sbatch("--nodes=4", "--ntasks-per-node=1", f"--output={tmp_path / 'log'}", str(script))
     ended = slurm_cluster.wait_for_state(number, limit_s=120)
@@ -320,7 +323,7 @@ def test_what_is_staged_is_whole_or_not_there(
 
 
 def test_the_tasks_of_a_job_array_share_the_shards(clips: Path, slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    """Each writes its part, and the last to finish the index."""
+    """Each task writes its part, and the last to finish writes the index."""
     target, logs = tmp_path / "shards", tmp_path / "task-%a"
     command = f"{sys.executable} prepare.py shard --root {clips} --to {target} --shard-size 200KB --workers 1"
     slurm_cluster.sbatch("--array=1-3", "--ntasks=1", f"--output={logs}", f"--wrap={command}")
@@ -343,8 +346,10 @@ STEPS = 100
 
 
 def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: SlurmCluster) -> None:
-    """A rank killed, a node lost, pre-emption, the time limit, a broken disk, one after the other: the run ends with the weights of
-    one that was left alone, to the bit, and its log says what happened."""
+    """After a killed rank, a lost node, preemption, a time limit and a broken disk, the run ends with the same weights.
+
+    They equal the weights of an undisturbed run bit for bit, and the log names each fault.
+    """
     shape = ("--nodes=2", "--ntasks-per-node=2", "--partition=scavenge", "--export=ALL,TSM_PREFLIGHT_ALL_REDUCE=off")
     alone = launch("alone", "kinetics_1536", *shape, overrides=FAULTY)
     assert alone.ended()["JobState"] == "COMPLETED", alone.log.read_text()[-6000:]
@@ -365,7 +370,8 @@ def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: Slurm
     slurm_cluster.wait_for_state(urgent)
 
     job.wait_for_step(40)
-    job.signal_rank(1, signal.SIGSTOP)  # or the run might end first: Slurm looks at limits every 30 s
+    # Otherwise the run might end first: Slurm checks time limits every 30 s.
+    job.signal_rank(1, signal.SIGSTOP)
     hours, minutes, _ = map(int, slurm_cluster.job(job.number)["RunTime"].split(":"))
     slurm_cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + minutes + 2}")
     job.wait(lambda: job.log.read_text().count("received SIGUSR1") == 2)
@@ -381,7 +387,7 @@ def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: Slurm
 
 
 def test_a_job_that_is_cancelled_stays_so(launch: Launch, slurm_cluster: SlurmCluster) -> None:
-    """With a checkpoint, since every process of the step hears of it first."""
+    """It saves a checkpoint, because Slurm signals every process of the step before it kills them."""
     job = launch("cancelled", "smoke", "--nodes=1", overrides=["distributed=torch", "schedule.epochs=60"])
     job.wait_for_step(3)
     slurm_cluster.run("scancel", str(job.number))

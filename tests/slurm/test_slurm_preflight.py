@@ -1,4 +1,4 @@
-"""Preflight names exactly the bad nodes: its rules on made-up reports, and itself on an emulated cluster."""
+"""Preflight names exactly the bad nodes: its rules on synthetic reports, and whole runs on an emulated cluster."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_one_node_has_no_pairs() -> None:
 
 
 def measure(nodes: list[str], slow: set[str]) -> list[Measured]:
-    """What a run of all rounds finds when these nodes are slow: 5 MB/s, else 500."""
+    """Measurements of all rounds when these nodes are slow: 5 MB/s, otherwise 500."""
 
     def speed(pair: tuple[str, str]) -> Measured:
         return Measured(pair, 5.0 if slow & set(pair) else 500.0, 100.0)
@@ -106,7 +106,7 @@ def healthy(node: str, rank: int) -> list[dict[str, Any]]:
 def judged(
     changes: dict[str, dict[str, dict[str, Any] | None]], expected: Expected = EXPECTED, said: str = ""
 ) -> Judgement:
-    """What is found when reports of nodes, by kind, are changed so; None: the report is missing."""
+    """Judgement of healthy reports with changes, by node and kind of report; None removes the report."""
     lines = [said]
     for rank, node in enumerate(NODES):
         for each in healthy(node, rank):
@@ -216,7 +216,7 @@ def test_a_disk_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
 
 
 def all_reduce(nodes: int, absent: set[int], port: int, limit_s: float) -> Judgement:
-    """What is found after the all-reduce among nodes that are processes of this machine, of which some never come."""
+    """Judgement after an all-reduce among local processes as nodes; the absent ones never start."""
     tasks = []
     for rank in set(range(nodes)) - absent:
         world = {"RANK": rank, "WORLD_SIZE": nodes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
@@ -260,7 +260,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Said:
-    """How a preflight ended."""
+    """Result of a preflight run."""
 
     exit_code: int
     output: str
@@ -271,7 +271,7 @@ class Said:
 
 
 def preflight(cluster: SlurmCluster, folder: Path, *options: str, **variables: str) -> Said:
-    """Run it in a batch job on all nodes, two tasks a node, as the launch scripts do."""
+    """Run preflight in a batch job on all nodes, two tasks per node, as the launch scripts do."""
     settings = {"TSM_PYTHON": sys.executable, "TSM_LOCAL_DISK": "/mnt/local", "OMP_NUM_THREADS": "1"}
     settings |= {"TSM_PREFLIGHT_ALL_REDUCE": "off", "TSM_PREFLIGHT_LIMIT_S": "100"} | variables
     script, log, bad = folder / "job.sh", folder / "log", folder / "bad_nodes"
@@ -283,7 +283,7 @@ def preflight(cluster: SlurmCluster, folder: Path, *options: str, **variables: s
 
 
 def only(said: Said, node: str, what: str) -> None:
-    """Exactly this node is named, and for that."""
+    """Assert that preflight names only this node, for this reason."""
     assert said.exit_code == 2, said.output
     assert said.bad_nodes == [node], said.output
     (fault,) = said.faults()
@@ -338,7 +338,7 @@ def test_a_useless_disk_is_named(slurm_cluster: SlurmCluster, tmp_path: Path, di
 
 @pytest.mark.slow
 def test_a_node_that_hangs_is_named_within_the_limit(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    """Its tasks start, and stop before they say anything."""
+    """Its tasks start, and hang before they report."""
     stopped = tmp_path / "packages" / "sitecustomize.py"
     stopped.parent.mkdir()
     stopped.write_text("import time\ntime.sleep(300)\n")
