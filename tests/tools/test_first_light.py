@@ -1,4 +1,4 @@
-"""tools/first_light: a script for a GPU that this machine lacks, tried on the CPU and on the fake GPU."""
+"""tools/first_light, a script for a GPU that this machine lacks, on the CPU and on the fake GPU."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def settings_of(folder: Path, limit_s: float) -> Settings:
 
 @pytest.fixture
 def _orphans() -> Iterator[None]:
-    """This process adopts orphans as the script's does, and no longer than for one test."""
+    """Make this process adopt orphans, as the script does, for one test."""
     adopt_orphans()
     yield
     adopt_orphans(False)
@@ -104,13 +104,14 @@ def test_a_phase_that_crashes_or_hangs_hides_no_other(tmp_path: Path, monkeypatc
     }
     assert all(entry["duration_s"] <= entry["limit_s"] + 5 for entry in entries.values())
     assert entries["crashes"]["results"]["before the crash"]["figure"] == 2
-    assert "injected.py" in entries["crashes"]["output"]  # faulthandler's stack
+    # The stack from faulthandler.
+    assert "injected.py" in entries["crashes"]["output"]
     assert not is_running(entries["hangs"]["results"]["before the hang"]["pid"])
     rows = entries["raises"]["results"]
     assert dict(errors(rows)) == {"bad row": "ValueError: this row failed"}
     assert rows["bad row"]["before"] == rows["next row"]["after"] == 1
     assert "outside of rows" in entries["raises"]["output"]
-    # What the last phase found on the disk when it started.
+    # Outcomes that the last phase read from disk when it started.
     seen = entries["last"]["results"]["outcomes on the disk"]
     assert {name: seen[name] for name in names} == outcomes | {"last": "not started"}
     shown = "\n".join(summary(report))
@@ -139,7 +140,7 @@ def test_rows_carry_the_device_and_wait_for_no_time_that_is_not_there(tmp_path: 
 
 @pytest.mark.usefixtures("_orphans")
 def test_a_command_that_is_stopped_leaves_nothing() -> None:
-    """Also no orphan in a session of its own."""
+    """Orphans in a session of their own are killed too."""
     orphan = "subprocess.run(['sh', '-c', 'sleep 600 >&- 2>&- & echo $!'], start_new_session=True)"
     ended = run([sys.executable, "-c", f"import subprocess, time; {orphan}; time.sleep(600)"], limit_s=3)
     assert ended.outcome == "timeout"
@@ -172,7 +173,7 @@ def test_the_summary_says_loudly_that_figures_mean_nothing(mode: str) -> None:
 
 
 def check_report(report: dict[str, Any], mode: str, device: str) -> None:
-    """Every phase is there, ended well within its time, and each of its rows carries the device and no error."""
+    """Assert that every phase ended in time, and that its rows name the device and hold no error."""
     assert report["mode"] == mode
     assert list(report["phases"]) == [phase.name for phase in PHASES]
     for name, entry in report["phases"].items():
@@ -191,7 +192,7 @@ def check_report(report: dict[str, Any], mode: str, device: str) -> None:
 
 
 def run_script(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """first_light.sh with one carried wheel; the report, and what was printed."""
+    """Run first_light.sh with one carried wheel; return the report and the output."""
     wheels = folder / "wheels"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "carried-1-py3-none-any.whl", "w") as wheel:
@@ -230,11 +231,11 @@ def test_the_fake_gpu_runs_the_cuda_code_of_every_phase(tmp_path: Path) -> None:
     assert "FAKE GPU" in printed.splitlines()[-2]
 
 
-# --- What is carried --------------------------------------------------------------------------------------------------
+# --- Carried files ----------------------------------------------------------------------------------------------------
 
 
 def entry(kind: int, generation: int, code: bytes) -> bytes:
-    """An entry of a fat binary: a header of 64 bytes, then the code."""
+    """Entry of a fat binary: a header of 64 bytes, then the code."""
     header = struct.pack("<HHIQ", kind, 0x101, 64, len(code)).ljust(28, b"\0") + struct.pack("<I", generation)
     return header.ljust(64, b"\0") + code
 
@@ -244,7 +245,7 @@ def fat_binary(*entries: bytes) -> bytes:
 
 
 def make_library(folder: Path, section: bytes) -> Path:
-    """A shared library with this as its `.nv_fatbin`."""
+    """Build a shared library with this content as its `.nv_fatbin`."""
     missing = [tool for tool in ("gcc", "readelf") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)} here")
@@ -270,7 +271,7 @@ def test_pruning_keeps_what_the_gpu_runs(tmp_path: Path) -> None:
     pruned = (tmp_path / "pruned.so").read_bytes()
     assert len(pruned) == library.stat().st_size
     kept = {name for name, code in codes.items() if code in pruned}
-    # The machine code for 90; where there is none for its major version, the PTX that the driver compiles.
+    # Machine code for sm_90; where its major version has none, the PTX that the driver compiles.
     assert kept == {"sm90", "ptx80"}
     assert counted == {"kept": 320, "blanked": 640}
     prune(library, tmp_path / "pruned.so", 86)
@@ -290,7 +291,8 @@ def test_a_library_without_code_for_the_gpu_is_refused(tmp_path: Path) -> None:
 
 def test_a_fat_binary_of_another_form_is_refused(tmp_path: Path) -> None:
     broken = bytearray(fat_binary(entry(MACHINE_CODE, 90, b"x" * 64)))
-    struct.pack_into("<Q", broken, 16 + 8, 1 << 20)  # the entry's size
+    # The size field of the entry.
+    struct.pack_into("<Q", broken, 16 + 8, 1 << 20)
     library = make_library(tmp_path, bytes(broken))
     with pytest.raises(ValueError, match="not a fat binary"):
         prune(library, tmp_path / "pruned.so", 90)

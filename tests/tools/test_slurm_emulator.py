@@ -1,4 +1,4 @@
-"""The emulated cluster is a cluster: nodes apart from each other, which can be slowed down, crash and come back."""
+"""The emulated cluster: isolated nodes that can be slowed down, crash and boot again."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tests.helpers.slurm_cluster import SlurmCluster, why_no_cluster
 
 pytestmark = pytest.mark.slow
 
-# Task 1 sends 2 MB to task 0, which prints MB/s.
+# Task 1 sends 2 MB to task 0, which prints the throughput in MB/s.
 TRANSFER = """
     import os, socket, time
     port, size = 29800, 2_000_000
@@ -35,7 +35,7 @@ TRANSFER = """
         connection.sendall(bytes(size))
 """
 
-# Round trips of a few bytes between two nodes: the shortest, in microseconds.
+# Shortest round trip of a few bytes between two nodes, in microseconds.
 ROUND_TRIP = """
     import os, socket, time
     port = 29801
@@ -66,13 +66,14 @@ def transfer_mb_s(cluster: SlurmCluster) -> float:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Processes, mounts, links and namespaces of a cluster that lives in `folder`, whose number is 0..39."""
+    """Processes and mounts that remain of the cluster in `folder`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_text().replace("\0", " ")
             environment = (process / "environ").read_text()
-        except OSError:  # ended meanwhile
+        # The process ended meanwhile.
+        except OSError:
             continue
         daemon = any(name in command for name in ("slurmd", "slurmctld", "slurmstepd", "munged", "switch.py"))
         if daemon and (str(folder) in command or str(folder) in environment):
@@ -204,7 +205,7 @@ def test_down_leaves_nothing_and_another_cluster_alone(slurm_cluster: SlurmClust
 
 
 def up_with(program: str, script: str, folder: Path, nodes: int) -> "subprocess.CompletedProcess[str]":
-    """`cluster.sh up` in folder/cluster, where a shell script takes the place of one of the programs that it calls."""
+    """Run `cluster.sh up` in folder/cluster, with one of the programs that it calls replaced by a shell script."""
     if (reason := why_no_cluster()) is not None:
         pytest.skip(reason)
     broken = folder / "bin"
@@ -221,13 +222,14 @@ def test_a_failed_start_is_cleared_up(tmp_path: Path) -> None:
     ended = up_with("slurmd", "exit 1", tmp_path, 2)
     assert ended.returncode == 1
     assert "up failed at 'nsenter" in ended.stderr
-    assert (tmp_path / "cluster" / "log" / "slurmctld.log").exists()  # it came as far as the nodes
+    # The start got as far as the nodes.
+    assert (tmp_path / "cluster" / "log" / "slurmctld.log").exists()
     assert leftovers(tmp_path) == []
     assert networks() == before
 
 
 def refusing_links(folder: Path, times: int) -> str:
-    """A script for `ip` that makes no link for node n2, as often as told."""
+    """Script for `ip` that refuses to make the link of node n2 this many times."""
     return f"""
         case "$*" in "link add tsm"*-n2*)
             echo refused >>{folder}/refused
