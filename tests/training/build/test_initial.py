@@ -1,4 +1,4 @@
-"""First weights from real files of every kind, and every file that must be refused."""
+"""Initial weights from real files of every supported kind, and files that must be refused."""
 
 import hashlib
 import os
@@ -47,7 +47,7 @@ def new_network(model: ModelConfig, classes: int = CLASSES) -> TemporalNetwork:
 
 
 def start(init: object, classes: int = CLASSES, **changes: Any) -> tuple[TemporalNetwork, str]:
-    """What a new run does: the network that it starts with, and what it says of it."""
+    """Build a new network with its initial weights; return it and the log line."""
     model = model_of(init, **changes)
     network = new_network(model, classes)
     return network, load_initial_weights(network, model, find_initial_weights(model, CHECKOUT, None))
@@ -59,7 +59,7 @@ def official(backbone: str = "resnet18", **options: Any) -> dict[str, Tensor]:
 
 
 def image_classifier(backbone: str = "resnet18", classes: int = 1000) -> dict[str, Tensor]:
-    """What torchvision's files hold."""
+    """State dict as in torchvision's files."""
     return randomise(torchvision.models.get_model(backbone, num_classes=classes)).state_dict()
 
 
@@ -73,7 +73,7 @@ def sha256(path: Path) -> str:
 
 
 def assert_holds(network: TemporalNetwork, expected: dict[str, Tensor], but: str = "(nothing)") -> None:
-    """The network has the expected values, but for names that match, which are those of a new network."""
+    """Assert that the network has the expected values, except for names that match `but`, which keep new values."""
     state_dict = network.state_dict()
     assert {name for name in state_dict if not re.search(but, name)} == expected.keys()
     for name, tensor in expected.items():
@@ -186,7 +186,7 @@ def test_a_relative_path_starts_in_the_checkout(tmp_path: Path) -> None:
     assert found == InitialWeights(f"sha256:{sha256(file)}", file)
 
 
-# --- What is left new, and what is said -------------------------------------------------------------------------------
+# --- Modules left new, and the log line -------------------------------------------------------------------------------
 
 
 def test_another_number_of_classes_replaces_the_classifier(tmp_path: Path) -> None:
@@ -221,7 +221,8 @@ def test_non_local_blocks_of_the_file_are_taken(tmp_path: Path) -> None:
     ("options", "note"),
     [
         ({}, None),
-        ({"shift": "none"}, None),  # its names say nothing, as torchvision's
+        # The names in the file do not show the variant, as in torchvision's files.
+        ({"shift": "none"}, None),
         ({"shift": "block"}, "they were trained with model.shift=block, it is residual here"),
         ({"temporal_pool": True}, "they were trained with model.temporal_pool=True, it is False here"),
     ],
@@ -249,7 +250,7 @@ def test_partial_bn_at_random_weights_is_said() -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Torch hub's folder of weights, empty."""
+    """Empty weights folder of torch hub."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch home"))
     folder = tmp_path / "torch home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -275,7 +276,7 @@ def test_imagenet_weights_are_held_against_the_hash_in_their_name(cache: Path) -
 
 
 def test_imagenet_weights_from_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a file of random weights under the name that its own hash gives it."""
+    """A file of random weights carries the name that its own hash gives it."""
     file = saved(cache / "new.pth", image_classifier())
     digest = sha256(file)
     named = file.rename(cache / f"resnet18-{digest[:8]}.pth")
@@ -292,7 +293,7 @@ def test_imagenet_weights_from_the_cache(cache: Path, monkeypatch: pytest.Monkey
     assert find_initial_weights(model_of("imagenet"), CHECKOUT, None).identity == f"sha256:{digest}"
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
+# --- Refused files ----------------------------------------------------------------------------------------------------
 
 
 def refused(init: object, message: str, **changes: Any) -> str:
@@ -346,7 +347,8 @@ def test_a_file_without_a_classifier(tmp_path: Path) -> None:
 
 
 def test_another_shape(tmp_path: Path) -> None:
-    tensors = official() | {"base_model.conv1.weight": torch.zeros(64, 10, 7, 7)}  # optical flow
+    # Weights for optical flow.
+    tensors = official() | {"base_model.conv1.weight": torch.zeros(64, 10, 7, 7)}
     refused(saved(tmp_path / "flow.pth", tensors), r"backbone\.conv1\.weight is \(64, 10, 7, 7\), not \(64, 3, 7, 7\)")
 
 
@@ -391,7 +393,7 @@ def test_a_checkpoint_with_a_broken_file(tmp_path: Path) -> None:
 
 
 class Trap:
-    """What a file of pickled code does when it is loaded."""
+    """Object whose unpickling runs code."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -415,7 +417,7 @@ def test_code_in_a_file_is_not_executed(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.slow
 def test_the_command_for_a_trusted_file_works(tmp_path: Path) -> None:
-    """The one that the message above gives."""
+    """Run the command that the error message gives."""
     file = saved(tmp_path / "trusted.pth", {"state_dict": official(), "meta": Trap(tmp_path / "executed")})
     message = refused(file, "holds more than tensors")
     command = message.split("Fix, if you trust where it is from: ")[1].split(", and model.init=")[0]
@@ -462,7 +464,7 @@ def test_a_resumed_run_needs_no_file(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_resumed_run_takes_no_other_file_for_its_own(tmp_path: Path, cache: Path) -> None:
-    """A file that is there is compared, one that is only named by its sha256 too."""
+    """An existing file is compared by content; a missing one by model.init_sha256."""
     before = "sha256:" + "1" * 64
     file = saved(tmp_path / "other.pth", official())
     assert find_initial_weights(model_of(file), CHECKOUT, before).identity == f"sha256:{sha256(file)}"
@@ -497,7 +499,7 @@ def test_missing_weights_end_all_ranks_before_data_is_touched(tmp_path: Path, wo
 @pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 def test_fine_tuning_with_frozen_batch_norms(tmp_path: Path, world: World) -> None:
-    """From a published file with other classes, over two processes, and on from a checkpoint when the file is gone."""
+    """A published file with other classes, two processes, and a resume from a checkpoint after the file is deleted."""
     world = available(world)
     few = ["--train-clips", "40", "--val-clips", "20"]
     prepare = [sys.executable, "prepare.py", "shapes", "--root", str(tmp_path / "clips"), *few]
