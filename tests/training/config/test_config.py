@@ -1,4 +1,4 @@
-"""Hydra's composition of every experiment, and the checks of values, each of which names its key."""
+"""Hydra composes every experiment, and each check of a value names its key."""
 
 import re
 from dataclasses import replace
@@ -23,7 +23,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
 def compose(*overrides: str) -> Any:
-    """What `python train.py OVERRIDES` composes."""
+    """Compose as `python train.py OVERRIDES` does."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", list(overrides))
@@ -38,7 +38,8 @@ def config_of(*overrides: str) -> Config:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment: str) -> None:
-    first_weights = [] if compose(f"experiment={experiment}").model.init else ["model.init=FILE"]  # left to the user
+    # The user must give the file.
+    first_weights = [] if compose(f"experiment={experiment}").model.init else ["model.init=FILE"]
     assert config_of(f"experiment={experiment}", *first_weights).name == experiment
 
 
@@ -76,7 +77,7 @@ def test_an_experiment_wins_over_its_groups() -> None:
 def test_numerics_are_chosen_by_name_and_the_last_name_counts(
     overrides: list[str], amp: str, channels_last: bool
 ) -> None:
-    """Batch scripts rely on the last: they put the user's overrides after their own."""
+    """Batch scripts rely on the last override, because they append the user's overrides to their own."""
     numerics = config_of("experiment=kinetics_single_node", *overrides).numerics
     assert (numerics.amp, numerics.channels_last) == (amp, channels_last)
     assert numerics == replace(NumericsConfig(), amp=amp, channels_last=channels_last)
@@ -88,7 +89,7 @@ def test_an_experiments_own_memory_format_stays_under_any_numerics(numerics: str
 
 
 def test_evaluation_is_never_lowered_with_training() -> None:
-    """Published accuracies are of float32: only evaluation.amp itself changes how a run is scored."""
+    """Published accuracies are in float32, so only evaluation.amp changes the precision of an evaluation."""
     for numerics in ("reference", "gpu", "gpu_fp16"):
         assert (
             config_of("experiment=kinetics_dense", f"numerics={numerics}", "evaluation=dense_30").evaluation.amp
@@ -130,7 +131,7 @@ def test_a_composed_configuration_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_says_how_to_go_on(tmp_path: Path) -> None:
-    """Ranks of a batch job read what the batch script has composed; a folder that was moved is found where it is."""
+    """Ranks of a batch job read the config.yaml that the batch script composed, also after the folder was moved."""
     written = config_of("experiment=smoke", "run_id=there", "seed=17")
     RunFolder(tmp_path / "there").write_config(written)
     (tmp_path / "there").rename(tmp_path / "here")
@@ -143,7 +144,7 @@ RENAMED = {"distributed.wire": ("gradient_dtype", "float16"), "distributed.hang_
 
 
 def test_a_run_folder_with_renamed_keys_is_read(tmp_path: Path) -> None:
-    """A config.yaml that was written before the keys had their present names says the same."""
+    """A config.yaml with the old key names yields the same configuration."""
     assert RENAMED.keys() == RENAMED_KEYS.keys()
     folder = tmp_path / "run"
     RunFolder(folder).write_config(config_of("experiment=smoke", "run_id=run"))
@@ -305,7 +306,7 @@ def test_a_run_id_that_leads_elsewhere_is_refused(run_id: str) -> None:
 
 
 def test_every_field_has_a_default_or_is_asked_for() -> None:
-    """Nothing is left to chance: what a user must say is exactly what the message of missing values can name."""
+    """Keys without a default are exactly those that the message on missing values names."""
     missing = OmegaConf.missing_keys(OmegaConf.structured(Config))
     assert missing == {
         "data.name", "data.root", "data.num_classes", "batch.global_batch", "optimizer.lr", "optimizer.base_batch",

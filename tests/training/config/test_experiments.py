@@ -1,4 +1,4 @@
-"""The experiments that stand for published runs, against the published settings: what a run would be told, key by key."""
+"""Experiments that reproduce published runs, compared with the published settings key by key."""
 
 import re
 from typing import Any
@@ -14,12 +14,14 @@ from training.recipe import Recipe, make_execution
 
 from .test_config import compose, config_of
 
-KINETICS_CLIPS = 239_781  # training clips of the published 1,536-GPU run (reference: arXiv:1910.00932)
+# Training clips of the published 1,536-GPU run (reference: arXiv:1910.00932).
+KINETICS_CLIPS = 239_781
 SOMETHING_V1_CLIPS = 86_017
 SOMETHING_V2_CLIPS = 168_913
-UCF101_CLIPS = 9_537  # split 1
+# Split 1.
+UCF101_CLIPS = 9_537
 
-# What each experiment leaves to the user.
+# Overrides that each experiment leaves to the user.
 TOLD = {"ucf101_finetune": ["model.init=kinetics.pth"], "hmdb51_finetune": ["model.init=kinetics.pth"]}
 
 
@@ -31,7 +33,8 @@ def recipe(config: Config, clips: int) -> Recipe:
     return recipe_of(config, clips, "digest")
 
 
-# experiment: classes, clips a step, rate, weight decay, epochs, milestones, dropout, sampling, flip, partial batch norm
+# experiment: classes, clips per step, rate, weight decay, epochs, milestones, dropout, sampling, flip, partial batch
+# norm
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "kinetics_single_node": (400, 128, 0.02, 1e-4, 50, [20, 40], 0.5, "uniform", "on", False),
     "kinetics_dense": (400, 128, 0.02, 1e-4, 100, [40, 80], 0.5, "dense", "on", False),
@@ -70,7 +73,7 @@ def test_every_experiment_says_its_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "kinetics_1536"])
 def test_the_published_precision_is_the_default(name: str) -> None:
-    """The authors' main.py and test_models.py know no half precision."""
+    """The authors' main.py and test_models.py have no half precision."""
     config = experiment(name)
     assert (config.numerics.dtype, config.numerics.amp, config.evaluation.amp) == ("float32", "off", "off")
 
@@ -97,20 +100,21 @@ def test_a_fine_tune_without_a_start_is_refused(name: str) -> None:
 
 def test_the_rate_changes_at_the_published_epochs() -> None:
     ours = recipe(experiment("kinetics_single_node"), KINETICS_CLIPS)
-    assert ours.total_steps == 93_664  # 50 epochs of 1,873.3 steps
+    # 50 epochs of 1,873.3 steps.
+    assert ours.total_steps == 93_664
     epoch_20, epoch_40 = (round(epoch * KINETICS_CLIPS / 128) for epoch in (20, 40))
     rates = [ours.schedule.learning_rate(step) for step in (0, epoch_20 - 1, epoch_20, epoch_40 - 1, epoch_40)]
     assert rates == pytest.approx([0.02, 0.02, 0.002, 0.002, 0.0002])
 
 
 def test_twice_the_batch_has_twice_the_rate() -> None:
-    """The official README: "if you use a batch size of 256 you should set learning rate to 0.04"."""
+    """Official README: "if you use a batch size of 256 you should set learning rate to 0.04"."""
     ours = recipe(experiment("kinetics_single_node", "batch.global_batch=256"), KINETICS_CLIPS)
     assert ours.schedule.peak == pytest.approx(0.04)
 
 
 def test_something_v2_on_64_processes() -> None:
-    """The official recipe at 8 times its batch: 8 times the rate, after 5 epochs of warm-up from the official rate on."""
+    """The official recipe at 8 times its batch and rate, with 5 epochs of warm-up that start at the official rate."""
     config = experiment("something_v2_64")
     ours, official = recipe(config, SOMETHING_V2_CLIPS), recipe(experiment("something_v2"), SOMETHING_V2_CLIPS)
     assert (ours.global_batch, ours.bn_group, ours.epochs) == (512, 8, pytest.approx(official.epochs, rel=1e-3))

@@ -1,4 +1,4 @@
-"""Protocols of conf/evaluation, and what of the configuration decides training."""
+"""Evaluation protocols of conf/evaluation, and the part of the configuration that determines training."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_an_experiment_keeps_its_batch_under_another_protocol() -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_protocol_is_no_part_of_the_recipe(name: str) -> None:
-    """Or a run could be evaluated in no other way than the one it was trained with."""
+    """Evaluate a run with any protocol, not only with the one of its training."""
     other = config_of("experiment=smoke", f"evaluation={name}", "evaluation.batch=3", "evaluation.save_logits=true")
     assert recipe_of(other, 960, "digest") == recipe_of(smoke(), 960, "digest")
 
@@ -81,7 +81,7 @@ def test_words_count_where_labels_are_exchanged() -> None:
 
 
 def test_shapes_can_be_mirrored() -> None:
-    """The mirror turns right into left and clockwise into counter-clockwise, and shows every other class as itself."""
+    """Mirroring swaps right with left and clockwise with counter-clockwise; all other classes keep their label."""
     assert mirrored_labels(CLASSES, smoke().data.mirrored_words) == [1, 0, 2, 3, 4, 5, 7, 6, 8, 9]
 
 
