@@ -1,4 +1,4 @@
-"""evaluate.py as people call it: a run that was trained, evaluated in several ways, and ensembles of what that saved."""
+"""The evaluate.py command: a trained run, evaluated in several ways, and ensembles of saved logits."""
 
 import json
 import shutil
@@ -39,14 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
-    """`(exit code, the record, all output)`."""
+    """Run evaluate.py; return `(exit code, the record, all output)`."""
     done = call("evaluate.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", *overrides)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return done.returncode, records[0] if records else {}, done.stdout + done.stderr
 
 
 def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
-    """Without a protocol of its own the command repeats the last validation, on the way there and back through a checkpoint."""
+    """Repeat the last validation from the saved checkpoint, without a protocol of its own."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     (trained,) = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
     code, record, output = evaluate(folder)
@@ -58,7 +58,7 @@ def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
 
 
 def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: Path) -> None:
-    """Three processes, which the batch of training does not divide by, and a data set without its training split."""
+    """Three processes, which do not divide the training batch, and a data set without its training split."""
     alone = evaluate(folder)[1]
     clips = tmp_path / "clips"
     shutil.copytree(folder / "clips", clips)
@@ -137,7 +137,7 @@ def test_another_protocol_saved_and_averaged(folder: Path) -> None:
 
 
 def test_half_precision_is_asked_for_and_told(folder: Path) -> None:
-    """Its logits are float32, and lie beside those of float32 under another name."""
+    """Half-precision logits are saved in float32, beside those of a float32 evaluation and under another name."""
     whole = evaluate(folder, "evaluation.save_logits=true")[1]
     code, record, output = evaluate(folder, "evaluation.amp=bfloat16", "evaluation.save_logits=true")
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""Evaluation of a small network over real clips: every clip's logits by hand, on one rank and on several."""
+"""Evaluation of a small network on real clips: logits of every clip computed by hand, on one rank and on several."""
 
 import copy
 import os
@@ -30,13 +30,14 @@ from training.evaluation.metrics import ClipLogits, scores_of
 from training.evaluation.validate import _recompute_statistics
 from tsm.networks import build_network
 
-CLIPS, FRAMES, SIZE = 5, 12, 35  # at a size of 35 frames with a shorter side of 40 need no scaling
+# At a size of 35, frames with a shorter side of 40 need no scaling.
+CLIPS, FRAMES, SIZE = 5, 12, 35
 CPU = torch.device("cpu")
 CENTRE = EvalProtocol(4, SIZE, "uniform")
 
 
 class OneOf(SingleBackend):
-    """Rank `rank` of a world that does not reduce: the test adds the ranks' parts itself."""
+    """Rank `rank` of a world without reduction: the test sums the ranks' parts itself."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(Topology("none", rank, size, rank, size, 0, "host"), CPU)
@@ -48,7 +49,7 @@ class OneOf(SingleBackend):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five clips of noise and colour, two of them portrait, of three classes."""
+    """Five clips of noise and colour in three classes, two of them portrait."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     rows = []
@@ -63,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Small(nn.Module):
-    """To whom the order of frames, left and right, and the mode of batch norm matter."""
+    """Network that is sensitive to the order of frames, to mirroring and to the mode of batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ def normalise() -> Normaliser:
 
 
 class Noting(nn.Module):
-    """Notes how many views the network takes at once."""
+    """Wrapper that records how many views the network gets at once."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ def run(
     size: int = 1,
     amp: str = "off",
 ) -> tuple[ClipLogits, list[int]]:
-    """The logits that a rank finds, and the rows of the clips that it could not decode."""
+    """Logits that a rank computes, and the rows of the clips that it could not decode."""
     clips = EvaluationClips(ClipSource(folder / "val.arrow", "pyav"), protocol)
     backend = OneOf(rank, size)
     settings = EvaluationConfig(batch=batch, amp=amp)
@@ -123,7 +124,7 @@ def run(
 
 
 def by_hand(folder: Path, network: nn.Module, row: int, views: list[tuple[list[int], int, int, bool]]) -> Tensor:
-    """The mean of the logits of views of a clip, one at a time: `(frames, left, top, mirrored)`; (K,)."""
+    """Mean of a clip's logits over views, computed one view at a time from `(frames, left, top, mirrored)`; (K,)."""
     entry = ClipSource(folder / "val.arrow", "pyav").manifest.row(row)
     mean_C = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
     std_C = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64).view(3, 1, 1)
@@ -153,7 +154,7 @@ def test_logits_are_those_of_one_clip_at_a_time(made: Path, network: nn.Module, 
 
 
 def test_views_are_averaged(made: Path, network: nn.Module, normalise: Normaliser) -> None:
-    """Two clips of three crops: left, right and centre, from top to bottom in a portrait clip."""
+    """Two clips with three crops each: left, right and centre; top, bottom and centre in a portrait clip."""
     found, _ = run(made, network, normalise, EvalProtocol(4, SIZE, "twice", 3), batch=4)
     for row in (0, 1):
         places = [(0, 2), (20, 2), (10, 2)] if row == 0 else [(2, 0), (2, 20), (2, 10)]
@@ -184,7 +185,7 @@ def test_the_network_takes_no_more_views_than_a_batch(
 def test_ranks_add_up_to_one_process_and_padding_is_never_counted(
     size: int, batch: int, made: Path, network: nn.Module, normalise: Normaliser
 ) -> None:
-    """Five clips divide over none of these worlds: some ranks have padding, of seven ranks two have nothing else."""
+    """World sizes that do not divide five clips: some ranks have padding, and two of seven have only padding."""
     alone, _ = run(made, network, normalise, CENTRE, batch=2)
     parts = [run(made, network, normalise, CENTRE, batch, rank, size)[0] for rank in range(size)]
     assert torch.stack([part.seen_N for part in parts]).int().sum(0).tolist() == [1] * CLIPS
@@ -217,7 +218,7 @@ def test_the_network_goes_on_as_it_was(made: Path, network: nn.Module, normalise
 
 
 class NotingTypes(Noting):
-    """Notes what type of number each layer makes."""
+    """Wrapper that records the dtype of each layer's output."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
@@ -229,7 +230,7 @@ class NotingTypes(Noting):
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_evaluation_under_autocast(amp: str, made: Path, network: nn.Module) -> None:
-    """Layers compute in the lower precision, logits and their means over views come out as float32."""
+    """Layers compute in the lower precision; logits and their means over views are float32."""
     noting, single = NotingTypes(copy.deepcopy(network).float()), Normaliser(CPU, NumericsConfig())
     protocol = EvalProtocol(4, SIZE, "twice", 3)
     whole, _ = run(made, noting, single, protocol, batch=4)
@@ -243,7 +244,7 @@ def test_evaluation_under_autocast(amp: str, made: Path, network: nn.Module) -> 
 
 
 def test_logits_of_our_networks_are_not_rounded_under_autocast() -> None:
-    """The classifier works in float32: logits of bfloat16 differ by 1/256 of themselves at least, and would tie."""
+    """The classifier computes in float32: bfloat16 logits have a relative spacing of 1/256 or more, and would tie."""
     torch.manual_seed(0)
     temporal = build_network("resnet18", 50, num_frames=4).eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Scores against naive counting, clip by clip."""
+"""Scores agree with naive counting, clip by clip."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from training.evaluation.metrics import ClipLogits, Scores, confusion_matrix, sc
 
 
 def random_logits(n: int, classes: int, seed: int) -> ClipLogits:
-    """Some of the clips are missing."""
+    """Random logits of clips, of which some are missing."""
     generator = torch.Generator().manual_seed(seed)
     logit_NK = 3 * torch.randn(n, classes, generator=generator)
     label_N = torch.randint(classes, (n,), generator=generator)
@@ -21,7 +21,7 @@ def random_logits(n: int, classes: int, seed: int) -> ClipLogits:
 
 
 def naive(clip_logits: ClipLogits, groups: list[int]) -> dict[str, Any]:
-    """Clip by clip, in Python's own numbers."""
+    """Compute the scores clip by clip with Python numbers."""
     loss, right, right5, in_group, clips = 0.0, 0, 0, 0, 0
     by_class: dict[int, list[bool]] = {}
     bins: dict[int, list[tuple[float, bool]]] = {}
@@ -71,7 +71,7 @@ def test_missing_clips_are_never_counted(garbage: float) -> None:
 
 
 def test_reference_values() -> None:
-    """Four clips of three classes: two right, one wrong within its group, one wrong outside of it."""
+    """Four clips of three classes: two correct, one wrong within its group, one wrong in another group."""
     answer_N, label_N = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 0, 0, 1])
     logit_NK = 100 * torch.nn.functional.one_hot(answer_N, 3).double()
     clip_logits = ClipLogits(logit_NK, label_N, torch.ones(4, dtype=torch.bool))
@@ -80,7 +80,8 @@ def test_reference_values() -> None:
     assert scores.mean_class_percent == pytest.approx(100 * (2 / 3 + 0) / 2, rel=1e-12)
     assert scores.order_group_percent == 75.0
     assert scores.loss == pytest.approx((100 + 100) / 4)
-    assert scores.calibration_error_percent == pytest.approx(50)  # always sure, and right half of the time
+    # Confidence is always 1, and half of the clips are correct.
+    assert scores.calibration_error_percent == pytest.approx(50)
     assert confusion_matrix(clip_logits).tolist() == [[2, 1, 0], [0, 0, 1], [0, 0, 0]]
 
 
@@ -107,14 +108,14 @@ def test_a_network_that_diverged_gets_scores(value: float) -> None:
 
 
 def test_logits_between_0_and_1_are_no_probabilities() -> None:
-    """The calibration error must not take them for such: the softmax of (1, 0) is (0.73, 0.27)."""
+    """The calibration error uses the softmax: that of (1, 0) is (0.73, 0.27)."""
     logit_NK = torch.tensor([[1.0, 0.0]])
     scores = scores_of(ClipLogits(logit_NK, torch.tensor([0]), torch.tensor([True])), None)
     assert scores.calibration_error_percent == pytest.approx(26.894, abs=1e-3)
 
 
 def test_half_precision_logits_are_summed_in_double() -> None:
-    """A thousand losses of 1e-3 and one of 1e4: a float16 sum would lose the former or overflow."""
+    """A thousand losses of 1e-3 and one of 1e4: a float16 sum would lose the small ones or overflow."""
     logit_NK = torch.zeros(1001, 2, dtype=torch.float16)
     logit_NK[:-1, 0], logit_NK[-1, 1] = 7.0, 10_000.0
     label_N = torch.zeros(1001, dtype=torch.int64)
@@ -126,7 +127,7 @@ def test_half_precision_logits_are_summed_in_double() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its address space as Linux does")
 def test_as_many_clips_and_classes_as_kinetics_fit_in_deterministic_mode() -> None:
-    """In 4 GiB beside what the libraries take, and within seconds."""
+    """The scores need at most 4 GiB beyond the libraries, and only seconds."""
     code = """
 import resource
 import torch

@@ -1,4 +1,4 @@
-"""Saved logits and ensembles: what comes back, what they score, and what is refused."""
+"""Saved logits and ensembles: the round trip, scores, and refused files."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ ORIGIN = Origin("digest", CLASSES, [0, 0, 1], "run", 360, "recipe", "8x224-unifo
 
 
 def random_logits(seed: int, *missing: int, dtype: torch.dtype = torch.float32) -> ClipLogits:
-    """Forty clips, some of them missing."""
+    """Logits of forty clips, some of them missing."""
     generator = torch.Generator().manual_seed(seed)
     logit_NK = 2 * torch.randn(40, 3, generator=generator, dtype=dtype)
     seen_N = torch.ones(40, dtype=torch.bool)
@@ -85,7 +85,7 @@ def test_an_ensemble_counts_clips_that_all_have_seen(tmp_path: Path) -> None:
 
 
 def test_weights(tmp_path: Path) -> None:
-    """In proportion: 6 to 2 is 3 to 1, and 1 to 0 is the first alone."""
+    """Weights are relative: 6 to 2 equals 3 to 1, and 1 to 0 leaves only the first."""
     paths, one, other = two_files(tmp_path)
     both, _ = ensemble(paths, [6.0, 2.0])
     torch.testing.assert_close(both.logit_NK, (0.75 * one.logit_NK + 0.25 * other.logit_NK).double())
@@ -125,7 +125,7 @@ def test_files_without_logits_are_refused(tmp_path: Path) -> None:
 
 
 def command(capsys: pytest.CaptureFixture[str], max_bad_clips: int = 0, **evaluation: Any) -> tuple[int, str, str]:
-    """`(exit code, output, errors)` of evaluate.py with these keys."""
+    """Run evaluate.py with these keys; return `(exit code, output, errors)`."""
     from tests.training.config.test_config import compose
 
     composed = compose()
@@ -137,7 +137,7 @@ def command(capsys: pytest.CaptureFixture[str], max_bad_clips: int = 0, **evalua
 
 
 def test_the_command_prints_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With nothing but the files: no run, no data set."""
+    """The command needs only the files: no run and no data set."""
     paths = [str(saved(tmp_path / name, random_logits(seed))) for seed, name in enumerate("ab")]
     code, output, _ = command(capsys, ensemble=paths, ensemble_weights=[3, 1])
     assert code == 0
