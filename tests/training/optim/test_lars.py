@@ -1,4 +1,4 @@
-"""LARS against its rule in float64, for both ways of computing it."""
+"""Both implementations of LARS agree with the published rule in float64."""
 
 import math
 
@@ -10,7 +10,7 @@ from training.optim.lars import CHUNK, Lars, trust_ratio
 
 ETA, EPS, MOMENTUM, DECAY = 0.001, 1e-8, 0.9, 1e-4
 FLAT = pytest.mark.parametrize("flat", [False, True])
-# Less than a row, exactly one, one more, several; a matrix, a convolution.
+# Fewer elements than a row, exactly one row, one element more, several rows; a matrix, a convolution.
 SHAPES = [(3,), (CHUNK,), (CHUNK + 1,), (7, 11), (40, 16, 3, 3), (5, 5000)]
 
 
@@ -24,7 +24,7 @@ def tensors(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
 
 
 class Reference:
-    """The rule, one tensor at a time, in Python's own doubles where there is one number a tensor."""
+    """The LARS rule one tensor at a time, with Python doubles for numbers per tensor."""
 
     def __init__(self, weights: list[Tensor], adapt: bool, decay: float) -> None:
         self.weights = [weight.double().clone() for weight in weights]
@@ -45,7 +45,7 @@ class Reference:
 
 
 def optimizer_of(parameters: list[nn.Parameter], flat: bool, plain: int = 2) -> Lars:
-    """The first `plain` tensors without adaptation and decay, the others with both."""
+    """LARS whose first `plain` tensors have no adaptation and no decay, and whose others have both."""
     return Lars(
         [
             {"params": parameters[:plain], "adapt": False, "weight_decay": 0.0},
@@ -84,7 +84,7 @@ def test_steps_follow_the_rule(flat: bool, dtype: torch.dtype, tolerance: float)
 
 @FLAT
 def test_a_schedule_that_moves_does_not_rescale_old_velocity(flat: bool) -> None:
-    """The velocity contains the rate (no momentum correction is due): with no gradient it goes on at the old rate."""
+    """The velocity includes the rate, so it needs no momentum correction: without a gradient the old rate continues."""
     parameter = nn.Parameter(torch.ones(4, dtype=torch.float64))
     optimizer = Lars([parameter], lr=1.0, momentum=0.5, adapt=False, flat=flat)
     parameter.grad = torch.ones_like(parameter)
@@ -138,9 +138,11 @@ def test_the_number_of_kernels_does_not_grow_with_the_number_of_tensors() -> Non
         for parameter in parameters:
             parameter.grad = torch.ones(10)
         optimizer = Lars(parameters, lr=0.1, flat=True)
-        with torch.profiler.profile(acc_events=True) as profile:  # torch 2.11 warns without it
+        # Without acc_events, torch 2.11 warns.
+        with torch.profiler.profile(acc_events=True) as profile:
             optimizer.step()
-        # A foreach operator is a handful of kernels on a GPU; on a CPU, which has none, it calls one for each tensor inside.
+        # A foreach operator is a few kernels on a GPU. On a CPU it calls one operator per tensor inside, so count the
+        # outer operators.
         outer = [event for event in profile.events() if event.cpu_parent is None or "step" in event.cpu_parent.name]
         return len([event for event in outer if event.name.startswith("aten::")])
 

@@ -1,4 +1,4 @@
-"""The official parameter groups, and the optimizer step that follows from them."""
+"""The official parameter groups, and optimizer steps with their factors."""
 
 import copy
 import sys
@@ -35,7 +35,7 @@ def small_network() -> TemporalNetwork:
 
 
 def settings_by_name(network: nn.Module, config: OptimizerConfig) -> dict[str, tuple[float, float]]:
-    """(learning-rate multiplier, weight decay) of each parameter."""
+    """Map each parameter's name to its (learning-rate multiplier, weight decay)."""
     names = {parameter: name for name, parameter in network.named_parameters()}
     return {
         names[parameter]: (group["lr_multiplier"], group["weight_decay"])
@@ -45,7 +45,7 @@ def settings_by_name(network: nn.Module, config: OptimizerConfig) -> dict[str, t
 
 
 def test_every_kind_of_parameter_has_the_official_factors() -> None:
-    """The non-local network is the one with biases in its convolutions."""
+    """The non-local network has biases in its convolutions."""
     with torch.device("meta"):
         network = build_network("resnet50", 5, non_local=True)
     settings = settings_by_name(network, OFFICIAL)

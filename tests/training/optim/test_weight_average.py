@@ -1,4 +1,4 @@
-"""The moving average of weights: by hand, out of the way of bad steps, and through a checkpoint of a real run."""
+"""EMA of weights: computed by hand, unaffected by skipped steps, and saved in the checkpoints of a real run."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ def test_a_decay_that_averages_nothing_is_refused(decay: float) -> None:
 
 @pytest.mark.slow
 def test_a_run_evaluates_its_average_and_goes_on_with_it(tmp_path: Path) -> None:
-    """Stopped after one step and gone on, the average is that of a run that was never stopped; evaluate.py uses it too."""
+    """A run resumed after one step has the EMA of an uninterrupted run, and evaluate.py uses it too."""
     call = [sys.executable, "prepare.py", "shapes", "--root", str(tmp_path / "clips"), "--train-clips", "40"]
     subprocess.run([*call, "--val-clips", "20"], cwd=CHECKOUT, check=True, capture_output=True)
     options = (
