@@ -1,4 +1,4 @@
-"""plan.py: derived numbers against published ones, memory against tensors that are really made, problems against train.py's."""
+"""plan.py: derived numbers equal published ones, estimated memory equals real tensors, problems equal train.py's."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def costs_of(config: Config, execution: Execution) -> StepCosts:
 
 
 def laid_out(config: Config) -> tuple[Recipe, Execution]:
-    """Without manifests, as plan.py does it."""
+    """Recipe and execution without manifests, as plan.py derives them."""
     batch, clips = config.batch, config.data.train_clips
     world = config.distributed.world_size or config.plan.world_size
     assert clips is not None and world is not None and batch.bn_group is not None
@@ -64,7 +64,7 @@ def laid_out(config: Config) -> tuple[Recipe, Execution]:
 
 
 def test_the_numbers_of_the_published_run() -> None:
-    """arXiv:1910.00932, and what follows from it: 12,288 clips, 14 min 13 s, 24.3 M parameters, 33 GFLOPs a clip."""
+    """arXiv:1910.00932 and derived values: 12,288 clips, 14 min 13 s, 24.3 M parameters, 33 GFLOPs per clip."""
     plan = as_dict(make_plan(config_of("experiment=kinetics_1536")))
     recipe, schedule, network = plan["recipe"], plan["recipe"]["schedule"], plan["network"]
     assert (recipe["global_batch"], recipe["bn_group"], recipe["num_rows"]) == (12_288, 8, 239_781)
@@ -83,11 +83,11 @@ def test_the_numbers_of_the_published_run() -> None:
     assert plan["rates"]["clips_per_s_per_process"] == pytest.approx(18.3, abs=0.05)
     assert plan["rates"]["decoded_bytes_per_s"] == pytest.approx(28_119 * 8 * 3 * 224 * 224, rel=1e-3)
     assert plan["costs_per_process"]["bn_messages"] == 0
-    # What the V100s of the published run had, in float32 as in half precision.
+    # The V100s of the published run had 16 GB, in float32 as in half precision.
     assert 2 * 2**30 < plan["costs_per_process"]["peak_bytes"] < 16e9
 
 
-# batch, decay, peak rate, warm-up in steps, optimizer, smoothing, processes
+# batch, decay, peak rate, warm-up steps, optimizer, smoothing, processes
 LARGE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "kinetics_1536": (12_288, "step", 1.92, 98, "sgd", 0.0, 1_536),
     "kinetics_384": (3_072, "step", 0.48, 390, "sgd", 0.0, 384),
@@ -145,7 +145,7 @@ def test_what_is_reconstructed_is_said(name: str) -> None:
 
 @pytest.mark.parametrize("world", [1, 4, 48, 192, 384])
 def test_the_same_recipe_on_fewer_processes(world: int) -> None:
-    """By accumulation, 8 clips at once, in the same batch-norm groups."""
+    """Gradient accumulation with 8 clips per micro-step, in the same batch-norm groups."""
     recipe, execution = laid_out(config_of("experiment=kinetics_1536", f"distributed.world_size={world}"))
     assert execution == Execution(world, 12_288, 8, 1_536 // world, 1, 1)
     assert recipe == laid_out(config_of("experiment=kinetics_1536"))[0]
@@ -156,8 +156,10 @@ def test_the_same_recipe_on_fewer_processes(world: int) -> None:
 
 def test_live_bytes_of_real_tensors() -> None:
     with LiveBytes() as live:
-        x = torch.zeros(1_000)  # 4,000 bytes
-        y = x.double()  # and 8,000
+        # 4,000 bytes.
+        x = torch.zeros(1_000)
+        # 8,000 bytes more.
+        y = x.double()
         view = y[10:].view(-1)
         assert live.now == 12_000
         del x, y
@@ -165,12 +167,15 @@ def test_live_bytes_of_real_tensors() -> None:
         del view
         assert live.now == 0
         weight = torch.ones(1_000, requires_grad=True)
-        loss = (weight * 2).exp().sum()  # exp keeps its result for backward, the product goes
+        # exp keeps its result for backward; the product is freed.
+        loss = (weight * 2).exp().sum()
         assert live.now == 4_000 + 4_000 + 4
         loss.backward()
         del loss
-        assert live.now == 8_000  # weight and gradient
-    # In backward: weight, the kept result, the product of that and the loss's gradient; loss and its gradient themselves.
+        # Weight and gradient.
+        assert live.now == 8_000
+    # During backward: the weight, the kept result, the product of that and the loss's gradient; plus the loss and its
+    # gradient.
     assert live.peak == 3 * 4_000 + 2 * 4
 
 
@@ -180,7 +185,7 @@ def video(config: Config, clips: int) -> Tensor:
 
 
 class _OnRealTensors(LiveBytes):
-    """The same count of tensors that hold numbers: what step_costs does in a world of shapes, done for real."""
+    """Count the bytes of tensors with real values, where step_costs counts meta tensors."""
 
     def __init__(self, config: Config, execution: Execution) -> None:
         super().__init__()
@@ -229,15 +234,17 @@ def test_memory_is_what_torchs_own_tracker_counts() -> None:
 def test_activations_grow_with_the_micro_batch_and_shrink_with_precision() -> None:
     eight, four = costs(small()), costs(small("batch.micro_batch=4", "batch.bn_group=4"))
     activations = eight.peak_bytes - eight.weights_bytes - eight.optimizer_bytes
-    # Half of the activations, and the gradients of the micro-step before.
+    # Half of the activations, plus the gradients of the previous micro-step.
     assert four.peak_bytes == pytest.approx(eight.peak_bytes - activations / 2 + four.gradients_bytes, rel=0.1)
     assert four.peak_bytes > eight.peak_bytes - activations
     large = ["batch.global_batch=32", "pipeline.size=112"]
     whole, half, double = (
         costs(small(*large, *more)) for more in ([], ["numerics.amp=float16"], ["numerics.dtype=float64"])
     )
-    assert 0.5 < half.peak_bytes / whole.peak_bytes < 0.65  # weights and input stay
-    assert 1.9 < double.peak_bytes / whole.peak_bytes < 2  # frames and the indices of pooling are integers
+    # Weights and input keep their size.
+    assert 0.5 < half.peak_bytes / whole.peak_bytes < 0.65
+    # Frames and pooling indices are integers, so they do not grow.
+    assert 1.9 < double.peak_bytes / whole.peak_bytes < 2
 
 
 def test_optimizers_cost_their_state() -> None:
@@ -264,12 +271,13 @@ def test_checkpoint_bytes_are_those_of_the_files(tmp_path: Path, overrides: list
 
 
 def test_messages_of_batch_norm_over_ranks() -> None:
-    """ResNet-18 has 20 batch norms of 4,800 channels together: two messages each, in each micro-step."""
+    """ResNet-18 has 20 batch norms with 4,800 channels in total: two messages each, per micro-step."""
     over_two = costs(small("batch.bn_group=8", "batch.global_batch=16", "batch.micro_batch=4"), world=2)
     assert over_two.bn_messages == 2 * 20 * 2
     once = costs(small("batch.bn_group=8"), world=2)
     assert (once.bn_messages, over_two.bn_message_bytes) == (40, 2 * once.bn_message_bytes)
-    assert once.bn_message_bytes >= 4 * 4 * 4_800  # two numbers a channel each way, of 4 bytes at least
+    # At least two numbers of 4 bytes per channel and direction.
+    assert once.bn_message_bytes >= 4 * 4 * 4_800
     assert costs(small("batch.bn_group=4"), world=2).bn_messages == 0
 
 
@@ -344,7 +352,7 @@ def test_a_recipe_is_planned_before_the_data_is_here(
 
 
 def test_every_published_data_set_says_its_training_clips() -> None:
-    """All but the generated one, whose size is a choice. The file's header and the key agree."""
+    """All but the generated data set, whose size is configurable. The header of the file and the key agree."""
     for path in sorted((CONF / "data").glob("*.yaml")):
         text = path.read_text()
         clips = config_of("experiment=kinetics_single_node", f"data={path.stem}", "pipeline.flip=off").data.train_clips
@@ -413,7 +421,7 @@ def test_a_plot_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str
     assert "Fix: another path" in found[-1]
 
 
-# --- Beside train.py --------------------------------------------------------------------------------------------------
+# --- Agreement with train.py ------------------------------------------------------------------------------------------
 
 
 def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -422,7 +430,7 @@ def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips, and a run of a step on them."""
+    """Clips, and a run of one step on them."""
     folder = tmp_path_factory.mktemp("plan")
     done = call("prepare.py", "shapes", "--root", str(folder / "clips"), "--train-clips", "40", "--val-clips", "10")
     assert done.returncode == 0, done.stderr
@@ -439,7 +447,7 @@ def of_run(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_train_prints_the_same_lines(folder: Path, tmp_path: Path) -> None:
-    """The command itself, on the run's own folder: it would go on from its checkpoint."""
+    """The plan.py command on the run's own folder, whose checkpoint train.py would resume from."""
     json_file, plot = tmp_path / "plan.json", tmp_path / "rate.png"
     done = call("plan.py", *of_run(folder), f"plan.json={json_file}", f"plan.plot={plot}", "plan.step_s=0.5")
     assert done.returncode == 0, done.stdout + done.stderr

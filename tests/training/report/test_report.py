@@ -1,4 +1,4 @@
-"""report.html shows the right numbers of any run folder, stands alone, and runs nothing that a run's records smuggle in."""
+"""report.html shows the right numbers of any run folder, is self-contained, and runs no code from a run's records."""
 
 import json
 import re
@@ -19,7 +19,7 @@ _LINKS = {"href", "src", "srcset", "action", "data", "poster", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """What a reader sees of a page, and what a browser would fetch or run for it."""
+    """Texts that a page shows, and the resources and code that a browser would load from it."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class Page(HTMLParser):
         return " ".join(self.texts)
 
     def card(self, label: str) -> str:
-        """The number above a label of the summary."""
+        """Number above a label of the summary."""
         found = [index for index, text in enumerate(self.texts) if text.startswith(label)]
         return self.texts[found[0] - 1]
 
 
 class Run:
-    """Writes a run folder's records, a second a record."""
+    """Write the records of a run folder, one second apart."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ class Run:
         self.write("evaluation", step, top1_percent=top1_percent, **(usual | {"mean_class_percent": 61.2} | values))
 
     def page(self) -> Page:
-        """The written report, checked for what must hold of each: whole, one file, nothing fetched, nothing run."""
+        """Write the report, and check that it is complete, is one file, and loads and runs nothing."""
         write_report(self.folder)
         source = self.folder.report.read_text()
         page = Page(source)
@@ -134,7 +134,7 @@ def test_full_run(run: Run) -> None:
 
 
 def test_the_schedule_is_drawn_beside_the_rates_that_were_taken(run: Run) -> None:
-    """Of the newest start: an older one may have been told another."""
+    """The planned schedule is that of the newest start, because an older start may have had another."""
     for milestones in ([333], [16, 777]):
         schedule = Schedule("step", 1.92, 1_000, 98, milestone_steps=tuple(milestones))
         run.start(schedule=asdict(schedule), steps_per_epoch=10.0)
@@ -149,11 +149,14 @@ def test_resumed_run_counts_each_step_once(run: Run) -> None:
     for step in (10, 20, 30):
         run.train(step, loss=9.0, clips_per_s=1.0)
     run.evaluation(20, 11.1)
-    run.evaluation(30, 99.9)  # behind the checkpoint of step 20: the kill undid it
+    # After the checkpoint of step 20, so the kill discarded it.
+    run.evaluation(30, 99.9)
     with run.folder.metrics.open("a") as file:
-        file.write('{"kind": "train", "time_s": 10')  # cut off by the kill
+        # The kill truncated this line.
+        file.write('{"kind": "train", "time_s": 10')
         file.write("\n")
-    run.time_s += 3_600.0  # in a queue
+    # Time in the queue.
+    run.time_s += 3_600.0
     run.start(20, world_size=4, backend="horovod")
     run.train(25, loss=1.0)
     run.train(30, loss=1.0)
@@ -222,7 +225,7 @@ def test_without_records(run: Run, lines: str | None) -> None:
 
 
 def test_numbers_that_are_none(run: Run) -> None:
-    """A diverged loss is drawn as a gap and written out, not hidden."""
+    """A diverged loss appears as a gap in the plot and as nan in the table."""
     run.start()
     run.train(1)
     run.train(2, loss=float("nan"), clips_per_s=None)
@@ -249,7 +252,8 @@ def test_hostile_strings_are_text(tmp_path: Path) -> None:
     provenance = [{"command": ["train.py", evil], "git_diff": evil, "packages": {evil: evil}, evil: evil}]
     (run.folder.path / "provenance.json").write_text(json.dumps(provenance))
     run.folder.bad_clips.write_text(json.dumps({"split": evil, "row": evil, "reason": evil}) + "\n")
-    page = run.page()  # no script, no handler, no link
+    # page() asserts that there is no script, no handler and no link.
+    page = run.page()
     assert page.texts[0] == "<b>run&"
     assert page.text.count(evil) == 14
 
