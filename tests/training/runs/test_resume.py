@@ -1,4 +1,4 @@
-"""What a run goes on from, and what it goes on over: other code, another recipe, a full disk, a folder that is gone."""
+"""Resuming runs: changed code, a changed recipe, a full disk, and a missing checkpoint folder."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from training.runs.code_version import DECIDES_NUMBERS, check_code, code_version
 from training.runs.run_folder import RunFolder
 from training.telemetry.metrics_log import MetricsLog, read_metrics
 
-# --- Other code -------------------------------------------------------------------------------------------------------
+# --- Changed code -----------------------------------------------------------------------------------------------------
 
 SOURCE = '''"""What it is."""
 
@@ -73,7 +73,7 @@ CANNOT_CHANGE_NUMBERS = (
 
 
 def refusal(before: dict[str, Any] | None, now: dict[str, Any], *overrides: str) -> str:
-    """The error of resuming code `now` from a checkpoint of code `before`; empty where it resumes."""
+    """Error of resuming code `now` from a checkpoint of code `before`; empty if it resumes."""
     register()
     config = compose_config("experiment=smoke", *overrides)
     state = {"step": 7} | ({} if before is None else {"code": before})
@@ -145,7 +145,7 @@ def test_other_code_that_decides_no_numbers_is_warned_of(
 
 
 def test_a_file_that_decided_numbers_then_counts_when_it_is_gone(checkout: Path) -> None:
-    """A file may move out of the list between the checkpoint and now."""
+    """A file may leave the list between the checkpoint and now."""
     before = code_version(checkout)
     before["decides_numbers"].append("training/moved.py")
     before["files"]["training/moved.py"] = "digest"
@@ -156,7 +156,7 @@ def test_a_file_that_decided_numbers_then_counts_when_it_is_gone(checkout: Path)
 def test_a_record_of_the_first_scheme_is_warned_of(
     checkout: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
 ) -> None:
-    """Runs that were started before the files moved resume, also in deterministic mode."""
+    """Runs started before the files moved resume, also in deterministic mode."""
     before = {"commit": "abc", "files": {"train.py": "digest", "training/step.py": "digest"}}
     now = code_version(checkout) | {"commit": "def"}
     assert refusal(before, now, *overrides) == ""
@@ -166,7 +166,7 @@ def test_a_record_of_the_first_scheme_is_warned_of(
 
 
 def test_a_record_has_what_older_code_reads(checkout: Path) -> None:
-    """Older code compares `commit` and `files`; a checkpoint's state is JSON."""
+    """Older code compares `commit` and `files`; the state of a checkpoint is JSON."""
     record = json.loads(json.dumps(code_version(checkout)))
     assert record == code_version(checkout)
     assert set(record) >= {"commit", "files"} and len(record["files"]["training/step.py"]) == 64
@@ -220,7 +220,7 @@ SCORES = Scores(20, 0, 1.0, 0.0, 50.0, 10.0, 1.0, None)
 
 
 class NobodyElse:
-    """In the place of a control channel: its monitor would outlive the test. At a sign of life in an evaluation comes a signal."""
+    """Substitute for a control channel, whose monitor would outlive the test. Raises a signal at a set evaluation heartbeat."""
 
     signal_at, name = 0, ""
 
@@ -242,7 +242,7 @@ class NobodyElse:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Context:
-    """A world of one process whose run folders are made in `tmp_path / "disk"`."""
+    """World of one process, with run folders in `tmp_path / "disk"`."""
     register()
     backend = SingleBackend(find_topology(), torch.device("cpu"))
     return Context(tmp_path / "disk", backend, cast(Any, NobodyElse()))
@@ -258,7 +258,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 def run_with(
     context: Context, clips: Path, at: dict[int, Callable[[], object]], *overrides: str, exit_code: int = 0
 ) -> Job:
-    """Train; in front of some steps something happens."""
+    """Train, and call functions before given steps."""
     job = job_of(context, "run", *FAST, f"data.root={clips}", *overrides)
     take_step = job.trainer.step
 
@@ -318,25 +318,28 @@ def test_training_goes_on_over_a_folder_that_is_gone(
 
 
 def test_training_goes_on_on_a_full_disk(alone: Context, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Records have no room either: what was lost is missing in them, and said."""
+    """Records cannot be written either: the lost ones are missing from the file, and the log says so."""
     disk = alone.folder
     filler, checkpoints = disk / "filler", disk / "run" / "checkpoints"
 
     def fill() -> None:
         wait_until(lambda: (checkpoints / "step-00000002").exists())
         metrics = disk / "run" / "metrics.jsonl"
-        with metrics.open("ab") as file:  # it has its last page to itself
+        # Pad the file to a full page, so that the last page has no free space.
+        with metrics.open("ab") as file:
             file.write(b"\n" * (-metrics.stat().st_size % 4096))
         with filler.open("wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(4096)):
                 pass
 
-    with mounted(disk, "240m"):  # a checkpoint has 90 MB, and there are two at a time
+    # A checkpoint has 90 MB, and two exist at a time.
+    with mounted(disk, "240m"):
         job = run_with(alone, clips, {2: fill, 5: filler.unlink}, "max_steps=7", "logger.every_steps=1")
         output = capsys.readouterr().out
         assert "NO CHECKPOINT at step 3: cannot write" in output and "No space left" in output
         assert "metrics log: cannot write" in output
-        assert "step      4  loss" in output  # training went on
+        # Training continued.
+        assert "step      4  loss" in output
         newest = load_newest(checkpoints)[0]
         assert newest is not None and newest.state["step"] == 7
         assert {1, 2, 6, 7} <= set(steps_of(job, "train", "loss"))
@@ -377,7 +380,7 @@ def test_the_best_is_saved_when_it_is_found_and_kept(
     assert (best.state["step"], best.state["best_top1_percent"]) == (10, 50.0)
 
 
-# --- Stopped within an evaluation -------------------------------------------------------------------------------------
+# --- Stopped during an evaluation -------------------------------------------------------------------------------------
 
 TWO_EVALUATIONS = ["schedule.epochs=2", "evaluation.every_epochs=1", "optimizer.ema_decay=0.8"]
 
@@ -396,7 +399,7 @@ def evaluations_of(job: Job) -> list[dict[str, Any]]:
 def test_an_evaluation_that_a_signal_cuts_off_is_made_by_the_next_start(
     alone: Context, clips: Path, capsys: pytest.CaptureFixture[str], statistics: list[str], signals_at: tuple[int, ...]
 ) -> None:
-    """The first of two, then the last, then that once more: while statistics are computed anew, and while clips are scored."""
+    """Signals interrupt the first evaluation, then the last one twice, during precise batch norm and during scoring."""
     options = [*TWO_EVALUATIONS, "checkpoint.every_steps=null", *statistics]
     expected = run_with(alone, clips, {}, *options)
     again = dataclasses.replace(alone, folder=alone.folder.parent / "again")
@@ -427,7 +430,7 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_by_the_next_start(
 def test_a_signal_in_front_of_an_evaluation_leaves_it_to_the_next_start(
     alone: Context, clips: Path, stopped_at: int
 ) -> None:
-    """Not so where none was due."""
+    """The next start owes an evaluation only if one was due when the signal stopped the run."""
     options = [*TWO_EVALUATIONS, "checkpoint.every_steps=null", "max_steps=6"]
     job = run_with(alone, clips, {stopped_at: lambda: signal.raise_signal(signal.SIGUSR1)}, *options, exit_code=75)
     assert evaluations_of(job) == []
@@ -436,12 +439,12 @@ def test_a_signal_in_front_of_an_evaluation_leaves_it_to_the_next_start(
     assert [record["step"] for record in evaluations_of(job)] == [5]
 
 
-# --- On another world -------------------------------------------------------------------------------------------------
+# --- A different world size -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
-    """The run folder of 20 steps by two processes; steps 10 and 20 are saved."""
+    """Run folder of 20 steps by two processes; steps 10 and 20 are saved."""
     folder = tmp_path_factory.mktemp("two")
     ended = train_in(available(World("torchrun", 2)), folder, clips, "whole")
     assert ended.exit_code == 0, ended.output
@@ -449,7 +452,7 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> P
 
 
 def train_in(world: World, folder: Path, clips: Path, run_id: str) -> Ended:
-    """With batch norm local to ranks, whose statistics are averaged in the checkpoint."""
+    """Train with batch norm local to ranks, whose statistics are averaged in the checkpoint."""
     options = [*EQUIVALENCE, *VARIANTS["groups_of_2_accumulated"], "logger.every_steps=1"]
     places = [f"data.root={clips}", f"outputs={folder}", f"run_id={run_id}"]
     return start_training(world, folder / f"{run_id}.txt", *options, *places).wait(600)
@@ -462,7 +465,7 @@ def train_in(world: World, folder: Path, clips: Path, run_id: str) -> Ended:
 def test_a_run_of_two_processes_goes_on_in_another_world(
     tmp_path: Path, clips: Path, of_two_processes: Path, world: World
 ) -> None:
-    """The same clips in each step, and so the same losses; and the same weights, average and running statistics at the end."""
+    """Losses per step are equal, and at the end the weights, EMA of weights and running statistics."""
     half_way = "checkpoints/step-00000010"
     shutil.copytree(of_two_processes / half_way, tmp_path / "half" / half_way)
     ended = train_in(available(world), tmp_path, clips, "half")

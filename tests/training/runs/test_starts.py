@@ -1,4 +1,4 @@
-"""Starts of a run: what is known of them, and when another one is refused."""
+"""Starts of a run: the recorded history, and the refusal of restarts without progress."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from training.runs.restarts import check_progress, read_starts, record_start
 
 
 class Run:
-    """A run folder whose starts begin and end as a test says."""
+    """Run folder that records the starts and outcomes of the test."""
 
     def __init__(self, folder: Path) -> None:
         self.provenance, self.outcome = folder / "provenance.json", folder / "outcome.json"
