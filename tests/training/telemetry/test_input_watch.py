@@ -1,4 +1,4 @@
-"""The log lines on input stalls: when, how often, and with what advice."""
+"""Log lines on input stalls: time, frequency and advice."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from training.telemetry.input_stalls import TOLERATED, WARM_UP_STEPS, ClipWorker
 
 
 def watch(*shares: float, steps: int = 20) -> list[str | None]:
-    """Return what is logged after each stretch of steps of 0.5 s, which wait for these shares of it; 2 workers, 16 cores."""
+    """Return the log line after each interval of 0.5 s steps that wait for these shares of it; 2 workers, 16 cores."""
     seen = InputStalls(ClipWorkers(2, 16))
     seen.add(WARM_UP_STEPS, 100.0, 99.0)
     return [seen.add(steps, steps * 0.5, share * steps * 0.5) for share in shares]
@@ -58,7 +58,7 @@ def test_short_stretches_are_judged_together() -> None:
 def test_as_many_workers_as_are_advised_are_enough_and_one_less_is_not(
     workers: int, clips_s: float, compute_s: float
 ) -> None:
-    """Of steps whose clips take `clips_s` of work, and which compute for `compute_s` otherwise."""
+    """Steps whose clips take `clips_s` of worker time, and which compute for `compute_s`."""
     step_s = max(compute_s, clips_s / workers)
     needed = ClipWorkers(workers, 99).workers_needed(step_s, step_s - compute_s)
     if step_s > compute_s * (1 + 1e-9):

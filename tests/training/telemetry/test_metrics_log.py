@@ -1,4 +1,4 @@
-"""What a run records in wandb, read back from the files that wandb writes offline."""
+"""Metrics that a run logs to wandb, read back from wandb's offline files."""
 
 import json
 import time
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 32768
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """Yield the records of a .wandb file: protobuf messages in LevelDB's log format, after a header of wandb's own."""
+    """Yield the records of a .wandb file: protobuf messages in LevelDB's log format, after wandb's own header."""
     from wandb.proto import wandb_internal_pb2
 
     content, position, message = path.read_bytes(), _HEADER_BYTES, b""
@@ -25,7 +25,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
         if _BLOCK_BYTES - position % _BLOCK_BYTES < 7:
             position += _BLOCK_BYTES - position % _BLOCK_BYTES
             continue
-        # A checksum of 4 bytes, a length, and a kind: whole, first, middle or last.
+        # A checksum of 4 bytes, a length, and a kind: full, first, middle or last.
         length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
         if position + 7 + length > len(content):
             return
@@ -39,7 +39,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def whole_run(path: Path) -> list[Any]:
-    """The records up to the run's end: wandb's service may write them shortly after `finish` has returned."""
+    """Records up to the run's end: wandb's service may write them shortly after `finish` returns."""
     deadline_s = time.monotonic() + 60
     while not (records := list(wandb_records(path))) or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < deadline_s, [record.WhichOneof("record_type") for record in records]
@@ -80,7 +80,7 @@ def test_every_key_of_the_configuration_is_given() -> None:
     expected = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(expected, dict)
     assert {key: given[key] for key in expected} == expected
-    # wandb joins nested keys with dots, so that a key with a dot could not be told from them.
+    # wandb joins nested keys with dots, so a key with a dot would be ambiguous.
     assert not [key for key in given if "." in key]
 
 

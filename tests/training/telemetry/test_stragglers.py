@@ -1,4 +1,4 @@
-"""Stragglers: named when a rank is slow for a while, and none in a healthy job."""
+"""Stragglers: a rank is named if it is slow for a while, and none is named in a healthy job."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ from training.telemetry.stragglers import (
 
 
 def stragglers_after(own: list[list[float]], steps: int = WINDOW_STEPS) -> list[tuple[int, Straggler]]:
-    """Return (window, straggler) of each naming, when each of these windows holds own seconds per step by rank."""
+    """Return (window, straggler) of each report, given each window's own seconds per step by rank."""
     stragglers = Stragglers(len(own[0]))
     found = []
     for window, own_s in enumerate(own):
@@ -40,7 +40,7 @@ def stragglers_after(own: list[list[float]], steps: int = WINDOW_STEPS) -> list[
 
 
 def named_after(own: list[list[float]], steps: int = WINDOW_STEPS) -> list[tuple[int, int]]:
-    """Return (window, rank) of each naming."""
+    """Return (window, rank) of each report."""
     return [(window, straggler.rank) for window, straggler in stragglers_after(own, steps)]
 
 
@@ -84,7 +84,7 @@ def test_a_rank_is_named_within_50_steps_wherever_in_a_window_it_begins() -> Non
 
 
 def test_a_rank_is_not_named_for_windows_that_are_slow_in_the_mean_only() -> None:
-    """Bursts of other programs on a node come and go: each window must be slow."""
+    """Other programs on a node cause short bursts, so every window must be slow."""
     slow, healthy = [1.0, 1.0, 1.9], [1.0, 1.0, 1.05]
     assert named_after([slow, healthy] * 5) == []
 
@@ -119,7 +119,7 @@ print(clock.read().own_s, time.perf_counter() - began_s)
 
 @pytest.mark.parametrize("fault", ["none", "other program", "stopped"])
 def test_a_stop_counts_and_other_programs_do_not(fault: str) -> None:
-    """Half a second of work on one core: alone, with two programs that want the same core, and stopped for a second."""
+    """Half a second of work on one core: undisturbed, sharing the core with two programs, and stopped for a second."""
     core = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
     with ExitStack() as stack:
 
@@ -187,7 +187,8 @@ def test_a_rank_that_is_stopped_for_three_tenths_of_the_time_is_named_within_50_
 
     def hold_up() -> None:
         while not over.wait(PERIOD_S * (1 - STOPPED_PART)):
-            os.kill(victim, signal.SIGSTOP)  # the job ends behind this thread
+            # The victim is alive: the job is killed after this thread has ended.
+            os.kill(victim, signal.SIGSTOP)
             time.sleep(PERIOD_S * STOPPED_PART)
             os.kill(victim, signal.SIGCONT)
 
