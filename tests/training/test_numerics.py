@@ -1,4 +1,4 @@
-"""Precision and memory format: what the switches do, where the network lies, and what is refused."""
+"""Precision and memory format: torch's switches, the placement of the network, and refused settings."""
 
 import copy
 from collections.abc import Iterator
@@ -23,12 +23,13 @@ from .test_step import batches_of, differing, state_of, trainer_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-FILL: Any = torch.utils.deterministic  # its attributes are made at run time
+# The module defines its attributes at run time.
+FILL: Any = torch.utils.deterministic
 
 
 @pytest.fixture
 def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch's switches as they were, afterwards."""
+    """Restore torch's switches after the test."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     fill = FILL.fill_uninitialized_memory
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
@@ -53,8 +54,10 @@ def test_the_switches(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("switches")
 def test_the_deterministic_mode_repeats_and_reads_no_uninitialized_memory() -> None:
-    """With every torch.empty filled with NaN the same steps have the same bits: nothing reads what it has not written, so that
-    the fill, a kernel for each allocation, buys nothing."""
+    """Steps have the same bits when every torch.empty is filled with NaN, so they read no uninitialized memory.
+
+    The fill, one kernel per allocation, is therefore unnecessary.
+    """
     set_numerics(NumericsConfig(deterministic=True), seed=0)
     states = []
     for fill in (False, False, True):
@@ -183,7 +186,8 @@ def test_placing_a_network() -> None:
     before = dict(network.named_parameters())
     place_network(network, CPU, NumericsConfig(dtype="float64", channels_last=True))
     for name, parameter in network.named_parameters():
-        assert parameter is before[name]  # an optimizer made before has not lost it
+        # The optimizer refers to the same parameters as before.
+        assert parameter is before[name]
         assert parameter.dtype == torch.float64
         if parameter.dim() == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last)
@@ -193,7 +197,7 @@ def test_placing_a_network() -> None:
 
 
 def test_a_non_local_network_in_channels_last_is_the_same_network() -> None:
-    """Outputs and gradients, and each block hands the next layer channels_last again."""
+    """Outputs and gradients agree, and each block passes channels_last to the next layer."""
     contiguous = non_local_network()
     channels_last = copy.deepcopy(contiguous)
     place_network(contiguous, CPU, NumericsConfig(dtype="float64"))

@@ -1,4 +1,4 @@
-"""What is trained and where it runs: layouts of the global batch, the recipe's derived numbers, its fingerprint."""
+"""Recipe and execution: layouts of the global batch, derived numbers, and the fingerprint."""
 
 import re
 from dataclasses import fields, replace
@@ -60,7 +60,7 @@ def test_a_layout_holds_the_whole_batch_or_is_refused(batch: int, group: int, wo
 @given(batch=st.integers(1, 96), group=st.integers(1, 96), world=st.integers(1, 24), limit=st.integers(1, 12))
 @settings(max_examples=200, deadline=None)
 def test_nothing_that_fits_is_refused(batch: int, group: int, world: int, limit: int) -> None:
-    """By trying every number of micro-steps; the fewest are taken."""
+    """Compare with a search over all numbers of micro-steps; the layout uses the fewest."""
     fitting = [
         accumulation
         for accumulation in range(1, batch + 1)
@@ -120,7 +120,8 @@ def test_the_error_says_which_worlds_fit(batch: int, group: int, world: int, lim
     worlds = [int(number) for number in named[1].replace(",", " ").split()]
     for fitting in worlds:
         make_execution(batch, group, fitting, limit)
-    if len(worlds) < 24:  # a longer list is cut
+    # A longer list is truncated in the message.
+    if len(worlds) < 24:
         for missing in set(range(1, batch + 1)) - set(worlds):
             with pytest.raises(ConfigError):
                 make_execution(batch, group, missing, limit)
@@ -151,7 +152,8 @@ def test_an_epoch_ends_with_the_step_that_takes_its_last_clip(rows: int, batch: 
 
 
 def test_the_last_epoch_ends_with_the_run() -> None:
-    a_recipe = recipe(num_rows=100, global_batch=16, total_steps=round(2 * 100 / 16))  # 12 steps, 12.5 epochs' worth
+    # 12 steps; two epochs are 12.5 steps.
+    a_recipe = recipe(num_rows=100, global_batch=16, total_steps=round(2 * 100 / 16))
     assert [a_recipe.epoch_end_step(epoch) for epoch in (1, 2, 3)] == [7, 12, 12]
 
 
@@ -203,7 +205,7 @@ def test_as_dict_is_plain_json_with_the_schedule_in_it() -> None:
 
 
 def published() -> Config:
-    """The 1,536-GPU run."""
+    """Configuration of the 1,536-GPU run."""
     return Config(
         data=DataConfig("kinetics", "data/kinetics", num_classes=400),
         batch=BatchConfig(global_batch=12_288, bn_group=8),
@@ -271,7 +273,7 @@ RECIPE_KEYS = """
 
 
 def test_a_recipe_has_the_keys_of_checkpoints_written_before() -> None:
-    """A key with another name would make each of their runs refuse to resume."""
+    """Renaming a key would make every older run refuse to resume."""
     recipe = recipe_of(published(), KINETICS_CLIPS, "digest").as_dict()
     parts = [[f"{key}.{name}" for name in value] if isinstance(value, dict) else [key] for key, value in recipe.items()]
     assert sorted(key for part in parts for key in part) == RECIPE_KEYS.split()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against their closed forms."""
+"""Learning-rate schedules agree with their closed forms."""
 
 import math
 from itertools import pairwise
@@ -79,7 +79,7 @@ def test_poly2_is_a_parabola(warmup: int, total: int, end: float, peak: float) -
 
 @pytest.mark.parametrize(("decay", "middle"), [("cosine", 0.55), ("poly2", 0.325)])
 def test_decay_reference_values(decay: Decay, middle: float) -> None:
-    """From 1 to 0.1: halfway, and at the end."""
+    """Decay from 1 to 0.1: the rate halfway and at the end."""
     schedule = Schedule(decay, peak=1.0, total_steps=100, end=0.1)
     assert schedule.learning_rate(50) == pytest.approx(middle)
     assert schedule.learning_rate(100) == pytest.approx(0.1)
@@ -113,11 +113,11 @@ def test_an_unknown_decay_is_refused() -> None:
         Schedule("linear", 1.0, 10)  # type: ignore[arg-type]
 
 
-# --- What others have published ---------------------------------------------------------------------------------------
+# --- Published schedules ----------------------------------------------------------------------------------------------
 
 
 def test_the_schedule_of_imagenet_in_an_hour() -> None:
-    """Goyal et al., arXiv:1706.02677, sections 2.2 and 5.1: 0.1 at 256 images, batch 8,192, 5 epochs from 0.1 up, 90 in all."""
+    """Goyal et al., arXiv:1706.02677, 2.2 and 5.1: 0.1 per 256 images, batch 8,192, 5 warm-up epochs from 0.1, 90 in all."""
     steps = [round(epoch * 1_281_167 / 8_192) for epoch in (5, 30, 60, 80, 90)]
     assert steps == [782, 4_692, 9_384, 12_511, 14_075]
     warmup, *milestones, total = steps
@@ -131,7 +131,7 @@ def test_the_schedule_of_imagenet_in_an_hour() -> None:
 
 
 def mlperf_rate(step: int, peak: float, end: float, warmup: int, total: int) -> float:
-    """The rule of MLPerf's LARS reference (ResNet, polynomial decay with warm-up), steps counted from 0 as there."""
+    """Rate of MLPerf's LARS reference (ResNet, polynomial decay with warm-up), with steps counted from 0 as there."""
     if step <= warmup:
         return peak * step / warmup
     left = 1 - max(step - warmup, 1) / (total - warmup + 1)
@@ -148,7 +148,7 @@ def test_poly2_is_that_of_mlperf_within_a_step(batch: int, peak: float, epochs: 
 
 
 def test_poly2_values_written_down() -> None:
-    """25 after 100 of 1,100 steps, an end of 1e-4: half of the way leaves a quarter, nine tenths leave a hundredth."""
+    """Peak 25 after 100 of 1,100 steps, end 1e-4: a quarter remains at half of the decay, a hundredth at nine tenths."""
     schedule = Schedule("poly2", 25.0, 1_100, 100, end=1e-4)
     rate = [schedule.learning_rate(step) for step in (100, 600, 1_000, 1_100)]
     assert rate == pytest.approx([25.0, 6.250075, 0.250099, 1e-4], abs=1e-9)
@@ -156,7 +156,7 @@ def test_poly2_values_written_down() -> None:
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_no_rate_leaps_up(decay: Decay) -> None:
-    """Why velocities that contain the rate need no correction: behind 10 steps of warm-up none grows by a tenth."""
+    """Rates grow by less than a tenth after 10 steps of warm-up, so velocities that include the rate need no correction."""
     schedule = Schedule(decay, 10.0, 1_951, 98, milestone_steps=(780, 1_561), end=1e-4 if decay != "constant" else 0.0)
     growth = [after / before for before, after in pairwise(rates(schedule))]
     assert growth[0] == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""A training step in one process: its order, and that a gradient that is not finite changes nothing."""
+"""A training step in one process: its order of operations, and the rollback of steps with non-finite gradients."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ OPTIMIZERS = ["sgd", "nesterov", "lars", "lars flat", "lamb", "lamb on a device"
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Copies of all that a step changes."""
+    """Copy all state that a step changes."""
     state = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
     for name, parameter in trainer.network.named_parameters():
         for kind, tensor in trainer.optimizer.state[parameter].items():
@@ -44,7 +44,7 @@ def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("damage", [math.inf, math.nan, 1e25])
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(name: str, damage: float) -> None:
-    """1e25: squares overflow, so running variances become infinite, while loss and gradients are finite numbers."""
+    """Damage of 1e25 makes squares overflow: running variances become infinite while loss and gradients stay finite."""
     trainer, other = trainer_of(name), trainer_of(name)
     for one in (trainer, other):
         assert one.step(0, batches_of(one, 0))[3] == 0
@@ -54,12 +54,13 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(name: str, damage: floa
     for one in (trainer, other):
         assert one.step(2, batches_of(one, 2))[3] == 0
     after = state_of(trainer)
-    assert differing(after, state_of(other)) == []  # as if the bad step had never been
+    # The skipped step left no trace.
+    assert differing(after, state_of(other)) == []
     assert set(differing(after, before)) >= {"classifier.weight", "backbone.bn1.running_mean", "backbone.bn1.weight"}
 
 
 def test_overflowing_statistics_alone_would_not_show_in_the_gradient() -> None:
-    """What the loss' factor is for: without it the reduced gradient of this batch says nothing."""
+    """The reduced gradient of this batch would look healthy without the factor that the guard puts on the loss."""
     trainer = trainer_of()
     (batch,) = batches_of(trainer, 0, damage=1e25)
     trainer.network.dropout.seed_N = torch.arange(CLIPS)
@@ -94,7 +95,7 @@ def test_a_good_step_is_torchs_own_bit_for_bit(clip_norm: float | None) -> None:
 
 
 def test_the_loss_scale_is_off_before_the_clipping() -> None:
-    """Else a limit on the norm would be one on 1024 times the norm."""
+    """Clip the unscaled gradients, because the limit would otherwise apply to 1024 times the norm."""
     trainer = trainer_of(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0), clip_norm=0.5)
     assert trainer.step(0, batches_of(trainer, 0))[3] == 0
     assert torch.linalg.vector_norm(gradient_norms(trainer.optimizer)[1]).item() == pytest.approx(0.5, rel=1e-4)
@@ -102,7 +103,8 @@ def test_the_loss_scale_is_off_before_the_clipping() -> None:
 
 def test_a_scale_that_is_too_large_is_halved_and_nothing_else_changes() -> None:
     trainer = trainer_of(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**126))
-    trainer.network.classifier.weight.data *= 2.0**12  # gradients large enough to overflow at that scale
+    # Gradients become large enough to overflow at that scale.
+    trainer.network.classifier.weight.data *= 2.0**12
     before = state_of(trainer)
     steps = 0
     while trainer.step(steps, batches_of(trainer, steps))[3] == 1:
@@ -113,7 +115,8 @@ def test_a_scale_that_is_too_large_is_halved_and_nothing_else_changes() -> None:
     assert "classifier.weight" in differing(state_of(trainer), before)
 
 
-@pytest.mark.slow  # float16 on a CPU is
+# float16 is slow on a CPU.
+@pytest.mark.slow
 def test_half_precision_takes_a_step_and_rolls_one_back() -> None:
     trainer = trainer_of(amp="float16", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     before = state_of(trainer)
@@ -124,7 +127,7 @@ def test_half_precision_takes_a_step_and_rolls_one_back() -> None:
 
 
 class _NoWaiting(TorchDispatchMode):
-    """Refuses what makes a host wait for its device: reading a number of a tensor."""
+    """Dispatch mode that refuses reads of tensor values on the host, which would synchronize with the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert "local_scalar_dense" not in str(func), "a number was read from the device"
@@ -144,7 +147,7 @@ def test_no_step_waits_for_the_device(name: str, scaled: bool) -> None:
 
 
 def test_a_norm_that_cannot_be_held_is_bad_too() -> None:
-    """Squares of finite gradients can overflow; nothing can be clipped to such a norm."""
+    """Squares of finite gradients can overflow, and an infinite norm cannot be used for clipping."""
     trainer = trainer_of()
     trainer.step(0, batches_of(trainer, 0))
     before = state_of(trainer)
