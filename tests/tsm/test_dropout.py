@@ -1,4 +1,4 @@
-"""Dropout whose masks belong to clips, and the numbers behind it."""
+"""Dropout with one mask per clip, and its counter-based random numbers."""
 
 import pytest
 import torch
@@ -39,7 +39,8 @@ def test_clips_and_frames_have_different_masks() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_keep_rate(p: float) -> None:
     kept = (dropped(torch.arange(1, 21), torch.ones(20, 8, 512), p) > 0).float().mean().item()
-    assert kept == pytest.approx(1 - p, abs=0.006)  # four deviations of the mean of 81,920
+    # Four standard deviations of the mean of 81,920 samples.
+    assert kept == pytest.approx(1 - p, abs=0.006)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
@@ -103,11 +104,11 @@ def test_an_impossible_p_is_refused(p: float) -> None:
         ClipDropout(p)
 
 
-# --- Numbers ----------------------------------------------------------------------------------------------------------
+# --- Random numbers ---------------------------------------------------------------------------------------------------
 
 
 def test_golden_numbers() -> None:
-    """A change here breaks every resumed run: it would go on with other masks."""
+    """Changed numbers would break resumed runs, which would continue with other masks."""
     numbers = uniform_of(torch.tensor([1, (1 << 40) + 5, (1 << 63) - 1]), 3) * (1 << 24)
     assert numbers.long().tolist() == GOLDEN
 
@@ -132,7 +133,7 @@ def test_numbers_are_uniform() -> None:
 
 @pytest.mark.parametrize("bit", [0, 1, 20, 31, 32, 50, 62])
 def test_neighbouring_seeds_are_not_correlated(bit: int) -> None:
-    """Seeds that differ in one bit, which lies in either half of the seed."""
+    """Seeds that differ in one bit, in either half of the seed."""
     seed = 0x1234_5678_9ABC_DEF0
     numbers = uniform_of(torch.tensor([seed, seed ^ (1 << bit)]), 40_000).double()
     correlation = torch.corrcoef(numbers)[0, 1].item()
@@ -147,7 +148,7 @@ def test_neighbouring_places_are_not_correlated() -> None:
 
 
 def test_both_halves_of_a_seed_have_a_part_of_their_own() -> None:
-    """Exchanged halves are another seed; so are two seeds whose halves are equal."""
+    """Swapping the halves gives another seed, and seeds with equal halves differ too."""
     low, high = 0x1234_5678, 0x0ABC_DEF1
     seeds = torch.tensor([high << 32 | low, low << 32 | high, low << 32 | low, high << 32 | high])
     rows = {tuple(row.tolist()) for row in uniform_of(seeds, 4)}

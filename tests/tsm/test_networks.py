@@ -1,4 +1,4 @@
-"""The networks: sizes, places of the shifts, what sees which frame, names, initial values, and errors."""
+"""Networks: sizes, placement of shifts, temporal receptive field, names, initial values, and errors."""
 
 import copy
 from functools import cache
@@ -24,21 +24,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @cache
 def weights(backbone: str) -> dict[str, Tensor]:
-    """Initial weights in float64, with those of non-local blocks where a backbone can have them."""
+    """Initial weights in float64, with non-local blocks for the backbone that supports them."""
     torch.manual_seed(0)
     network = build_network(backbone, CLASSES, non_local=backbone == "resnet50")
     return network.double().state_dict()
 
 
 def empty(**changes: Any) -> TemporalNetwork:
-    """A ResNet-18 for four frames, in evaluation mode, that has shapes and no values: built in no time."""
+    """ResNet-18 for four frames in evaluation mode, on the meta device: shapes without values, fast to build."""
     options: dict[str, Any] = {"backbone": "resnet18", "num_classes": CLASSES, "num_frames": FRAMES} | changes
     with torch.device("meta"):
         return build_network(**options).eval()
 
 
 def small(**changes: Any) -> TemporalNetwork:
-    """The same with a copy of `weights`."""
+    """Network of `empty` with a copy of `weights`."""
     network = empty(**changes)
     names = network.state_dict().keys()
     given = {
@@ -54,13 +54,13 @@ def clips(n: int = 2, frames: int = FRAMES, side: int = 16) -> Tensor:
 
 @torch.no_grad()
 def frame_features(network: TemporalNetwork, x_NTCHW: Tensor) -> Tensor:
-    """feature_NTC, what the backbone says of each frame."""
+    """Compute feature_NTC, the backbone's features of each frame."""
     feature_BC: Tensor = network.backbone(x_NTCHW.flatten(0, 1))
     return feature_BC.unflatten(0, (len(x_NTCHW), -1))
 
 
 def hooks_of(network: nn.Module, kind: type) -> list[tuple[str, Any]]:
-    """(module name, hook) of every forward pre-hook of a kind."""
+    """List (module name, hook) of every forward pre-hook of this kind."""
     return [
         (name, hook)
         for name, module in network.named_modules()
@@ -94,7 +94,8 @@ def test_parameters_at_400_classes(backbone: str, non_local: bool, count: int) -
         ("resnet34", "residual", 16),
         ("resnet50", "residual", 16),
         ("resnet50", "block", 16),
-        ("resnet101", "residual", 18),  # every second block of each stage: 2 + 2 + 12 + 2
+        # Every second block of each stage: 2 + 2 + 12 + 2.
+        ("resnet101", "residual", 18),
         ("resnet101", "block", 33),
         ("mobilenet_v2", "residual", 10),
     ],
@@ -135,7 +136,7 @@ def test_every_backbone_takes_any_number_of_frames(backbone: str, frames: int) -
 
 @torch.no_grad()
 def test_one_frame_has_nothing_to_shift_but_zeros() -> None:
-    """A single frame has no neighbours: the shifted channels are zeros, in both directions and in training and online."""
+    """A single frame has no neighbours: the shifted channels are zeros in both directions."""
     network = small(num_frames=1)
     block = network.get_submodule("backbone.layer1.0.conv1")
     seen: list[Tensor] = []
@@ -224,7 +225,8 @@ def test_past_never_sees_the_future(backbone: str, place: str) -> None:
     later = clips()
     later[:, -1] += 1
     before, after = frame_features(network, clips()), frame_features(network, later)
-    size = before.abs().max().item()  # a MobileNetV2's first features are tiny
+    # The first features of MobileNetV2 are tiny.
+    size = before.abs().max().item()
     torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=0, atol=1e-12 * size)
     assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3 * size
 
@@ -261,7 +263,7 @@ def test_logits_are_the_mean_over_time() -> None:
 
 
 def zero_branch(block: nn.Module) -> None:
-    """Leave a residual block nothing but its identity path."""
+    """Zero the residual branch of a block, so that only its identity path remains."""
     nn.init.zeros_(block.bn2.weight)  # type: ignore[union-attr, arg-type]
     nn.init.zeros_(block.bn2.bias)  # type: ignore[union-attr, arg-type]
 
@@ -316,7 +318,7 @@ def test_temporal_pool_is_the_maximum_of_three_frames() -> None:
 def test_temporal_pool_is_max_pool3d_to_the_bit(
     frames: int, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    """With ties: most numbers are zeros, as after a ReLU, and many others are equal."""
+    """Inputs have ties: most values are zeros, as after a ReLU, and many others are equal."""
     torch.manual_seed(frames)
     values_BCHW = torch.randn(3 * frames, 4, 5, 6).relu().round(decimals=0)
     ours_BCHW, theirs_BCHW = (
@@ -342,7 +344,7 @@ def test_the_earliest_frame_of_a_tie_has_the_gradient() -> None:
     assert pooled_TCHW.flatten().tolist() == [0.0, 2.0, 2.0]
     pooled_TCHW.backward(torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1, 1))
     assert x_TCHW.grad is not None
-    # Frames 0 and 1 tie in the first window, 3 alone is the second's maximum, and 3 and 4 tie in the third.
+    # Frames 0 and 1 tie in the first window, only frame 3 is the maximum of the second, and 3 and 4 tie in the third.
     assert x_TCHW.grad.flatten().tolist() == [1.0, 0.0, 0.0, 110.0, 0.0, 0.0]
 
 
@@ -379,7 +381,7 @@ def test_non_local_blocks_stand_where_the_authors_put_them() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_non_local_blocks_subsample_as_max_pool3d_does(memory_format: torch.memory_format) -> None:
-    """Values and gradients; the sides are odd and even."""
+    """Values and gradients agree, for odd and even sides."""
     torch.manual_seed(0)
     values_NCTHW = torch.randn(2, 4, 3, 7, 6).relu().round(decimals=0)
     ours_NCTHW, theirs_NCTHW = (
@@ -407,9 +409,10 @@ def test_a_non_local_block_is_attention_over_all_frames() -> None:
         weight, bias = convolution.weight, convolution.bias
         return weight.flatten(1) @ x_CL + bias[:, None]  # type: ignore[operator, index, union-attr]
 
-    x_CL = x_BCHW.permute(1, 0, 2, 3).flatten(1)  # L = frame, row, column
+    # L = frame, row, column.
+    x_CL = x_BCHW.permute(1, 0, 2, 3).flatten(1)
     query_CL = pointwise(block.theta, x_CL)
-    # The 2 x 2 positions of a frame become one.
+    # Pooling merges the 2 x 2 positions of a frame into one.
     key_CM, value_CM = (pointwise(branch[0], x_CL).unflatten(1, (2, 4)).amax(2) for branch in (block.phi, block.g))
     mixed_CL = torch.stack([value_CM @ (key_CM.T @ query).softmax(0) for query in query_CL.T], 1)
     expected_CL = x_CL + pointwise(block.W[0], mixed_CL) / (1 + block.W[1].eps) ** 0.5  # type: ignore[operator]
@@ -425,7 +428,7 @@ def norms_of(network: nn.Module) -> list[Any]:
 
 
 def converted(network: TemporalNetwork) -> TemporalNetwork:
-    """With batch norms over groups of clips, as training has them."""
+    """Convert the network's batch norms to groups of clips, as training does."""
     topology = Topology(launcher="none", rank=0, size=1, local_rank=0, local_size=1, node=0, host="here")
     backend = SingleBackend(topology, torch.device("cpu"))
     convert_batch_norm(network, backend, ghosts=2, rank_groups=[], accumulation=1)
@@ -434,7 +437,7 @@ def converted(network: TemporalNetwork) -> TemporalNetwork:
 
 @torch.no_grad()
 def adapt_statistics(network: TemporalNetwork) -> None:
-    """Give norms the statistics of a batch: frozen at a random start, they would let a gradient vanish."""
+    """Give norms the statistics of a batch, because random frozen statistics could make a gradient vanish."""
     for norm in norms_of(network):
         norm.train()
         norm.momentum = 1.0
@@ -523,12 +526,12 @@ def test_clips_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "published_g", "digits"),
     [
-        # TSM, arXiv:1811.08383v3, table 2: 33 G and 65 G a clip; arXiv:1910.00932 has the first too.
+        # TSM, arXiv:1811.08383v3, table 2: 33 G and 65 G per clip; arXiv:1910.00932 also has the first.
         ({"backbone": "resnet50", "num_frames": 8}, 33, 0),
         ({"backbone": "resnet50", "num_frames": 16}, 65, 0),
-        # MobileNetV2, arXiv:1801.04381, table 4: 300 M a frame, with 1,000 classes
+        # MobileNetV2, arXiv:1801.04381, table 4: 300 M per frame, with 1,000 classes.
         ({"backbone": "mobilenet_v2", "num_frames": 1, "num_classes": 1000}, 0.3, 1),
-        # torchvision's documentation of each backbone, a frame with 1,000 classes
+        # torchvision's documentation of each backbone, per frame with 1,000 classes.
         ({"backbone": "resnet18", "num_frames": 1, "num_classes": 1000}, 1.81, 2),
         ({"backbone": "resnet34", "num_frames": 1, "num_classes": 1000}, 3.66, 2),
         ({"backbone": "resnet50", "num_frames": 1, "num_classes": 1000}, 4.09, 2),
@@ -543,7 +546,7 @@ def test_published_cost_of_a_clip(options: dict[str, Any], published_g: float, d
 @pytest.mark.parametrize(
     ("options", "published_g"),
     [
-        # mmaction2, configs/recognition/tsm/README.md: its counter adds batch norms, half a percent
+        # mmaction2, configs/recognition/tsm/README.md; its counter includes batch norms, half a percent.
         ({"backbone": "resnet50", "num_frames": 8}, 32.88),
         ({"backbone": "resnet50", "num_frames": 16}, 65.75),
         ({"backbone": "resnet50", "num_frames": 8, "non_local": True}, 61.30),

@@ -1,4 +1,4 @@
-"""Our networks against the authors', defined anew in official_reference.py; and the names of published files."""
+"""Our networks agree with the authors', reimplemented in official_reference.py; names in published files."""
 
 import re
 from functools import cache
@@ -46,7 +46,7 @@ def theirs(variant: str) -> Official:
 
 
 def ours(variant: str, state_dict: dict[str, Tensor] | None = None) -> TemporalNetwork:
-    """The same variant; with weights, or with shapes alone."""
+    """Our network of the same variant, with weights or on the meta device."""
     options = {"num_classes": CLASSES, "num_frames": 4} | VARIANTS[variant]
     options["num_frames"] = options.pop("frames", options["num_frames"])
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def clips(variant: str) -> Tensor:
 
 
 def tiers(names: Any) -> list[Any]:
-    """The variants, those of them that take more than a second or two marked as slow."""
+    """Mark the variants that take more than a second or two as slow."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -83,7 +83,8 @@ def test_logits_loss_and_every_gradient(variant: str, training: bool) -> None:
     label_N = torch.tensor([1, 3])
     results = []
     for each in (official, network):
-        torch.manual_seed(5)  # of the dropout
+        # Seeds the dropout.
+        torch.manual_seed(5)
         logit_NK = each(clips(variant))
         loss = nn.functional.cross_entropy(logit_NK, label_N)
         loss.backward()
@@ -96,18 +97,19 @@ def test_logits_loss_and_every_gradient(variant: str, training: bool) -> None:
     scale = max(gradient.norm().item() for gradient in gradients.values())
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
-        # In training, what stands in front of a batch norm has gradients that cancel to rounding: hence the floor.
+        # In training, gradients before a batch norm cancel down to rounding error: hence the floor.
         floor = 1e-9 * scale * 1e-3
         assert (parameter.grad - gradients[name]).norm() < 1e-9 * gradients[name].norm() + floor, name
     statistics = from_official(official.state_dict())
-    for name, tensor in network.state_dict().items():  # running statistics follow the same batches
+    # Running statistics follow the same batches.
+    for name, tensor in network.state_dict().items():
         torch.testing.assert_close(tensor, statistics[name], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", tiers(["resnet50", "mobilenet_v2"]))
 def test_the_reference_feels_every_part(backbone: str) -> None:
-    """A comparison could not fail if what differs between variants did not move the logits."""
+    """Each difference between variants changes the logits, so the comparison can fail."""
     official = theirs(backbone).eval()
     weights = from_official(official.state_dict())
     changes: list[dict[str, Any]] = [{}, {"shift": "none"}, {"fold_div": 4}, {"direction": "past"}]
@@ -135,7 +137,8 @@ def test_past_is_the_online_demo() -> None:
         logit_NK, caches = demo.step(x_NTCHW[:, t], caches)
         logits.append(logit_NK)
     assert caches is not None
-    assert [cache.shape[1] for cache in caches] == [3, 4, 4, 8, 8, 8, 12, 12, 20, 20]  # the demo's own sizes
+    # Cache sizes of the authors' demo.
+    assert [cache.shape[1] for cache in caches] == [3, 4, 4, 8, 8, 8, 12, 12, 20, 20]
     assert relative_error(network(x_NTCHW), torch.stack(logits, 1).mean(1)) < 1e-9
     feature_NTC = network.backbone(x_NTCHW.flatten(0, 1)).unflatten(0, (2, 4))
     assert relative_error(network.classifier(feature_NTC), torch.stack(logits, 1)) < 1e-9
@@ -146,7 +149,7 @@ def test_past_is_the_online_demo() -> None:
 
 @cache
 def names_of(variant: str) -> dict[str, Tensor]:
-    """The authors' names and shapes, without values."""
+    """Names and shapes of the authors' network, on the meta device."""
     with torch.device("meta"):
         return Official(**({"classes": CLASSES, "frames": 4} | VARIANTS[variant])).state_dict()
 
@@ -237,7 +240,7 @@ def test_our_own_names_stay(variant: str) -> None:
 
 
 def test_both_layouts_of_mobilenet_mean_the_same_tensors() -> None:
-    """By values, not by names: the two definitions have their own order of layers."""
+    """Compare by values, not by names, because the two definitions order their layers differently."""
     flat = randomise(MobileNetV2(CLASSES).double()).eval()
     nested = torchvision.models.mobilenet_v2(num_classes=CLASSES).double().eval()
     translated = from_official(flat.state_dict())
@@ -249,7 +252,7 @@ def test_both_layouts_of_mobilenet_mean_the_same_tensors() -> None:
 
 
 def mmaction_resnet(names: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mmaction2's names for the authors' ResNet tensors: convolution and batch norm share a module."""
+    """Rename the authors' ResNet tensors as mmaction2 does: convolution and batch norm share a module."""
     renamed = {}
     for name, tensor in names.items():
         name = name.replace("base_model.", "backbone.").replace("new_fc", "cls_head.fc_cls")
@@ -270,7 +273,7 @@ def test_mmactions_resnet_names(variant: str) -> None:
 
 
 def test_mmactions_mobilenet_names() -> None:
-    """Stages of blocks, each up to three pairs of convolution and batch norm; the shift wraps the first pair."""
+    """Stages of blocks with up to three pairs of convolution and batch norm each; the shift wraps the first pair."""
     blocks = iter(range(1, 18))
     renamed = {}
     official = names_of("mobilenet_v2")
@@ -299,7 +302,7 @@ def test_mmactions_mobilenet_names() -> None:
     assert same(from_official(renamed), from_official(official))
 
 
-# --- What does not fit ------------------------------------------------------------------------------------------------
+# --- Mismatched files -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

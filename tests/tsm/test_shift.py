@@ -1,4 +1,4 @@
-"""The temporal shift against its definition written as loops, its gradients, its memory layouts, and its tracing."""
+"""The temporal shift compared with its definition as loops; gradients, memory layouts, and tracing."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ DIRECTIONS: tuple[Direction, ...] = ("both", "past")
 
 
 def by_definition(x_NTC: Tensor, fold_div: int, direction: Direction) -> Tensor:
-    """Channel c of frame t comes from frame t + 1, t - 1 or t; zeros where the clip ends (TSM, section 3)."""
+    """Channel c of frame t comes from frame t + 1, t - 1 or t; zeros beyond the ends of a clip (TSM, section 3)."""
     out_NTC = torch.zeros_like(x_NTC)
     frames, channels = x_NTC.shape[1:3]
     fold = channels // fold_div
@@ -30,7 +30,7 @@ def by_definition(x_NTC: Tensor, fold_div: int, direction: Direction) -> Tensor:
 
 
 def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """No two elements are equal, and none is zero."""
+    """Tensor of distinct, nonzero elements."""
     return torch.arange(1, torch.Size(shape).numel() + 1, dtype=dtype).view(shape)
 
 
@@ -120,7 +120,8 @@ def test_the_gradient_keeps_channels_last() -> None:
 def test_gradients_of_first_and_second_order(direction: Direction) -> None:
     x_NTC = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
 
-    def cubed(x_NTC: Tensor) -> Tensor:  # of a linear map alone every second derivative is zero
+    # Cubed, because all second derivatives of a linear map are zero.
+    def cubed(x_NTC: Tensor) -> Tensor:
         return temporal_shift(x_NTC, 4, direction) ** 3
 
     assert torch.autograd.gradcheck(cubed, x_NTC)
@@ -143,12 +144,14 @@ def test_no_gradient_for_what_falls_off_an_end() -> None:
     temporal_shift(x_NTC, 8, "both").sum().backward()
     assert x_NTC.grad is not None
     expected_TC = torch.ones(3, 8)
-    expected_TC[0, 0] = 0  # would have moved in front of the first frame
-    expected_TC[2, 1] = 0  # behind the last
+    # Its value moved before the first frame.
+    expected_TC[0, 0] = 0
+    # Its value moved past the last frame.
+    expected_TC[2, 1] = 0
     assert torch.equal(x_NTC.grad[0], expected_TC)
 
 
-# --- torch.compile, torch.export and the operator for them on CUDA, which takes CPU tensors too -------------------------
+# --- torch.compile, torch.export and their operator for CUDA, which also takes CPU tensors ----------------------------
 
 
 def by_operator(x_NTC: Tensor, fold_div: int = 8, direction: Direction = "both") -> Tensor:
@@ -165,7 +168,7 @@ class Shifted(nn.Module):
 
 
 SHIFTS = pytest.mark.parametrize("shift", [temporal_shift, by_operator])
-# torch 2.11's Dynamo instantiates autograd functions, of which torch warns.
+# torch 2.11's Dynamo instantiates autograd functions, which makes torch warn.
 DYNAMO = pytest.mark.filterwarnings(
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
 )
@@ -204,7 +207,7 @@ def test_the_operator_has_the_same_gradients(direction: Direction) -> None:
     assert torch.autograd.gradgradcheck(lambda x_NTC: by_operator(x_NTC, 4, direction) ** 3, x_NTC)
 
 
-# Torch's own checks access it.
+# torch's own checks access .grad.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_operator_passes_the_checks_of_torch() -> None:
     x_NTCHW = (

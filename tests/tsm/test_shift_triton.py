@@ -1,4 +1,4 @@
-"""The temporal shift's Triton kernel against slices: interpreted for its values, compiled for sm_90 for its memory accesses."""
+"""The Triton kernel of the temporal shift: values in Triton's interpreter, and memory accesses compiled for sm_90."""
 
 import importlib.util
 import re
@@ -22,7 +22,7 @@ DIRECTIONS: tuple[Direction, ...] = ("both", "past")
 DTYPES = shift_triton.DTYPES
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# (N, T, C, H, W), fold_div: MobileNetV2's widths, folds of odd sizes, one clip, one frame, frames of several programs.
+# (N, T, C, H, W), fold_div: MobileNetV2's widths, odd fold sizes, one clip, one frame, frames of several programs.
 CASES = [
     ((2, 3, 24, 2, 3), 8),
     ((1, 4, 32, 3, 3), 8),
@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """A second copy of the module, whose kernel Triton interprets on CPU tensors: `triton.jit` reads the variable once."""
+    """Second copy of the module, interpreted by Triton on CPU tensors; `triton.jit` reads the variable only once."""
     spec = importlib.util.spec_from_file_location("interpreted_shift_triton", str(shift_triton.__file__))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -54,7 +54,7 @@ def laid_out(x_NTCHW: Tensor, channels_last: bool) -> Tensor:
 
 
 def samples(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Normal numbers, among them infinities, NaN and negative zeros."""
+    """Normal values, with some infinities, NaNs and negative zeros."""
     x_NTCHW = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for start, value in enumerate((torch.inf, -torch.inf, torch.nan, -0.0)):
         x_NTCHW.view(-1)[start::11] = value
@@ -65,7 +65,8 @@ def assert_same_bits(one_NTCHW: Tensor, other_NTCHW: Tensor) -> None:
     assert one_NTCHW.dtype == other_NTCHW.dtype
     assert one_NTCHW.stride() == other_NTCHW.stride()
     bits = BITS[one_NTCHW.element_size()]
-    one_NTCHW, other_NTCHW = one_NTCHW.cpu(), other_NTCHW.cpu()  # pytest prints what differs
+    # pytest prints the difference.
+    one_NTCHW, other_NTCHW = one_NTCHW.cpu(), other_NTCHW.cpu()
     assert torch.equal(one_NTCHW.view(bits), other_NTCHW.view(bits))
 
 
@@ -116,7 +117,8 @@ def test_a_view_that_begins_between_two_accesses(interpreted: ModuleType) -> Non
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 2, 2), (2, 0, 8, 2, 2), (2, 3, 8, 0, 2)])
 def test_empty_tensors_start_no_kernel(shape: tuple[int, ...]) -> None:
-    out_NTCHW = shift_triton.fused_shift(torch.empty(shape), 1, (1, -1))  # compiled: a launch would fail without a GPU
+    # The kernel is compiled: a launch would fail without a GPU.
+    out_NTCHW = shift_triton.fused_shift(torch.empty(shape), 1, (1, -1))
     assert out_NTCHW is not None
     assert out_NTCHW.shape == shape
 
@@ -152,7 +154,7 @@ def test_what_the_kernel_does_not_serve(x_NTC: Tensor) -> None:
 
 
 def access_bytes(x_NTCHW: Tensor, fold: int) -> set[int]:
-    """Compile for sm_90 what `fused_shift` would launch, and return the bytes of the global loads and stores in its PTX."""
+    """Compile the launch of `fused_shift` for sm_90; return the bytes of global loads and stores in its PTX."""
     launch = shift_triton.plan_launch(x_NTCHW, fold, (1, -1))
     assert launch is not None
     pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}[
@@ -162,14 +164,16 @@ def access_bytes(x_NTCHW: Tensor, fold: int) -> set[int]:
         shift_triton.shift_kernel,
         {"x_ptr": pointer, "out_ptr": pointer, **dict.fromkeys(shift_triton.SIZES, "i32")},
         constexprs={"WIDTH": launch.width, "BLOCK": launch.block},
-        attrs={(argument,): [["tt.divisibility", 16]] for argument in (0, 1)},  # torch's allocator aligns to 512 bytes
+        # torch's allocator aligns to 512 bytes.
+        attrs={(argument,): [["tt.divisibility", 16]] for argument in (0, 1)},
     )
     ptx = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32)).asm["ptx"]
     accesses = re.findall(r"(ld|st)\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
     loads, stores = (
         [int(count or 1) * int(bits) // 8 for kind, count, bits in accesses if kind == which] for which in ("ld", "st")
     )
-    assert sum(loads) == sum(stores) == shift_triton.BLOCK_BYTES // 128  # each of 128 threads moves its part once
+    # Each of the 128 threads moves its part once.
+    assert sum(loads) == sum(stores) == shift_triton.BLOCK_BYTES // 128
     return {*loads, *stores}
 
 
@@ -270,7 +274,8 @@ def test_a_gpu_gives_the_slices_bits(
 @pytest.mark.gpu
 def test_a_gpu_launches_one_kernel_each_way() -> None:
     x_NTCHW = samples((2, 8, 64, 14, 14), torch.bfloat16, channels_last=True).cuda()
-    output_and_gradient(x_NTCHW, x_NTCHW, 8, "both")  # compiles
+    # Warm up: compiles the kernel.
+    output_and_gradient(x_NTCHW, x_NTCHW, 8, "both")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         output_and_gradient(x_NTCHW, x_NTCHW, 8, "both")
         torch.cuda.synchronize()
@@ -290,7 +295,8 @@ def test_torch_compile_on_a_gpu_gives_the_same_bits() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_shifts_a_batch_beyond_32_bits() -> None:
-    x_NTC = torch.zeros(2, 2, 2**29 + 2**10, dtype=torch.bfloat16, device="cuda")  # 4 GiB
+    # 4 GiB.
+    x_NTC = torch.zeros(2, 2, 2**29 + 2**10, dtype=torch.bfloat16, device="cuda")
     x_NTC[1, 1] = 1
     x_NTC[1, 0, -1] = 2
     out_NTC = temporal_shift(x_NTC, 2**19)
