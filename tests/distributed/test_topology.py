@@ -155,7 +155,7 @@ def refused(environment: dict[str, str], *parts: str) -> None:
 @EACH
 @pytest.mark.parametrize("index", range(4))
 def test_a_missing_variable_is_named(launcher: str, index: int) -> None:
-    """Drop rank, size, local rank or local size. Without both rank and size, no launcher would be detected."""
+    """Drop rank, size, local rank or local size; with both rank and size missing, no launcher would be detected."""
     environment = dict(ENVIRONMENTS[launcher])
     missing = list(environment)[index]
     del environment[missing]
@@ -213,7 +213,7 @@ def test_what_srun_cannot_have_said_is_refused(changed: dict[str, str]) -> None:
 
 
 def test_one_task_of_srun_is_a_world_of_one() -> None:
-    """It takes the job's id, as each run of a sweep does; a command in a shell of an allocation does not."""
+    """Tasks of a sweep are named after their job; a command in a shell of an allocation is not."""
     assert find_topology({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}) == Topology(
         "none", 0, 1, 0, 1, 0, HOST, "7"
     )

@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(results: Results) -> None:
 
 
 def test_all_ranks_save_when_the_clock_of_rank_0_says_so(results: Results) -> None:
-    """No epoch ends at step 15. Ranks that disagreed would wait for each other in different collectives."""
+    """Checkpoint by the clock at step 15, which no epoch requires. Ranks that disagreed would hang in different collectives."""
     results.of("resumed")
     saved = [
         record["step"]

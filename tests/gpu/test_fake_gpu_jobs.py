@@ -87,7 +87,7 @@ def test_two_ranks_train_over_nccl(tmp_path: Path, clips: Path, launcher: str) -
 
 
 def test_the_loop_waits_only_to_stay_a_few_steps_ahead(context: Context) -> None:
-    """From step to step the only wait is the one that bounds how far the host runs ahead, and that wait sleeps."""
+    """Allow one wait per step: the one that bounds how far the host runs ahead, and it sleeps."""
     overrides = ["numerics.dtype=float32", "logger.every_steps=100", "max_steps=8", "checkpoint.every_epochs=100"]
     job = job_of(context, "loop", *overrides)
     take_step, seen = job.trainer.step, []

@@ -158,7 +158,7 @@ def test_a_world_that_contradicts_its_launcher(world: World, tmp_path: Path, cli
 
 
 def test_ctrl_c(world: World, tmp_path: Path, clips: Path) -> None:
-    """Within 10 s: exit code 130, no process left, and a checkpoint from which the same command resumes.
+    """Exit within 10 s with code 130, no process left, and a checkpoint from which the same command resumes.
 
     The launcher takes longer to exit, and its own exit code is always 1.
     """

@@ -91,7 +91,7 @@ def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path,
     assert verdict in log_of(run), ended.output
     assert outcome_of(run)["exit_code"] == 75, ended.output
     for rank in range(1, world.size):
-        # MPI may kill a process that sees a peer disconnect, before the process can log anything.
+        # MPI may abort a process as soon as MPI sees a peer disconnect, before the process logs anything.
         if rank != victim and world.launcher != "mpirun":
             log = gathered(run, f"rank-{rank:05d}.log") if victim != 0 else node_log(run.name, rank).read_text()
             assert verdict in log, log + ended.output
@@ -158,7 +158,7 @@ def test_a_job_that_faults_at_one_step_again_and_again_is_not_started_a_fourth_t
 def test_a_signal_to_one_rank_stops_all_behind_one_step_with_a_checkpoint(
     world: World, run: Path, clips: Path, name: str
 ) -> None:
-    """As when Slurm warns of a time limit or of preemption; the launcher's own exit code is not checked."""
+    """Send the signals with which Slurm warns of a time limit or of preemption; ignore the launcher's own exit code."""
     job = start(available(world), run, clips)
     os.kill(job.ranks()[1], signal.Signals[name])
     ended = job.wait(END_S)

@@ -72,7 +72,7 @@ def test_the_users_precision_wins(script: str, tmp_path: Path) -> None:
 
 
 DECIDED_BY_THE_MACHINE = {"distributed", "numerics", "plan.write_config", "pipeline.workers", "run_id"}
-"""Keys and groups that a launch script may set; all others are of the recipe, which is an experiment's."""
+"""Keys and groups that a launch script may set; all other keys belong to the recipe, in conf/experiment."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -25,7 +25,7 @@ from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 
-# A network that trains within seconds, in a precision whose rounding hides no difference.
+# A network that trains within seconds, in deterministic mode, so that rounding hides no difference.
 TINY = (
     "pipeline.size=24 model.num_frames=4 pipeline.decoder=pyav pipeline.workers=0 batch.global_batch=8 batch.bn_group=4 "
     "schedule.warmup_epochs=0 evaluation.batch=4 logger.every_steps=1 logger.wandb=disabled numerics.deterministic=true"
@@ -208,7 +208,7 @@ def test_each_way_is_what_it_says(three_ways: dict[str, Job]) -> None:
 def test_ranks_write_no_files_of_their_own_on_the_shared_file_system(
     three_ways: dict[str, Job], launch: Launch
 ) -> None:
-    """Only rank 0 writes to the run folder; logs of the ranks stay on their nodes; the home folder stays empty."""
+    """Rank 0 alone writes the run folder; ranks log to their nodes, and write nothing to the home folder."""
     for job in three_ways.values():
         files = {str(path.relative_to(job.folder)) for path in job.folder.rglob("*") if path.is_file()}
         unexpected = {
@@ -346,9 +346,9 @@ STEPS = 100
 
 
 def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: SlurmCluster) -> None:
-    """After a killed rank, a lost node, preemption, a time limit and a broken disk, the run ends with the same weights.
+    """Survive a killed rank, a lost node, preemption, a time limit and a broken disk, one after the other.
 
-    They equal the weights of an undisturbed run bit for bit, and the log names each fault.
+    The final weights equal those of an undisturbed run bit for bit, and the log names each fault.
     """
     shape = ("--nodes=2", "--ntasks-per-node=2", "--partition=scavenge", "--export=ALL,TSM_PREFLIGHT_ALL_REDUCE=off")
     alone = launch("alone", "kinetics_1536", *shape, overrides=FAULTY)
@@ -387,7 +387,7 @@ def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: Slurm
 
 
 def test_a_job_that_is_cancelled_stays_so(launch: Launch, slurm_cluster: SlurmCluster) -> None:
-    """It saves a checkpoint, because Slurm signals every process of the step before it kills them."""
+    """Save a checkpoint on scancel: Slurm signals every process of the step before it kills them."""
     job = launch("cancelled", "smoke", "--nodes=1", overrides=["distributed=torch", "schedule.epochs=60"])
     job.wait_for_step(3)
     slurm_cluster.run("scancel", str(job.number))

@@ -338,7 +338,7 @@ def test_a_useless_disk_is_named(slurm_cluster: SlurmCluster, tmp_path: Path, di
 
 @pytest.mark.slow
 def test_a_node_that_hangs_is_named_within_the_limit(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    """Its tasks start, and hang before they report."""
+    """Tasks of one node start, and hang before they report."""
     stopped = tmp_path / "packages" / "sitecustomize.py"
     stopped.parent.mkdir()
     stopped.write_text("import time\ntime.sleep(300)\n")

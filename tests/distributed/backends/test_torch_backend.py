@@ -9,13 +9,13 @@ from distributed.backends.ddp import without_buffer_sync
 
 
 def of_torch_2_11(module: Any, broadcast_buffers: bool = True) -> None:
-    """Only the old name."""
+    """Signature with the old name only."""
 
 
 def of_torch_2_14(
     module: Any, broadcast_buffers: bool | None = None, *, forward_sync_buffers: bool | None = None
 ) -> None:
-    """Both names; torch warns about the old one."""
+    """Signature with both names; torch warns about the old one."""
 
 
 def test_buffers_are_left_alone_under_the_name_that_this_torch_knows() -> None:

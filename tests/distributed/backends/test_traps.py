@@ -103,14 +103,14 @@ def test_noisy_gradients_lose_little_to_a_half_precision_ring() -> None:
 
 
 def test_the_division_comes_before_the_rounding() -> None:
-    """Dividing before the cast keeps a mean that fp16 can hold although one rank's gradient overflows fp16."""
+    """Divide before the cast: fp16 can hold the mean although it cannot hold the gradient of one rank."""
     assert fp16_share(torch.tensor([1e7]), SUMMIT).item() == pytest.approx(1e7 / SUMMIT, rel=1e-3)
     # The mean itself overflows fp16: the step is skipped.
     assert fp16_share(torch.tensor([1e9]), SUMMIT).isinf().all()
 
 
 def test_small_gradients_need_the_loss_scale_on_a_half_precision_wire() -> None:
-    """Without a loss scale, an ordinary gradient of 1e-5 underflows in fp16 once divided by a large world size."""
+    """An ordinary gradient of 1e-5, divided by a large world size, underflows in fp16 without a loss scale."""
     assert fp16_share(torch.tensor([1e-5]), SUMMIT).item() == 0
     scaled = fp16_share(torch.tensor([1e-5 * 65536]), SUMMIT).float() * SUMMIT / 65536
     assert scaled.item() == pytest.approx(1e-5, rel=1e-3)

@@ -117,7 +117,7 @@ def test_statistics_of_float32_lose_no_digits_far_from_zero(offset: float) -> No
 def test_half_precision_inputs_have_statistics_in_float32(
     dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    """As under autocast: parameters and statistics in float32, activations and gradients in half precision."""
+    """Dtypes of autocast: parameters and statistics in float32, activations and gradients in half precision."""
     norm = random_norm(nn.BatchNorm2d, 6).float()
     ours, exact = synchronized(norm), copy.deepcopy(norm).double()
     x = (torch.randn(8, 6, 9, 9) + 4).to(dtype).contiguous(memory_format=memory_format)
@@ -340,7 +340,7 @@ def population_by_hand(network: nn.Sequential, groups: list[Tensor]) -> list[tup
     ("ghosts", "rank_groups"), [(1, []), (2, []), (1, [[0]])], ids=["local", "ghosts", "over_ranks"]
 )
 def test_recomputed_statistics_are_those_of_all_groups(ghosts: int, rank_groups: list[list[int]]) -> None:
-    """For groups of equal size, E[mean^2 + var] - E[mean]^2 over groups is the variance of all values together."""
+    """Variance of all values: E[mean^2 + var] - E[mean]^2 over groups of equal size."""
     network = small_network()
     batches = [torch.randn(4, 3, 9, 9, dtype=torch.float64) * scale + scale for scale in (1, 2, 3)]
     expected = population_by_hand(copy.deepcopy(network), [part for batch in batches for part in batch.chunk(ghosts)])

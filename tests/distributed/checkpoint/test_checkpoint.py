@@ -232,7 +232,7 @@ def test_a_part_left_over_does_not_get_into_the_next_checkpoint(tmp_path: Path) 
 
 
 def test_a_part_of_another_step_does_not_stay_for_ever(tmp_path: Path) -> None:
-    """Otherwise each kill during a write would leak the disk space of a checkpoint."""
+    """Remove the files of killed writes, so that kills do not leak disk space."""
     part = tmp_path / ".step-00000001.part"
     part.mkdir()
     (part / "network.safetensors").write_bytes(b"cut short")
@@ -270,7 +270,7 @@ def test_a_failure_before_the_rename_leaves_the_earlier_one(tmp_path: Path, monk
 
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a power loss could leave a name without its content."""
+    """Sync first, because a power loss could otherwise leave a name without its content."""
     synced: list[str] = []
     sync = os.fsync
 

@@ -72,7 +72,7 @@ def test_where_all_are_at_the_same_place_all_are_named() -> None:
 
 
 def test_ranks_that_wait_for_one_that_still_works_are_left_alone() -> None:
-    """In an evaluation with uneven shares, rank 0 finished long ago."""
+    """Uneven shares of an evaluation: rank 0 finished long ago, rank 1 still makes progress."""
     assert stuck(seen(9, "evaluation", 60.0), seen(9, "evaluation", 0.5)) == []
 
 
