@@ -3,4 +3,4 @@
 from runtime.gc_freeze import frozen_imports
 
 with frozen_imports():
-    from . import worker_loader  # noqa: F401
+    from . import clips, worker_loader  # noqa: F401
