@@ -22,6 +22,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
 
 from benchmarks import common
+from runtime import run_layout
 from runtime.exit_codes import EXIT_DIVERGED, EXIT_DONE
 from training.report.charts import BLUE, GREEN, ORANGE, add_legend, new_chart
 from training.telemetry.metrics_log import read_metrics
@@ -84,7 +85,7 @@ def train(run: Run, outputs: Path, others: Sequence[str]) -> Result:
         )
     if done.returncode not in (EXIT_DONE, EXIT_DIVERGED):
         raise common.ChildFailed(f"{run} ended with {done.returncode}:\n{log.read_text()[-3000:]}")
-    records = read_metrics(outputs / run.name / "metrics.jsonl")
+    records = read_metrics(outputs / run.name / run_layout.METRICS)
     (start,) = [record for record in records if record["kind"] == "start"][-1:]
     scores = [record["top1_percent"] for record in records if record["kind"] == "evaluation"][-1:]
     return Result(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from distributed.checkpoint.store import load_newest
+from runtime import run_layout
 from training.telemetry.metrics_log import read_metrics
 
 from .processes import Ended, run
@@ -63,7 +64,7 @@ def ranks(results: Results) -> None:
         "float64, one process": Launch("f64", float64),
         "float64, two ranks, torch": Launch("f64_torch", float64, "torch", 2),
         "float64, two ranks, horovod": Launch("f64_horovod", float64, "horovod", 2),
-        "fp16, wire, lars, two ranks, torch": Launch("fp16_torch", mixed, "torch", 2),
+        "fp16, fp16 gradients, lars, two ranks, torch": Launch("fp16_torch", mixed, "torch", 2),
         "float64, one rank, torch": Launch("f64_torch_1", float64, "torch", 1),
         "float64, one rank, horovod": Launch("f64_horovod_1", float64, "horovod", 1),
     }
@@ -133,7 +134,7 @@ def run_launch(settings: Settings, launch: Launch) -> dict[str, Any]:
     if launch.launcher != "none" and settings.nccl is not None and settings.mode == "gpu":
         environment["LD_PRELOAD"] = str(settings.nccl)
     _note(fields, run(launch.command(settings), min(JOB_LIMIT_S, settings.left_s()), environment))
-    metrics = settings.work / "outputs" / launch.run_id / "metrics.jsonl"
+    metrics = settings.work / "outputs" / launch.run_id / run_layout.METRICS
     if metrics.exists():
         found = [record for record in read_metrics(metrics) if record["kind"] == "evaluation"]
         fields["evaluation"] = found[-1] if found else None
@@ -162,7 +163,7 @@ def relative_difference(settings: Settings, one: str, other: str) -> float:
 
 
 def last_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint, broken = load_newest(folder / "checkpoints")
+    checkpoint, broken = load_newest(folder / run_layout.CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{folder.name} has no whole checkpoint {broken}")
     tensors = checkpoint.network | checkpoint.optimizer

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from runtime import run_layout
 from training.errors import ConfigError
 
 from .checks import check
@@ -65,7 +66,7 @@ def from_composed(composed: Any) -> Config:
 
 def read_config(folder: Path) -> Config:
     """Read the configuration of a run folder. Raises ConfigError if it is missing or broken."""
-    path = folder / "config.yaml"
+    path = folder / run_layout.CONFIG
     try:
         config = from_composed(_with_new_keys(OmegaConf.load(path)))
     except OSError as error:
