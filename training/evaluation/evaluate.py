@@ -126,6 +126,8 @@ def _gather(part: _Part, clips: EvaluationClips, backend: Backend) -> ClipLogits
     backend.all_reduce_(part.logit_NK, "evaluation.logits")
     times_seen_N = part.times_seen_N.to(backend.device)
     backend.all_reduce_(times_seen_N, "evaluation.seen")
+    # On the CPU, where the assertion launches no kernels.
+    times_seen_N = times_seen_N.cpu()
     assert times_seen_N.max() <= 1, "a clip was evaluated twice"
     label_N = torch.from_numpy(manifest.labels().astype("int64")).to(backend.device)
-    return ClipLogits(part.logit_NK, label_N, times_seen_N > 0)
+    return ClipLogits(part.logit_NK, label_N, (times_seen_N > 0).to(backend.device))
