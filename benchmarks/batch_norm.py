@@ -1,14 +1,14 @@
-"""Measure the cost of batch norm over two processes in a training step, beside batch norm within each process.
+"""Measure the cost of synchronized batch norm over two processes in a training step, against batch norm within each process.
 
 python benchmarks/batch_norm.py                          both networks, both backends
 python benchmarks/batch_norm.py --only horovod           one backend
-python benchmarks/batch_norm.py --channels-last --quick  a minute, for a look
+python benchmarks/batch_norm.py --channels-last --quick  a minute, for a first impression
 
-Both steps are a forward and backward pass, the reduction of gradients and the fused SGD, with all layers converted by
-`distributed.batch_norm`: to groups within a process, which is nn.BatchNorm2d's own kernel, or to one group over both. They take
-turns in the same processes. torch's SyncBatchNorm would be the third, but it refuses CPU tensors; the table quotes it.
+Both steps are a forward and backward pass, the gradient all-reduce and the fused SGD. `distributed.batch_norm` converts all
+layers: to groups within a process, which use nn.BatchNorm2d's own kernel, or to one group over both processes. The two alternate
+in the same processes. torch's SyncBatchNorm is not measured: it rejects CPU tensors, and the output quotes its error.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import argparse
 import json
@@ -42,7 +42,10 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """`batch`: clips of a step over both processes, of `frames` frames of `size` pixels. `blocks` pairs of `block_steps` steps."""
+    """Sizes of the measurement: `blocks` pairs of blocks of `block_steps` steps.
+
+    `batch` clips per step over both processes, each with `frames` frames of `size` x `size` pixels.
+    """
 
     batch: int
     size: int
@@ -57,7 +60,7 @@ class Setting:
 
 
 class Meter:
-    """A backend's all-reduce with a count of messages and bytes, and of the time until each was back."""
+    """A backend whose all-reduce counts messages, bytes and the seconds spent in it."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -75,7 +78,7 @@ class Meter:
 
 
 def make_step(name: str, setting: Setting, backend: Backend, meter: Meter | None) -> Callable[[], None]:
-    """A step of training on one batch in memory; `meter`: batch norm over both processes, through it."""
+    """Return a training step on one batch in memory; with `meter`, batch norm spans both processes and reduces through it."""
     torch.manual_seed(0)
     network = build_network(name, NUM_CLASSES, setting.frames)
     groups = [list(range(backend.topology.size))] if meter else []
@@ -100,7 +103,7 @@ def make_step(name: str, setting: Setting, backend: Backend, meter: Meter | None
 
 
 def compare(name: str, setting: Setting, backend: Backend) -> dict[str, Any]:
-    """Blocks of local and of joined batch norm in turns: seconds a step, and what the meter saw in each step."""
+    """Alternate blocks of local and joined batch norm; return the times per step, and the meter's counts per step."""
     meter = Meter(backend)
     steps = {"local": make_step(name, setting, backend, None), "joined": make_step(name, setting, backend, meter)}
     for step in steps.values():
@@ -123,7 +126,7 @@ def compare(name: str, setting: Setting, backend: Backend) -> dict[str, Any]:
 
 
 def torch_says(backend: Backend) -> str:
-    """Compute what torch's SyncBatchNorm computes, on CPU tensors of two processes."""
+    """Try torch's SyncBatchNorm on CPU tensors of two processes and return its error."""
     if backend.name != "torch":
         return "needs a process group of torch's"
     try:
@@ -134,7 +137,7 @@ def torch_says(backend: Backend) -> str:
 
 
 def work(name: str, setting: Setting, folder: Path) -> None:
-    """Measure on one rank; rank 0 writes its measurements into the folder."""
+    """Measure on one rank; rank 0 writes its measurements to `folder`."""
     torch.set_num_threads(setting.threads)
     topology = find_topology()
     backend = make_backend(name, topology, torch.device("cpu"), timeout_s=120.0)
@@ -150,7 +153,7 @@ def work(name: str, setting: Setting, folder: Path) -> None:
 
 
 def measure(backend: str, setting: Setting) -> tuple[list[dict[str, Any]], str]:
-    """Start the processes of a backend; a row for each network, and what torch's SyncBatchNorm said."""
+    """Start the processes of a backend; return a row per network and the result of torch's SyncBatchNorm."""
     with tempfile.TemporaryDirectory() as folder:
         order = json.dumps([backend, asdict(setting), folder, os.getpid()])
         environ = {"OMP_NUM_THREADS": str(setting.threads)}

@@ -1,13 +1,13 @@
-"""Measure how long saving a checkpoint stalls training: written in the background, beside written in the foreground.
+"""Measure how long saving a checkpoint stalls training: a background save against a blocking save.
 
 python benchmarks/checkpoint.py                          ResNet-50 at 400 classes with SGD's momentum
 python benchmarks/checkpoint.py --folder /scratch        on another disk
 python benchmarks/checkpoint.py --quick --json FILE
 
-Both write the same bytes with the same code to the same disk, taking turns; the one behind is over before the next begins. Then
-steps of a small network are timed in turns while a write is under way and while none is.
+Both write the same bytes with the same code to the same disk. They alternate, and each background write ends before the next save
+begins. Then steps of a small network are timed during a background write and without one.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import argparse
 import sys
@@ -26,7 +26,8 @@ from distributed.checkpoint.writer import CheckpointWriter, Written
 from tsm.networks import build_network
 
 NUM_CLASSES = 400
-TARGET = 0.20  # of the stall, to a save that is waited for
+# Ratio of the background save's stall to a blocking save.
+TARGET = 0.20
 KEEP = 2
 
 
@@ -38,7 +39,7 @@ def checkpoint_of(backbone: str, step: int) -> Checkpoint:
 
 
 def take_turns(checkpoint: Checkpoint, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round: the save that is waited for, the stall of the one that is not, and its write behind the stall."""
+    """Return seconds per round: the blocking save, the background save's stall, and its write after the stall."""
     writer, snapshot = CheckpointWriter(folder / "behind", KEEP), Snapshot()
     seconds: dict[str, list[float]] = {"waited for": [], "stall": [], "behind": []}
     for round_number in range(rounds + 1):
@@ -53,7 +54,8 @@ def take_turns(checkpoint: Checkpoint, folder: Path, rounds: int) -> dict[str, l
                 write_snapshot(folder / "waited", snapshot, KEEP)
                 taken = {"waited for": time.perf_counter() - start_s}
             for name, value in taken.items():
-                if round_number:  # the first gets its memory from the system
+                # The first round also allocates memory.
+                if round_number:
                     seconds[name].append(value)
     return seconds
 
@@ -68,7 +70,7 @@ def save_behind(writer: CheckpointWriter, checkpoint: Checkpoint) -> Written:
 
 
 def steps_in_turns(checkpoint: Checkpoint, folder: Path, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds a step while a write is under way, and right before while none is; one pair for each round."""
+    """Return seconds per step during a write, and right before it without one; one pair per round."""
     writer = CheckpointWriter(folder / "behind", KEEP)
     network = build_network("resnet18", 10, num_frames=4)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, fused=True)

@@ -1,7 +1,7 @@
-"""Tools that the benchmarks share: statistics for a noisy machine, child processes that end with their parent, tables.
+"""Helpers for the benchmarks: statistics for a noisy machine, child processes that end with their parent, tables.
 
-Two things are compared by taking turns in short blocks, so that a slow spell of the machine hits both, and by the ratio within
-each pair of blocks. Intervals assume nothing about how times are distributed.
+Two candidates are compared in short alternating blocks, so that a slow phase of the machine affects both, and by the ratio within
+each pair of blocks. The confidence intervals are distribution-free.
 """
 
 import argparse
@@ -25,8 +25,10 @@ import torch
 
 from runtime.atomic_write import write_text
 
-_GRACE_S = 10.0  # between asking a child to end and ending it
-_LOG_LINES = 30  # of a failed child's output
+# Between SIGTERM and SIGKILL.
+_GRACE_S = 10.0
+# Lines of a failed child's output in the error message.
+_LOG_LINES = 30
 
 
 # --------------------------------------------------------------------------------------------------------------- statistics
@@ -34,7 +36,7 @@ _LOG_LINES = 30  # of a failed child's output
 
 @dataclass(frozen=True)
 class Interval:
-    """A median, and what encloses the true one with at least the given confidence."""
+    """A median of samples with its confidence interval."""
 
     median: float
     low: float
@@ -46,39 +48,41 @@ class Interval:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The median and its distribution-free interval between two order statistics.
+    """Return the median and its distribution-free confidence interval between two order statistics.
 
     The r-th smallest and r-th largest of n samples enclose the true median unless fewer than r samples fall on one side of it,
-    which has probability `2 * P(Binomial(n, 1/2) < r)`. Fewer than 6 samples cannot give 95%: their whole range is returned.
+    which has probability `2 * P(Binomial(n, 1/2) < r)`. Fewer than 6 samples cannot give 95%; then the interval is their
+    whole range.
     """
     ordered = sorted(samples)
-    n, rank, outside = len(ordered), 1, 2 / 2 ** len(ordered)  # whole numbers: floats end at 2^1024
+    # Integer powers: a float overflows at 2^1024.
+    n, rank, outside = len(ordered), 1, 2 / 2 ** len(ordered)
     while rank < n / 2 and outside + (more := 2 * math.comb(n, rank) / 2**n) <= 1.0 - confidence:
         outside, rank = outside + more, rank + 1
     return Interval(statistics.median(ordered), ordered[rank - 1], ordered[n - rank])
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The median ratio of samples that were taken in pairs, next to each other in time, and its interval."""
+    """Return the median ratio of paired samples, taken right after each other, with its confidence interval."""
     return median_interval([above / below for above, below in zip(numerators, denominators, strict=True)], confidence)
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Wall time, and this process' time on the CPU (all its threads), which other programs on the machine hardly change."""
+    """Wall time, and this process's CPU time over all threads, which other programs on the machine hardly affect."""
 
     wall_s: float
     cpu_s: float
 
     @classmethod
     def now(cls, device: str = "cpu") -> "Clock":
-        """`device`: whose work before this moment has to be done."""
+        """Read the clocks after all work queued on `device` is done."""
         if device == "cuda":
             torch.cuda.synchronize()
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: "Clock", steps: int) -> "Clock":
-        """Time a step, of `steps` steps that began at `start`."""
+        """Return the time per step of `steps` steps that began at `start`."""
         return Clock((self.wall_s - start.wall_s) / steps, (self.cpu_s - start.cpu_s) / steps)
 
 
@@ -86,14 +90,14 @@ class Clock:
 
 
 class ChildFailed(RuntimeError):
-    """A child process ended with an error; the message has the end of what it said."""
+    """A child process that failed; the message contains the end of its output."""
 
 
 def run_child(command: Sequence[str], log: Path, environ: Mapping[str, str], timeout_s: float = 3600.0) -> None:
-    """Run a command to its end with its output in a log. However this process ends, the child and its own do not stay."""
+    """Run a command and write its output to `log`; on exit kill the child and its descendants."""
     _turn_sigterm_into_exit()
     with log.open("wb") as output:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the child in order.
+        # A new session: Ctrl-C signals only this process, which then terminates the child.
         child = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environ}, start_new_session=True
         )
@@ -107,7 +111,7 @@ def run_child(command: Sequence[str], log: Path, environ: Mapping[str, str], tim
 
 
 def launch_command(backend: str, size: int, program: str) -> list[str]:
-    """Return the command that starts `size` processes of a Python program on a backend."""
+    """Return the command that starts `size` processes of a Python program for a backend."""
     if backend == "torch":
         module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
         return [sys.executable, *module, program]
@@ -123,7 +127,7 @@ def _turn_sigterm_into_exit() -> None:
 
 
 def _end_group(child: "subprocess.Popen[bytes]") -> None:
-    """The launcher is asked first: torchrun's and horovodrun's processes are in sessions that it alone knows."""
+    """Send SIGTERM to the launcher, then SIGKILL: only torchrun and horovodrun know the sessions of their ranks."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -134,7 +138,7 @@ def _end_group(child: "subprocess.Popen[bytes]") -> None:
 
 
 def end_with(parent: int) -> None:
-    """Called in a child of a launcher: end this process when the benchmark's own process is gone, whatever killed it."""
+    """Exit this process, a launcher's child, as soon as the benchmark's process `parent` is gone."""
 
     def watch() -> None:
         while Path(f"/proc/{parent}").exists():
@@ -148,7 +152,7 @@ def end_with(parent: int) -> None:
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="show that it works; the numbers say little")
     parser.add_argument(
@@ -158,7 +162,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """Facts of the machine that the results depend on; `load` is the machine's one-minute average before the benchmark."""
+    """Return the machine facts that affect results; `load` is the one-minute load average before the benchmark."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -178,7 +182,7 @@ def _cpu_model() -> str:
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need be: the first to the left, the others to the right."""
+    """Print a table with the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     for row in (titles, ["-" * width for width in widths], *rows):
         first, *others = row
@@ -187,7 +191,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """A JSON list of rows, each with the facts of the machine; intervals become {"median", "low", "high"}."""
+    """Write a JSON list of rows, each with the machine facts; an interval becomes {"median", "low", "high"}."""
     plain = [
         {name: asdict(value) if isinstance(value, Interval) else value for name, value in row.items()} | dict(facts)
         for row in rows

@@ -1,16 +1,16 @@
-"""Measure a training clip from file to pixels: our loader beside others and beside its own decoding only.
+"""Measure the cost of a training clip from file to pixels: our loader against others and against its decoding only.
 
-Then the gain from preparing the data, in CPU time and storage, and what a cluster needs for it.
+Also measure the gain from prepared data in CPU time and storage, and the cores and bandwidth that a cluster needs for it.
 
-python benchmarks/input.py                                         with what is in the environment
+python benchmarks/input.py                                         with the packages of the environment
 pip install --target PEERS --no-deps decord opencv-python-headless
 python benchmarks/input.py --peers PEERS                           with other libraries
 python benchmarks/input.py --chart docs/input.svg --json FILE
 
-One thread, four real clips of 10 s (340x256, H.264), 8 frames of 224x224. All ways take turns on the same sampled frames and
-crops. Ratios are of CPU time, which other programs on the machine change least.
+One thread, four real clips of 10 s (340x256, H.264), 8 frames of 224x224. All loaders alternate on the same sampled frames and
+crops. Ratios are of CPU time, which other programs on the machine affect least.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import sys
 import tempfile
@@ -30,7 +30,7 @@ from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
 from pipelines.stream.augmentation import SampleParams, sample_training_params
 
 GPUS_A_NODE, NODES = 6, 256
-# The published run: 8 clips per GPU and step of 0.437 s (conf/experiment/kinetics_1536.yaml).
+# Published run: 8 clips per GPU in a step of 0.437 s (conf/experiment/kinetics_1536.yaml).
 CLIPS_PER_S_A_GPU = 8 / 0.437
 TARGETS = (
     "targets: none of the others faster than ours on raw clips; ours at most 1.3 times its decoding alone; prepared clips 8 "
@@ -50,7 +50,7 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips in one form."""
+    """The clips, stored in one form."""
 
     root: Path
     rows: list[ManifestRow]
@@ -68,7 +68,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class Contest:
-    """A way on clips of one form, and its times so far, in each round, for each clip."""
+    """A loader on clips of one form, with its measurements per clip, one per round."""
 
     name: str
     way: Way
@@ -79,7 +79,7 @@ class Contest:
 
 
 def make_clips(folder: Path, forms: Iterable[Form]) -> dict[Form, Clips]:
-    """The raw clips, and the prepared ones, made of what the raw ones show."""
+    """Write the raw clips, and the prepared ones from the decoded raw clips."""
     made: dict[Form, Clips] = {}
     scenes = footage()
     for number, form in enumerate(forms):
@@ -94,8 +94,10 @@ def make_clips(folder: Path, forms: Iterable[Form]) -> dict[Form, Clips]:
 
 
 def contests_of(made: dict[Form, Clips]) -> list[Contest]:
-    """Ours on every form, with its decoding alone; the others on the raw clips, Pillow on JPEG files. Ways that cannot work here
-    are named loudly and left out."""
+    """Return ours and its decoding on every form, the other loaders on raw clips, and Pillow on JPEG files.
+
+    Print and skip the loaders that fail on this machine.
+    """
     contests = [Contest(name, way, made[RAW], [], [], []) for name, way in RAW_WAYS.items()]
     for form, clips in made.items():
         if form == RAW:
@@ -110,7 +112,8 @@ def contests_of(made: dict[Form, Clips]) -> list[Contest]:
 def _works(contest: Contest) -> bool:
     try:
         contest.way(contest.clips.root, contest.clips.rows, contest.clips.samples(0))
-    except Exception as error:  # a package that is not there, or does not get on with another
+    # A missing package, or one that conflicts with another.
+    except Exception as error:
         print(f"LEFT OUT: {contest.name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
         return False
     return True
@@ -130,7 +133,7 @@ def take_turns(contests: list[Contest], rounds: int) -> None:
 
 
 def bytes_read() -> int:
-    """By this process so far, from wherever."""
+    """Return the bytes that this process has read so far, also those from the page cache."""
     for line in Path("/proc/self/io").read_text().splitlines():
         if line.startswith("rchar"):
             return int(line.split()[1])
@@ -138,13 +141,13 @@ def bytes_read() -> int:
 
 
 def rows_of(contests: list[Contest], made: dict[Form, Clips]) -> list[dict[str, Any]]:
-    """For each way its CPU time a clip, its ratio to ours on the raw clips, storage, bytes read, and what a cluster needs."""
+    """Return a row per loader: CPU time per clip, ratio to ours on raw clips, storage, bytes read, a cluster's needs."""
     by_name = {contest.name: contest for contest in contests}
     base = by_name[OURS]
     rows = []
     for contest in contests:
         cpu = common.median_interval(contest.cpu_s)
-        # What is read a second time comes from the page cache.
+        # Repeated reads come from the page cache.
         read = min(common.median_interval(contest.read_bytes).median, contest.clips.bytes_a_clip)
         row: dict[str, Any] = {
             "name": contest.name,
@@ -216,11 +219,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def draw_chart(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Storage against CPU time of each form; `every N` is the distance of key frames."""
+    """Plot storage against CPU time of each form; `every N` is the key frame interval."""
     import matplotlib
 
     matplotlib.use("svg")
-    # A small file, the same from the same numbers.
+    # Make the file small and reproducible.
     matplotlib.rcParams |= {"svg.hashsalt": "input", "svg.fonttype": "none"}
     from matplotlib import pyplot, ticker
 
@@ -250,7 +253,8 @@ def main() -> int:
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw storage against time")
     options = parser.parse_args()
     if options.peers:
-        sys.path.append(str(options.peers))  # behind the environment's own packages
+        # Last, so that the environment's own packages take precedence.
+        sys.path.append(str(options.peers))
     torch.set_num_threads(1)
     facts = common.machine_facts(threads=1)
     forms = (RAW, prepared("h264", 16), prepared("jpeg")) if options.quick else FORMS

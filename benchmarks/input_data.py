@@ -1,4 +1,4 @@
-"""Clips for benchmarks/input.py: real footage as Kinetics is kept (10 s, 340x256, H.264), and in forms for training."""
+"""Clips for benchmarks/input.py: real footage in the usual form of Kinetics (10 s, 340x256, H.264) and in prepared forms."""
 
 import functools
 import subprocess
@@ -26,7 +26,7 @@ Video = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Form:
-    """A form in which clips are stored. `encoder` None: as published, with x264's defaults and a key frame every 250 frames."""
+    """A storage format for clips. `encoder` None: as published, with x264's defaults and a key frame every 250 frames."""
 
     name: str
     encoder: Encoder | None = None
@@ -44,7 +44,7 @@ def fetch(name: str) -> str:
 
 
 def prepared(codec: str, gop: int = 1, quality: int | None = None, lines: int = HEIGHT) -> Form:
-    """As `prepare.py transcode` makes it; `gop`: the distance of key frames."""
+    """Return the format that `prepare.py transcode` writes; `gop` is the key frame interval."""
     encoder = ENCODERS[codec]
     quality = encoder.quality if quality is None else quality
     pictures = encoder.pix_fmt == "yuvj420p"
@@ -53,7 +53,7 @@ def prepared(codec: str, gop: int = 1, quality: int | None = None, lines: int = 
 
 
 def costly_h264(gop: int) -> Form:
-    """x264's own filters and entropy coding in place of those that decode fast."""
+    """Return H.264 with x264's default filters and entropy coding instead of the fast-decoding ones."""
     plain = ENCODERS["h264"]
 
     def options(quality: int, gop: int) -> dict[str, str]:
@@ -79,7 +79,7 @@ FORMS = (
 
 
 def footage() -> list[Video]:
-    """The scenes, (FRAMES, HEIGHT, WIDTH, 3) each; one that is shorter goes back and forth."""
+    """Return the scenes, (FRAMES, HEIGHT, WIDTH, 3) each; a shorter one plays forward and backward repeatedly."""
     scenes = []
     for name, first in SCENES:
         images: list[Video] = []
@@ -97,7 +97,7 @@ def footage() -> list[Video]:
 
 
 def write_clips(folder: Path, form: Form, scenes: list[Video]) -> list[ManifestRow]:
-    """Encode every scene; prepared forms are made of what the raw file shows, as they would be."""
+    """Encode every scene; the prepared forms get the decoded raw scenes, as in real use."""
     folder.mkdir(parents=True)
     rows = []
     for number, video_THWC in enumerate(scenes):

@@ -1,8 +1,8 @@
-"""Ways to turn a clip's file into the pixels of a training step: ours, and what others do, on the same samples.
+"""Loaders that turn a clip's file into the pixels of a training step: ours and those of other projects, on the same samples.
 
-A way takes (root, rows, samples) of a batch and returns uint8 (N, T, 3, SIDE, SIDE), or the same laid out otherwise. Peers also
-normalise to float on the CPU; that is left out here, to their advantage. Each peer is written anew from how its project decodes
-and scales.
+A loader takes (root, rows, samples) of a batch and returns uint8 (N, T, 3, SIDE, SIDE), possibly in another layout. The other
+projects also normalise to float on the CPU; this is omitted here, in their favour. Each of them is reimplemented here from how
+its project decodes and scales.
 """
 
 from collections.abc import Callable
@@ -37,12 +37,12 @@ def ours(decoder: str) -> Way:
 
 @cache
 def _source(root: Path, decoder: str) -> ClipSource:
-    """As in a worker process, which opens the manifest once."""
+    """Open the manifest once, as a worker process does."""
     return ClipSource(root / "train.arrow", decoder)
 
 
 def decode_alone(decoder: str) -> Way:
-    """The bound of `ours`: the frames as they are."""
+    """Return a loader that only decodes: the lower bound of `ours`."""
 
     def batch(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> list[Tensor]:
         return [decode_clip(decoder, root, row, params.frame_T) for row, params in zip(rows, samples, strict=True)]
@@ -51,7 +51,7 @@ def decode_alone(decoder: str) -> Way:
 
 
 def pytorchvideo(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
-    """All frames of the clip by PyAV, of which some are taken (its encoded_video and UniformTemporalSubsample); torch scales."""
+    """Decode all frames with PyAV, take the sampled ones (its encoded_video, UniformTemporalSubsample) and scale with torch."""
     videos = []
     for row, params in zip(rows, samples, strict=True):
         with av.open(str(root / row.path)) as container:
@@ -63,7 +63,7 @@ def pytorchvideo(root: Path, rows: list[ManifestRow], samples: list[SampleParams
 
 
 def mmaction2(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
-    """decord and OpenCV, frame by frame (its DecordDecode, MultiScaleCrop, Resize and Flip)."""
+    """Decode with decord and scale each frame with OpenCV (its DecordDecode, MultiScaleCrop, Resize and Flip)."""
     import cv2
     import decord
 
@@ -82,7 +82,7 @@ def mmaction2(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) 
 
 
 def torchvision_and_torchcodec(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
-    """As both document it: the approximate index, and transforms v2."""
+    """Decode and scale as both document: torchcodec's approximate seek mode and torchvision's transforms v2."""
     from torchcodec.decoders import VideoDecoder
     from torchvision.transforms.v2 import functional
 
@@ -97,7 +97,7 @@ def torchvision_and_torchcodec(root: Path, rows: list[ManifestRow], samples: lis
 
 
 def pillow_frames(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Tensor:
-    """Folders of JPEG files by Pillow, as the official TSM code."""
+    """Load folders of JPEG files with Pillow, as the official TSM code does."""
     from PIL import Image
 
     videos = []
@@ -113,9 +113,10 @@ def pillow_frames(root: Path, rows: list[ManifestRow], samples: list[SampleParam
 
 
 def dali(root: Path, rows: list[ManifestRow], samples: list[SampleParams]) -> Any:
-    """DALI's CPU operators in one graph with one thread, as in pipelines/loading/dali_graph.py.
+    """Run DALI's CPU operators in one graph with one thread, as in pipelines/loading/dali_graph.py.
 
-    The project's own loader would decode ahead, in the time of the other ways. It decodes every frame and keeps the sampled ones.
+    This is not the project's DALI loader: that would prefetch during the other loaders' turns. DALI decodes every frame and
+    keeps the sampled ones.
     """
     graph = _dali_graph(len(rows))
     graph.feed_input("data", [np.fromfile(root / row.path, dtype=np.uint8) for row in rows])
@@ -157,7 +158,7 @@ def cut(video_TCHW: Tensor, params: SampleParams) -> Tensor:
 
 
 def _scaled_by_torch(video_TCHW: Tensor) -> Tensor:
-    """PyTorchVideo's transforms work on floats."""
+    """Scale as float32, as PyTorchVideo's transforms do."""
     return interpolate(video_TCHW.float(), (SIDE, SIDE), mode="bilinear").byte()
 
 

@@ -1,12 +1,12 @@
 """Find how far the batch can grow at the same number of epochs: plain SGD, SGD with linear scaling and warm-up, and LARS.
 
-python benchmarks/large_batch.py --json FILE --plot FILE      all runs: hours; stopped and called again, it goes on
-python benchmarks/large_batch.py --quick                      shows that it works
+python benchmarks/large_batch.py --json FILE --plot FILE      all runs, hours; restarted after a stop, it resumes
+python benchmarks/large_batch.py --quick                      a check that it works
 
-Each run is a `train.py experiment=large_batch` on one thread, in a folder of its own under `outputs/large_batch`: a TSM on drawn
-clips, with batch norm over groups of 8 clips whatever the batch, as on the 1,536 GPUs (arXiv:1910.00932).
+Each run is a `train.py experiment=large_batch` on one thread with its own folder under `outputs/large_batch`. It trains a TSM on
+generated clips. Batch norm has groups of 8 clips at every batch size, as on the 1,536 GPUs (arXiv:1910.00932).
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import argparse
 import os
@@ -36,7 +36,7 @@ CHANCE_PERCENT = 10.0
 METHODS = {
     "SGD": ["optimizer.scaling=none"],
     "SGD, linear scaling, warm-up": ["optimizer.scaling=linear", "schedule.warmup_epochs=1"],
-    # Found at a batch of 512 with seed 0; the square root takes it to the other batches.
+    # Tuned at batch 512 with seed 0; square-root scaling gives the rate for the other batches.
     "LARS": [
         *("optimizer=lars", "optimizer.lr=1.0", "optimizer.trust_coefficient=0.02", "schedule.warmup_epochs=1"),
         *("optimizer.base_batch=512", "optimizer.scaling=sqrt"),
@@ -48,7 +48,7 @@ COLOURS = dict(zip(METHODS, (ORANGE, BLUE, GREEN), strict=True))
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method of METHODS at a batch, with a seed of its weights, clip order and draws."""
+    """One training run: a method of METHODS, a batch size, and a seed for weights, clip order and augmentation."""
 
     method: str
     batch: int
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """`top1_percent` of the validation clips at the end; a run whose gradient ceased to be finite learnt nothing: chance."""
+    """Outcome of a run. `top1_percent` is the final validation accuracy; chance level if it diverged (non-finite gradients)."""
 
     run: Run
     steps: int
@@ -71,7 +71,7 @@ class Result:
 
 
 def train(run: Run, outputs: Path, others: Sequence[str]) -> Result:
-    """Run it, or go on, or read what an earlier call left. Raises ChildFailed for an end that says nothing of the method."""
+    """Start or resume a run, or read its finished result. Raises ChildFailed if it failed otherwise than by divergence."""
     overrides = [f"batch.global_batch={run.batch}", f"seed={run.seed}", *METHODS[run.method], *others]
     command = [sys.executable, "train.py", "experiment=large_batch", *overrides]
     log = outputs / f"{run.name}.log"
@@ -98,7 +98,7 @@ def train(run: Run, outputs: Path, others: Sequence[str]) -> Result:
 
 
 def train_all(runs: Sequence[Run], outputs: Path, jobs: int, others: Sequence[str]) -> list[Result]:
-    """All runs, `jobs` at a time, with a line for each as it ends."""
+    """Run all, `jobs` at a time, and print a line as each ends."""
 
     def one(run: Run) -> Result:
         result = train(run, outputs, others)
@@ -135,7 +135,7 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against batch: the mean of the seeds as a line, each seed as a dot."""
+    """Plot accuracy against batch size: the mean of the seeds as a line, each seed as a dot."""
     figure, axes = new_chart("Validation accuracy at the same number of epochs", 6.4, 3.6)
     for method, colour in COLOURS.items():
         of_method = [row for row in rows if row["method"] == method]
@@ -176,7 +176,7 @@ def main() -> int:
     options.outputs.mkdir(parents=True, exist_ok=True)
     root, *sizes = DATA
     subprocess.run([sys.executable, "prepare.py", "shapes", "--root", root, *sizes], cwd=CHECKOUT, check=True)
-    # By seed, so that what is there after a part of the time has every method and batch.
+    # Seed by seed: an interrupted benchmark then covers all methods and batches.
     runs = [Run(method, batch, seed) for seed in seeds for batch in reversed(batches) for method in METHODS]
     rows = rows_of(train_all(runs, options.outputs.resolve(), options.jobs, others))
     print(f"\n{facts['cpu']}, torch {facts['torch']}, {facts['date']}; validation top-1 of {len(seeds)} seeds\n")

@@ -1,12 +1,12 @@
-"""Measure the cost of a manifest to the processes of a node: opening it, private and shared memory, and the order.
+"""Measure the cost of a manifest to the processes of a node: time to open it, private and shared memory, clip order.
 
 python benchmarks/manifest.py                    1 and 10 million rows, 1 to 8 processes
 python benchmarks/manifest.py --quick --json FILE
 
-A process' own memory is what the kernel would get back at its end (USS: private pages); the pages of the mapped file are there
-once for all processes of the node, and the kernel may drop them.
+A process's own memory is its USS (private pages), which the kernel frees when the process ends. All processes of the node share
+the pages of the mapped file, and the kernel may drop them.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""Processes of one node that open and use one manifest; for benchmarks/manifest.py and a test."""
+"""Start processes on one node that open and use the same manifest, for benchmarks/manifest.py and a test."""
 
 import json
 import subprocess
@@ -19,21 +19,21 @@ STEPS, CLIPS_A_RANK, RANKS = 20, 8, 1536
 
 @dataclass(frozen=True)
 class Seen:
-    """By one process; MiB are what opening and using the manifest added."""
+    """Measurements of one process; MiB that opening and using the manifest added."""
 
     open_s: float
     order_ms: float
-    """Of a step of RANKS ranks, all positions."""
+    """All positions of a step of RANKS ranks."""
     rows_ms: float
-    """Of one rank's rows of a step."""
+    """One rank's rows of a step."""
     own_mib: float
     shared_mib: float
     peak_mib: float
-    """Of its own, the highest while it opened."""
+    """Peak of its own heap while opening."""
 
 
 def write_large(path: Path, num_rows: int) -> None:
-    """One block by the project's own code, then written again and again: 10 million Python objects would take minutes."""
+    """Write one block with the project's code and repeat it: 10 million Python objects would take minutes."""
     block = path.with_suffix(".block")
     rows = (
         ManifestRow(f"train/class_{row % 400:03d}/{row * 7919:011d}_000012_000022.mp4", 0, 900_000 + row, row % 400, 300,
@@ -55,7 +55,7 @@ def write_large(path: Path, num_rows: int) -> None:
 
 
 def memory_mib() -> tuple[float, float]:
-    """(own, shared) of this process."""
+    """Return (own, shared) memory of this process."""
     fields = {
         line.split(":")[0]: int(line.split()[1])
         for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
@@ -65,8 +65,9 @@ def memory_mib() -> tuple[float, float]:
 
 
 def child(path: Path) -> None:
-    """Open and use the manifest; at each line of the parent's go one step on, and say what was seen at the end."""
-    StreamOrder(10, 0).at(np.arange(10))  # what numpy allocates once is not the manifest's
+    """Open and use the manifest; continue at each line on stdin, and print the measurements at the end."""
+    # Let numpy make its one-time allocations, so that they do not count as the manifest's.
+    StreamOrder(10, 0).at(np.arange(10))
     print("ready", flush=True)
     sys.stdin.readline()
     before = memory_mib()
@@ -92,7 +93,7 @@ def child(path: Path) -> None:
 
 
 def heap_peak_mib() -> float:
-    """The most that Arrow held at once outside of the map."""
+    """Return the peak of Arrow's memory pool, without the mapped file."""
     return (pa.default_memory_pool().max_memory() or 0) / (1 << 20)
 
 
@@ -100,7 +101,10 @@ def heap_peak_mib() -> float:
 
 
 def on_a_node(path: Path, processes: int) -> list[Seen]:
-    """The first process opens and uses the manifest before the others do; all are measured while all are alive."""
+    """Start the processes and return their measurements.
+
+    The first one opens and uses the manifest before the others. All are measured while all are alive.
+    """
     program = f"from pathlib import Path; from {__name__} import child; child(Path({str(path)!r}))"
     command = [sys.executable, "-c", program]
     children = [

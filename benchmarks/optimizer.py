@@ -1,13 +1,13 @@
-"""Measure an optimizer step on a network's parameters: LARS beside torch's SGD in its three forms, and timm's LARS.
+"""Measure an optimizer step on a network's parameters: LARS against torch's three implementations of SGD and timm's LARS.
 
 python benchmarks/optimizer.py                   ResNet-50 at 400 classes, two threads
 python benchmarks/optimizer.py --device cuda
 python benchmarks/optimizer.py --quick --json FILE
 
-torch's fused SGD is the bound: it reads weight, gradient and velocity once and writes weight and velocity once. LARS must read
-weights and gradients once more before, for their norms: 7 passes over memory in place of 5.
+torch's fused SGD is the lower bound: it reads weight, gradient and velocity once and writes weight and velocity once. LARS must
+also read weights and gradients before that, for their norms: 7 passes over memory instead of 5.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ Groups = list[dict[str, Any]]
 
 
 def parameters_of(backbone: str, device: str) -> list[nn.Parameter]:
-    """Parameters with gradients; every contestant has its own, so that none finds another's in a cache."""
+    """Return parameters with gradients; each optimizer has its own, so that none profits from another's cached data."""
     torch.manual_seed(0)
     parameters = list(build_network(backbone, NUM_CLASSES).to(device).parameters())
     for parameter in parameters:
@@ -41,7 +41,7 @@ def parameters_of(backbone: str, device: str) -> list[nn.Parameter]:
 
 
 def groups_of(parameters: list[nn.Parameter]) -> Groups:
-    """Weights, which decay, and the rest, which does not."""
+    """Return two parameter groups: weights with weight decay, and all others without."""
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
@@ -58,7 +58,8 @@ def lars(groups: Groups) -> torch.optim.Optimizer:
 
 
 def timm_lars(groups: Groups) -> torch.optim.Optimizer:
-    from timm.optim import Lars as TimmLars  # adapts what decays, as ours does here
+    # It adapts the rate of the parameters with weight decay, as ours does here.
+    from timm.optim import Lars as TimmLars
 
     return TimmLars(groups, lr=0.1, momentum=MOMENTUM)
 
@@ -73,7 +74,7 @@ CONTESTANTS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
 
 
 def take_turns(backbone: str, device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds a step, one for each round."""
+    """Return seconds per step of each optimizer, one per round."""
     optimizers = {name: make(groups_of(parameters_of(backbone, device))) for name, make in CONTESTANTS.items()}
     names = list(optimizers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -82,7 +83,8 @@ def take_turns(backbone: str, device: str, rounds: int) -> dict[str, list[float]
         for name in names[first:] + names[:first]:
             start = common.Clock.now(device)
             optimizers[name].step()
-            if round_number >= 2:  # the first two fill state and caches
+            # The first two rounds fill optimizer state and caches.
+            if round_number >= 2:
                 seconds[name].append(common.Clock.now(device).since(start, 1).wall_s)
     return seconds
 

@@ -1,20 +1,20 @@
-"""Measures the cost of the temporal shift in a network: against none, a naive shift, and the least that a copy can cost.
+"""Measure the cost of the temporal shift in a network: against no shift, a naive shift, and a plain copy as lower bound.
 
 python benchmarks/shift.py                           ResNet-50, both memory layouts, training and inference, peak memory
 python benchmarks/shift.py --only training
-python benchmarks/shift.py --quick --json FILE       a minute, for a look
+python benchmarks/shift.py --quick --json FILE       a minute, for a first impression
 
-One network takes turns with these functions in the place of `temporal_shift`:
+One network alternates between these functions in place of `temporal_shift`:
 
-- none: the input itself, which makes it a TSN;
-- naive: zeros and three slice assignments, as autograd differentiates them (the usual way to write a shift);
-- copy: a plain copy of the input, and of its gradient. A shift that leaves its input alone, as the identity path beside it
-  needs, writes its output at least once, and so does its gradient: this is the bound of every shift that is an operation of
-  its own. A shift below it would have to be a part of the convolution behind it;
+- none: returns the input, which makes the network a TSN;
+- naive: zeros and three slice assignments, differentiated by autograd (the usual way to write a shift);
+- copy: copies the input, and its gradient. The identity path needs the unchanged input, so every shift writes its output at
+  least once, and its gradient too. This is the lower bound of any separate shift operation; a faster shift must be fused into
+  the convolution after it;
 - ours: `tsm.shift.temporal_shift`;
-- slices (on CUDA): ours without its Triton kernel, one copy for each slice of channels.
+- slices (on CUDA): ours without its Triton kernel, one copy per slice of channels.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import argparse
 import json
@@ -37,7 +37,8 @@ from tsm.networks import TemporalNetwork, build_network
 from tsm.shift import OFFSETS, Direction, shift_by_slices, temporal_shift
 
 NUM_CLASSES = 400
-TARGET = 1.10  # of a training step, against the network without a shift
+# Ratio of a training step to that of the network without a shift.
+TARGET = 1.10
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ("training", "inference")
 
@@ -46,7 +47,7 @@ ShiftFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """`clips` of `frames` frames of `size` pixels in a step; every function has one turn in each of `rounds`."""
+    """Sizes of the measurement: `clips` clips per step, of `frames` frames of `size` pixels; `rounds` turns per function."""
 
     backbone: str
     clips: int
@@ -102,12 +103,12 @@ FUNCTIONS: dict[str, ShiftFunction] = {
 
 
 def names_of(device: str) -> list[str]:
-    """Names of the functions that differ on `device`: on a CPU ours takes slices."""
+    """Return the functions to measure on `device`; on a CPU, ours is the same as slices."""
     return [name for name in FUNCTIONS if device == "cuda" or name != "slices"]
 
 
 class Bench:
-    """A network and a batch; `run` takes a step, or a forward pass, with one of the functions in place of the shift."""
+    """A network and a batch; `run` times a training step or a forward pass with one of the functions as the shift."""
 
     def __init__(self, setting: Setting, layout: str, training: bool) -> None:
         torch.manual_seed(0)
@@ -122,7 +123,7 @@ class Bench:
         self._label_N = torch.randint(0, NUM_CLASSES, (setting.clips,), device=self._device)
 
     def run(self, function: str) -> common.Clock:
-        """Time of one turn; the network is left as another function may take it."""
+        """Return the time of one turn; any function may run next on the network."""
         networks.temporal_shift = FUNCTIONS[function]
         start = common.Clock.now(self._device.type)
         if self._training:
@@ -136,7 +137,7 @@ class Bench:
 
 
 def take_turns(setting: Setting, layout: str, mode: str) -> dict[str, list[common.Clock]]:
-    """Clocks of each function, one a round; the order turns, so that none always follows the same one."""
+    """Return the times of each function, one per round; the order rotates, so that each function starts some rounds."""
     bench = Bench(setting, layout, training=mode == "training")
     names = names_of(setting.device)
     for name in names:
@@ -150,7 +151,7 @@ def take_turns(setting: Setting, layout: str, mode: str) -> dict[str, list[commo
 
 
 def peak_mib(setting: Setting, layout: str, mode: str, function: str) -> float:
-    """Memory that two turns add to a process that holds the network and its batch, in a process of its own."""
+    """Return the peak memory in MiB that two turns add to the network and its batch, measured in a separate process."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "peak.json"
         order = json.dumps([asdict(setting), layout, mode, function, str(out), os.getpid()])
@@ -165,7 +166,8 @@ def measure_peak(setting: Setting, layout: str, mode: str, function: str) -> flo
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; ru_maxrss would still know the parent's
+        # Reset the peak. ru_maxrss would still include the parent's.
+        Path("/proc/self/clear_refs").write_text("5")
         before = _peak_rss_bytes()
     for _ in range(2):
         bench.run(function)

@@ -1,14 +1,14 @@
-"""Measure how the start of a job grows with its ranks: the real launch script on a real Slurm, all nodes on this one machine.
+"""Measure how a job's startup time grows with its ranks: the real launch script on a real Slurm, all nodes on one machine.
 
 python benchmarks/slurm_scale.py --json FILE          needs root and Slurm; 1,536 ranks: --nodes 256
 
-launch/kinetics_1536.sh runs as it is, with preflight of all nodes but its all-reduce, which needs torch, and with
-tools/slurm_emulator/rehearse.py in place of train.py: topology, configuration, layout, a manifest of 239,975 clips, the rows of
-each rank's first steps. The rows of all ranks together must be those of one process. Wall times are those of a machine with
-two cores for 1,536 ranks; CPU time and memory of a rank are what carries over.
+launch/kinetics_1536.sh runs unchanged. Preflight checks all nodes, without its all-reduce, which needs torch. Instead of train.py,
+tools/slurm_emulator/rehearse.py runs: topology, configuration, layout, a manifest of 239,975 clips, the rows of each rank's first
+steps. The rows of all ranks together must equal those of a single process. Wall times are those of 1,536 ranks on a machine with
+two cores; only CPU time and memory per rank are valid for a cluster.
 """
 
-# ruff: noqa: E402  (started as a script, it finds the other modules only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import json
 import os
@@ -37,7 +37,7 @@ LIMIT_S = 1800.0
 
 
 def make_manifests(shapes: Path, folder: Path) -> None:
-    """Manifests as long as Kinetics', whose rows are the shapes' over and over."""
+    """Write manifests as long as those of Kinetics that repeat the rows of the shapes data set."""
     folder.mkdir()
     for split, clips in (("train", CLIPS), ("val", 1000)):
         few = Manifest.open(shapes / f"{split}.arrow")
@@ -47,7 +47,7 @@ def make_manifests(shapes: Path, folder: Path) -> None:
 
 
 def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
-    """One job on so many nodes; what its log says."""
+    """Run one job on `nodes` nodes and return the results from its log."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environ |= {"TSM_CLUSTER": str(folder / f"cluster-{nodes}")}
 
@@ -61,12 +61,14 @@ def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
         "SLURM_CONF": str(folder / f"cluster-{nodes}" / "etc" / "slurm.conf"),
         "TSM_SITE": "slurm/sites/emulated.sh",
         "TSM_NETWORK_INTERFACE": "lo",
-        "MASTER_ADDR": "127.0.0.1",  # all nodes are this machine, which does not know their names
+        # All nodes are this machine, which cannot resolve their names.
+        "MASTER_ADDR": "127.0.0.1",
         "TSM_LOCAL_DISK": str(folder),
         "TSM_PREFLIGHT_ALL_REDUCE": "off",
         "TSM_PREFLIGHT_LIMIT_S": "900",
         "TSM_PYTHON": str(EMULATOR.with_name("seated_python.sh")),
-        "TSM_SRUN_ARGUMENTS": f"--wait={LIMIT_S:.0f}",  # a few ranks at a time: the last ends long after the first
+        # Only a few ranks run at a time, so the last one ends long after the first.
+        "TSM_SRUN_ARGUMENTS": f"--wait={LIMIT_S:.0f}",
         "TSM_RANK_PROGRAM": "-m tools.slurm_emulator.rehearse",
         "TSM_SRUN_MPI": "none",
     }
@@ -87,7 +89,7 @@ def rehearse(nodes: int, data: Path, folder: Path) -> dict[str, Any]:
 
 
 def read_log(nodes: int, log: Path, global_batch: int) -> dict[str, Any]:
-    """Times between the batch script's own lines, medians over ranks, and whether their rows are one process' rows."""
+    """Return the times between the batch script's log lines, medians over ranks, and `right`: the ranks' rows are correct."""
     text = log.read_text()
     ranks = [json.loads(line) for line in text.splitlines() if line.startswith('{"rehearsal"')]
     size = nodes * TASKS_PER_NODE

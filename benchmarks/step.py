@@ -1,14 +1,14 @@
-"""Measures the cost of the training loop and its reducers, against the same step written as plainly as PyTorch allows.
+"""Measure the overhead of the training loop and its reducers against the same step in plain PyTorch.
 
 python benchmarks/step.py                          all comparisons
-python benchmarks/step.py --only single            the loop alone, in one process
-python benchmarks/step.py --quick --json FILE      a minute, for a look
+python benchmarks/step.py --only single            only the loop, in one process
+python benchmarks/step.py --quick --json FILE      a minute, for a first impression
 
-`training.loop.train` runs as it is, on batches that lie in memory. The plain loop takes its turns inside the iterator that
-hands these batches out, so both see the same machine, block by block. It has the same network with nn.BatchNorm2d, DDP where
-there are two processes, the fused SGD, and nothing else: no metrics, no schedule, no records, no way to stop.
+`training.loop.train` runs unchanged on batches in memory. The plain loop runs in turns inside the iterator that yields these
+batches, so that both see the same state of the machine, block by block. It has the same network with nn.BatchNorm2d, DDP for two
+processes, the fused SGD, and no more: no metrics, no schedule, no records, no signal handling.
 """
-# ruff: noqa: E402  (a script in this folder finds the checkout's packages only after the line that says where they are)
+# ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
 import argparse
 import itertools
@@ -47,13 +47,18 @@ from tsm.networks import build_network
 NUM_CLASSES = 10
 WARM_UP_STEPS = 3
 DISTINCT_BATCHES = 4
-NEVER = 1_000_000  # epochs between two evaluations or checkpoints: none is measured
-TARGET = 1.02  # of the training loop in one process
+# Epochs between evaluations or checkpoints; neither is measured.
+NEVER = 1_000_000
+# Ratio of the training loop to the plain loop, in one process.
+TARGET = 1.02
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`batch`: clips of a step over all processes, of `frames` frames of `size` pixels. `blocks` pairs of `block_steps` steps."""
+    """Sizes of the measurement: `blocks` pairs of blocks of `block_steps` steps.
+
+    `batch` clips per step over all processes, each with `frames` frames of `size` x `size` pixels.
+    """
 
     batch: int
     size: int
@@ -65,13 +70,13 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Steps that `train` takes; at the end of the last one it would stop inside a block, so it takes one more."""
+        """Number of steps for `train`, one more than the blocks need, so that it does not stop inside the last block."""
         return WARM_UP_STEPS + self.blocks * self.block_steps + 1
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A set of processes, and what is measured in them: a title, and whether batch norm is synchronized over the world."""
+    """Processes of one backend and their comparisons: a title, and True for batch norm synchronized over all processes."""
 
     backend: str
     size: int
@@ -89,7 +94,7 @@ LAUNCHES = (
 
 
 class TurnTaking(ClipLoader):
-    """Hands `train` batches from memory and times its blocks; in between, plain steps take their turns."""
+    """A loader that yields batches from memory to `train` and times its blocks, alternating with plain steps."""
 
     def __init__(self, setting: Setting, batches: list[ClipBatch], plain_step: Callable[[ClipBatch], None]) -> None:
         self._setting = setting
@@ -107,7 +112,8 @@ class TurnTaking(ClipLoader):
             for ours in (True, False) if block % 2 == 0 else (False, True):
                 start = common.Clock.now(self._setting.device)
                 if ours:
-                    yield from itertools.islice(supply, steps)  # comes back here when `train` has done all of a step
+                    # `train` asks for the next batch only after a whole step.
+                    yield from itertools.islice(supply, steps)
                 else:
                     self._take_plain_steps(itertools.islice(supply, steps))
                 (self.ours if ours else self.plain).append(common.Clock.now(self._setting.device).since(start, steps))
@@ -120,7 +126,7 @@ class TurnTaking(ClipLoader):
 
 @dataclass
 class MemoryJob(Job):
-    """A job as `build_job` makes it, but for where its batches come from."""
+    """A job as `build_job` makes it, except for the source of its batches."""
 
     turns: TurnTaking | None = None
 
@@ -130,7 +136,7 @@ class MemoryJob(Job):
 
 
 def make_plain_step(config: schema.Config, setting: Setting, backend: Backend) -> Callable[[ClipBatch], None]:
-    """The bare loop's step. DDP gets its fastest options: no broadcast of buffers, gradients in its buckets."""
+    """Return the plain loop's step. DDP gets its fastest options: no broadcast of buffers, gradients as bucket views."""
     device = backend.device
     network: nn.Module = build_network(config.model.backbone, NUM_CLASSES, setting.frames).to(device).train()
     if backend.topology.size > 1:
@@ -153,7 +159,7 @@ def make_plain_step(config: schema.Config, setting: Setting, backend: Backend) -
 
 
 def make_batches(setting: Setting, clips: int, rank: int) -> list[ClipBatch]:
-    """Random clips of one process' part of the batch."""
+    """Return random batches for one process's part of the global batch."""
     generator = torch.Generator().manual_seed(rank)
     shape = (clips, setting.frames, 3, setting.size, setting.size)
     return [
@@ -168,7 +174,7 @@ def make_batches(setting: Setting, clips: int, rank: int) -> list[ClipBatch]:
 
 
 def make_config(setting: Setting, bn_group: int, folder: Path, run_id: str) -> schema.Config:
-    """The smoke run's recipe, without evaluations or checkpoints, and a training record for every block."""
+    """Return the smoke run's recipe without evaluations or checkpoints, with a training record per block."""
     return schema.Config(
         model=schema.ModelConfig(backbone="resnet18", num_frames=setting.frames),
         data=schema.DataConfig(name="memory", root=str(folder), num_classes=NUM_CLASSES),
@@ -186,7 +192,7 @@ def make_config(setting: Setting, bn_group: int, folder: Path, run_id: str) -> s
 
 
 def compare(setting: Setting, backend: Backend, control: ControlChannel, config: schema.Config) -> TurnTaking:
-    """Run `train` on a job of this configuration, and the plain loop in turns with it."""
+    """Run `train` on a job of this configuration, alternating with the plain loop."""
     set_numerics(config.numerics, config.seed)
     job = build_job(config, backend, control)
     batches = make_batches(setting, job.execution.micro_batch, backend.topology.rank)
@@ -200,12 +206,13 @@ def compare(setting: Setting, backend: Backend, control: ControlChannel, config:
 
 
 def work(launch: Launch, setting: Setting, folder: Path) -> None:
-    """Measure on one rank; rank 0 writes `{title: {"ours", "plain"}}` in the folder."""
+    """Measure on one rank; rank 0 writes `{title: {"ours", "plain"}}` to `folder`."""
     torch.set_num_threads(setting.threads)
     topology = find_topology()
     device = pick_device(setting.device if launch.size == 1 else "cpu", topology)
     backend = make_backend(launch.backend, topology, device, timeout_s=120.0)
-    if launch.backend == "horovod":  # plain DDP runs in the very same processes
+    # Plain DDP runs in the same processes as Horovod.
+    if launch.backend == "horovod":
         store = dist.FileStore(str(folder / "store"), topology.size)
         dist.init_process_group("gloo", store=store, rank=topology.rank, world_size=topology.size)
     control = ControlChannel(backend)
@@ -227,7 +234,7 @@ def work(launch: Launch, setting: Setting, folder: Path) -> None:
 
 
 def measure(launch: Launch, setting: Setting) -> list[dict[str, Any]]:
-    """Start a launch's processes and turn what they measured into rows."""
+    """Start the processes of a launch and return their measurements as rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         row = ManifestRow("none.mp4", 0, 1, 0, setting.frames, "h264", setting.size, setting.size, 0)
