@@ -1,1 +1,1 @@
-"""The Temporal Shift Module and its networks, on torch and torchvision alone."""
+"""The Temporal Shift Module and its networks, on torch and torchvision only."""

@@ -1,4 +1,4 @@
-"""Dropout whose masks belong to clips, not to processes."""
+"""Dropout with masks per clip, independent of the process that trains it."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 class ClipDropout(nn.Module):
     """Dropout over per-frame features (N, T, C) whose mask is a pure function of a seed for each clip.
 
-    The training step sets `seed_N` (int64, one a clip) before the forward pass; a clip then sees the same mask on whichever
-    process, micro-batch or device it lands, and a resumed run needs no saved generator state. Without `seed_N` it draws
-    from torch's generator as `nn.Dropout` does.
+    The training step sets `seed_N` (int64, one per clip) before the forward pass. A clip then gets the same mask on any process,
+    micro-batch or device, and a resumed run needs no saved generator state. Without `seed_N` masks come from torch's global
+    generator, as in `nn.Dropout`.
     """
 
     def __init__(self, p: float) -> None:
@@ -34,12 +34,13 @@ class ClipDropout(nn.Module):
 
 
 def uniform_of(seed_N: Tensor, count: int) -> Tensor:
-    """`count` float32 numbers in [0, 1) for each int64 seed, shape (N, count), the same on every device.
+    """Return `count` float32 numbers in [0, 1) for each int64 seed, shape (N, count), the same on every device.
 
-    The 32-bit finalizer of MurmurHash3 over (seed, position), in int64 arithmetic, which torch has on all devices.
+    They are the 32-bit finalizer of MurmurHash3 over (seed, position), in int64 arithmetic, which torch has on all devices.
     """
     position_M = torch.arange(count, device=seed_N.device)
-    key_N = _mixed(_mixed(seed_N & _LOW_32) ^ ((seed_N >> 32) & _LOW_32))  # nested: the halves must not be exchangeable
+    # Nested, because swapping the halves of a seed must give another key.
+    key_N = _mixed(_mixed(seed_N & _LOW_32) ^ ((seed_N >> 32) & _LOW_32))
     word_NM = _mixed(key_N[:, None] ^ (position_M * 0x9E3779B1 & _LOW_32))
     return (word_NM >> 8).float() / (1 << 24)
 

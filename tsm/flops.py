@@ -9,11 +9,11 @@ from .networks import TemporalNetwork
 
 
 def clip_multiply_adds(build: Callable[[], TemporalNetwork], size: int) -> int:
-    """Multiply-adds of one clip of `size` x `size` pixels through the network that `build` makes.
+    """Return the multiply-adds of one clip of `size` x `size` pixels through the network that `build` makes.
 
-    This is what papers on video networks call FLOPs (33 G for TSM's ResNet-50 of 8 frames, arXiv:1811.08383, table 2): a
-    multiplication and an addition count once, so it is half of what torch's counter says. Convolutions and matrix products
-    count, the shift, pooling and batch norms do not. Nothing is computed: the network has shapes and no values.
+    Papers on video networks call this FLOPs (33 G for TSM's ResNet-50 of 8 frames, arXiv:1811.08383, table 2). A multiplication
+    with its addition counts once, so the result is half of torch's count. Convolutions and matrix products count; the shift,
+    pooling and batch norms do not. Runs on the meta device, without computing values.
     """
     with torch.device("meta"):
         network = build().eval()

@@ -40,21 +40,21 @@ def build_network(
     partial_bn: bool = False,
     zero_init_gamma: bool = False,
 ) -> "TemporalNetwork":
-    """A 2D backbone over frames, with temporal shift (`shift='none'` is TSN), from random weights.
+    """Build a 2D backbone over frames with temporal shift (`shift='none'` is TSN), with random weights.
 
-    `shift='residual'` shifts in front of each block's first convolution and leaves the identity path alone; `'block'` shifts
-    in front of the whole block (TSM, section 3.2); `shift_places` has the places. `temporal_pool` halves the frames in front
-    of a ResNet's layer2; `non_local` adds five non-local blocks to a ResNet-50; `partial_bn`: see TemporalNetwork.
-    `zero_init_gamma` starts the last batch norm of each of a ResNet's blocks at 0, so that the block starts as the identity
-    (Goyal et al., arXiv:1706.02677, section 5.1).
+    `shift='residual'` shifts before each block's first convolution and leaves the identity path unchanged; `'block'` shifts
+    before the whole block (TSM, section 3.2); `shift_places` lists the modules. `temporal_pool` halves the frames before a
+    ResNet's layer2. `non_local` adds five non-local blocks to a ResNet-50. `partial_bn`: see TemporalNetwork.
+    `zero_init_gamma` initializes the weight of the last batch norm in each residual block to 0, so that the block starts as the
+    identity (Goyal et al., arXiv:1706.02677, section 5.1).
 
-    Raises ValueError that names the argument for anything that cannot be built.
+    Raises ValueError that names the argument if the network cannot be built.
     """
     places = shift_places(backbone, shift)
     if num_classes < 1 or num_frames < 1:
         raise ValueError(f"num_classes and num_frames must be 1 or more, got {num_classes} and {num_frames}")
     if non_local and backbone != "resnet50":
-        # The authors' code also takes a ResNet-101, and drops 17 of its blocks there.
+        # The authors' code also accepts a ResNet-101, but drops 17 of its blocks.
         raise ValueError(f"non_local has published places in resnet50 alone, got backbone={backbone!r}")
     if temporal_pool and backbone not in RESNETS:
         raise ValueError(f"temporal_pool has a published place in ResNets alone, got backbone={backbone!r}")
@@ -74,10 +74,10 @@ def build_network(
 
 
 def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
-    """The modules, by torchvision's names, whose input is shifted.
+    """Return the modules whose input is shifted, by torchvision's names.
 
-    As in the authors' code (ops/temporal_shift.py, ops/models.py): `residual` takes every second block of each stage where
-    layer3 has 23 blocks or more, `block` takes all; MobileNetV2 has a `residual` place alone.
+    As in the authors' code (ops/temporal_shift.py, ops/models.py): `residual` shifts every second block of each stage if layer3
+    has 23 blocks or more, `block` shifts all blocks. MobileNetV2 supports only `residual`.
 
     Raises ValueError for an unknown backbone or place.
     """
@@ -98,15 +98,15 @@ def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
 
 
 class TemporalNetwork(nn.Module):
-    """Frames through a 2D backbone, a linear classifier for each frame, and the mean of the logits over time.
+    """A 2D backbone and a linear classifier for each frame, with the mean of the logits over time.
 
-    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names, after `backbone.`. The classifier works in
-    its parameters' dtype under autocast too: it costs nothing beside the backbone, logits of bfloat16 (8 bits) would tie, and
-    its gradient is the first to overflow in float16.
+    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names, prefixed with `backbone.`. The classifier
+    computes in its parameters' dtype also under autocast: its cost is negligible next to the backbone's, logits in bfloat16
+    (8 bits) would tie, and its gradient is the first to overflow in float16.
 
-    With `partial_bn`, for fine-tuning from few clips (TSN, arXiv:1608.00859, section 3.3), every batch norm but the first is
-    frozen in training too: it normalises by its running statistics, and neither they nor its weight and bias change. (The
-    authors' code does this to two-dimensional ones, and lets the statistics of non-local blocks move.)
+    With `partial_bn`, for fine-tuning from few clips (TSN, arXiv:1608.00859, section 3.3), all batch norms except the first
+    are frozen also in training: they normalise by their running statistics, and these, weight and bias do not change. (The
+    authors' code freezes only two-dimensional ones, so the statistics of non-local blocks still change.)
     """
 
     def __init__(
@@ -128,17 +128,18 @@ class TemporalNetwork(nn.Module):
     def forward(self, x_NTCHW: Tensor) -> Tensor:
         if x_NTCHW.dim() != 5 or x_NTCHW.shape[1] != self.num_frames or x_NTCHW.shape[2] != 3:
             raise ValueError(f"the network takes (N, {self.num_frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
-        feature_BC = self.backbone(x_NTCHW.flatten(0, 1))  # B = N * T, with T halved where the network pools over time
+        # B = N * T, with T halved by temporal pooling.
+        feature_BC = self.backbone(x_NTCHW.flatten(0, 1))
         feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
         with _without_autocast(feature_NTC.device.type):
             logit_NTK = self.classifier(self.dropout(feature_NTC.to(self.classifier.weight.dtype)))
             return logit_NTK.mean(1)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training or evaluation; frozen batch norms, found anew since they may have been replaced, stay frozen."""
+        """Set training or evaluation mode; `partial_bn` keeps batch norms frozen, also ones converted since the last call."""
         super().train(mode)
         if self.partial_bn:
-            # The base class, so that batch norms over groups of clips count too.
+            # The base class also matches batch norms over groups of clips.
             norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
             for norm in norms[1:]:
                 norm.eval()
@@ -148,7 +149,7 @@ class TemporalNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class ShiftInput:
-    """A forward pre-hook that shifts a module's input: a hook, because the module's parameters then keep their names."""
+    """A forward pre-hook that shifts a module's input; unlike a wrapper module, it keeps the names of parameters."""
 
     num_frames: int
     fold_div: int
@@ -161,7 +162,7 @@ class ShiftInput:
 
 @dataclass(frozen=True)
 class PoolInput:
-    """A forward pre-hook that halves the frames by a maximum over time (kernel 3, stride 2, padding 1)."""
+    """A forward pre-hook that halves the frames by max pooling over time (kernel 3, stride 2, padding 1)."""
 
     num_frames: int
 
@@ -173,14 +174,15 @@ class PoolInput:
 class _TemporalMaximum(torch.autograd.Function):
     """Maximum over frames 2j - 1, 2j and 2j + 1 for each j: (N, T, C, H, W) -> (N, (T + 1) // 2, C, H, W).
 
-    Values and gradients are those of `max_pool3d(x_NCTHW, (3, 1, 1), (2, 1, 1), (1, 0, 0))`, whose backward pass on GPUs is not
-    deterministic. Zeros tie often after a ReLU: the whole gradient goes to the earliest frame of a tie, as there. (The backward
-    of torch.maximum would halve it.) That holds for finite gradients: where one is infinite, the window's others become NaN.
+    Values and gradients equal those of `max_pool3d(x_NCTHW, (3, 1, 1), (2, 1, 1), (1, 0, 0))`, whose backward pass on GPUs is not
+    deterministic. Zeros often tie after a ReLU: the whole gradient goes to the earliest frame of a tie, as in max_pool3d. (The
+    backward of torch.maximum would halve it.) This holds for finite gradients: an infinite one makes the window's others NaN.
     """
 
     @staticmethod
     def forward(ctx: Any, x_NTCHW: Tensor) -> Tensor:  # type: ignore[override]
-        later_NTCHW = x_NTCHW[:, 1::2]  # frame 2j + 1 of window j, and frame 2j - 1 of the next
+        # Frame 2j + 1 of window j is also frame 2j - 1 of the next window.
+        later_NTCHW = x_NTCHW[:, 1::2]
         out_NTCHW = x_NTCHW[:, ::2].clone()
         after_first_NTCHW, with_later_NTCHW = out_NTCHW[:, 1:], out_NTCHW[:, : later_NTCHW.shape[1]]
         earlier_NTCHW = later_NTCHW[:, : after_first_NTCHW.shape[1]]
@@ -199,7 +201,7 @@ class _TemporalMaximum(torch.autograd.Function):
         grad_NTCHW = grad_out_NTCHW.new_empty_strided(ctx.shape, ctx.strides)
         even_NTCHW, odd_NTCHW = grad_NTCHW[:, ::2], grad_NTCHW[:, 1::2]
         windows = odd_NTCHW.shape[1]
-        # Multiplied, and subtracted from what is left: torch.where is 3 to 10 times slower on CPUs.
+        # Multiply by the mask and subtract from the rest: torch.where is 3 to 10 times slower on CPUs.
         torch.mul(grad_out_NTCHW[:, :windows], later_wins_NTCHW, out=odd_NTCHW)
         even_NTCHW.copy_(grad_out_NTCHW)
         even_NTCHW[:, :windows].sub_(odd_NTCHW)
@@ -210,11 +212,11 @@ class _TemporalMaximum(torch.autograd.Function):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off within; a context that does nothing where it is off already, as on meta tensors, for which torch has none."""
+    """Return a context that disables autocast; a null context if it is off, or on meta tensors, which have no autocast."""
     on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _frames_in(place: str, num_frames: int, temporal_pool: bool) -> int:
-    """Frames that a module sees: half of them, rounded up, from layer2 on where the network pools over time."""
+    """Return the frames that a module sees: half of them, rounded up, from layer2 on with temporal pooling."""
     return (num_frames + 1) // 2 if temporal_pool and not place.startswith("layer1.") else num_frames

@@ -1,4 +1,4 @@
-"""Non-local blocks (Wang et al., arXiv:1711.07971) where the TSM authors put them in a ResNet-50."""
+"""Non-local blocks (Wang et al., arXiv:1711.07971) at the places in a ResNet-50 that the TSM authors chose."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ PLACES = (("layer2", 0), ("layer2", 2), ("layer3", 0), ("layer3", 2), ("layer3",
 
 
 class NonLocalBlock(nn.Module):
-    """Every position of a clip attends to every (2 x 2 sub-sampled) position of all its frames; starts as the identity.
+    """Attention of each position of a clip to all (2 x 2 sub-sampled) positions of all its frames; starts as the identity.
 
-    Embedded Gaussian form: `x + BN(W(softmax(theta(x)^T phi(x)) g(x)))` with half the channels inside. In and out:
-    (N * num_frames, C, H, W).
+    Embedded Gaussian form: `x + BN(W(softmax(theta(x)^T phi(x)) g(x)))` with half the channels inside. Input and
+    output: (N * num_frames, C, H, W).
     """
 
     def __init__(self, channels: int, num_frames: int) -> None:
@@ -36,7 +36,7 @@ class NonLocalBlock(nn.Module):
 class _PoolFrames(nn.Module):
     """Maximum over 2 x 2 positions of each frame: (N, C, T, H, W) -> (N, C, T, H // 2, W // 2).
 
-    The values and gradients of MaxPool3d((1, 2, 2)), whose backward pass on GPUs is not deterministic; max_pool2d's is.
+    Values and gradients equal those of MaxPool3d((1, 2, 2)), whose backward pass on GPUs is not deterministic; max_pool2d's is.
     """
 
     def forward(self, x_NCTHW: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class _PoolFrames(nn.Module):
 
 
 def add_non_local_blocks(resnet: nn.Module, num_frames: int) -> None:
-    """Put a non-local block behind each of the residual blocks in `PLACES`, in place."""
+    """Add a non-local block after each of the residual blocks in `PLACES`, in place."""
     for stage_name, index in PLACES:
         stage: nn.Sequential = getattr(resnet, stage_name)
         block = stage[index]

@@ -1,8 +1,9 @@
-"""Published weights: names of tensors in the authors' files, mmaction2's and torchvision's, and ours.
+"""Translation of tensor names between published weights (the authors', mmaction2's, torchvision's) and ours.
 
 Sources: mit-han-lab/temporal-shift-module (ops/models.py, ops/temporal_shift.py, ops/non_local.py, archs/mobilenet_v2.py,
 online_demo/mobilenet_v2_tsm.py), open-mmlab/mmaction2 (models/backbones/resnet_tsm.py, mobilenet_v2_tsm.py) and torchvision.
-Their networks wrap a shifted module, whose tensors then get `.net` into their names; ours are torchvision's behind `backbone.`.
+Their networks wrap a shifted module, which adds `.net` to the names of its tensors. Ours are torchvision's, prefixed with
+`backbone.`.
 """
 
 import re
@@ -16,16 +17,16 @@ from .non_local import PLACES
 
 
 class WeightsError(ValueError):
-    """Tensors whose names or shapes are not those of a network; the message names them."""
+    """Tensors that do not fit a network by name or shape; the message names them."""
 
 
 def from_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our names for the tensors of a published file; the tensors themselves are not copied.
+    """Translate the tensor names of a published file to ours; the tensors are not copied.
 
-    Takes what was saved, or the mapping of tensors in it: the authors' `{epoch, arch, state_dict, ...}` with its `module.`
-    prefix, their online demo's bare names, ResNets and MobileNetV2 of mmaction2 and of torchvision, and our own names.
+    Accepts the saved object or its mapping of tensors: the authors' `{epoch, arch, state_dict, ...}` with its `module.` prefix,
+    their online demo's bare names, ResNets and MobileNetV2 of mmaction2 and of torchvision, and our own names.
 
-    Raises WeightsError that names a tensor which none of these has. Whether the tensors are a whole network says `check_keys`.
+    Raises WeightsError that names the first tensor with an unknown name. `check_keys` checks that the tensors form a whole network.
     """
     tensors = tensors_in(state_dict)
     bare = {name: re.sub(r"^(module\.)?(base_model\.|backbone\.)?", "", name) for name in tensors}
@@ -44,16 +45,17 @@ def from_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def tensors_in(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The tensors by name in what a file holds: in its `state_dict`, or at the top."""
+    """Return the tensors by name in a loaded file: its `state_dict`, or the file's top level."""
     wrapped = saved.get("state_dict")
     return wrapped if isinstance(wrapped, Mapping) else saved
 
 
 def trained_with(names: Iterable[str]) -> dict[str, Any]:
-    """Read `shift` and `temporal_pool` (as for `build_network`) from tensor names; empty where the names do not tell."""
+    """Infer `shift` and `temporal_pool` (as for `build_network`) from tensor names; empty if the names do not show them."""
     names = list(names)
     if not any(".net." in name for name in names):
-        return {}  # a TSN, or the network of someone who does not wrap modules
+        # A TSN, or a network that does not wrap modules.
+        return {}
     pooled = any(re.search(r"layer2\.net\.\d", name) for name in names)
     in_block = any(re.search(r"layer\d\.\d+\.net\.", name) for name in names)
     in_branch = any(re.search(r"conv\d?\.(conv\.|0\.)?net\.", name) for name in names)
@@ -69,12 +71,12 @@ def to_official(
     non_local: bool = False,
     prefix: str = "",
 ) -> dict[str, Tensor]:
-    """The authors' names for our tensors; the other arguments are those that `build_network` got.
+    """Translate our tensor names to the authors'; the other arguments are those of `build_network`.
 
-    These are the names in the authors' network. A file for their test_models.py is `{"state_dict": ...}` of names that have
+    These are the names in the authors' network. A file for their test_models.py is `{"state_dict": ...}` with names that have
     the `prefix` `module.`.
 
-    Raises WeightsError for a tensor that such a network does not have, ValueError for one that the authors' code cannot build.
+    Raises WeightsError for a tensor that is not in such a network, ValueError for a network that the authors' code cannot build.
     """
     if non_local and shift == "block":
         raise ValueError("the authors' code has no non-local blocks in a network with shift='block'")
@@ -97,9 +99,9 @@ def to_official(
 
 
 def check_keys(translated: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError, with names, unless `translated` has just the tensors of the state dict `expected`, in its shapes.
+    """Raise WeightsError, with names, unless `translated` has exactly the tensors of `expected`, in the same shapes.
 
-    Counts of batches (`num_batches_tracked`) may be missing: files from before torch 0.4.1 have none, and nothing uses them.
+    `num_batches_tracked` may be missing: files from before torch 0.4.1 have none, and nothing uses it.
     """
     missing = [name for name in expected if name not in translated and not name.endswith(".num_batches_tracked")]
     unknown = [name for name in translated if name not in expected]
@@ -122,7 +124,7 @@ def check_keys(translated: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 Rules = tuple[tuple[str, str], ...]
 
 _T = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-# .net after the stage: temporal pool; after the block: shift.
+# `.net` after the stage marks temporal pooling, after the block the shift.
 _BLOCK = r"layer([1-4])\.(?:net\.)?(\d+)\.(?:net\.|block\.)?"
 
 _HEAD: Rules = ((r"(?:new_fc|fc|classifier|classifier\.1|cls_head\.fc_cls)\.(weight|bias)", r"classifier.\1"),)
@@ -133,7 +135,7 @@ _RESNET: Rules = (
     (rf"{_BLOCK}(conv|bn)(\d)\.(?:net\.)?{_T}", r"backbone.layer\1.\2.\3\4.\5"),
     (rf"{_BLOCK}downsample\.([01])\.{_T}", r"backbone.layer\1.\2.downsample.\3.\4"),
     (rf"{_BLOCK}(?:nl|non_local)\.(theta|phi\.0|g\.0|W\.[01])\.{_T}", r"backbone.layer\1.\2.non_local.\3.\4"),
-    # mmaction2: convolution and batch norm are a module of their own
+    # mmaction2 puts a convolution and its batch norm into one module.
     (rf"conv1\.(conv|bn)\.{_T}", r"backbone.\g<1>1.\2"),
     (rf"{_BLOCK}conv(\d)\.(conv|bn)\.(?:net\.)?{_T}", r"backbone.layer\1.\2.\4\3.\5"),
     (rf"{_BLOCK}downsample\.conv\.{_T}", r"backbone.layer\1.\2.downsample.0.\3"),
@@ -147,8 +149,8 @@ _MOBILENET_NESTED: Rules = (
     (rf"features\.(\d+)\.conv\.(\d\.\d|\d)\.{_T}", r"backbone.features.\1.conv.\2.\3"),
 )
 
-# An inverted residual's convolutions and batch norms, in the authors' one sequence and in torchvision's nested ones. The
-# first of them does not expand its channels.
+# An inverted residual's convolutions and batch norms: index in the authors' flat sequence -> in torchvision's nested ones. The
+# first inverted residual has no expansion.
 _FLAT_FIRST = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
 _FLAT = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
 
@@ -165,7 +167,7 @@ def _flat_rules() -> Rules:
 
 
 def _mmaction_mobilenet_rules() -> Rules:
-    """mmaction2 has stages of inverted residuals, and in each of those up to three pairs of convolution and batch norm."""
+    """Return the rules for mmaction2: stages of inverted residuals, each with up to three pairs of convolution, batch norm."""
     rules = [
         (rf"conv{end}\.{kind}\.{_T}", rf"backbone.features.{index}.{place}.\1")
         for end, index in ((1, 0), (2, 18))
@@ -188,7 +190,7 @@ def _mmaction_mobilenet_rules() -> Rules:
 
 
 def _rules_for(names: Iterable[str]) -> Rules:
-    """Find the layout that the names belong to: the same name can mean different tensors in two layouts."""
+    """Return the rules of the layout that the names belong to: one name can mean different tensors in two layouts."""
     names = list(names)
     if any(name.startswith("features.") for name in names):
         return _MOBILENET_NESTED if any(re.match(_NESTED, name) for name in names) else _flat_rules()
@@ -235,7 +237,8 @@ def _to_mobilenet(name: str, shifted: set[str]) -> str | None:
 
 
 def _hint(name: str) -> str:
-    if "non_local_block" in name:  # of three forms of attention, two have the same names
+    # mmaction2 has three forms of attention, and two of them use the same names.
+    if "non_local_block" in name:
         return ": mmaction2's non-local blocks are not the authors', and their names do not tell which form they are"
     return ""
 

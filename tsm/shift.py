@@ -1,4 +1,4 @@
-"""The temporal shift (Lin et al., TSM, arXiv:1811.08383, section 3): channels move along time, at no multiplication."""
+"""The temporal shift (Lin et al., TSM, arXiv:1811.08383, section 3): channels move along time, without multiplications."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,23 +12,23 @@ from runtime.triton_launch import triton_can_launch
 
 Direction = Literal["both", "past"]
 
-# Fold i of frame t, the channels [i * fold, (i + 1) * fold), comes from frame t + offsets[i]. Further channels stay.
+# Fold i of frame t, the channels [i * fold, (i + 1) * fold), comes from frame t + offsets[i]. The other channels stay.
 OFFSETS: dict[Direction, tuple[int, ...]] = {"both": (1, -1), "past": (-1,)}
 
 
 def temporal_shift(x_NTCHW: Tensor, fold_div: int = 8, direction: Direction = "both") -> Tensor:
-    """Move a `1 / fold_div` part of the channels by one frame, and leave zeros where the clip ends.
+    """Shift `1 / fold_div` of the channels by one frame per direction, with zeros at the ends of the clip.
 
     With `fold = C // fold_div`:
 
-    - `both` (offline): channels `[0, fold)` come from the next frame, `[fold, 2 * fold)` from the one before;
-    - `past` (online, uni-directional): channels `[0, fold)` come from the frame before, so no frame needs a later one.
+    - `both` (offline): channels `[0, fold)` come from the next frame, `[fold, 2 * fold)` from the previous one;
+    - `past` (online, uni-directional): channels `[0, fold)` come from the previous frame, so no frame needs a later one.
 
-    The other channels stay. Takes any memory layout and any shape after C; differentiable any number of times. `torch.compile`
+    The other channels stay. Accepts any memory layout and any shape after C; differentiable any number of times. `torch.compile`
     and `torch.export` trace it, on CUDA as the operator `torch.ops.tsm.temporal_shift`.
 
-    On CUDA and with Triton, contiguous tensors and channels_last frames of floating-point numbers take one kernel forward and one
-    backward (`tsm.shift_triton`). Everything else takes one copy for each slice of channels, with the same values to the bit.
+    On CUDA with Triton, contiguous tensors and channels_last frames of floating-point dtypes use one kernel forward and one
+    backward (`tsm.shift_triton`). All others use one copy per slice of channels, with bit-identical values.
 
     Raises ValueError for a tensor without N, T and C, an unknown direction, or folds that do not fit into the channels.
     """
@@ -41,7 +41,7 @@ def temporal_shift(x_NTCHW: Tensor, fold_div: int = 8, direction: Direction = "b
 
 
 def check_fold_div(fold_div: int, direction: Direction) -> int:
-    """Return `fold_div` if that many folds leave room for those that `direction` moves, else raise ValueError."""
+    """Return `fold_div`; raise ValueError if it is less than the number of folds that `direction` moves."""
     if direction not in ("both", "past"):
         raise ValueError(f"direction must be 'both' or 'past', got {direction!r}")
     folds = 2 if direction == "both" else 1
@@ -51,7 +51,7 @@ def check_fold_div(fold_div: int, direction: Direction) -> int:
 
 
 def shift_by_slices(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:
-    """Return the shifted tensor in the memory layout of `x_NTCHW`, by one copy for each slice of channels; unknown to autograd."""
+    """Return the shifted tensor in the memory layout of `x_NTCHW`, with one copy per slice of channels; not differentiable."""
     out_NTCHW = torch.empty_like(x_NTCHW)
     for number, offset in enumerate(offsets):
         channels = slice(number * fold, (number + 1) * fold)
@@ -68,10 +68,11 @@ def shift_by_slices(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tenso
 
 @functools.cache
 def _fused_shift() -> Callable[[Tensor, int, Sequence[int]], Tensor | None] | None:
-    """Return `shift_triton.fused_shift`, or None where Triton is missing or cannot launch."""
+    """Return `shift_triton.fused_shift`, or None if Triton is missing or cannot launch."""
     if not triton_can_launch():
         return None
-    from . import shift_triton  # late: only processes with CUDA tensors pay for importing Triton
+    # Imported here, so that only processes with CUDA tensors pay the import cost of Triton.
+    from . import shift_triton
 
     return shift_triton.fused_shift
 
@@ -86,15 +87,15 @@ def _shift_tensor(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:
 
 
 def _shift(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:
-    # Only tracers need the operator on CUDA; elsewhere they can look into _Shift. Eager code does without it, which takes about
-    # 15 us less of the host's time for each call.
+    # Only tracers need the operator, and only on CUDA; on other devices they can trace _Shift. Eager code skips the operator,
+    # which saves about 15 us of host time per call.
     shift = torch.ops.tsm.temporal_shift.default if x_NTCHW.is_cuda and _is_traced(x_NTCHW) else _Shift.apply
     shifted: Tensor = shift(x_NTCHW, fold, offsets)
     return shifted
 
 
 def _is_traced(x_NTCHW: Tensor) -> bool:
-    """Return whether torch.compile, torch.export, FakeTensorMode or another dispatch mode must see what is called."""
+    """Return True under torch.compile, torch.export, FakeTensorMode or another dispatch mode, which must see the operator."""
     return (
         torch.compiler.is_compiling()
         or type(x_NTCHW) not in (Tensor, torch.nn.Parameter)
@@ -103,12 +104,12 @@ def _is_traced(x_NTCHW: Tensor) -> bool:
 
 
 def _adjoint(offsets: Sequence[int]) -> tuple[int, ...]:
-    """Return the gradient's offsets: each channel goes back where it came from, and what fell off an end gets no gradient."""
+    """Return the gradient's offsets: each channel moves back, and frames shifted out of the clip get no gradient."""
     return tuple(-offset for offset in offsets)
 
 
 class _Shift(torch.autograd.Function):
-    """The shift as a single node: autograd would otherwise copy the whole gradient once for each slice assignment."""
+    """The shift as one autograd node: otherwise autograd would copy the whole gradient once per slice assignment."""
 
     @staticmethod
     def forward(ctx: Any, x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:

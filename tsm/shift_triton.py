@@ -1,6 +1,6 @@
-"""The temporal shift as one Triton kernel: every element is read once and written once, 16 bytes at a time where folds allow.
+"""The temporal shift as one Triton kernel: reads and writes every element once, 16 bytes at a time if the folds allow it.
 
-`tsm.shift` imports this module at the first CUDA tensor, and only where Triton is installed.
+`tsm.shift` imports this module at the first CUDA tensor, and only if Triton is installed.
 """
 
 import functools
@@ -14,12 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ACCESS_BYTES = 16  # the widest load and store of a GPU's thread
-BLOCK_BYTES = 8192  # what one program copies: 4 accesses by each of 4 x 32 threads
-MAX_FRAME_ELEMENTS = 2**30  # offsets within two neighbouring frames fit into 32 bits
-MAX_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
+# The widest load and store of a GPU thread.
+ACCESS_BYTES = 16
+# Bytes that one program copies: 4 accesses by each of 4 x 32 threads.
+BLOCK_BYTES = 8192
+# Offsets within two neighbouring frames fit into 32 bits.
+MAX_FRAME_ELEMENTS = 2**30
+# Limit of a CUDA grid's first dimension.
+MAX_PROGRAMS = 2**31 - 1
 
-# Sizes stay out of the compiled code, so that all layers of a network share few kernels.
+# Triton does not specialize the kernel on these arguments, so that all layers of a network share few kernels.
 SIZES = ("frames", "frame_chunks", "row_chunks", "fold_chunks", "first_offset", "second_offset")
 
 
@@ -36,9 +40,9 @@ def shift_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy BLOCK chunks of one frame, each from its own frame or a neighbouring one, or write zeros where the clip ends.
+    """Copy BLOCK chunks of one frame, each from the same frame or a neighbouring one; write zeros at the ends of the clip.
 
-    A chunk is WIDTH elements next to each other in memory, all of one fold. `frames`: T. A frame is `frame_chunks` chunks: rows of
+    A chunk is WIDTH adjacent elements in memory, all of one fold. `frames` is T. A frame has `frame_chunks` chunks: rows of
     `row_chunks`, each of which begins with two folds of `fold_chunks`.
     """
     frame_blocks = (frame_chunks + BLOCK - 1) // BLOCK
@@ -51,8 +55,8 @@ def shift_kernel(
     is_in_frame_B = chunk_B < frame_chunks
     is_in_clip_B = (source_B >= 0) & (source_B < frames)
 
-    # A batch may hold more than 2**31 elements: a frame's start takes 64 bits. The factor WIDTH comes last, which tells
-    # Triton's analysis that each chunk is aligned.
+    # A batch may have more than 2**31 elements, so the start of a frame needs 64 bits. The factor WIDTH comes last, so that
+    # Triton's analysis finds each chunk aligned.
     frame_start = frame.to(tl.int64) * frame_chunks * WIDTH
     element_W = tl.arange(0, WIDTH)[None, :]
     to_BW = chunk_B[:, None] * WIDTH + element_W
@@ -62,7 +66,7 @@ def shift_kernel(
 
 
 class Launch(NamedTuple):
-    """Arguments of `shift_kernel`: programs of the grid, sizes in the order of `SIZES`, and its constants."""
+    """Launch arguments of `shift_kernel`: number of programs, sizes in the order of `SIZES`, and constants."""
 
     programs: int
     sizes: tuple[int, ...]
@@ -71,9 +75,9 @@ class Launch(NamedTuple):
 
 
 def plan_launch(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Launch | None:
-    """Return how to shift `x_NTCHW` (of which only shape, strides and dtype count), or None where the kernel does not serve.
+    """Return the launch arguments for `x_NTCHW` by its shape, strides and dtype, or None if the kernel does not support it.
 
-    It serves contiguous tensors and channels_last frames of `DTYPES`, with one or two `offsets`.
+    The kernel supports contiguous tensors and channels_last frames of `DTYPES`, with one or two `offsets`.
     """
     if x_NTCHW.dtype not in DTYPES:
         return None
@@ -86,7 +90,7 @@ def plan_launch(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Launch | 
         row_elements, fold_elements = channels, fold
     else:
         return None
-    # The greatest power of two that divides the folds: a chunk across their boundary would come from two frames.
+    # The largest power of two that divides the folds: a chunk across a boundary would come from two frames.
     width = math.gcd(row_elements, fold_elements, ACCESS_BYTES // x_NTCHW.element_size())
     block = BLOCK_BYTES // (width * x_NTCHW.element_size())
     frame_chunks = frame_elements // width
@@ -102,12 +106,12 @@ def plan_launch(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Launch | 
 def _plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, fold: int, offsets: tuple[int, ...]
 ) -> Launch | None:
-    """Remember plans by what they depend on: a step has few, and asks for each in every layer, forward and backward."""
+    """Cache `plan_launch`: a step has few different tensors, but asks in every layer, forward and backward."""
     return plan_launch(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), fold, offsets)
 
 
 def fused_shift(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor | None:
-    """Return what `tsm.shift.shift_by_slices` returns, to the bit and in the same layout; None where the kernel does not serve."""
+    """Return the result of `shift_by_slices`, bit-identical and in the same layout, or None if the kernel does not apply."""
     launch = _plan(x_NTCHW.shape, x_NTCHW.stride(), x_NTCHW.dtype, fold, tuple(offsets))
     if launch is None:
         return None
