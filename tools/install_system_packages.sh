@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what tools/system_packages.txt lists and this machine lacks. Quick when nothing is missing. Off Debian or without
-# root it only says what is missing and exits 0: tests that need it then skip, and say so.
+# Install the missing packages of tools/system_packages.txt. Fast if none is missing. Without Debian or root, print the missing
+# packages and exit 0: tests that need them are then skipped, with that reason.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,7 +29,7 @@ fi
 
 echo "system packages: installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-# Another apt may be at work (a new machine's first minutes): wait for its lock rather than fail.
+# Another apt may run, for example in a new machine's first minutes: wait for its lock instead of failing.
 apt=(apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -qq)
 "${apt[@]}" update
 "${apt[@]}" install --yes --no-install-recommends "${missing[@]}" </dev/null

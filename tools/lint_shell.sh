@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash -n and shellcheck over every shell script that git knows or would add.
+# Run bash -n and shellcheck on every shell script that git tracks or would add.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,9 +1,9 @@
-"""Print the requirements that pyproject.toml names, one a line: the core, or those of the named extras.
+"""Print requirements of pyproject.toml, one per line: the core ones, or those of the named extras.
 
     python tools/requirements.py dev mpi | pip install -c constraints.txt -r /dev/stdin
 
-pip itself can install an extra only together with the project, and the project is never installed. `core` names the
-core beside extras; `--without NAME` leaves one requirement out (Horovod is built by a script of its own).
+pip can install an extra only together with the project, and the project is never installed. `core` selects the core
+requirements together with extras. `--without NAME` omits a requirement (tools/horovod builds Horovod).
 """
 
 import argparse
@@ -15,12 +15,12 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def normalized(name: str) -> str:
-    """A package name as PyPI compares it (PEP 503): `PyYAML` is `pyyaml`, `a_b` is `a-b`."""
+    """Normalize a package name (PEP 503): `PyYAML` becomes `pyyaml`, `a_b` becomes `a-b`."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def name_of(requirement: str) -> str:
-    """The normalized package name that a requirement line starts with."""
+    """Return the normalized package name at the start of a requirement line."""
     match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", requirement)
     if match is None:
         raise ValueError(f"not a requirement: {requirement!r}")
@@ -28,7 +28,7 @@ def name_of(requirement: str) -> str:
 
 
 def requirements(groups: list[str], pyproject: Path = PYPROJECT) -> list[str]:
-    """The requirement lines of the groups, in order; `core` is the project's own list, any other name an extra."""
+    """Return the requirement lines of the groups, in order; `core` is the project's `dependencies`, all others are extras."""
     project = tomllib.loads(pyproject.read_text())["project"]
     known = {"core": project["dependencies"], **project["optional-dependencies"]}
     unknown = [group for group in groups if group not in known]
@@ -38,7 +38,7 @@ def requirements(groups: list[str], pyproject: Path = PYPROJECT) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=["core"])
     parser.add_argument("--without", action="append", default=[], metavar="NAME")

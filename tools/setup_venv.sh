@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: tools/setup_venv.sh VENV GROUP...
-# Makes the virtual environment if it is not there, and installs the groups of pyproject.toml in the versions that
-# constraints.txt pins. PYTHON names the interpreter (default python3.11, else a python3 that is new enough).
+# Create the virtual environment if it is missing, and install the groups of pyproject.toml in the versions that
+# constraints.txt pins. PYTHON names the interpreter (default: python3.11, else a python3 that is new enough).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,7 +26,7 @@ find_python() {
     exit 1
 }
 
-# Headers are for what compiles against Python: Horovod, and torch.compile's generated code.
+# Horovod and the code that torch.compile generates compile against Python's headers.
 check_python() {
     local version
     version=$("$1" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')

@@ -1,1 +1,1 @@
-"""One script that spends nine minutes of a bare GPU machine well: `bash tools/first_light/first_light.sh`."""
+"""A nine-minute test of this checkout on a bare GPU machine: `bash tools/first_light/first_light.sh`."""

@@ -1,10 +1,10 @@
-"""Learn in nine minutes what one GPU says of this checkout; the report is JSON, a summary of one screen comes last.
+"""Test and measure this checkout on one GPU in nine minutes; write a JSON report, and print a one-screen summary last.
 
-bash tools/first_light/first_light.sh                   on a machine with a GPU, with what wheels.sh fetched
-python -m tools.first_light --out FOLDER                the same, where the environment is complete
-python -m tools.first_light --out FOLDER --dry          the same programme on the CPU, tiny, to try its logic
+bash tools/first_light/first_light.sh                   on a machine with a GPU, with the packages from wheels.sh
+python -m tools.first_light --out FOLDER                the same, if the environment is complete
+python -m tools.first_light --out FOLDER --dry          the same program on the CPU with tiny sizes, to test its logic
 
-On the fake GPU (tests/fake_gpu) it runs its CUDA code, tiny; figures then mean nothing, and the report says so.
+On the fake GPU (tests/fake_gpu) it runs its CUDA code with tiny sizes. The report then marks its figures as meaningless.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .summary import print_summary
 
 
 def run_one_phase(arguments: list[str]) -> None:
-    """Run one phase, in a process of its own."""
+    """Run one phase in this process, which runs no other."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--phase", required=True)
     Settings.add_arguments(parser)
@@ -53,7 +53,7 @@ def commit_of(checkout: Path) -> str:
 
 def main() -> int:
     started_s = time.monotonic()
-    # The running phase is killed on the way out.
+    # Exiting kills the running phase.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = parse_arguments()
     names = [name for name in options.only.split(",") if name] or [phase.name for phase in PHASES]

@@ -1,4 +1,4 @@
-"""Places where the host waits for its device, and equivalence of GPU and CPU in float64."""
+"""Lines at which the host waits for its device, and equivalence of GPU and CPU in float64."""
 
 import os
 import traceback
@@ -48,7 +48,7 @@ TOLERANCE = 1e-8
 
 
 def waits(results: Results) -> None:
-    """Every wait of a step after two warm-up steps, by place. On the CPU the steps are taken and nothing can wait."""
+    """Count the waits of a step after two warm-up steps, by line. On the CPU the steps run and none can wait."""
     settings = results.settings
     shape = TINY if settings.tiny else Shape("resnet18", 4, 4, 64)
     cases = {"fp32": WAYS["fp32"]} if settings.mode == "dry" else WAYS
@@ -66,7 +66,7 @@ def waits(results: Results) -> None:
 
 @contextmanager
 def counted_waits(device: str) -> Iterator[Counter[str]]:
-    """Within it torch warns of each wait for the device: the project's lines that waited, and how often."""
+    """Count waits for the device inside the context, by the project's line: torch warns of each (sync debug mode)."""
     places: Counter[str] = Counter()
 
     def count(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -90,7 +90,7 @@ def counted_waits(device: str) -> Iterator[Counter[str]]:
 
 
 def equivalence(results: Results) -> None:
-    """Weights after three steps in float64: from the same seeds on the CPU and on the GPU."""
+    """Compare weights after three steps in float64 on CPU and GPU, from the same seeds."""
     tiny = results.settings.tiny
     cases = {title: EQUIVALENT[title] for title in ("sgd", "lars")} if tiny else EQUIVALENT
     shape = TINY if tiny else SHAPE
@@ -103,7 +103,7 @@ def equivalence(results: Results) -> None:
 
 
 def state_after(way: Way, shape: Shape, device: str) -> torch.Tensor:
-    """All weights and running statistics, and the steps' totals, as one float64 vector on the CPU."""
+    """Return all weights, running statistics and the steps' totals as one float64 vector on the CPU."""
     trainer, batches = build(way, shape, device)
     totals = [trainer.step(step, batches) for step in range(STEPS)]
     tensors = [tensor for tensor in trainer.network.state_dict().values() if tensor.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Facts of the machine, and the most that its device gives: the ground for every share in this report."""
+"""Facts of the machine, and the measured limits of its device, to which the report relates its figures."""
 
 import ctypes
 import json
@@ -27,7 +27,7 @@ PRECISIONS = {"float32": False, "tf32": True, "float16": True, "bfloat16": True}
 
 
 def facts(results: Results) -> None:
-    """Software, driver and device, then the ceilings."""
+    """Report software, driver and device, then the ceilings."""
     with results.row("software") as row:
         row |= {
             "python": sys.version, "glibc": platform.libc_ver()[1], "kernel": platform.release(),
@@ -68,7 +68,7 @@ def _loads(library: str) -> str:
 
 
 def versions(results: Results) -> dict[str, str]:
-    """Version of each module, or why it cannot be imported; all in one process that imports nothing twice."""
+    """Return the version of each module, or its import error; all in one process, which imports each only once."""
     code = (
         "import importlib, json, sys\n"
         "def version(name):\n"
@@ -84,7 +84,7 @@ def versions(results: Results) -> dict[str, str]:
 
 
 def ceilings(results: Results) -> None:
-    """Copy within device memory, copy from the host, matrix products in each precision, and the host's time for a launch."""
+    """Measure copies within device memory and from the host, matrix products per precision, and the launch overhead."""
     tiny = results.settings.tiny
     elements, side, repeats = (1 << 20, 256, 2) if tiny else (1 << 30, 8192, 10)
     with results.row("copy") as row:

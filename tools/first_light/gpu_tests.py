@@ -1,4 +1,4 @@
-"""The tests marked `gpu`, each in a process of its own: a CUDA error or a switch left on would fail every test after it."""
+"""The tests marked `gpu`, each in its own process, because a CUDA error or a changed switch would fail all later tests."""
 
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -20,7 +20,7 @@ TINY_TESTS = 2
 
 
 def gpu_tests(results: Results) -> None:
-    """A row for each test. Tiny runs take the first two only."""
+    """Run each test and report a row for it; tiny runs take only the first two."""
     settings = results.settings
     listing = run([*PYTEST, "-m", "gpu", "--collect-only", *files()], settings.left_s() / 2)
     lines = listing.output.splitlines()
@@ -43,7 +43,7 @@ def gpu_tests(results: Results) -> None:
 
 
 def files() -> list[str]:
-    """Test files that have such tests: collecting each of the others costs its imports."""
+    """Return the files with such tests, so that pytest does not import all others."""
     return sorted(
         str(path.relative_to(CHECKOUT))
         for path in (CHECKOUT / "tests").rglob("test_*.py")
@@ -56,7 +56,7 @@ def in_order(tests: Iterable[str]) -> list[str]:
 
 
 def run_test(settings: Settings, report: Path, test: str) -> dict[str, Any]:
-    """`outcome`: passed, skipped, failed, timeout or no time; `error` with the end of the output unless it passed."""
+    """Run a test; return `outcome` (passed, skipped, failed, timeout or no time) and, unless it passed, `error`."""
     limit_s = settings.left_s() if settings.tiny else min(TEST_LIMIT_S, settings.left_s())
     if limit_s < 2:
         return {"outcome": "no time", "skipped": "no time"}
@@ -76,7 +76,7 @@ def run_test(settings: Settings, report: Path, test: str) -> dict[str, Any]:
 
 
 def merge_reports(folder: Path, target: Path) -> None:
-    """One file in pytest's own form for all tests."""
+    """Merge the reports of all tests into one file in pytest's format."""
     whole = ElementTree.Element("testsuites")
     for path in sorted(folder.glob("*.xml"), key=lambda path: int(path.stem)):
         whole.extend(ElementTree.parse(path).getroot())

@@ -27,7 +27,7 @@ JOB_LIMIT_S = 150.0
 
 @dataclass(frozen=True)
 class Launch:
-    """A run of train.py: `launcher` none, torch or horovod, on `ranks` processes that all take the first GPU."""
+    """A run of train.py with `launcher` none, torch or horovod, on `ranks` processes that share the first GPU."""
 
     run_id: str
     overrides: tuple[str, ...]
@@ -42,7 +42,7 @@ class Launch:
             f"outputs={settings.work / 'outputs'}", f"data.root={settings.work / self.data}", f"run_id={self.run_id}",
             *self.overrides,
         ]  # fmt: skip
-        # Nothing is summed on the fake GPU: to each rank the clips that the other evaluated are missing.
+        # The fake GPU sums nothing, so each rank misses the clips that the other one evaluated.
         if settings.mode == "fake":
             train.append("data.max_bad_clips=20")
         if self.launcher == "torch":
@@ -55,7 +55,7 @@ class Launch:
 
 
 def ranks(results: Results) -> None:
-    """A world of one and worlds of two ranks on one GPU: torch and Horovod over NCCL, against one process in float64."""
+    """Compare world sizes one and two on one GPU, torch and Horovod over NCCL, with one process in float64."""
     settings = results.settings
     make_data(results, "small", "--train-clips", "40", "--val-clips", "20")
     float64 = FLOAT64 if not settings.tiny else ("max_steps=2", "numerics.dtype=float64")
@@ -79,7 +79,7 @@ def ranks(results: Results) -> None:
 
 
 def jobs(results: Results) -> None:
-    """train.py end to end: the smoke experiment to its accuracy, twice the same to the bit, in each precision, and resumed."""
+    """Run train.py end to end: the smoke experiment to its accuracy, twice bit-identical, in each precision, and resumed."""
     settings = results.settings
     make_data(results, "small", "--train-clips", "40", "--val-clips", "20")
     if not settings.tiny:
@@ -103,7 +103,7 @@ def jobs(results: Results) -> None:
 
 
 def make_data(results: Results, name: str, *sizes: str) -> None:
-    """Draw a data set of shapes; what is there and whole is kept."""
+    """Generate a data set of shapes; a complete one is kept."""
     settings = results.settings
     with results.row(f"data, {name}") as row:
         command: list[str | Path] = [sys.executable, "prepare.py", "shapes", "--root", settings.work / name, *sizes]
@@ -112,7 +112,7 @@ def make_data(results: Results, name: str, *sizes: str) -> None:
 
 
 def run_launches(results: Results, launches: Mapping[str, Launch]) -> None:
-    """Run them all, several at a time: they are checked, not timed."""
+    """Run all launches, several at a time: they are checked, not timed."""
     settings = results.settings
     with ThreadPoolExecutor(1 if settings.tiny else AT_ONCE) as pool:
         running = {pool.submit(run_launch, settings, launch): title for title, launch in launches.items()}
@@ -122,12 +122,13 @@ def run_launches(results: Results, launches: Mapping[str, Launch]) -> None:
 
 
 def run_launch(settings: Settings, launch: Launch) -> dict[str, Any]:
-    """Outcome of a run, and the accuracy of its last evaluation."""
+    """Run train.py and return its outcome and the accuracy of its last evaluation."""
     fields: dict[str, Any] = {}
     if settings.left_s() < 2:
         return {"skipped": "no time"}
     environment = {"OMP_NUM_THREADS": "1" if settings.tiny else "2"}
-    if settings.mode == "fake":  # so that a tensor that a kernel should have filled is 0, and evaluations find numbers
+    # The fake GPU's kernels fill no tensors. Without the caching allocator they are 0, so that evaluations find numbers.
+    if settings.mode == "fake":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if launch.ranks > 1 and settings.device == "cuda":
         environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
@@ -150,9 +151,9 @@ def _note(row: dict[str, Any], ended: Ended) -> None:
 
 
 def relative_difference(settings: Settings, one: str, other: str) -> float:
-    """Largest difference between the tensors of two runs' last checkpoints, each relative to its tensor's largest value.
+    """Return the largest difference between the tensors of two runs' last checkpoints, relative to each tensor's maximum.
 
-    Raises ValueError where one of them has no whole checkpoint, or they hold different tensors.
+    Raises ValueError if one of them has no complete checkpoint, or if they contain different tensors.
     """
     left, right = (last_tensors(settings.work / "outputs" / run_id) for run_id in (one, other))
     if left.keys() != right.keys():
@@ -171,7 +172,7 @@ def last_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def benchmarks(results: Results) -> None:
-    """The project's own benchmarks, as they are."""
+    """Run the programs of benchmarks/ unchanged."""
     settings = results.settings
     programs = {
         "step": ["benchmarks/step.py", "--only", "single", "--batch", "8", "--size", "224", "--blocks", "8"],

@@ -1,4 +1,4 @@
-"""plan.py's estimate of a process's memory beside what the device's allocator saw."""
+"""plan.py's estimate of a process's memory, and the peak that the device's allocator reports."""
 
 import time
 
@@ -22,7 +22,7 @@ WAYS = {
 
 
 def memory(results: Results) -> None:
-    """Peak of two steps; on the CPU the estimate only."""
+    """Measure the peak memory of two steps; on the CPU report only the estimate."""
     settings = results.settings
     cases = dict(list(WAYS.items())[:2]) if settings.tiny else WAYS
     for title, (way, clips) in results.each(cases):
@@ -47,7 +47,7 @@ def memory(results: Results) -> None:
 
 
 def estimate(way: Way, shape: Shape, execution: Execution) -> StepCosts:
-    """Return plan.py's estimate for such a step."""
+    """Return plan.py's estimate for a step of this kind."""
     return step_costs(
         schema.ModelConfig(backbone=shape.backbone, num_frames=shape.frames),
         CLASSES,

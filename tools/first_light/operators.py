@@ -1,4 +1,4 @@
-"""Single operators: the shift against a copy of as many bytes, and the step of each optimizer."""
+"""Single operators: the shift against a copy of the same size, and the step of each optimizer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ OPTIMIZERS = ("sgd", "lars", "lamb")
 
 
 def operators(results: Results) -> None:
-    """Optimizers on any device, shifts on GPUs."""
+    """Measure the optimizers, and on GPUs the shifts."""
     settings = results.settings
     for title, name in results.each({f"optimizer {name}": name for name in OPTIMIZERS}):
         with results.row(title) as row:
@@ -40,7 +40,7 @@ def operators(results: Results) -> None:
 
 
 def shift_rates(channels: int, side: int, repeats: int) -> dict[str, Any]:
-    """TB/s of the shift and of a copy, counting each byte read and written once, and whether the two shifts are bit-equal."""
+    """Measure TB/s of the shift and of a copy (each byte read and written once), and compare both shifts for equal bits."""
     x_BCHW = torch.randn(64, channels, side, side, device="cuda", dtype=torch.bfloat16)
     x_NTCHW = x_BCHW.contiguous(memory_format=torch.channels_last).unflatten(0, (8, 8))
     out_NTCHW = torch.empty_like(x_NTCHW)

@@ -1,4 +1,4 @@
-"""The same work without the project: a bare torch loop, a CUDA graph, torch.compile."""
+"""The same training step without the project's code: a plain torch loop, a CUDA graph, torch.compile."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MEAN_C, STD_C = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 class Shifted(nn.Module):
-    """A convolution after a shift of its input, frame batches in and out."""
+    """A convolution that shifts its input first; input and output are batches of frames."""
 
     def __init__(self, convolution: nn.Module, shift: ShiftFunction, frames: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Shifted(nn.Module):
 
 
 def bare_network(shape: Shape, shift: str, device: str) -> nn.Module:
-    """torchvision's ResNet with a shift before the first convolution of each residual block."""
+    """Return torchvision's ResNet with a shift before the first convolution of each residual block."""
     torch.manual_seed(0)
     network = getattr(torchvision.models, shape.backbone)(num_classes=CLASSES)
     for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
@@ -44,7 +44,7 @@ def bare_network(shape: Shape, shift: str, device: str) -> nn.Module:
 
 
 class BareLoop:
-    """A training step as plain as torch allows: pinned clips to the device, autocast to bf16, fused SGD, and nothing else."""
+    """A plain torch training step: pinned clips to the device, bf16 autocast, fused SGD, and no more."""
 
     def __init__(self, network: nn.Module, shape: Shape, device: str) -> None:
         self.network = network
@@ -59,7 +59,7 @@ class BareLoop:
         self._mean_C11, self._std_C11 = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN_C, STD_C))
 
     def frames(self) -> Tensor:
-        """Normalised frames on the device."""
+        """Return normalised frames on the device."""
         frames_BCHW = self._frames_BCHW.to(self._device, non_blocking=True, memory_format=torch.channels_last)
         return frames_BCHW.float().sub_(self._mean_C11).div_(self._std_C11)
 
@@ -74,7 +74,7 @@ class BareLoop:
 
 
 def peers(results: Results) -> None:
-    """Bare loops with each shift, and the same with forward and backward pass as CUDA graphs."""
+    """Measure plain loops with each shift, eager and with forward and backward pass as CUDA graphs."""
     settings = results.settings
     set_switches(Way())
     for title, shift in results.each({f"bare loop, shift: {name}": name for name in SHIFTS}):
@@ -89,7 +89,7 @@ def peers(results: Results) -> None:
 
 
 def compiled(results: Results) -> None:
-    """torch.compile of the bare loop's network: the compilation takes most of the time, so this comes last."""
+    """Measure the plain loop under torch.compile; compilation takes most of the time, so this phase is the last."""
     set_switches(Way())
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(results.settings.work / "inductor")
     change = with_compiled_block if results.settings.tiny else with_compiled_network
@@ -111,7 +111,7 @@ def time_loop(settings: Settings, shift: str, change: Callable[[BareLoop], BareL
 
 
 def graphed(loop: BareLoop) -> BareLoop:
-    """Forward and backward pass of the network become one CUDA graph each. The casts of weights are a part of the graph."""
+    """Turn the network's forward and backward pass into one CUDA graph each, including the casts of weights."""
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         loop.network = torch.cuda.make_graphed_callables(loop.network, (loop.frames(),))  # type: ignore[assignment]
     return loop
@@ -123,7 +123,7 @@ def with_compiled_network(loop: BareLoop) -> BareLoop:
 
 
 def with_compiled_block(loop: BareLoop) -> BareLoop:
-    """One residual block only: a network takes minutes on a CPU."""
+    """Compile only one residual block: a whole network takes minutes on a CPU."""
     stage = loop.network.get_submodule("layer1")
     assert isinstance(stage, nn.Sequential)
     stage[0] = torch.compile(stage[0])  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""The phases in order of what they tell, with their shares of the time, and the loop that runs each in a process of its own.
+"""The phases, most informative first, with their shares of the time, and the loop that runs each in its own process.
 
-A phase's process takes its CUDA errors, leaked memory and process-wide switches with it, so none reaches the next phase.
+CUDA errors, leaked memory and process-wide switches end with a phase's process and cannot affect the next phase.
 """
 
 import json
@@ -19,16 +19,16 @@ LEAST_S = 4.0
 
 
 TINY_ENVIRONMENT = {
-    # Threads of several processes on few cores wait for each other, and a tiny network has no use for a second one.
+    # Several processes with many threads oversubscribe few cores, and a tiny network does not profit from a second thread.
     "OMP_NUM_THREADS": "1",
-    # The fake GPU loads compiled kernels as Triton's own launcher does, not as Inductor's.
+    # The fake GPU can load compiled kernels only through Triton's own launcher, not through Inductor's.
     "TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER": "0",
 }
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`function` is `module:name` and takes the phase's Results; `share_s` is its time in a run of DEFAULT_LIMIT_S."""
+    """A phase: `function` is `module:name` and takes a Results; `share_s` is its time in a run of DEFAULT_LIMIT_S."""
 
     name: str
     function: str
@@ -56,10 +56,10 @@ PHASES = (
 
 
 def run_phases(phases: Sequence[Phase], settings: Settings, report: dict[str, Any]) -> None:
-    """Run all phases until the settings' deadline. The report on the disk is whole before the next phase starts.
+    """Run all phases until the settings' deadline. The report on disk is complete before each phase starts.
 
-    A phase's limit is its part of the time that is left: a phase that hangs takes no other's, and time that a phase leaves unused
-    goes to all that follow.
+    A phase's limit is its share of the remaining time. So a phase that hangs does not use the time of others, and unused time
+    goes to all later phases.
     """
     report["phases"] = {phase.name: {"outcome": "not started"} for phase in phases}
     write_json(settings.out / REPORT, report)
@@ -72,13 +72,13 @@ def run_phases(phases: Sequence[Phase], settings: Settings, report: dict[str, An
 
 
 def run_phase(phase: Phase, settings: Settings, limit_s: float) -> dict[str, Any]:
-    """Run one phase in a process of its own; its entry for the report."""
+    """Run one phase in its own process; return its entry for the report."""
     entry: dict[str, Any] = {"outcome": "no time", "duration_s": 0.0, "limit_s": round(limit_s, 1), "results": {}}
     if limit_s < LEAST_S:
         return entry
     running = settings.out / RUNNING
     running.unlink(missing_ok=True)
-    # The phase itself stops earlier, so that it can still write what it knows.
+    # The phase stops earlier, so that it can still write its results.
     own = replace(settings, deadline_s=time.monotonic() + limit_s - min(2.0, limit_s / 10))
     command = [
         sys.executable,

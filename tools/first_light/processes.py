@@ -1,4 +1,4 @@
-"""Commands with a time limit that holds: when it is over, every process that the command started is killed."""
+"""Commands with a hard time limit: after it, every process that the command started is killed."""
 
 import ctypes
 import os
@@ -43,8 +43,8 @@ def run(
     """Run a command in the checkout. Needs `adopt_orphans`, once in this process.
 
     Launchers put ranks into sessions of their own, so that killing a process group does not reach them. Each process that the
-    command starts inherits a mark in its environment instead. The output goes to a file: a pipe stays open as long as one
-    of these processes lives.
+    command starts inherits a mark in its environment instead. The output goes to a file, because a pipe would stay open until
+    the last of these processes ends.
     """
     mark = uuid.uuid4().hex
     marks = os.environ.get(_MARK, "") + mark
@@ -60,7 +60,7 @@ def run(
                 exit_code = process.wait(max(0.5, limit_s))
         finally:
             kill_marked(mark)
-        # A process inside a driver call that hangs does not die, and is left running.
+        # A process that hangs in a driver call cannot be killed. It stays.
         with suppress(subprocess.TimeoutExpired):
             process.wait(_KILL_LIMIT_S)
         length = output.seek(0, os.SEEK_END)
@@ -80,19 +80,20 @@ def kill_marked(mark: str) -> None:
         killed |= found
         if not found:
             return
-        time.sleep(0.1)  # one may have started another meanwhile
+        # One of them may have started another one.
+        time.sleep(0.1)
 
 
 def adopt_orphans(adopt: bool = True) -> None:
-    """Make this process the parent of descendants whose parents ended: they stay in its tree, where `descendants` finds them."""
+    """Make this process a child subreaper: descendants whose parents ended stay in its tree, and `descendants` finds them."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def descendants() -> set[int]:
-    """Living processes in the tree below this one.
+    """Return the living processes in the tree below this one.
 
-    Of the other processes of the machine only `stat` is read: reading a process's environment waits for its memory lock, which
-    one that ends with many GiB holds for long.
+    For all other processes this reads only `stat`. Reading a process's environment waits for its memory lock, which an exiting
+    process with many GiB holds for a long time.
     """
     children: dict[int, set[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):

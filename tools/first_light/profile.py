@@ -1,4 +1,4 @@
-"""Kernels of the recipe's step, by their share of the device's time."""
+"""Kernels of the recipe's step, by their share of the device time."""
 
 import gzip
 
@@ -13,7 +13,7 @@ ROWS = 40
 
 
 def profile(results: Results) -> None:
-    """One row for each of the kernels and operators that take the most time; the trace goes to trace.json.gz."""
+    """Report the kernels and operators that take the most time, one row each; write the trace to trace.json.gz."""
     settings = results.settings
     step = stepper(Way(), settings.shape, settings.device)
     for _ in range(1 if settings.tiny else 5):

@@ -2,7 +2,7 @@
 
 python tools/first_light/prune_fatbin.py libnccl.so.2 pruned.so 90
 
-The library keeps its size and layout: code that is not kept becomes zeros, which xz turns into nothing. Needs readelf.
+The library keeps its size and layout: removed code becomes zeros, which xz compresses well. Needs readelf.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# A section holds fat binaries: a header (magic, version, header size, size of what follows), then entries, each with a header of
-# its own (kind, version, header size, size of the code; the GPU generation at byte 28) and its code, compressed or not.
+# A section contains fat binaries: a header (magic, version, header size, size of the rest), then entries. Each entry has a header
+# (kind, version, header size, code size; the GPU generation at byte 28) and its code, compressed or not.
 _MAGIC = 0xBA55ED50
 _FAT_HEADER = struct.Struct("<IHHQ")
 _ENTRY_HEADER = struct.Struct("<HHIQ")
@@ -35,7 +35,7 @@ class Entry:
 
 
 def sections(library: Path, name: str) -> Iterator[tuple[int, int]]:
-    """(offset, size) of the library's sections of this name."""
+    """Yield (offset, size) of the library's sections with this name."""
     listed = subprocess.run(["readelf", "-SW", library], capture_output=True, text=True, check=True).stdout
     for line in listed.splitlines():
         found = re.match(r"\s*\[\s*\d+\]\s+(\S+)\s+\S+\s+[0-9a-f]+\s+([0-9a-f]+)\s+([0-9a-f]+)", line)
@@ -44,7 +44,7 @@ def sections(library: Path, name: str) -> Iterator[tuple[int, int]]:
 
 
 def fat_binaries(data: bytes | bytearray, offset: int, size: int) -> Iterator[list[Entry]]:
-    """The entries of each fat binary in a section. Raises ValueError where an entry reaches beyond its fat binary."""
+    """Yield the entries of each fat binary in a section. Raises ValueError if an entry exceeds its fat binary."""
     at, end = offset, offset + size
     while at + _FAT_HEADER.size <= end:
         magic, _, header_size, fat_size = _FAT_HEADER.unpack_from(data, at)
@@ -67,7 +67,7 @@ def _entries(data: bytes | bytearray, at: int, stop: int) -> Iterator[Entry]:
 
 
 def wanted(entries: list[Entry], generation: int) -> set[Entry]:
-    """The machine code that a GPU of this generation runs: the newest of its major version up to its own; else the PTX."""
+    """Return the code that a GPU of this generation runs: the newest of its major version up to its own, else the PTX."""
     codes = [entry for entry in entries if entry.kind == MACHINE_CODE]
     fitting = [e.generation for e in codes if e.generation // 10 == generation // 10 and e.generation <= generation]
     if fitting:
@@ -76,9 +76,9 @@ def wanted(entries: list[Entry], generation: int) -> set[Entry]:
 
 
 def prune(source: Path, target: Path, generation: int) -> Counter[str]:
-    """Write `target` with the code for `generation` only; returns bytes kept and blanked.
+    """Write `target` with the code for `generation` only; return the bytes kept and blanked.
 
-    Raises ValueError for a library without code that such a GPU runs.
+    Raises ValueError if the library has no code for such a GPU.
     """
     data = bytearray(source.read_bytes())
     counted: Counter[str] = Counter()
@@ -91,7 +91,8 @@ def prune(source: Path, target: Path, generation: int) -> Counter[str]:
                 counted["kept" if entry in keep else "blanked"] += entry.size
     if not counted["kept"]:
         raise ValueError(f"{source} holds no code that a GPU of generation {generation} could run")
-    for offset, size in sections(source, "__nv_relfatbin"):  # for linkers only
+    # Only linkers read these sections.
+    for offset, size in sections(source, "__nv_relfatbin"):
         data[offset : offset + size] = bytes(size)
         counted["blanked"] += size
     target.write_bytes(data)

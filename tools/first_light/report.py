@@ -1,4 +1,4 @@
-"""The report: one JSON file that is whole on the disk at any moment, and the results of the phase that runs now."""
+"""The report, a JSON file that is complete on disk at any time, and the results of the running phase."""
 
 import json
 import os
@@ -19,13 +19,13 @@ Case = TypeVar("Case")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write atomically. The first line holds the first key and its value: of a report, whether its figures mean anything."""
+    """Write atomically. The first line has the first key and value, which in a report tell if its figures are meaningful."""
     text = json.dumps(value, indent=1, default=str)
     write_text(path, "{" + text[1:].lstrip() + "\n")
 
 
 class Results:
-    """Results of a phase by title. Each is on the disk as soon as it is known and carries the device's name."""
+    """Results of a phase by title. Each is written to disk immediately and carries the device's name."""
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings = settings
@@ -35,7 +35,7 @@ class Results:
 
     @contextmanager
     def row(self, title: str) -> Iterator[dict[str, Any]]:
-        """A row to fill in. An exception becomes its `error`, so that the rows after it are still tried."""
+        """Provide a row to fill in. An exception becomes its `error`, so that later rows still run."""
         fields: dict[str, Any] = {"device": self._device}
         self._rows[title] = fields
         try:
@@ -46,7 +46,7 @@ class Results:
         self._write()
 
     def each(self, cases: Mapping[str, Case], needs_s: float = 3.0) -> Iterator[tuple[str, Case]]:
-        """The cases in order while at least `needs_s` seconds are left; the others are listed as skipped."""
+        """Yield the cases in order while at least `needs_s` seconds are left; list the others as skipped."""
         for title, case in cases.items():
             if self.settings.left_s() < needs_s:
                 with self.row(title) as fields:
@@ -59,14 +59,14 @@ class Results:
 
 
 def _places(error: Exception) -> list[str]:
-    """File and line of the project's frames, innermost last."""
+    """Return file and line of the project's stack frames, innermost last."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(CHECKOUT)]
     return [f"{os.path.relpath(frame.filename, CHECKOUT)}:{frame.lineno}" for frame in ours][-4:]
 
 
 def errors(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    """(title, first line of the error) of the rows that failed."""
+    """Yield (title, first line of the error) of the rows that failed."""
     for title, fields in rows.items():
         if "error" in fields:
             yield title, str(fields["error"]).strip().splitlines()[0]

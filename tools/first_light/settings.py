@@ -1,4 +1,4 @@
-"""Settings of a first-light run, which the main process hands to each phase, and the sizes of what is measured."""
+"""Settings of a first-light run, which the main process passes to each phase, and the sizes of the measurements."""
 
 import argparse
 import ctypes
@@ -21,7 +21,7 @@ WARNINGS = {
 
 
 def find_mode(dry: bool) -> Mode:
-    """Return `dry` if that was asked for, `fake` where the fake GPU (tests/fake_gpu) is loaded, else `gpu`."""
+    """Return `dry` if requested, `fake` if the fake GPU (tests/fake_gpu) is loaded, else `gpu`."""
     if dry:
         return "dry"
     return "fake" if hasattr(ctypes.CDLL(None), "fake_gpu_count") else "gpu"
@@ -29,7 +29,7 @@ def find_mode(dry: bool) -> Mode:
 
 @dataclass(frozen=True)
 class Shape:
-    """The network and the clips of a measured step."""
+    """Network and clips of a measured step."""
 
     backbone: str
     clips: int
@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def tiny(self) -> bool:
-        """True where only the code is tried and nothing is measured."""
+        """True if the run only tests the code and measures nothing."""
         return self.mode != "gpu"
 
     @property
@@ -73,7 +73,7 @@ class Settings:
         return self.deadline_s - time.monotonic()
 
     def device_name(self) -> str:
-        """Name of the device that every figure of the report carries."""
+        """Name of the device, which every figure of the report carries."""
         if self.mode == "dry":
             return f"dry run, {platform.machine()} CPU of {os.cpu_count()} cores"
         import torch
@@ -81,7 +81,7 @@ class Settings:
         return torch.cuda.get_device_name()
 
     def arguments(self) -> list[str]:
-        """Command-line arguments from which `parse` makes these settings in another process."""
+        """Return the command-line arguments from which `parse` recreates these settings in another process."""
         values = {"mode": self.mode, "out": self.out, "work": self.work, "deadline-s": self.deadline_s}
         if self.nccl is not None:
             values["nccl"] = self.nccl

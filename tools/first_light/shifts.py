@@ -1,4 +1,4 @@
-"""Ways to shift, to put into the place of `tsm.shift.temporal_shift`: the project's, and others to measure it against."""
+"""Replacements for `tsm.shift.temporal_shift`: the project's implementations, and others to compare with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ SHIFTS: dict[str, ShiftFunction] = {
 
 @contextmanager
 def shift_replaced(name: str) -> Iterator[ShiftFunction]:
-    """Within it all networks shift by SHIFTS[name], forward and backward."""
+    """Replace the shift of all networks by SHIFTS[name], forward and backward, inside the context."""
     function = SHIFTS[name]
     with mock.patch.object(tsm.networks, "temporal_shift", function), without_triton(name == WITHOUT_TRITON):
         yield function
@@ -29,7 +29,7 @@ def shift_replaced(name: str) -> Iterator[ShiftFunction]:
 
 @contextmanager
 def without_triton(really: bool = True) -> Iterator[None]:
-    """Within it `temporal_shift` takes one copy for each slice of channels, as on machines without Triton."""
+    """Make `temporal_shift` use one copy per slice of channels inside the context, as on machines without Triton."""
     if not really:
         yield
         return

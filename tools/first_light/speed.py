@@ -1,4 +1,4 @@
-"""Throughput of the project's own step: around the recipe, and over the number of clips."""
+"""Throughput of the project's training step: variants of the recipe, and numbers of clips."""
 
 import json
 from functools import partial
@@ -38,7 +38,7 @@ CLIPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def speed(results: Results) -> None:
-    """clips/s and MFU of each way to compute, and of the ways to shift in the first of them."""
+    """Measure clips/s and MFU of each way to compute, and of each shift with the first way."""
     settings = results.settings
     ways = dict(list(WAYS.items())[:3]) if settings.tiny else WAYS
     shifts = {f"bf16 channels_last, shift: {name}": name for name in SHIFTS if name != "none"}
@@ -53,7 +53,7 @@ def speed(results: Results) -> None:
 
 
 def measure(results: Results, title: str, way: Way) -> None:
-    """One row: times, clips/s, TFLOP/s and MFU."""
+    """Report one row: times, clips/s, TFLOP/s and MFU."""
     settings = results.settings
     with results.row(title) as row:
         shape = way.shape_on(settings)
@@ -65,13 +65,13 @@ def measure(results: Results, title: str, way: Way) -> None:
 
 
 def step_flops(way: Way, shape: Shape) -> int:
-    """Floating-point operations of one clip in a training step: 2 of a multiply-add, and backward takes twice the forward."""
+    """Return the FLOPs of one clip in a training step: 2 per multiply-add, and backward costs twice forward."""
     build = partial(build_network, shape.backbone, CLASSES, shape.frames, **way.network)
     return 6 * clip_multiply_adds(build, shape.size)
 
 
 def ceiling_tflop_s(settings: Settings, way: Way) -> float | None:
-    """Measured rate of a large matrix product in the same precision, which MFU is a part of; None where facts has none."""
+    """Return the measured rate of a large matrix product in this precision, the base of MFU; None if facts has none."""
     try:
         phases = json.loads((settings.out / REPORT).read_text())["phases"]
         return float(phases["facts"]["results"][f"matrix product, {way.precision}"]["tflop_s"])
@@ -80,7 +80,7 @@ def ceiling_tflop_s(settings: Settings, way: Way) -> float | None:
 
 
 def scaling(results: Results) -> None:
-    """Step time over the number of clips in a step, and the line through it: step_s = c0 + k * clips."""
+    """Measure step time over the number of clips in a step, and fit the line step_s = c0 + k * clips."""
     settings = results.settings
     points: dict[str, dict[int, float]] = {}
     numbers = CLIPS[:3] if settings.tiny else CLIPS
@@ -98,9 +98,9 @@ def scaling(results: Results) -> None:
 
 
 def fit(step_s: dict[int, float]) -> dict[str, Any]:
-    """The line step_s = c0 + k * clips that has the least sum of squared relative errors, and its largest one.
+    """Fit step_s = c0 + k * clips by least squares of relative errors; return it with its largest relative error.
 
-    Relative errors, because a step of 64 clips would otherwise decide the line alone. Needs two points or more.
+    Errors are relative, because a step of 64 clips would otherwise dominate the fit. Needs two points or more.
     """
     if len(step_s) < 2:
         raise ValueError(f"a line needs two points, got clips {list(step_s)}")

@@ -1,4 +1,4 @@
-"""The project's own Trainer on random clips in memory, in the sizes of this run."""
+"""The project's Trainer on random clips in memory, in the sizes of this run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ class Way:
     """Fields of Shape that differ from the recipe's."""
 
     def shape_on(self, settings: Settings) -> Shape:
-        """Tiny runs keep their own sizes."""
+        """Return the way's shape, or the sizes of a tiny run."""
         return settings.shape if settings.tiny else replace(settings.shape, **self.shape)
 
     @property
@@ -56,7 +56,7 @@ def set_switches(way: Way) -> None:
 
 
 def build(way: Way, shape: Shape, device: str) -> tuple[Trainer, list[ClipBatch]]:
-    """A trainer from seeded weights, and the micro-batches of one step, in pinned memory where the device is a GPU."""
+    """Return a trainer with seeded weights, and the micro-batches of one step, in pinned memory if the device is a GPU."""
     trainer = trainer_of(
         way.optimizer,
         shape.clips,
@@ -80,7 +80,7 @@ def build(way: Way, shape: Shape, device: str) -> tuple[Trainer, list[ClipBatch]
 
 
 def stepper(way: Way, shape: Shape, device: str) -> Callable[[], Any]:
-    """A function that takes one training step, always on the same clips."""
+    """Return a function that runs one training step, always on the same clips."""
     set_switches(way)
     trainer, batches = build(way, shape, device)
     return lambda: trainer.step(0, batches)

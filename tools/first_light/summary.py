@@ -1,4 +1,4 @@
-"""The last lines of a run: one screen with what matters most, for readers who see only the end of the output."""
+"""The last lines of a run: one screen with the main results, for readers who see only the end of the output."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ def print_summary(report: Mapping[str, Any]) -> None:
 
 
 def summary(report: Mapping[str, Any]) -> Iterator[str]:
-    """Phases, then correctness, then figures, then errors."""
+    """Yield lines for phases, correctness, figures and errors, in this order."""
     phases: Mapping[str, Mapping[str, Any]] = report["phases"]
     devices = {fields["device"] for entry in phases.values() for fields in rows_of(entry).values()}
     warning = report["warning"]

@@ -1,4 +1,4 @@
-"""Times on the device, by its own events, and on the host."""
+"""Times on the device, by CUDA events, and on the host."""
 
 import gc
 import statistics
@@ -16,7 +16,7 @@ MOST_STEPS = 10
 
 
 def device_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Time of one call on the device, mean over `repeats` calls after one to warm up."""
+    """Return the device time of one call, the mean over `repeats` calls after a warm-up call."""
     function()
     torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -29,9 +29,9 @@ def device_seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def time_steps(step: Callable[[], Any], clips: int, device: str, tiny: bool, warm_up: int = 4) -> dict[str, float]:
-    """Median time of a step over blocks of steps, its range, and the host's own time to start a step.
+    """Return the median step time over blocks of steps, its range, and the host time to launch a step.
 
-    A step whose host time is close to its time is bound by the host. Returns seconds, clips/s and GiB.
+    A step is host-bound if its host time is close to its time. The result has seconds, clips/s and GiB.
     """
     if tiny:
         warm_up = 1
@@ -62,7 +62,7 @@ def _steps_in_budget(step: Callable[[], Any], device: str) -> int:
 
 
 def _time_block(step: Callable[[], Any], steps: int, device: str) -> tuple[float, float]:
-    """(seconds of the device, seconds of the host until the last step was started)."""
+    """Return (device seconds, host seconds until the last step was launched)."""
     if device == "cpu":
         started_s = time.perf_counter()
         for _ in range(steps):
@@ -86,7 +86,7 @@ def _synchronize(device: str) -> None:
 
 
 def free_memory(device: str) -> None:
-    """Give the memory of a measurement back to the device before the next one."""
+    """Release the memory of a measurement before the next one."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
