@@ -1,43 +1,44 @@
 # shellcheck shell=bash
-# Variables for the ranks, each with its reason. Nothing else is set for NCCL, Horovod or MPI: their defaults are meant.
+# Environment variables of the ranks, each with its reason. For NCCL, Horovod and MPI all other variables keep their defaults.
 
 set_environment() {
-    # srun does not take over sbatch's --cpus-per-task (Slurm 22.05 and later).
+    # srun does not inherit sbatch's --cpus-per-task (Slurm 22.05 and later).
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-    # On GPUs cores are for decoding, one a worker, and a rank's own threads only start kernels. On CPUs threads do the training.
+    # With GPUs, cores decode clips, one core per worker, and a rank's own threads only launch kernels. On CPUs, threads train.
     if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
         workers=$((SRUN_CPUS_PER_TASK > 1 ? SRUN_CPUS_PER_TASK - 1 : 1))
     else
         workers=1
     fi
-    # Read by torch, NumPy and DALI when they are loaded: without it each rank makes a thread for each core of the node.
+    # Read by torch, NumPy and DALI at import. Without it each rank starts a thread for each core of the node.
     export OMP_NUM_THREADS=$((SRUN_CPUS_PER_TASK > workers ? SRUN_CPUS_PER_TASK - workers : 1))
 
-    # Lines of ranks reach the log when they are printed.
+    # Write lines of ranks to the log immediately.
     export PYTHONUNBUFFERED=1
-    # 1,536 ranks would write .pyc files of the same modules to a shared file system at once.
+    # Otherwise 1,536 ranks would write the same .pyc files to a shared file system at once.
     export PYTHONDONTWRITEBYTECODE=1
-    # Temporary files and logs of ranks: on the node.
+    # Temporary files and logs of ranks stay on the node.
     export TMPDIR=$TSM_LOCAL_DISK
-    # Kernels that Triton compiles, once a node. The default is in the home folder, which all ranks would write at once.
+    # Triton compiles its kernels once per node. Its default cache is in the home folder, which all ranks would write at once.
     export TRITON_CACHE_DIR=$TSM_LOCAL_DISK/triton
 
     if [[ -n $TSM_NETWORK_INTERFACE ]]; then
-        # Each picks an interface by itself, and not all the same one: management networks lead nowhere fast.
+        # Otherwise NCCL, Gloo, Horovod and MPI each choose an interface, possibly one of the slow management network.
         export NCCL_SOCKET_IFNAME=$TSM_NETWORK_INTERFACE
         export GLOO_SOCKET_IFNAME=$TSM_NETWORK_INTERFACE
         export HOROVOD_GLOO_IFACE=$TSM_NETWORK_INTERFACE
         export OMPI_MCA_btl_tcp_if_include=$TSM_NETWORK_INTERFACE
     fi
 
-    # Under Horovod MPI carries small control messages; NCCL, or this TCP, the gradients. UCX and openib would take InfiniBand
-    # memory of their own for it, and fork() of the loaders' processes is not safe with registered memory.
+    # With Horovod, MPI sends small control messages over TCP, and without NCCL also the gradients. UCX and openib would register
+    # InfiniBand memory for that, and forking loader processes is not safe with registered memory.
     export OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,vader,tcp
 
-    # A rank that waits leaves its core to the decoders. Costs microseconds a message.
+    # A waiting rank yields its core to the decoders. This costs microseconds per message.
     export OMPI_MCA_mpi_yield_when_idle=1
 
-    # Horovod alone would wait for ever for a rank that hangs. Behind distributed.hang_timeout_s (300), whose report names it.
+    # By default Horovod waits forever for a rank that hangs. This comes after distributed.hang_timeout_s (300), whose report
+    # names the rank.
     export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=900
 }

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# What every batch script does: compose the configuration once, check the nodes, start the ranks, and queue the job again where
-# that helps. Sourced by launch/*.sh inside a batch job; `run_job OVERRIDES` is all that they call.
+# Common part of all batch scripts: compose the configuration once, check the nodes, start the ranks, and requeue the job if that
+# helps. launch/*.sh source this file inside a batch job and call `run_job OVERRIDES`.
 #
-# A job's folder is outputs/RUN_ID, with the job's id for a name unless run_id= says another. In it: SUCCESS once the run is
-# complete, outcome.json with how the newest start ended. Exit codes: docs/operating.md.
+# The run folder is outputs/RUN_ID; RUN_ID is the job's id unless run_id= sets another. It contains SUCCESS once the run is
+# complete, and outcome.json with the outcome of the latest start. Exit codes: docs/operating.md.
 set -euo pipefail
 
 run_job() {
     cd "${checkout:?the folder of the project}"
-    # Signals come to this shell alone (sbatch --signal=B:), whatever it is doing.
+    # Slurm signals only this shell (sbatch --signal=B:), at any time.
     srun_pid='' received=''
     trap 'receive USR1' USR1
     trap 'receive TERM' TERM
@@ -33,7 +33,7 @@ say() {
     echo "[$(date +%FT%T) $(hostname)] $*"
 }
 
-# The run cannot go on, and starting it again changes nothing.
+# Exit with 2: the run cannot continue, and a restart would not help.
 refuse() {
     say "error: $*" >&2
     exit 2
@@ -52,7 +52,7 @@ load_site() {
     source slurm/environment.sh
     source slurm/stage.sh
     source slurm/requeue.sh
-    # shellcheck disable=SC2086  # blanks separate them
+    # shellcheck disable=SC2086  # blanks separate modules
     [[ -z $TSM_MODULES ]] || module load $TSM_MODULES
     [[ $TSM_PYTHON == /* ]] || TSM_PYTHON=$checkout/$TSM_PYTHON
     container=()
@@ -65,7 +65,7 @@ load_site() {
     export TSM_PYTHON TSM_LOCAL_DISK
 }
 
-# Command-line overrides that the folder's name depends on; the last one counts, as in Hydra.
+# Read the overrides that set the run folder; the last one wins, as in Hydra.
 name_folder() {
     run_id=$SLURM_JOB_ID outputs=outputs
     local override
@@ -101,13 +101,13 @@ announce() {
     fi
 }
 
-# Of the first node, "6(x256)" being six on each of them.
+# Print the tasks of the first node: SLURM_TASKS_PER_NODE=6(x256) means six on each of 256 nodes.
 tasks_per_node() {
     echo "${SLURM_TASKS_PER_NODE%%[(,]*}"
 }
 
-# Ranks read config.yaml, so that they are told the same, and a job that is queued again is told what it was told first, however
-# the checkout has changed since. A new job with the same run_id composes anew.
+# Write config.yaml. All ranks load this file. A requeued job reuses it, even if the checkout has changed; a new job with the same
+# run_id composes it again.
 compose() {
     if ((restarts > 0)) && [[ -e $folder/config.yaml ]]; then
         say "going on by $folder/config.yaml"
@@ -122,7 +122,7 @@ compose() {
     fi
 }
 
-# A command in the batch script's own place: on its node, in the container where there is one.
+# Run a command on the batch script's node, in the container if there is one.
 in_container() {
     if [[ -z $TSM_CONTAINER_IMAGE ]]; then
         "$@"
@@ -131,7 +131,7 @@ in_container() {
     fi
 }
 
-# A value of config.yaml, which OmegaConf has written: two levels, one key a line.
+# Print a value of config.yaml. OmegaConf wrote it: two levels, one key per line.
 config_value() {
     sed -n "/^$1:/,/^[^ ]/s/^  $2: //p" "$folder/config.yaml"
 }
@@ -161,13 +161,13 @@ data_root() {
     echo "$root"
 }
 
-# How srun must start them follows from the configuration.
+# Start the ranks with srun; the configuration's backend decides the MPI plugin.
 start_ranks() {
     local backend controller mpi=none
     backend=$(config_value distributed backend) controller=$(config_value distributed controller)
     [[ $backend != horovod || $controller == gloo ]] || mpi=$TSM_SRUN_MPI
-    # In blocks, so that neighbours in rank, which share a batch-norm group, share a node.
-    # A rank that fails does not end the others: they hear why from the monitor, write it down, and end by themselves.
+    # Distribute ranks in blocks, so that neighbouring ranks, which share a batch-norm group, share a node.
+    # If a rank fails, srun does not kill the others: the monitor tells them the reason, and they log it and exit.
     local arguments=(--mpi="$mpi" --distribution=block:block --kill-on-bad-exit=0 --wait=120)
     [[ -z $TSM_CPU_BIND ]] || arguments+=(--cpu-bind="$TSM_CPU_BIND")
     # shellcheck disable=SC2206  # blanks separate arguments
@@ -181,13 +181,14 @@ start_ranks() {
     # shellcheck disable=SC2086  # blanks separate arguments
     srun "${arguments[@]}" "${container[@]}" "$TSM_PYTHON" ${TSM_RANK_PROGRAM:-train.py --run} "$folder" &
     srun_pid=$!
-    while kill -0 "$srun_pid" 2>/dev/null; do # again, where a signal has interrupted the waiting
+    # A signal interrupts `wait`, so wait again.
+    while kill -0 "$srun_pid" 2>/dev/null; do
         wait "$srun_pid" && srun_code=0 || srun_code=$?
     done
 }
 
-# Steps are numbered from 0 in each start of a job, and what PMIx keeps on a node under a step's number outlives a crash there: a later
-# start on that node would fail ("task launch failed", seen with Slurm 22.05). So each start uses other numbers.
+# Skip the step numbers of earlier starts. Slurm numbers steps from 0 in each start of a job, and after a crash PMIx's data for a
+# step number stays on the node. A later start there would fail ("task launch failed", seen with Slurm 22.05).
 number_steps_anew() {
     local start
     for ((start = 0; start < restarts; start++)); do
@@ -195,7 +196,7 @@ number_steps_anew() {
     done
 }
 
-# srun hands it on to every rank; they save at the same step and end, with 75.
+# Handle a signal: srun forwards it to all ranks, which save at the same step and exit with 75.
 receive() {
     received=$1
     if [[ -n $srun_pid ]]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: slurm/pack_environment.sh FILE.tar.gz [ENVIRONMENT]
-# Packs a virtual environment (.venv) for TSM_ENVIRONMENT_ARCHIVE: job.sh sends it to each node's disk before ranks start. The
-# interpreter that it was made with, which it links to, must be on every node.
+# Pack a virtual environment (.venv) for TSM_ENVIRONMENT_ARCHIVE: job.sh copies it to each node's disk before the ranks start. The
+# environment links to the interpreter that created it, which must exist on every node.
 set -euo pipefail
 
 archive=${1:?usage: slurm/pack_environment.sh FILE.tar.gz [ENVIRONMENT]}

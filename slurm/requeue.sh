@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# How a start ended, and whether the job is queued again. Sourced by job.sh.
+# Determine how a start ended, and requeue the job if that helps. Sourced by job.sh.
 # shellcheck disable=SC2154  # variables are job.sh's
 
-# srun's exit code says little: 137 for any rank that was killed, and 0 for some lost nodes. The run folder knows.
+# Exit by the outcome in the run folder. srun's exit code is not reliable: 137 for any killed rank, and 0 for some lost nodes.
 conclude() {
     if slurm_ends_it; then
         say "Slurm itself has ended this start: a lost node (it queues the job again), scancel, or the end of its time; run_id=$run_id goes on"
@@ -13,9 +13,12 @@ conclude() {
         code=$(sed 's/.*"exit_code": \([0-9]*\).*/\1/' "$outcome")
         reason=$(sed 's/.*"reason": "\(.*\)", "time_s".*/\1/' "$outcome")
         rm -f "$in_vain"
-    elif ((srun_code >= 2 && srun_code <= 5)); then # refused before the run was told of
+    elif ((srun_code >= 2 && srun_code <= 5)); then
+        # train.py refused to start, before it could write an outcome.
         code=$srun_code reason="see above"
-    else # lost with the node of the batch script, or never started: a node that Slurm cannot start ranks on, a broken environment
+    else
+        # The outcome was lost with the batch script's node, or the ranks never started: Slurm cannot start ranks on a node, or
+        # the environment is broken.
         say "start $((restarts + 1)) left no word; srun ended with $srun_code" >>"$in_vain"
         code=75 reason="nobody was left to say why; srun ended with $srun_code"
         if (($(wc -l <"$in_vain") > 2)); then
@@ -38,17 +41,18 @@ requeue() {
     exit 75
 }
 
-# A job that was cancelled, or pre-empted, is no longer running when its ranks hear of it: it stays where Slurm has put it.
+# Succeed if Slurm itself ends the job: a cancelled or preempted job is no longer RUNNING when its ranks get the signal. Such a job
+# is not requeued from here.
 slurm_ends_it() {
     [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" JobState=RUNNING"* ]]
 }
 
-# Queue the job again on other nodes than these; does not return.
+# Requeue the job without the given nodes; does not return.
 exclude_and_requeue() {
     local nodes=$1
     ((restarts < TSM_MAX_RESTARTS)) || requeue
     say "queueing job $SLURM_JOB_ID again, without $nodes"
-    # Nodes can be excluded from pending jobs alone, and requeueing ends this script: it ignores that until it is done.
+    # Slurm excludes nodes only from pending jobs, and requeueing sends SIGTERM to this script. Ignore it until all is done.
     trap '' TERM
     local before
     before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')

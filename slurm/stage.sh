@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Copies to the disk of every node, so that a thousand ranks do not read the same files of a shared file system at once: the
-# environment (an archive of slurm/pack_environment.sh, by sbcast) and the data set (a folder). Sourced by job.sh.
+# Copy the environment (an archive of slurm/pack_environment.sh, by sbcast) and the data set (a folder) to the disk of every node,
+# so that a thousand ranks do not read the same files of a shared file system at once. Sourced by job.sh.
 # shellcheck disable=SC2154  # variables are job.sh's
 staged_on_node=$TSM_LOCAL_DISK/tsm-staged-$SLURM_JOB_ID
 
-# Each node unpacks the archive and starts its interpreter once; one that cannot ends the job, for ranks that differ in their
-# packages are worse than none.
+# Unpack the archive on each node and start its interpreter once. A node that fails ends the job, so that no ranks run with
+# different packages.
 stage_environment() {
     local target=$staged_on_node/environment archive=$staged_on_node.tar.gz started_s=$SECONDS
     if ! sbcast --force "$TSM_ENVIRONMENT_ARCHIVE" "$archive"; then
@@ -19,7 +19,7 @@ stage_environment() {
     say "the environment is on each node's disk ($((SECONDS - started_s)) s): $target"
 }
 
-# Each node copies as much as it has room for; its ranks read the rest from the shared folder: slower, and the same clips.
+# Copy as much data to each node as its disk has room for. Its ranks read the rest, more slowly, from the shared folder.
 stage_data() {
     local source=$1 started_s=$SECONDS
     export TSM_STAGED_FILES=$staged_on_node/data
@@ -29,13 +29,13 @@ stage_data() {
     say "staged $source ($((SECONDS - started_s)) s)"
 }
 
-# Behind the ranks: the next job finds the disk as this one did.
+# Remove the staged files after the ranks have ended.
 unstage() {
     # shellcheck disable=SC2016
     on_each_node 'rm -rf "$1"' "$staged_on_node" || say "cannot remove $staged_on_node on some nodes"
 }
 
-# Run a bash program with arguments once on every node.
+# Run a bash program with arguments once on each node.
 on_each_node() {
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --mpi=none bash -c "$1" bash "${@:2}"
 }

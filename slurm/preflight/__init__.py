@@ -1,1 +1,1 @@
-"""Checks of a job's nodes before it takes them; slurm/preflight.sh runs them and says what there is to set."""
+"""Checks of a job's nodes before the job starts; slurm/preflight.sh runs them and documents their variables."""

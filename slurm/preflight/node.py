@@ -124,7 +124,7 @@ def clock_offset(host: str, port: int, limit_s: float) -> dict[str, float]:
 
 
 def try_disk(folder: Path) -> dict[str, float]:
-    """Measure a disk's free space and write speed with a file that is written, synced, read back and removed."""
+    """Measure a disk's free space and write speed: write a file, sync it, read it back and remove it."""
     free_gib = shutil.disk_usage(folder).free / 2**30
     file = folder / f".preflight-{node_name()}-{os.getpid()}"
     block = os.urandom(1 << 20)
