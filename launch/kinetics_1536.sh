@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Kinetics-400 on 1,536 GPUs, as in "Training Kinetics in 15 Minutes" (arXiv:1910.00932): TSM ResNet-50, batch 12,288, 100 epochs.
-# Published there: 14 min 13 s to 74.0% top-1 on 256 nodes of 6 V100 (Summit). Not run at that size by us.
-# numerics=gpu_fp16 (float16 autocast) is for V100, which have no bfloat16. The precision of the published run is unknown:
+# Published there: 14 min 13 s to 74.0% top-1 on 256 nodes of 6 V100 (Summit). We have not run it at that size.
+# numerics=gpu_fp16 (float16 autocast) is for V100, which do not support bfloat16. The precision of the published run is unknown.
 # numerics=reference is float32.
 #
 #   sbatch launch/kinetics_1536.sh optimizer=lars data.root=/scratch/k400

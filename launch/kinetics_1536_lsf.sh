@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The 1,536-GPU run on a machine with LSF and jsrun, as Summit had it: an example to edit. Nobody has run it.
+# The 1,536-GPU run on a machine with LSF and jsrun, like Summit: an example to edit. Never run.
 #
-#   bsub launch/kinetics_1536_lsf.sh                      overrides go into the last line: bsub passes none on
+#   bsub launch/kinetics_1536_lsf.sh                      bsub passes no arguments: put overrides into the last line
 #
-# What slurm/job.sh does on Slurm is left to you here: no preflight, no queueing again. The same run_id goes on where it stopped.
+# This script does not do the work of slurm/job.sh: no preflight, no requeue. A new job with the same run_id resumes the run.
 #BSUB -P PROJECT
 #BSUB -J tsm-kinetics-1536
 #BSUB -nnodes 256
@@ -15,7 +15,7 @@ set -euo pipefail
 
 cd "${LS_SUBCWD:?start it with bsub, from the checkout}"
 run_id=$LSB_JOBID
-# A resource set for each node, with all its 6 GPUs in sight of its 6 tasks: NVLink is found, and the local rank picks the GPU.
+# One resource set per node, in which all 6 tasks see all 6 GPUs: NCCL then finds NVLink, and the local rank selects the GPU.
 ranks=(jsrun --nrs 256 --rs_per_host 1 --tasks_per_rs 6 --gpu_per_rs 6 --cpu_per_rs 42 --bind packed:7 --latency_priority gpu-cpu)
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TMPDIR=/mnt/bb/$USER
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kinetics-400 on 384 GPUs: the recipe of kinetics_1536.sh with a quarter of its batch (3,072) and four times its steps.
+# Kinetics-400 on 384 GPUs: the recipe of kinetics_1536.sh with a quarter of its batch size (3,072) and four times its steps.
 # Not a published run. At the step time published for 1,536 GPUs (0.437 s) its 7,806 steps take 57 minutes.
 # numerics=gpu_fp16 (float16 autocast) is for V100, as in kinetics_1536.sh; numerics=reference is float32.
 #

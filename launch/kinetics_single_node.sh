@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Kinetics-400 on one node of 8 GPUs, by the recipe of the official code: TSM ResNet-50, batch 128, 50 epochs, 71.2% top-1
-# published (72.8% with 10 crops). At the 22.2 clips/s a V100 published for one node it takes 19 hours.
-# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 give numerics=gpu_fp16. The official code computes in
+# Kinetics-400 on one node of 8 GPUs, with the recipe of the official code: TSM ResNet-50, batch 128, 50 epochs, 71.2% top-1
+# published (72.8% with 10 crops). At the throughput published for one node, 22.2 clips/s per V100, it takes 19 hours.
+# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 use numerics=gpu_fp16. The official code computes in
 # float32: numerics=reference.
 #
 #   sbatch launch/kinetics_single_node.sh data.root=/scratch/k400

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One machine without Slurm: a process for each GPU, or two on the CPU. PROCESSES=N says otherwise.
+# Start a run on one machine without Slurm: one process per GPU, or two on the CPU. PROCESSES=N overrides this.
 #
 #   launch/local.sh experiment=smoke                                   torch.distributed, by torchrun
 #   launch/local.sh experiment=smoke distributed=horovod               Horovod, by horovodrun
 #   launch/local.sh experiment=kinetics_single_node data.root=/data/k400
 #   launch/local.sh experiment=kinetics_single_node data.root=/data/k400 numerics=reference     float32
 #
-# On GPUs it trains with numerics=gpu (bfloat16 autocast), or gpu_fp16 where one of them has no bfloat16; numerics= says otherwise.
-# Starting it again with the same run_id= goes on. Exit codes and outcome.json: docs/operating.md.
+# On GPUs it trains with numerics=gpu (bfloat16 autocast), or gpu_fp16 if one of them does not support bfloat16; numerics= overrides
+# this. A new start with the same run_id= resumes the run. Exit codes and outcome.json: docs/operating.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,12 +18,13 @@ bin=${bin%/*}
     exit 2
 }
 
-processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)} # without the program: 0
+# 0 without nvidia-smi.
+processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 ((processes)) || processes=2
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
 
-# By the oldest GPU. Empty without one, and where the driver does not know the field. --run takes all from a run's config.yaml.
+# Choose by the oldest GPU. Empty without GPUs, or if the driver does not support the field. --run reads all from config.yaml.
 numerics=()
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
 case $capability in

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The smoke test on any Slurm: 8 CPU processes on 4 nodes learn the order of frames in generated clips, in minutes. No GPU.
-# First, once: make smoke (or: make setup horovod, .venv/bin/python prepare.py shapes).
+# The smoke test on any Slurm: 8 CPU processes on 4 nodes learn the order of frames in generated clips, in minutes. Needs no GPU.
+# Run once before: make smoke (or: make setup horovod, .venv/bin/python prepare.py shapes).
 #
 #   sbatch launch/smoke.sh                                             Horovod, ranks find each other by MPI (srun --mpi=pmix)
 #   sbatch launch/smoke.sh distributed=horovod_gloo                    Horovod without MPI (plain srun)

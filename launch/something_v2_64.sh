@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Something-Something v2 on 64 GPUs: the official recipe at batch 512, its rate scaled linearly to 0.08 with 5 epochs of warm-up.
-# Not a published run: the batch is ours. At the 22.2 clips/s a V100 published for Kinetics it takes 100 minutes.
-# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 give numerics=gpu_fp16. numerics=reference is float32.
+# Not a published run: the batch size is ours. At the throughput published for Kinetics, 22.2 clips/s per V100, it takes
+# 100 minutes.
+# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 use numerics=gpu_fp16. numerics=reference is float32.
 #
 #   sbatch launch/something_v2_64.sh data.root=/scratch/something_v2
 #   sbatch --nodes=16 --ntasks-per-node=4 --gres=gpu:4 launch/something_v2_64.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Something-Something v2 on one node of 8 GPUs, by the recipe of the official code: batch 64, 50 epochs from ImageNet weights; 61.2%
-# top-1 published with two clips in full resolution. At the 22.2 clips/s a V100 published for Kinetics it takes 13 hours.
-# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 give numerics=gpu_fp16. The official code computes in
+# Something-Something v2 on one node of 8 GPUs, with the recipe of the official code: batch 64, 50 epochs from ImageNet weights;
+# 61.2% top-1 published with two clips at full resolution. At the throughput published for Kinetics, 22.2 clips/s per V100, it takes
+# 13 hours.
+# numerics=gpu (bfloat16 autocast) is for A100, H100 and later; on V100 use numerics=gpu_fp16. The official code computes in
 # float32: numerics=reference.
 #
 #   sbatch launch/something_v2_single_node.sh data.root=/scratch/something_v2
