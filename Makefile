@@ -1,5 +1,5 @@
-# `make` or `make help` lists the targets. Everything lands in .venv, data/ and outputs/ of this checkout, and built Horovod
-# wheels in ~/.cache/tsm-at-scale.
+# `make` or `make help` lists the targets. All files go to .venv, data/ and outputs/ in this checkout; Horovod wheels go to
+# ~/.cache/tsm-at-scale.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,13 +12,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# A stamp's name holds a hash of the pins and of what the project asks for: a change of either installs again, and a second
-# call does nothing. Tool settings further down in pyproject.toml are not part of it.
+# A stamp's name contains a hash of the pinned versions and of the project's requirements: a change of either installs again, and a
+# second call does nothing. The tool settings in pyproject.toml are not hashed.
 PINS := $(shell { cat constraints.txt; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
 BASE := $(VENV)/.base-$(PINS)
 DEV := $(VENV)/.dev-$(PINS)
 
-# What `make smoke` runs: make smoke BACKEND=horovod ARGS='seed=1'
+# Options of `make smoke`: make smoke BACKEND=horovod ARGS='seed=1'
 BACKEND ?= torch
 EXPERIMENT ?= smoke
 # Two processes share the cores.
@@ -58,7 +58,7 @@ smoke-horovod: horovod data/shapes
 smoke-single: data/shapes
 	$(BIN)/python train.py experiment=$(EXPERIMENT) $(ARGS)
 
-# prepare.py skips what is already there and whole, so it is always asked.
+# Always run prepare.py: it keeps a complete data set.
 .PHONY: data/shapes
 data/shapes: $(BASE)
 	$(BIN)/python prepare.py shapes
@@ -79,7 +79,7 @@ format: $(DEV)  ## rewrite what lint would complain about, where that is safe
 check: lint  ## lint and the fast tests: minutes
 	$(PYTEST) -m "not slow and not gpu and not fake_gpu"
 
-# One after the other, even under make -j: each step uses the whole machine.
+# Run the steps in sequence, even under make -j: each uses the whole machine.
 test:  ## everything but the GPU tests; installs system packages first where it may; FORBID_SKIPS=1 fails on a skipped test
 	tools/install_system_packages.sh
 	$(MAKE) lint
