@@ -44,7 +44,7 @@ EQUIVALENT = {
 SHAPE = Shape("resnet18", 4, 4, 32)
 STEPS = 3
 TOLERANCE = 1e-8
-"""Relative difference of all weights after STEPS steps; float64 rounds at 1e-16."""
+"""Maximum relative difference of all weights after STEPS steps; float64 rounds at 1e-16."""
 
 
 def waits(results: Results) -> None:

@@ -17,13 +17,13 @@ from .timing import device_seconds
 
 TOOLS = ("nvcc", "g++", "cmake", "mpicxx", "mpirun", "ffmpeg", "nvidia-smi", "ncu")
 LIBRARIES = ("libcuda.so.1", "libcuda.so", "libnvidia-ml.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
-"""libnvcuvid decodes video: without it DALI cannot decode on the GPU."""
+"""Driver libraries. libnvcuvid decodes video: without it DALI cannot decode on the GPU."""
 MODULES = (
     "numpy", "torchvision", "triton", "hydra", "omegaconf", "av", "pyarrow", "safetensors", "timm", "torchmetrics", "mfusepy",
     "wandb", "torchcodec", "nvidia.dali", "horovod.torch", "mpi4py",
 )  # fmt: skip
 PRECISIONS = {"float32": False, "tf32": True, "float16": True, "bfloat16": True}
-"""Precision of a matrix product, and whether TF32 is allowed."""
+"""Precisions of matrix products, with the value of `allow_tf32`."""
 
 
 def facts(results: Results) -> None:

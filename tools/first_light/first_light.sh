@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # usage: tools/first_light/first_light.sh OUT [arguments of python -m tools.first_light, such as --dry or --only speed]
-# Run first light on a machine with a GPU and without network: an environment from the machine's own torch and the wheels that
-# wheels.sh fetched, then nine minutes of phases. The report, the console and the trace go to the folder OUT.
-#   PYTHON    the interpreter that has torch (default python3)
-#   WHEELS    folder of wheels.sh (default .whl in the checkout; without one, the interpreter's packages have to do)
-#   LIMIT_S   seconds for everything, this script's own preparation included (default 540)
+# Run first light on a machine with a GPU and without network: create an environment from the machine's torch and the wheels from
+# wheels.sh, then run nine minutes of phases. The report, the console log and the trace go to the folder OUT.
+#   PYTHON    interpreter with torch (default python3)
+#   WHEELS    folder of wheels.sh (default .whl in the checkout; without it, only the interpreter's packages are used)
+#   LIMIT_S   seconds in total, including the preparation by this script (default 540)
 set -euo pipefail
 out=$(realpath -m "${1:?usage: tools/first_light/first_light.sh OUT [--dry] ...}")
 shift
@@ -17,8 +17,9 @@ trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 WANDB_MODE=offline
 
-# The interpreter may belong to a virtual environment itself, which --system-site-packages would pass over. addsitedir reads the
-# .pth files there too: that of setuptools gives Horovod's launcher the distutils that Python 3.12 no longer has.
+# Create a virtual environment on top of the interpreter's packages. The interpreter may itself be in a virtual environment, which
+# --system-site-packages would ignore. addsitedir also reads the .pth files there: setuptools's file provides Horovod's launcher
+# with distutils, which Python 3.12 no longer has.
 make_environment() {
     local parent mine
     parent=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -37,7 +38,7 @@ for wheel in wheels:
     print("unpacked", wheel)
 PY
     fi
-    # What pip would write for Horovod's entry point; tests and phases look for it beside the interpreter.
+    # The script that pip would write for Horovod's entry point; tests and phases expect it next to the interpreter.
     cat >"$scratch/venv/bin/horovodrun" <<PY
 #!$scratch/venv/bin/python
 import sys
@@ -49,7 +50,7 @@ PY
     chmod +x "$scratch/venv/bin/horovodrun"
 }
 
-# A Horovod wheel built before tools/horovod edited the name opens libcuda.so; drivers bring libcuda.so.1 only.
+# Provide libcuda.so for old Horovod wheels, built before tools/horovod edited this name: drivers install only libcuda.so.1.
 link_driver() {
     local real
     "$python" -c 'import ctypes; ctypes.CDLL("libcuda.so")' 2>/dev/null && return
@@ -74,7 +75,7 @@ prepare() {
 nccl=()
 prepare > >(tee "$out/console.log") 2>&1
 left_s=$((limit_s - SECONDS - 10))
-# The phases keep their limits themselves; timeout is for the case that their own process hangs.
+# The main process enforces the limits of phases; timeout is for the case that this process hangs.
 timeout --kill-after=5 "$((left_s + 5))" \
     "$scratch/venv/bin/python" -m tools.first_light --out "$out" --limit-s "$left_s" "${nccl[@]}" "$@" 2>&1 |
     tee -a "$out/console.log"

@@ -15,7 +15,7 @@ PYTEST = (sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "--no-head
 AT_ONCE = 6
 TEST_LIMIT_S = 75.0
 LAST = ("test_dali", "a_job_with")
-"""Tests whose names hold one of these come after all others."""
+"""Tests whose names contain one of these run after all others."""
 TINY_TESTS = 2
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs: train.py end to end, two NCCL ranks on one GPU, Horovod over NCCL, and the programs of benchmarks/."""
+"""Complete jobs: train.py end to end, two NCCL ranks on one GPU, Horovod over NCCL, and the programs of benchmarks/."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from .report import Results
 from .settings import Settings
 
 TOLERANCE = 1e-8
-"""Relative difference of float64 weights between worlds, after as many steps as FLOAT64 names."""
+"""Maximum relative difference of float64 weights between world sizes, after the steps that FLOAT64 sets."""
 FLOAT64 = ("max_steps=20", "numerics.dtype=float64")
 AT_ONCE = 4
 JOB_LIMIT_S = 150.0
@@ -34,7 +34,7 @@ class Launch:
     launcher: str = "none"
     ranks: int = 1
     data: str = "small"
-    """small: 40 clips to train on; whole: the data set of the smoke experiment."""
+    """small: 40 training clips; whole: the data set of the smoke experiment."""
 
     def command(self, settings: Settings) -> list[str]:
         train = [

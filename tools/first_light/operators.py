@@ -15,7 +15,7 @@ from .steps import Way, build
 from .timing import device_seconds, free_memory, time_steps
 
 PLACES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
-"""Channels and side of the inputs that a ResNet-50 of 224 pixels shifts, at the most of each stage."""
+"""Channels and side of the largest shifted input in each stage of a ResNet-50 at 224 pixels."""
 OPTIMIZERS = ("sgd", "lars", "lamb")
 
 

@@ -15,7 +15,7 @@ from .report import REPORT, RUNNING, write_json
 from .settings import Settings
 
 LEAST_S = 4.0
-"""A phase with less time than this does not start."""
+"""Minimum time in seconds with which a phase starts."""
 
 
 TINY_ENVIRONMENT = {

@@ -25,10 +25,10 @@ class Ended:
     """Outcome of a command."""
 
     exit_code: int | None
-    """None: it was killed at its limit."""
+    """None if the command was killed at its limit."""
     duration_s: float
     output: str
-    """The last part of what it printed."""
+    """The end of its output."""
 
     @property
     def outcome(self) -> str:

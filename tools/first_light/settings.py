@@ -38,7 +38,7 @@ class Shape:
 
 
 TINY = Shape("resnet18", 2, 3, 32)
-"""The least that has batch norm over clips, and a frame with one before and one after it."""
+"""The smallest shape with batch norm over clips, and with a frame that has a previous and a next one."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Settings:
 
     mode: Mode
     out: Path
-    """Folder of what is kept: few files, since a lent machine may return only some."""
+    """Folder for the results: few files, because a remote machine may return only some."""
     work: Path
     """Folder for data and runs, deleted at the end."""
     deadline_s: float
     """End of the phase on the clock of time.monotonic(), which all processes of a machine share."""
     nccl: Path | None = None
-    """An NCCL that lets two ranks share a GPU, in place of torch's."""
+    """An NCCL library that lets two ranks share a GPU, used instead of torch's."""
 
     @property
     def device(self) -> str:

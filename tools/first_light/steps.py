@@ -18,22 +18,22 @@ CLASSES = 400
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compute a step: precision, memory layout, optimizer, batch norm and network."""
+    """A variant of the training step: precision, memory layout, optimizer, batch norm and network."""
 
     amp: str = "bfloat16"
     channels_last: bool = True
     tf32: bool = True
     optimizer: str = "sgd"
     ghosts: int = 1
-    """Groups of batch norm in a micro-batch."""
+    """Batch-norm groups in a micro-batch."""
     over_ranks: bool = False
-    """Batch norm by the code for groups of ranks, in a world of one."""
+    """True: use the batch-norm code for groups of ranks, with world size 1."""
     accumulation: int = 1
     clip_norm: float | None = None
     ema_decay: float | None = None
     dtype: str = "float32"
     network: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of tsm.networks.build_network."""
+    """Additional arguments of tsm.networks.build_network."""
     shape: dict[str, Any] = field(default_factory=dict)
     """Fields of Shape that differ from the recipe's."""
 

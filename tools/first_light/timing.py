@@ -10,9 +10,9 @@ import torch
 
 BLOCKS = 5
 BUDGET_S = 1.0
-"""Time for the blocks of one measurement, after the warm-up."""
+"""Seconds for the blocks of one measurement, after the warm-up."""
 MOST_STEPS = 10
-"""Steps of a block."""
+"""Maximum number of steps in a block."""
 
 
 def device_seconds(function: Callable[[], Any], repeats: int) -> float:

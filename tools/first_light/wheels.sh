@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # usage: tools/first_light/wheels.sh FOLDER [HOROVOD_WHEEL]
-# Fetch what a bare GPU machine lacks, for Python 3.12 and torch 2.11.0+cu130 on x86-64: about 50 MB. Needs pip's index, readelf,
-# strip and xz.
-# Without HOROVOD_WHEEL, Horovod is built too: that takes Python 3.12 with headers, g++, nvcc 13, 6 GB of disk and 10 minutes of two
+# Fetch the packages that a bare GPU machine lacks, for Python 3.12 and torch 2.11.0+cu130 on x86-64: about 50 MB. Needs pip's
+# index, readelf, strip and xz.
+# Without HOROVOD_WHEEL, also build Horovod: this needs Python 3.12 with headers, g++, nvcc 13, 6 GB of disk and 10 minutes on two
 # idle cores.
 #   PYTHON312  python3.12 (default: the one on PATH)
-#   VENV312    environment with that torch, made if it is not there (default build/first_light/venv312)
+#   VENV312    environment with that torch, created if missing (default build/first_light/venv312)
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: tools/first_light/wheels.sh FOLDER [HOROVOD_WHEEL]}")
 horovod_wheel=${2:+$(realpath "$2")}
@@ -18,7 +18,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder"
 
-# The versions of constraints.txt, but for PyAV: the first with wheels for Python 3.12's stable ABI.
+# Versions from constraints.txt, except PyAV: its first version with wheels for Python 3.12's stable ABI.
 pinned() {
     grep --extended-regexp --max-count=1 "^$1==" constraints.txt
 }
@@ -41,7 +41,7 @@ build_horovod() {
     horovod_wheel=$(grep --only-matching --extended-regexp '/[^ ]+/horovod-[^ ]+\.whl$' "$work/horovod.log" | tail -1)
 }
 
-# Without symbols Horovod's library is 1 MB in place of 21.
+# Strip symbols: Horovod's library shrinks from 21 MB to 1 MB.
 strip_horovod() {
     (
         mkdir "$work/horovod"
@@ -53,7 +53,7 @@ strip_horovod() {
     )
 }
 
-# NCCL 2.30 lets two ranks share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1); torch 2.11 brings 2.28.
+# NCCL 2.30 lets two ranks share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1); torch 2.11 has 2.28.
 fetch_nccl() {
     "$python" -m pip download --quiet --no-deps --dest "$work" nvidia-nccl-cu13==2.30.7
     "$python" -m zipfile -e "$work"/nvidia_nccl_cu13-*.whl "$work/nccl"
