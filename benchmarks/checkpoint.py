@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout instead of this folder
 
 import torch
 from torch import nn

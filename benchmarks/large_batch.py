@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout instead of this folder
 
 from benchmarks import common
 from runtime import run_layout

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout instead of this folder
 
 from benchmarks import common
 from benchmarks.manifest_node import CLIPS_A_RANK, RANKS, on_a_node, write_large

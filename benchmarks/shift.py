@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout instead of this folder
 
 import torch
 from torch import Tensor, nn

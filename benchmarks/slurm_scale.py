@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).parent.parent)  # the checkout, in place of this folder
+sys.path[0] = str(Path(__file__).parent.parent)  # the checkout instead of this folder
 
 from benchmarks import common
 from pipelines.manifest import Manifest, write_manifest
