@@ -160,7 +160,8 @@ def test_a_world_that_contradicts_its_launcher(world: World, tmp_path: Path, cli
 def test_ctrl_c(world: World, tmp_path: Path, clips: Path) -> None:
     """Exit within 10 s with code 130, no process left, and a checkpoint from which the same command resumes.
 
-    The launcher takes longer to exit, and its own exit code is always 1.
+    Launchers take longer to exit, and forward the signal as SIGTERM: the outcome is 75. Their own exit code is 1. horovodrun
+    may exit with 0 here: two of its threads wait for the same child, and the one that loses takes the exit code for 0.
     """
     arguments = [*SMALL, f"data.root={clips}", f"outputs={tmp_path}", "run_id=stopped", "schedule.epochs=4000"]
     job = start_training(world, tmp_path / "log.txt", *arguments)
@@ -168,6 +169,9 @@ def test_ctrl_c(world: World, tmp_path: Path, clips: Path) -> None:
     job.interrupt()
     ended = job.wait(limit_s=10 if world.launcher == "none" else 20)
     assert ended.left_running == []
-    assert ended.exit_code == (130 if world.launcher == "none" else 1), ended.output
+    outcome = json.loads((tmp_path / "stopped" / "outcome.json").read_text())
+    assert outcome["exit_code"] in ((130,) if world.launcher == "none" else (75, 130))
+    codes = {"none": (130,), "horovodrun": (1, 0)}
+    assert ended.exit_code in codes.get(world.launcher, (1,)), ended.output
     again = start_training(world, tmp_path / "again.txt", *arguments, "max_steps=1").wait(LIMIT_S)
     assert again.exit_code == 0 and "resuming stopped from step" in again.output, again.output
