@@ -89,9 +89,10 @@ def networks() -> set[str]:
 
 
 def test_nodes_have_their_own_name_disk_and_memory(slurm_cluster: SlurmCluster) -> None:
-    mark = "touch /mnt/local/of-$(hostname) /dev/shm/of-$(hostname); echo $(hostname) $(ls /mnt/local /dev/shm)"
+    # Jobs of other tests leave other files.
+    mark = "touch /mnt/local/of-$(hostname) /dev/shm/of-$(hostname); echo $(hostname) $(ls -d /mnt/local/of-* /dev/shm/of-*)"
     lines = slurm_cluster.srun("--nodes=4", "bash", "-c", mark)
-    assert lines == [f"{node} /dev/shm: of-{node} /mnt/local: of-{node}" for node in slurm_cluster.nodes]
+    assert lines == [f"{node} /dev/shm/of-{node} /mnt/local/of-{node}" for node in slurm_cluster.nodes]
 
 
 def test_gpus_are_visible_in_the_three_shapes_that_slurm_gives(slurm_cluster: SlurmCluster) -> None:
