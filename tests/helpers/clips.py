@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import struct
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.manifest import ManifestRow, write_manifest
+from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes.drawing import encode_clip
 
 Video = NDArray[np.uint8]
@@ -86,6 +89,16 @@ def write_both_kinds(folder: Path, clips: dict[str, int]) -> None:
             video_THWC = smooth_video(8, seed=number)
             write_video(folder / split / "one" / f"{number}.mp4", video_THWC)
             write_frames(folder / split / "two" / f"{number}", video_THWC)
+
+
+def write_clips(manifest: Path, videos: Iterable[Video]) -> None:
+    """Write a file per video_THWC next to a manifest of them; labels are 0, 1, 2, 0, 1, 2, ..."""
+    rows = []
+    for index, video_THWC in enumerate(videos):
+        path = manifest.with_name(f"{index}.mp4")
+        path.write_bytes(encode_clip(video_THWC))
+        rows.append(ManifestRow(path=path.name, offset=0, label=index % 3, **vars(scan_clip(path))))
+    write_manifest(manifest, rows, ["a", "b", "c"])
 
 
 def turned(path: Path, degrees: int) -> Path:

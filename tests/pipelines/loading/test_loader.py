@@ -24,10 +24,10 @@ from pipelines.loading.clips import BadClipRecord, ClipBatch, ClipSource, Evalua
 from pipelines.loading.worker_loader import ClipLoader, WorkerLostError, start_worker_server
 from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.prepare.scan.scan_clip import scan_clip
-from pipelines.prepare.shapes.drawing import encode_clip
 from pipelines.stream.augmentation import Augmentation, replacement_row, sample_training_params
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.order import StreamOrder, evaluation_rows
+from tests.helpers.clips import write_clips
 
 ROOT = Path(__file__).resolve().parents[3]
 CLIPS, FRAMES, WIDTH, HEIGHT, SEED = 6, 12, 48, 40, 3
@@ -40,13 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a manifest of six clips of noise, the third in another size; labels are 0, 1, 2, 0, 1, 2."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
-    rows = []
-    for index in range(CLIPS):
-        shape = (FRAMES, HEIGHT, WIDTH + 16 * (index == 2), 3)
-        path = folder / f"{index}.mp4"
-        path.write_bytes(encode_clip(rng.integers(0, 256, shape, dtype=np.uint8)))
-        rows.append(ManifestRow(path=path.name, offset=0, label=index % 3, **vars(scan_clip(path))))
-    write_manifest(folder / "train.arrow", rows, ["a", "b", "c"])
+    shapes = [(FRAMES, HEIGHT, WIDTH + 16 * (index == 2), 3) for index in range(CLIPS)]
+    write_clips(folder / "train.arrow", (rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes))
     return folder
 
 

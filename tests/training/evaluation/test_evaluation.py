@@ -19,10 +19,8 @@ from distributed.topology import Topology
 from pipelines.decoding.decode import decode_clip
 from pipelines.loading.clips import ClipSource, EvaluationClips
 from pipelines.loading.worker_loader import ClipLoader
-from pipelines.manifest import ManifestRow, write_manifest
-from pipelines.prepare.scan.scan_clip import scan_clip
-from pipelines.prepare.shapes.drawing import encode_clip
 from pipelines.stream.eval_views import EvalProtocol
+from tests.helpers.clips import write_clips
 from training.build.normalise import Normaliser
 from training.config.schema import Config, EvaluationConfig, NumericsConfig
 from training.evaluation.evaluate import evaluate
@@ -52,14 +50,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five clips of noise and colour in three classes, two of them portrait."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
-    rows = []
+    videos = []
     for index in range(CLIPS):
         height, width = (40, 56) if index % 2 == 0 else (56, 40)
         video_THWC = rng.integers(0, 128, (FRAMES, height, width, 3)) + rng.integers(0, 128, (FRAMES, 1, 1, 3))
-        path = folder / f"{index}.mp4"
-        path.write_bytes(encode_clip(video_THWC.astype(np.uint8)))
-        rows.append(ManifestRow(path=path.name, offset=0, label=index % 3, **vars(scan_clip(path))))
-    write_manifest(folder / "val.arrow", rows, ["a", "b", "c"])
+        videos.append(video_THWC.astype(np.uint8))
+    write_clips(folder / "val.arrow", videos)
     return folder
 
 
