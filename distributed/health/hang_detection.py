@@ -63,8 +63,8 @@ def stuck_ranks(
     """Return the ranks that a hung job waits for, or an empty list while the job makes progress.
 
     Ranks that wait in a collective make no progress either, so a job hangs only when no rank at all has made progress within
-    the timeout of the phase of the ranks furthest behind. The result is then the silent ranks (stopped processes, lost nodes),
-    or, where all ranks send heartbeats, those furthest behind, which may be all of them.
+    the timeout of the phase of the ranks with the least progress. The result is then the silent ranks (stopped processes, lost
+    nodes), or, where all ranks send heartbeats, those with the least progress, which may be all of them.
     """
     furthest_behind = min(state.place.order for state in states.values())
     last = [rank for rank, state in states.items() if state.place.order == furthest_behind]

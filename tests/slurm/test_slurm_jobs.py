@@ -345,7 +345,7 @@ FAULTY = [
 STEPS = 100
 
 
-def test_a_run_survives_all_that_befalls_it(launch: Launch, slurm_cluster: SlurmCluster) -> None:
+def test_a_run_survives_every_fault(launch: Launch, slurm_cluster: SlurmCluster) -> None:
     """Survive a killed rank, a lost node, preemption, a time limit and a broken disk, one after the other.
 
     The final weights equal those of an undisturbed run bit for bit, and the log names each fault.
