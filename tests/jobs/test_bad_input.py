@@ -42,14 +42,16 @@ def train(world: World, folder: Path, clips: Path, *overrides: str, rank_variabl
 
 
 def assert_refused(ended: Ended, world: World, exit_code: int, *words: str) -> None:
-    """Assert that every rank logs the words, that the exit code does not requeue, and that no process remains."""
+    """Assert that ranks log the words, that the exit code does not requeue, and that no process remains.
+
+    A launcher ends the other processes as soon as one has failed, so a slower rank may not log anything.
+    """
     assert ended.left_running == []
     assert ended.exit_code not in (0, 75), ended.output
     if world.launcher == "none":
         assert ended.exit_code == exit_code, ended.output
-    for rank in range(world.size):
-        heard = [line for line in ended.output.splitlines() if f"rank {rank} of {world.size}" in line]
-        assert heard, f"rank {rank} said nothing:\n{ended.output}"
+    ranks = [rank for rank in range(world.size) if f"rank {rank} of {world.size}" in ended.output]
+    assert ranks, f"no rank logged anything:\n{ended.output}"
     for word in words:
         assert word in ended.output, ended.output
 
@@ -76,7 +78,7 @@ def break_manifest(clips: Path, copy: Path, change: str) -> None:
 def test_unknown_key(world: World, tmp_path: Path, clips: Path) -> None:
     ended = train(world, tmp_path, clips, "optimizer.lrr=3")
     assert ended.exit_code not in (0, 75)
-    assert ended.output.count("lrr") >= world.size
+    assert "lrr" in ended.output, ended.output
     assert ended.left_running == []
 
 

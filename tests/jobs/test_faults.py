@@ -81,7 +81,9 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize(("world", "victim"), KILLED, ids=name_of)
-def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path, clips: Path, victim: int) -> None:
+def test_a_killed_rank_ends_the_job_and_is_named_by_all_that_can(
+    world: World, run: Path, clips: Path, victim: int
+) -> None:
     job = start(available(world), run, clips)
     os.kill(job.ranks()[victim], signal.SIGKILL)
     ended = job.wait(END_S)
@@ -94,7 +96,9 @@ def test_a_killed_rank_ends_the_job_and_is_named_by_all(world: World, run: Path,
         # MPI may abort a process as soon as MPI sees a peer disconnect, before the process logs anything.
         if rank != victim and world.launcher != "mpirun":
             log = gathered(run, f"rank-{rank:05d}.log") if victim != 0 else node_log(run.name, rank).read_text()
-            assert verdict in log, log + ended.output
+            # Horovod on Gloo ends a process by an exception of its own thread, if it sees the disconnect first.
+            is_aborted = world.launcher == "horovodrun" and "Fatal Python error: Aborted" in log
+            assert verdict in log or is_aborted, log + ended.output
     # A neighbour sends the log of a dead rank.
     if victim != 0:
         assert "step      1" in gathered(run, f"rank-{victim:05d}.log")
