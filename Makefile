@@ -85,7 +85,7 @@ test:  ## everything but the GPU tests; installs system packages first where it 
 	$(MAKE) lint
 	$(MAKE) horovod
 	$(MAKE) test-fake-gpu
-	$(PYTEST) -m "not gpu and not fake_gpu"
+	$(PYTEST) -m "not gpu and not fake_gpu" --durations=50
 
 test-gpu: $(DEV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
