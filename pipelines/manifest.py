@@ -7,7 +7,7 @@ blocks of BLOCK_ROWS. The header (classes, order groups, split, digest) is JSON 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ BLOCK_ROWS = 1 << 18
 HINT = "prepare.py makes one"
 JPEG_FRAMES = "jpeg-frames"
 """The codec of a clip stored as one JPEG image per frame."""
+JPEG_COLOURS = ("bt470bg", "pc")
+"""The colour space and range of JPEG images (JFIF)."""
 SHARD_SUFFIX = ".tar"
 """The suffix of a row's path if the clip is in a shard."""
 
@@ -57,6 +59,11 @@ class ManifestRow:
     """As stored, before rotation."""
     rotation: int
     """Degrees counter-clockwise from stored to upright. Only quarter turns can be decoded."""
+    # Manifests of older versions lack the fields from here on, which then have these values.
+    colour_space: str = ""
+    """FFmpeg's name of the YUV matrix of the first frame (`bt709`); `unknown`: the stream does not say; empty: not recorded."""
+    colour_range: str = ""
+    """FFmpeg's name of the range of the first frame's values: `tv`, `pc` or `unknown`; empty: not recorded."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -79,8 +86,11 @@ _TYPES = {
     "width": pa.int32(),
     "height": pa.int32(),
     "rotation": pa.int32(),
+    "colour_space": pa.string(),
+    "colour_range": pa.string(),
 }
 _NAMES = [field.name for field in fields(ManifestRow)]
+_REQUIRED = [field.name for field in fields(ManifestRow) if field.default is MISSING]
 _SCHEMA = pa.schema([pa.field(name, _TYPES[name], nullable=False) for name in _NAMES])
 
 
@@ -130,6 +140,7 @@ class Manifest:
             raise IndexError(f"{self.path}: row {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         block, at = self._blocks[number], index - int(self._starts[number])
+        # An older manifest has fewer columns: the last fields keep their defaults.
         return ManifestRow(*(column[at].as_py() for column in block.columns))
 
     def labels(self) -> np.ndarray:
@@ -230,20 +241,22 @@ def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[i
 
 def _check_columns(where: str, table: pa.Table) -> None:
     found = {field.name: field.type for field in table.schema}
-    if found != _TYPES or table.schema.names != _NAMES:
+    names = _NAMES[: max(len(found), len(_REQUIRED))]
+    expected = {name: _TYPES[name] for name in names}
+    if found != expected or table.schema.names != names:
         wrong = [
             f"{name} is {found.get(name, 'missing')}, not {kind}"
-            for name, kind in _TYPES.items()
+            for name, kind in expected.items()
             if found.get(name) != kind
         ]
         wrong += [f"{name} is unknown" for name in found if name not in _TYPES]
-        raise ManifestError(f"{where}: wrong columns: {'; '.join(wrong) or f'the order must be {_NAMES}'}")
+        raise ManifestError(f"{where}: wrong columns: {'; '.join(wrong) or f'the order must be {names}'}")
 
 
 def _check_values(where: str, table: pa.Table, num_classes: int) -> None:
     if table.num_rows == 0:
         raise ManifestError(f"{where}: has no rows: no clip was found for it")
-    for name in _NAMES:
+    for name in table.schema.names:
         if table.column(name).null_count:
             row = pc.index(pc.is_null(table.column(name)), True).as_py()
             raise ManifestError(f"{where}: row {row} has no {name}")

@@ -44,6 +44,8 @@ rows_strategy = st.lists(
         width=int32,
         height=int32,
         rotation=st.sampled_from([0, 90, 180, 270]),
+        colour_space=st.sampled_from(["", "unknown", "bt709"]),
+        colour_range=st.sampled_from(["", "tv"]),
     ),
     min_size=1,
     max_size=20,
@@ -65,6 +67,19 @@ def test_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[Man
     for outside in (-1, len(rows)):
         with pytest.raises(IndexError):
             manifest.row(outside)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_an_older_manifest_lacks_the_last_columns(tmp_path: Path, missing: int) -> None:
+    path = tmp_path / "a.arrow"
+    write_manifest(path, [make_row(colour_space="bt709", colour_range="tv")], CLASSES)
+    table = read(path)
+    rewrite(path, table.select(table.schema.names[:-missing]))
+    manifest = Manifest.open(path)
+    assert manifest.row(0) == make_row(colour_space="bt709" if missing == 1 else "")
+    rewrite(path, table.select(table.schema.names[:-3]))
+    with pytest.raises(ManifestError, match="rotation is missing"):
+        Manifest.open(path)
 
 
 def test_digest_is_of_the_content(tmp_path: Path) -> None:

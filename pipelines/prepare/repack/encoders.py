@@ -19,7 +19,7 @@ from pipelines.manifest import JPEG_FRAMES
 Image = NDArray[np.uint8]
 """(H, W, 3), RGB; both sides even."""
 
-# FFmpeg's numbers for colour spaces and ranges.
+# FFmpeg's numbers for colour spaces and ranges. BT.601's matrix is `bt470bg`.
 _BT601, _SMPTE170M, _LIMITED, _FULL = 5, 6, 1, 2
 
 
@@ -38,6 +38,11 @@ class Encoder:
     pix_fmt: str = "yuv420p"
     least_side: int = 2
     """Pixels. x265 writes out of bounds for images less than 64 wide (seen in PyAV 18.1)."""
+
+    @property
+    def colours(self) -> tuple[str, str]:
+        """The (colour space, colour range) of its clips, as FFmpeg names them."""
+        return "bt470bg", "pc" if self.pix_fmt == "yuvj420p" else "tv"
 
 
 def _h264(quality: int, gop: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pipelines.decoding.video import EncodedVideo
 from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow
 from pipelines.prepare.errors import cannot_write
-from pipelines.prepare.scan.scan_clip import scan_video
+from pipelines.prepare.scan.scan_clip import ClipFacts, scan_video
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
 
 from .encoders import ENCODERS, Image, encode_jpeg, encode_video
@@ -76,7 +76,8 @@ def find_row(task: ClipTask, source: ManifestRow) -> ManifestRow | None:
     if length == 0:
         return None
     width, height = scaled_size(source, task.settings.short_side)
-    return ManifestRow(name, first, length, source.label, source.num_frames, encoder.codec, width, height, 0)
+    facts = source.num_frames, encoder.codec, width, height, 0, *encoder.colours
+    return ManifestRow(name, first, length, source.label, *facts)
 
 
 def find_reason(task: ClipTask) -> str | None:
@@ -126,9 +127,9 @@ def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> No
         raise BadClip(f"{root / row.path}: {encoder.name} cannot encode it at {size[0]}x{size[1]} ({error})") from error
     video = EncodedVideo(f"{root / row.path}, transcoded", path.suffix, np.frombuffer(content, np.uint8))
     facts = scan_video(video, len(content))
-    found = facts.num_frames, facts.codec, facts.width, facts.height, facts.rotation
-    if found != (row.num_frames, encoder.codec, *size, 0):
-        raise BadClip(f"{video.name}: is {found}, not {(row.num_frames, encoder.codec, *size, 0)}")
+    expected = ClipFacts(len(content), row.num_frames, encoder.codec, *size, 0, *encoder.colours)
+    if facts != expected:
+        raise BadClip(f"{video.name}: is {facts}, not {expected}")
     references.compare(video.name, scaled_video(video, replace(row, rotation=0), size))
     with atomic_write(path) as file:
         file.write(content)

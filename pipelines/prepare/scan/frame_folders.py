@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import BadClip, MissingClip
-from pipelines.manifest import JPEG_FRAMES
+from pipelines.manifest import JPEG_COLOURS, JPEG_FRAMES
 
 from .scan_clip import ClipFacts, check_regular
 
@@ -85,7 +85,7 @@ def scan_frames(folder: str | Path) -> tuple[FrameSeries, ClipFacts]:
         if image_CHW.shape[1:] != (height, width):
             sizes = f"{image_CHW.shape[2]}x{image_CHW.shape[1]}, the first frame {width}x{height}"
             raise BadClip(f"{folder}: {path.name} is {sizes}")
-    return series, ClipFacts(length, series.count, JPEG_FRAMES, width, height, rotation=0)
+    return series, ClipFacts(length, series.count, JPEG_FRAMES, width, height, 0, *JPEG_COLOURS)
 
 
 def _frame_names(folder: Path) -> list[str]:

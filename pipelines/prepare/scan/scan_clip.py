@@ -4,6 +4,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.decoding.video import EncodedVideo, video_stream
 from pipelines.errors import BadClip, MissingClip
@@ -23,7 +24,28 @@ class ClipFacts:
     """As stored, before any rotation."""
     rotation: int
     """Degrees, 0 to 359, counter-clockwise, by which a player turns the stored frames for display."""
+    colour_space: str = ""
+    colour_range: str = ""
+    """The first frame's, as FFmpeg names them."""
 
+
+_COLOUR_SPACES = {
+    0: "gbr",
+    1: "bt709",
+    4: "fcc",
+    5: "bt470bg",
+    6: "smpte170m",
+    7: "smpte240m",
+    8: "ycgco",
+    9: "bt2020nc",
+    10: "bt2020c",
+    11: "smpte2085",
+    12: "chroma-derived-nc",
+    13: "chroma-derived-c",
+    14: "ictcp",
+}
+"""FFmpeg's names of the matrices of ITU-T H.273, table 4."""
+_COLOUR_RANGES = {1: "tv", 2: "pc"}
 
 # FFmpeg's names of the containers whose suffixes decoding/decode.py lists.
 _TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -57,7 +79,7 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
         raise BadClip(f"{path}: the file is empty")
     try:
         with video_stream(video) as (container, stream):
-            num_frames, rotation, last_pts = 0, 0, None
+            num_frames, rotation, last_pts, colours = 0, 0, None, ("", "")
             has_times = container.format.name in _TIMED_FORMATS
             for frame in container.decode(stream):
                 if frame.is_corrupt:
@@ -67,7 +89,8 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
                         f"{path}: damaged: frame {num_frames} has an earlier display time than frame {num_frames - 1}"
                     )
                 last_pts = frame.pts
-                rotation = int(frame.rotation) % 360 if num_frames == 0 else rotation
+                if num_frames == 0:
+                    rotation, colours = int(frame.rotation) % 360, colours_of(frame)
                 num_frames += 1
             codec, width, height = stream.codec_context.name, stream.codec_context.width, stream.codec_context.height
     except BadClip:
@@ -79,4 +102,9 @@ def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
         raise BadClip(f"{path}: contains no frame")
     if rotation % 90:
         raise BadClip(f"{path}: rotated by {rotation} degrees, which is not a multiple of 90")
-    return ClipFacts(length, num_frames, codec, width, height, rotation)
+    return ClipFacts(length, num_frames, codec, width, height, rotation, *colours)
+
+
+def colours_of(frame: Any) -> tuple[str, str]:
+    """Return FFmpeg's names of the (colour space, colour range) of a PyAV frame; `unknown` where the stream does not say."""
+    return _COLOUR_SPACES.get(int(frame.colorspace), "unknown"), _COLOUR_RANGES.get(int(frame.color_range), "unknown")

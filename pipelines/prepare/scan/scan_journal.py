@@ -12,7 +12,7 @@ from runtime.file_lock import lock_open_file
 
 from .scan_clip import ClipFacts
 
-VERSION = 2
+VERSION = 3
 """Raise it when the scan finds other facts in the same file: clips recorded by an older version are then scanned again."""
 
 

@@ -6,7 +6,7 @@ clip is bad.
 """
 
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -82,7 +82,8 @@ def check_agreement(path: Path, facts: ClipFacts, frames: list[int], limit: floa
 @pytest.mark.parametrize("name", FACTS)
 def test_facts_and_agreement(footage: dict[str, Path], name: str) -> None:
     facts = scan_clip(footage[name])
-    assert facts == FACTS[name]
+    # Whatever colours the stream names.
+    assert replace(facts, colour_space="", colour_range="") == FACTS[name]
     last = facts.num_frames - 1
     video_TCHW = check_agreement(footage[name], facts, [1, last // 3, last // 2, last])
     # A single frame takes another seek path. Small images keep this fast.

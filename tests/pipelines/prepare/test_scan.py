@@ -19,7 +19,7 @@ from PIL import Image
 
 import prepare
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.manifest import JPEG_COLOURS, JPEG_FRAMES, Manifest
 from pipelines.prepare.annotations.base import Annotations, Clip
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.scan.frame_folders import FrameSeries, find_frames, scan_frames
@@ -27,7 +27,7 @@ from pipelines.prepare.scan.scan_clip import ClipFacts, scan_clip
 from pipelines.prepare.scan.scan_journal import Scanned, open_journal
 from pipelines.prepare.scan.write_manifests import BAD_FILES_NAME, JOURNAL_NAME, row_path, scan_one, write_manifests
 from pipelines.prepare.worker_pool import Died, run_guarded
-from tests.helpers.clips import plain_video, smooth_video, turned, write_frames, write_mp4
+from tests.helpers.clips import plain_video, smooth_video, turned, write_frames, write_mp4, write_video
 from tests.helpers.scan_faults import die_on_bad, fail
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -121,9 +121,9 @@ def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
 
 # --- The journal ------------------------------------------------------------------------------------------------------
 
-GOOD = Scanned("a.mp4", 10, 20, ClipFacts(10, 4, "h264", 48, 32, 0))
+GOOD = Scanned("a.mp4", 10, 20, ClipFacts(10, 4, "h264", 48, 32, 0, "bt709", "tv"))
 BAD = Scanned("b é.mp4", 11, 21, reason="b é.mp4: does not decode")
-FRAMES = Scanned("c", 12, 22, ClipFacts(12, 4, JPEG_FRAMES, 48, 32, 0), pattern="%05d.jpg", first=1)
+FRAMES = Scanned("c", 12, 22, ClipFacts(12, 4, JPEG_FRAMES, 48, 32, 0, *JPEG_COLOURS), pattern="%05d.jpg", first=1)
 
 
 def test_the_journal_keeps_the_newest_record(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_the_facts_of_frames(tmp_path: Path) -> None:
     folder = write_frames(tmp_path / "100% odd", smooth_video(6, 33, 47), first=0)
     series, facts = scan_frames(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert (series, facts) == (FrameSeries("%05d.jpg", 0, 6), ClipFacts(size, 6, JPEG_FRAMES, 47, 33, 0))
+    assert (series, facts) == (FrameSeries("%05d.jpg", 0, 6), ClipFacts(size, 6, JPEG_FRAMES, 47, 33, 0, *JPEG_COLOURS))
 
 
 def spoil_truncate(folder: Path) -> None:
@@ -369,6 +369,23 @@ def test_only_quarter_turns_are_known(tmp_path: Path) -> None:
         assert scan_clip(path).rotation == -degrees % 360
     with pytest.raises(BadClip, match="degrees, which is not a multiple of 90"):
         scan_clip(turned(write_mp4(tmp_path / "odd.mp4", plain_video(4)), 45))
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "colours"),
+    [
+        ("libx264", {}, ("unknown", "unknown")),
+        ("libx264", {"x264-params": "colormatrix=bt709:fullrange=off"}, ("bt709", "tv")),
+        ("libx264", {"x264-params": "colormatrix=smpte170m:fullrange=on"}, ("smpte170m", "pc")),
+        ("mjpeg", {}, JPEG_COLOURS),
+    ],
+)
+def test_the_colours_are_the_streams(
+    tmp_path: Path, codec: str, options: dict[str, str], colours: tuple[str, str]
+) -> None:
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    facts = scan_clip(write_video(tmp_path / "a.mp4", plain_video(2), codec, pix_fmt, options))
+    assert (facts.colour_space, facts.colour_range) == colours
 
 
 def test_too_many_bad_clips_write_nothing(root: Path) -> None:
