@@ -13,4 +13,6 @@ def cannot_write(path: Path | str, error: OSError, option: str) -> str:
     fix = f"choose another folder with {option}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = f"free space there and run the same command again, which resumes where it stopped, or {fix}"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = f"make it writable, or {fix}"
     return f"cannot write {path}: {error.strerror or error}. Fix: {fix}"

@@ -1,17 +1,15 @@
-"""Test runtime/: atomic writes, file locks, and children that end with their parent."""
+"""Test runtime/: atomic writes, and children that end with their parent."""
 
 import os
 import select
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write, write_text
-from runtime.file_lock import file_lock, lock_open_file
 
 
 def names_in(folder: Path) -> list[str]:
@@ -65,42 +63,6 @@ def test_a_left_over_temporary_file_does_not_disturb_the_next_write(tmp_path: Pa
     write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
     assert names_in(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("kind", ["new file", "file", "folder"])
-def test_one_holder_at_a_time(kind: str, tmp_path: Path) -> None:
-    path = tmp_path if kind == "folder" else tmp_path / "lock"
-    if kind == "file":
-        path.write_text("kept")
-    with file_lock(path) as held:
-        assert held
-        with file_lock(path, wait=False) as again:
-            assert not again
-        waiting = threading.Thread(target=lambda: file_lock(path).__enter__(), daemon=True)
-        waiting.start()
-        waiting.join(0.2)
-        assert waiting.is_alive()
-    waiting.join(10)
-    assert not waiting.is_alive()
-    if kind == "file":
-        assert path.read_text() == "kept"
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    program = (
-        "import sys, time; from pathlib import Path; from runtime.file_lock import file_lock\n"
-        "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with open(tmp_path / "lock") as file:
-            assert not lock_open_file(file, wait=False)
-        process.kill()
-        process.wait()
-        with file_lock(tmp_path / "lock", wait=False) as held:
-            assert held
 
 
 PARENT = """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.prepare.errors import DataSetError
-from runtime.file_lock import lock_open_file
+from runtime.file_lock import file_lock
 
 from .scan_clip import ClipFacts
 
@@ -45,14 +45,15 @@ class Scanned:
 def open_journal(path: Path) -> Iterator[tuple[dict[str, Scanned], "ScanJournal"]]:
     """Yield the newest record of each path, and the journal to add to. Locked: one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        if not lock_open_file(file, wait=False):
+    with file_lock(path, wait=False) as ours:
+        if not ours:
             raise DataSetError(f"{path} is in use: another prepare.py is scanning this data set. Fix: wait for its end")
-        known, ends_with_newline = _read(file)
-        if not ends_with_newline:
-            # End the partial line that a killed scan left.
-            file.write("\n")
-        yield known, ScanJournal(file)
+        with open(path, "a+", encoding="utf-8") as file:
+            known, ends_with_newline = _read(file)
+            if not ends_with_newline:
+                # End the partial line that a killed scan left.
+                file.write("\n")
+            yield known, ScanJournal(file)
 
 
 class ScanJournal:

@@ -20,7 +20,7 @@ from pipelines.prepare.progress import progress
 from pipelines.prepare.scan.scan_clip import scan_clip
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
 from runtime.child_processes import exit_with_parent
-from runtime.file_lock import file_lock
+from runtime.file_lock import file_lock, lease_path
 
 from .drawing import CLASSES, FPS, ORDER_GROUPS, QP, SPLITS, class_of, draw_clip, encode_clip
 
@@ -143,7 +143,7 @@ def _claim(root: Path, config: ShapesConfig, force: bool) -> None:
                 "Fix: choose another folder with --root, or replace the clips with --force"
             )
         _remove(root)
-    elif any(entry.suffix != TEMPORARY_SUFFIX for entry in root.iterdir()):
+    elif any(entry.suffix != TEMPORARY_SUFFIX and entry != lease_path(root) for entry in root.iterdir()):
         raise DataSetError(
             f"{root} is not empty and has no dataset.json of prepare.py shapes. Fix: choose another folder with --root"
         )

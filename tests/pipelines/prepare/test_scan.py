@@ -28,6 +28,7 @@ from pipelines.prepare.scan.scan_journal import Scanned, open_journal
 from pipelines.prepare.scan.write_manifests import BAD_FILES_NAME, JOURNAL_NAME, row_path, scan_one, write_manifests
 from pipelines.prepare.worker_pool import Died, run_guarded
 from tests.helpers.clips import plain_video, smooth_video, turned, write_frames, write_mp4, write_video
+from tests.helpers.flock import break_flock
 from tests.helpers.scan_faults import die_on_bad, fail
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -172,7 +173,10 @@ def test_records_of_another_version_and_nonsense_are_passed_over(tmp_path: Path)
         assert known == {BAD.path: BAD}
 
 
-def test_one_scan_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_flock", [True, False])
+def test_one_scan_at_a_time(tmp_path: Path, with_flock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_flock:
+        break_flock(monkeypatch)
     with open_journal(tmp_path / "scan.jsonl"), pytest.raises(DataSetError, match="is in use: another prepare.py"):
         open_journal(tmp_path / "scan.jsonl").__enter__()
 

@@ -33,6 +33,7 @@ from pipelines.prepare.repack.shard import RECORDS_NAME, parse_bytes, shard_task
 from pipelines.prepare.repack.shard_file import write_shard
 from pipelines.stream.augmentation import Augmentation
 from tests.helpers.clips import plain_video, smooth_video, turned, write_frames, write_mp4, write_video
+from tests.helpers.flock import break_flock
 from tests.helpers.small_disk import mounted
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -275,6 +276,16 @@ def test_parts_make_the_same_shards(files: Path, shards: Path, tmp_path: Path) -
     assert tars(target) == tars(shards)
     for name in ("shards.json", "train.arrow", "val.arrow"):
         assert (target / name).read_bytes() == (shards / name).read_bytes()
+
+
+def test_a_file_system_without_flock(
+    files: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fall back to lease files, of which none is left."""
+    break_flock(monkeypatch)
+    assert shard(files, tmp_path / "made") == 0
+    assert tars(tmp_path / "made") == tars(shards)
+    assert not list(tmp_path.rglob("*.lease"))
 
 
 @pytest.mark.slow

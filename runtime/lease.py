@@ -1,0 +1,173 @@
+"""Lease files: locks on file systems without flock. The file names its holder, who renews its modification time.
+
+A lease is stale when its holder, on this machine, is gone, or when a holder on another machine has not renewed it for a minute
+of this process's watching: no clocks of two machines are compared.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+LEASE_SUFFIX = ".lease"
+
+_RENEWED_EVERY_S = 5.0
+_STALE_AFTER_S = 60.0
+_POLL_S = 0.5
+
+
+class LockHeld(Exception):
+    """Another process holds the lock; `holder` says which, for a message."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(f"in use by {holder}")
+        self.holder = holder
+
+
+def identity() -> str:
+    """Return who this process is, as a line of JSON; `token` differs at each call."""
+    pid = os.getpid()
+    fields = {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "machine": _machine(),
+        "started": _start_ticks(pid),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "token": secrets.token_hex(8),
+    }
+    return json.dumps(fields) + "\n"
+
+
+def describe(text: str) -> str:
+    """Describe the holder whose identity this is."""
+    fields = _parse(text)
+    if "pid" not in fields:
+        return "an unknown process"
+    return f"process {fields['pid']} on {fields.get('host')} since {fields.get('since')}"
+
+
+def take_lease(path: Path, wait: bool = False) -> Callable[[], None]:
+    """Create the lease file, or take over a stale one, and renew it from a thread; returns the function that releases it.
+
+    Raises LockHeld while another process holds it, unless `wait`.
+    """
+    ours = identity()
+    while not _create(path, ours):
+        found = _read(path)
+        if found is not None and _is_stale(path, *found):
+            try:
+                if _take_over(path, found[0], ours):
+                    break
+            # By the process that is taking it over.
+            except LockHeld:
+                if not wait:
+                    raise
+        elif not wait and (found := _read(path)) is not None:
+            raise LockHeld(describe(found[0]))
+        time.sleep(_POLL_S)
+    ended = threading.Event()
+    threading.Thread(target=_renew, args=(path, ours, ended), name=f"lease {path.name}", daemon=True).start()
+
+    def release() -> None:
+        ended.set()
+        found = _read(path)
+        if found is not None and found[0] == ours:
+            path.unlink(missing_ok=True)
+
+    return release
+
+
+def _create(path: Path, text: str) -> bool:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        # A full disk.
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _read(path: Path) -> tuple[str, int] | None:
+    """Return a lease's text and modification time; None if there is none."""
+    try:
+        # Opening a file makes NFS ask the server for its current time, which stat(2) may take from a cache.
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _take_over(path: Path, stale: str, ours: str) -> bool:
+    """Replace a stale lease, unless another process did so first. Raises LockHeld while one is doing it."""
+    release = take_lease(path.with_name(path.name + ".takeover"))
+    try:
+        found = _read(path)
+        if found is None or found[0] != stale:
+            return False
+        replacement = path.with_name(path.name + ".new")
+        replacement.write_text(ours, encoding="utf-8")
+        os.replace(replacement, path)
+        return True
+    finally:
+        release()
+
+
+def _renew(path: Path, ours: str, ended: threading.Event) -> None:
+    """Renew the lease until it is released. Stops when another process took it over."""
+    while not ended.wait(_RENEWED_EVERY_S):
+        # The file system may fail for a while.
+        with suppress(OSError):
+            found = _read(path)
+            if found is None or found[0] != ours:
+                return
+            os.utime(path)
+
+
+def _is_stale(path: Path, text: str, mtime_ns: int) -> bool:
+    """Tell whether a lease's holder is gone. A holder on another machine is watched until it renews the lease."""
+    fields = _parse(text)
+    if fields.get("machine") == _machine():
+        return _start_ticks(fields["pid"]) != fields["started"]
+    end_s = time.monotonic() + _STALE_AFTER_S
+    while time.monotonic() < end_s:
+        time.sleep(_POLL_S)
+        if _read(path) != (text, mtime_ns):
+            return False
+    return True
+
+
+def _parse(text: str) -> dict:
+    """Return the fields of an identity; none of a file that is damaged, or was created a moment ago and is still empty."""
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) and {"machine", "pid", "started"} <= fields.keys() else {}
+
+
+@cache
+def _machine() -> str:
+    """Return what makes pids comparable: the boot of this machine, and the pid namespace of a container."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process started, in ticks since boot; None if it is gone. A pid alone may be used again."""
+    try:
+        # The name, in parentheses, may contain blanks.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])
