@@ -189,7 +189,7 @@ def run_dataset(args: argparse.Namespace) -> None:
     for split, report in reports.items():
         if report.miscounted:
             print(
-                f"  NOTE: {len(report.miscounted)} {split} clips have another number of frames than listed; the manifest "
+                f"  NOTE: {len(report.miscounted)} {split} clips hold another number of frames than listed; the manifest "
                 f"has the number that decodes. The first: {report.miscounted[0]}"
             )
     lost = sum(len(report.bad) + len(report.missing) for report in reports.values())

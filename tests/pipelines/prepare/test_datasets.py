@@ -490,7 +490,7 @@ def test_a_list_is_corrected_about_frames_and_says_so(listed: Path, capsys: pyte
     # `frames` is another name of the same command.
     assert run("frames", *list_arguments(listed)[1:]) == 0
     assert Manifest.open(listed / "train.arrow").row(1).num_frames == 3
-    assert "NOTE: 1 train clips have another number of frames" in (said := capsys.readouterr().out)
+    assert "NOTE: 1 train clips hold another number of frames" in (said := capsys.readouterr().out)
     assert "train.txt, line 2: 5 frames listed, but abseil/frames has 3" in said
 
 
