@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pipelines.prepare.errors import DataSetError
 
+from .file_identity import real_path
+
 
 @dataclass(frozen=True, slots=True)
 class Clip:
@@ -32,21 +34,24 @@ class Annotations:
 
 
 def check_annotations(annotations: Annotations) -> None:
-    """Refuse an empty split, and a clip listed twice: within a split, or in both training and validation."""
-    first_named: dict[Path, str] = {}
+    """Refuse an empty split, and a clip listed twice, whatever its spelling: within a split, or for training and another."""
+    listed: dict[str, dict[Path, str]] = {}
     for split, clips in annotations.splits.items():
         if not clips:
             raise DataSetError(
                 f"no clip is annotated for the split {split}. Fix: check its list, or leave the split out"
             )
         # A test list may repeat validation clips (mmaction2's do). Training clips must never be evaluated on.
-        named = {} if split == "test" else first_named
+        others = [listed[other] for other in listed if {split, other} != {"val", "test"}]
+        named = listed[split] = {}
         for clip in clips:
-            if clip.path in named:
-                raise DataSetError(
-                    f"{clip.where}: {clip.path} was listed before, by {named[clip.path]}. Fix: remove one of the two"
-                )
-            named[clip.path] = clip.where
+            path = real_path(clip.path)
+            for earlier in (named, *others):
+                if path in earlier:
+                    raise DataSetError(
+                        f"{clip.where}: {clip.path} was listed before, by {earlier[path]}. Fix: remove one of the two"
+                    )
+            named[path] = clip.where
 
 
 def read_text(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipelines.prepare.errors import DataSetError
 
 from .base import Annotations, Clip, label_of, number_classes, read_text
+from .file_identity import first_three
 from .locate import videos_by_stem
 
 _SPLIT_WORDS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
@@ -92,7 +93,7 @@ def _video(found: dict[str, list[Path]], videos: Path, split: str, row: dict[str
     fits = [_fit(path.relative_to(videos), split, row["label"]) for path in paths]
     if fits.count(max(fits)) > 1:
         twins = [str(path) for path, fit in zip(paths, fits, strict=True) if fit == max(fits)]
-        raise DataSetError(f"{where}: more than one video matches: {', '.join(twins)}. Fix: keep one of them")
+        raise DataSetError(f"{where}: more than one video matches: {first_three(twins)}. Fix: keep one of them")
     return paths[fits.index(max(fits))]
 
 

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.prepare.annotations.base import Annotations
+from pipelines.prepare.annotations.base import Annotations, check_annotations
 from pipelines.prepare.annotations.class_folders import read_class_folders
 from pipelines.prepare.annotations.kinetics import read_kinetics
 from pipelines.prepare.annotations.lists import DELIMITER_NAMES, read_lists
+from pipelines.prepare.annotations.same_files import check_same_files
 from pipelines.prepare.annotations.twentybn import CLASS_ORDERS, read_something_v2, read_twentybn_csv
 from pipelines.prepare.annotations.ucf101 import SPLITS, read_hmdb51, read_ucf101
 from pipelines.prepare.scan.write_manifests import write_manifests
@@ -167,6 +168,9 @@ def _add(
     parser.add_argument(
         "--max-missing", type=float, default=max_missing, help=f"fraction that may be missing ({max_missing})"
     )
+    parser.add_argument(
+        "--check-content", action="store_true", help="also find copies of a video among the splits, by their sha256"
+    )
     parser.set_defaults(run=run_dataset, reader=reader, folders=("", ""))
     return parser
 
@@ -180,11 +184,13 @@ def run_dataset(args: argparse.Namespace) -> None:
     if getattr(args, "annotations", None) is None:
         args.annotations = args.root / annotations_folder
     annotations = args.reader(args)
+    check_annotations(annotations)
+    notes = [*annotations.notes, *check_same_files(args.root, annotations, args.check_content)]
     reports = write_manifests(args.root, annotations, args.workers, args.max_bad, args.max_missing)
     print(f"{args.root}: {len(annotations.classes)} classes; {time.perf_counter() - start_s:.1f} s")
     for split, report in reports.items():
         print(f"  {args.root / split}.arrow: {_describe(report)}")
-    for note in annotations.notes:
+    for note in notes:
         print(f"  {note}")
     for split, report in reports.items():
         if report.miscounted:
