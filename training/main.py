@@ -136,13 +136,14 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         _log_start(job, log)
         code = train(job, log)
         log.write("end", job.recipe.total_steps, exit_code=code)
+        if writes:
+            control.log.write_outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
+        # After a stop by a signal only seconds are left. The report is written when the run ends.
+        if writes and code == EXIT_DONE:
+            _finish(job)
     finally:
+        # Last, because it may wait for wandb.
         log.close(code)
-    if writes:
-        control.log.write_outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
-    # After a stop by a signal only seconds are left. The report is written when the run ends.
-    if writes and code == EXIT_DONE:
-        _finish(job)
     return code
 
 

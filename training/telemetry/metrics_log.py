@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from distributed.health.rank_log import RankLog
-from training.config.schema import Config, LoggerConfig
-from training.runs.run_folder import RunFolder, git
+from runtime.exit_codes import EXIT_DONE
+from training.config.schema import Config
+from training.runs.run_folder import RunFolder
+
+from .wandb_log import FINISH_LIMIT_S, STOP_LIMIT_S, WandbLog, wandb_arguments
 
 
 class MetricsLog:
@@ -36,7 +38,7 @@ class MetricsLog:
         self._writes = writes
         self._log = log
         self._bar: tqdm[Any] | None = None
-        self._wandb: Any = None
+        self._wandb: WandbLog | None = None
         if not writes:
             return
         # Unbuffered, so that a kill loses no line.
@@ -47,7 +49,8 @@ class MetricsLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         if config.logger.wandb != "disabled":
-            self._wandb = _start_wandb(config.logger, folder.path, wandb_fields(config))
+            online = config.logger.wandb == "online"
+            self._wandb = WandbLog(online, folder.path, wandb_arguments(config, folder.path.name), self.info)
 
     def info(self, text: str) -> None:
         """Write a line to this rank's log, and on rank 0 to the terminal."""
@@ -69,7 +72,7 @@ class MetricsLog:
             numbers = dict(_numbers(kind, values))
             # A checkpoint ends after later records were written, and wandb drops records of earlier steps than its newest.
             self._newest_step = max(step, self._newest_step)
-            self._wandb.log(numbers, step=self._newest_step)
+            self._wandb.log(numbers, self._newest_step)
 
     def train(self, step: int, **values: float) -> None:
         """Write a training record, and show it on the progress bar or as a line."""
@@ -112,10 +115,10 @@ class MetricsLog:
     def close(self, exit_code: int) -> None:
         if not self._writes:
             return
+        if self._wandb is not None:
+            self._wandb.finish(exit_code, FINISH_LIMIT_S if exit_code == EXIT_DONE else STOP_LIMIT_S)
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
         self._file.close()
 
 
@@ -137,34 +140,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
-
-
-def _start_wandb(logger: LoggerConfig, folder: Path, fields: dict[str, Any]) -> Any:
-    # Slow to import, and needed on rank 0 only.
-    import wandb
-
-    return wandb.init(
-        project=logger.project,
-        id=folder.name,
-        name=folder.name,
-        dir=folder,
-        mode="offline" if logger.wandb == "offline" else "online",
-        resume="allow" if logger.wandb == "online" else None,
-        settings=wandb.Settings(silent=True, console="off"),
-        **fields,
-    )
-
-
-def wandb_fields(config: Config) -> dict[str, Any]:
-    """Return what runs can be filtered and grouped by in wandb, as arguments of wandb.init."""
-    return {
-        # wandb joins nested keys with dots itself, and wants none in the names that it is given.
-        "config": asdict(config) | {"commit": git("rev-parse", "HEAD")},
-        # A resumed run may have another configuration, such as another number of workers.
-        "allow_val_change": True,
-        "group": config.logger.group or config.name,
-        "job_type": "train",
-        "tags": [
-            tag for tag in dict.fromkeys([config.model.backbone, config.data.name[:64], *config.logger.tags]) if tag
-        ],
-    }

@@ -10,7 +10,8 @@ import pytest
 
 from tests.training.config.test_config import config_of
 from training.runs.run_folder import RunFolder, git
-from training.telemetry.metrics_log import MetricsLog, wandb_fields
+from training.telemetry.metrics_log import MetricsLog
+from training.telemetry.wandb_log import wandb_arguments
 
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32768
@@ -76,7 +77,7 @@ def test_every_key_of_the_configuration_is_given() -> None:
     from omegaconf import OmegaConf
 
     config = config_of("experiment=something_v1")
-    given = wandb_fields(config)["config"]
+    given = wandb_arguments(config, "x")["config"]
     expected = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(expected, dict)
     assert {key: given[key] for key in expected} == expected
@@ -85,5 +86,6 @@ def test_every_key_of_the_configuration_is_given() -> None:
 
 
 def test_the_group_can_be_chosen() -> None:
-    fields = wandb_fields(config_of("experiment=smoke", "logger.group=warm-up study", "logger.tags=[resnet18]"))
+    config = config_of("experiment=smoke", "logger.group=warm-up study", "logger.tags=[resnet18]")
+    fields = wandb_arguments(config, "x")
     assert (fields["group"], fields["tags"]) == ("warm-up study", ["resnet18", "shapes"])
