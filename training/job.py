@@ -64,7 +64,10 @@ class Job:
     """The evaluation after `first_step` steps is due and has not been made: the previous start stopped before its end."""
 
     def loader(self, dataset: TrainingClips | EvaluationClips) -> Loader:
-        return make_loader(self.config.pipeline, dataset, self.backend)
+        log = self.control.log
+        # One line on the terminal, not one per rank.
+        warn = log.warning if self.backend.topology.rank == 0 else log.info
+        return make_loader(self.config.pipeline, dataset, self.backend, warn)
 
 
 def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:

@@ -14,7 +14,7 @@ from distributed.backends.make import make_backend, pick_device
 from distributed.health.control_channel import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
 from pipelines.errors import BadClip
-from pipelines.loading.worker_loader import WorkerLostError, start_worker_server
+from pipelines.loading.worker_loader import HandOverError, WorkerLostError, start_worker_server
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
 from training.build.numerics import check_device, set_numerics
 from training.config.schema import BatchConfig, Config
@@ -73,7 +73,8 @@ def _describe(error: Exception) -> tuple[str, int]:
     """Return message and exit code of an error; the message has a traceback if the error is none that a user can fix."""
     if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError)):
         return str(error), error.exit_code
-    for kind, code in ((TopologyError, EXIT_CONFIG), (WorkerLostError, EXIT_REQUEUE), (BadClip, EXIT_DATA)):
+    codes = {TopologyError: EXIT_CONFIG, HandOverError: EXIT_CONFIG, WorkerLostError: EXIT_REQUEUE, BadClip: EXIT_DATA}
+    for kind, code in codes.items():
         if isinstance(error, kind):
             return str(error), code
     return f"{type(error).__name__}: {error}\n{traceback.format_exc()}", EXIT_FAILURE

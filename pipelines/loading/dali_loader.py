@@ -7,6 +7,7 @@ Shapes: N clips, F frames of a clip, S samples of DALI's batch (a video is one s
 """
 
 import gc
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -36,13 +37,19 @@ class DaliLoader:
     """
 
     def __init__(
-        self, dataset: TrainingClips | EvaluationClips, workers: int, prefetch: int, device: torch.device, threads: int
+        self,
+        dataset: TrainingClips | EvaluationClips,
+        workers: int,
+        prefetch: int,
+        device: torch.device,
+        threads: int,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self._dataset, self._device, self._threads = dataset, device, threads
         source = dataset.source
         self._feed = choose_feed(source.manifest_path, device)
         encoded = EncodedSource(source.manifest_path, source.decoder, self._feed.kind, self._feed.codecs)
-        self._host = ClipLoader(EncodedClips(replace(dataset, source=encoded)), workers, prefetch)
+        self._host = ClipLoader(EncodedClips(replace(dataset, source=encoded)), workers, prefetch, warn=warn)
 
     def batches(self, batch_indices: Iterable[Any]) -> Iterator[ClipBatch]:
         """Load one batch per index. Raises WorkerLostError, and DaliError if DALI keeps failing without a bad clip."""

@@ -4,7 +4,8 @@ import atexit
 import multiprocessing
 import multiprocessing.connection
 import signal
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -13,9 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from runtime.child_processes import exit_with_parent
 
+from .hand_over import Delivery, hand_over
+
 
 class WorkerLostError(RuntimeError):
     """A loader's worker process was killed."""
+
+
+class HandOverError(RuntimeError):
+    """Workers cannot be started, or cannot hand over a batch, for a limit of this machine: a restart would fail again."""
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -54,8 +61,17 @@ class ClipLoader(Generic[_Batch]):
     its `if __name__ == "__main__"`.
     """
 
-    def __init__(self, dataset: Dataset[_Batch], workers: int, prefetch: int, pin_memory: bool = False) -> None:
-        self._dataset = dataset
+    def __init__(
+        self,
+        dataset: Dataset[_Batch],
+        workers: int,
+        prefetch: int,
+        pin_memory: bool = False,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        """`warn` gets the reason, once, if batches cannot go through shared memory."""
+        self._dataset, self._workers = dataset, workers
+        self._warn: Callable[[str], None] | None = warn
         self._options: dict[str, Any] = {"batch_size": None, "collate_fn": _identity, "pin_memory": pin_memory}
         if workers > 0:
             self._options |= {
@@ -63,31 +79,78 @@ class ClipLoader(Generic[_Batch]):
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": "forkserver",
                 "worker_init_fn": _prepare_worker,
+                "collate_fn": hand_over,
             }
 
     def batches(self, batch_indices: Iterable[Any]) -> Iterator[_Batch]:
         """Load one batch per index; worker processes live until the iterator is exhausted or dropped.
 
-        Raises WorkerLostError within seconds of a worker's death.
+        Raises WorkerLostError within seconds of a worker's death, and HandOverError if batches cannot reach this process.
         """
-        batches = iter(DataLoader(self._dataset, sampler=batch_indices, **self._options))  # type: ignore[arg-type]
+        loader = DataLoader(self._dataset, sampler=batch_indices, **self._options)  # type: ignore[arg-type]
+        if not self._workers:
+            yield from loader
+            return
+        batches = _started(loader)
         try:
-            yield from batches
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            # torch raises RuntimeError for a dead worker; the others come from a batch in transit when the worker died.
-            # An error raised inside a worker contains "in DataLoader worker process".
-            in_transit = not isinstance(error, RuntimeError) and self._options.get("num_workers", 0) > 0
-            if "in DataLoader worker process" in str(error) or not (in_transit or "DataLoader worker" in str(error)):
+            for delivery in batches:
+                yield self._received(delivery)
+        except (RuntimeError, OSError, EOFError) as error:
+            explained = _explain(error, batches._workers)
+            if explained is None:
                 raise
-            which = f"pid {_ended(batches._workers)}, {error}" if in_transit else str(error)  # type: ignore[attr-defined]
-            raise WorkerLostError(
-                f"a decoding worker process was killed: {which}. The kernel does so when memory runs out: "
-                "see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
-            ) from error
+            raise explained from error
         finally:
-            if "num_workers" in self._options:
-                # An error's traceback keeps torch's iterator in a reference cycle, which would delay the workers' end.
-                batches._shutdown_workers()  # type: ignore[attr-defined]
+            # An error's traceback keeps torch's iterator in a reference cycle, which would delay the workers' end.
+            batches._shutdown_workers()
+
+    def _received(self, delivery: Delivery) -> _Batch:
+        if delivery.failure:
+            raise RuntimeError(f"a loader worker could not hand over a batch:\n{delivery.failure}")
+        if delivery.pipe_reason and self._warn is not None:
+            self._warn(
+                f"loader: batches go through pipes, which takes more time, because shared memory is short: {delivery.pipe_reason}. "
+                "Fix: docker --shm-size=8g, or fewer pipeline.workers and pipeline.prefetch"
+            )
+            self._warn = None
+        return delivery.batch
+
+
+def _started(loader: Any) -> Any:
+    """Start the loader's workers. Raises HandOverError."""
+    try:
+        return iter(loader)
+    except (OSError, EOFError, RuntimeError) as error:
+        reason = "their fork server ended (see its message above)" if isinstance(error, EOFError) else str(error)
+        raise HandOverError(
+            f"loader workers cannot be started: {reason}. Fix: fewer pipeline.workers, or a higher limit "
+            "(ulimit -n for files, ulimit -u or docker --pids-limit for processes, docker --shm-size for shared memory)"
+        ) from error
+
+
+def _explain(error: Exception, workers: list[BaseProcess]) -> Exception | None:
+    """Return the cause of an error of torch's loader in words, or None if they say it already."""
+    text = str(error)
+    if "Too many open files" in text or "ancdata" in text:
+        return HandOverError(
+            f"loader: too many open files ({text.splitlines()[0]}). "
+            "Fix: ulimit -n 4096, or fewer pipeline.workers and pipeline.prefetch"
+        )
+    # An error raised inside a worker contains "in DataLoader worker process".
+    if "in DataLoader worker process" in text:
+        return None
+    # torch raises RuntimeError for a dead worker; the others come from a batch in transit when the worker died.
+    in_transit = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    if not (in_transit or "DataLoader worker" in text):
+        return None
+    which = f"pid {_ended(workers)}, {text}" if in_transit else text
+    cause = "The kernel does so when memory runs out: see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
+    if any(worker.exitcode == -signal.SIGBUS for worker in workers):
+        cause = (
+            "A bus error means that shared memory (/dev/shm) is full, or that a mapped file has shrunk. "
+            "Fix: docker --shm-size=8g, or fewer pipeline.workers; or restore the manifest"
+        )
+    return WorkerLostError(f"a decoding worker process was killed: {which}. {cause}")
 
 
 def _ended(workers: list[BaseProcess]) -> str:

@@ -1,6 +1,8 @@
 """Build the data side of a job: manifests, clip sources, datasets and loaders."""
 
 import os
+import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -90,12 +92,18 @@ def protocol_of(model: ModelConfig, pipeline: PipelineConfig, evaluation: Evalua
     )
 
 
-def make_loader(pipeline: PipelineConfig, dataset: TrainingClips | EvaluationClips, backend: Backend) -> Loader:
-    """Build the loader of a dataset, for this rank's device."""
+def make_loader(
+    pipeline: PipelineConfig,
+    dataset: TrainingClips | EvaluationClips,
+    backend: Backend,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Loader:
+    """Build the loader of a dataset, for this rank's device. `warn`: as in ClipLoader."""
     if pipeline.loader == "dali":
         threads = dali_threads(pipeline, backend.topology)
-        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, backend.device, threads)
-    return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=backend.device.type == "cuda")
+        return DaliLoader(dataset, pipeline.workers, pipeline.prefetch, backend.device, threads, warn)
+    on_gpu = backend.device.type == "cuda"
+    return ClipLoader(dataset, pipeline.workers, pipeline.prefetch, pin_memory=on_gpu, warn=warn)
 
 
 def describe_input(pipeline: PipelineConfig, source: ClipSource, backend: Backend) -> str:
