@@ -17,7 +17,7 @@ from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestRow
 from pipelines.stream.augmentation import Augmentation, SampleParams, replacement_row, sample_training_params
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
-from pipelines.stream.mirror_labels import mirrored_labels
+from pipelines.stream.mirror_labels import Mirror, find_mirror, mirrored_labels
 from pipelines.stream.order import StreamOrder
 
 _REPLACEMENT_ATTEMPTS = 10
@@ -180,6 +180,15 @@ class EvaluationClips(Dataset[ClipBatch]):
 
     source: ClipSource
     protocol: EvalProtocol
+    mirrored_words: tuple[tuple[str, str], ...] = ()
+    """Words that mirroring exchanges in class names, beside those of mirror_labels.py; for protocols with mirrored views."""
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """What mirroring does to the classes; None if the protocol mirrors no view."""
+        if not self.protocol.mirrors:
+            return None
+        return find_mirror(self.source.manifest.classes, self.mirrored_words)
 
     def __getitem__(self, rows: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> ClipBatch:
         batch = _collate(*self.clips(rows))

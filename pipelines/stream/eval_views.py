@@ -38,6 +38,11 @@ class EvalProtocol:
         return len(EVALUATION_RULES[self.clips](1, self.num_frames)) * self.crops
 
     @property
+    def mirrors(self) -> bool:
+        """Tell whether every second view is the mirror image of the view before it."""
+        return self.crops == 10
+
+    @property
     def name(self) -> str:
         """Short name, unique per protocol and valid as a file name."""
         options = ["full"] * self.full_resolution + ["portrait_bug"] * (self.portrait_bug and self.crops == 3)
@@ -59,7 +64,7 @@ def evaluation_views(protocol: EvalProtocol, num_frames: int, width: int, height
     """List all views of a clip, grouped by temporal view; `width` and `height` are those of the upright frame."""
     scaled, side = protocol.scaled_size(width, height), protocol.side
     offsets = _offsets(protocol, scaled[0] - side, scaled[1] - side)
-    flips = (False, True) if protocol.crops == 10 else (False,)
+    flips = (False, True) if protocol.mirrors else (False,)
     return [
         SampleParams(frame_T, left, top, side, side, flip, scaled)
         for frame_T in EVALUATION_RULES[protocol.clips](num_frames, protocol.num_frames)

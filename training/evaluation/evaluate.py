@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distributed.backends.base import Backend
 from pipelines.loading.clips import BadClipRecord, EvaluationClips
+from pipelines.stream.mirror_labels import Mirror
 from pipelines.stream.order import evaluation_rows
 from training.build.data import Loader
 from training.build.numerics import autocast
@@ -93,7 +94,7 @@ def _evaluate_own_rows(
     stop_wanted: Callable[[], bool],
 ) -> _Part:
     """Compute the logits of this rank's clips. No rank waits for another rank here, so each may stop by itself."""
-    manifest, views, batch = clips.source.manifest, clips.protocol.views, settings.batch
+    manifest, views, batch, mirror = clips.source.manifest, clips.protocol.views, settings.batch, clips.mirror
     rows = evaluation_rows(len(manifest), max(1, batch // views), backend.topology.rank, backend.topology.size)
     dtype = torch.float64 if next(network.parameters()).dtype == torch.float64 else torch.float32
     logit_NK = torch.zeros(len(manifest), len(manifest.classes), dtype=dtype, device=backend.device)
@@ -104,7 +105,7 @@ def _evaluate_own_rows(
             break
         with autocast(backend.device, settings.amp):
             logits = [network(normalise(video_NTCHW)).to(dtype) for video_NTCHW in clip_batch.video_NTCHW.split(batch)]
-        mean_NK = torch.cat(logits).unflatten(0, (-1, views)).mean(1)
+        mean_NK = mean_over_views(torch.cat(logits).unflatten(0, (-1, views)), mirror)
         # On the CPU, so that the host does not wait for the device.
         real_M = clip_batch.real_N.nonzero().flatten()
         row_M = clip_batch.row_N[real_M]
@@ -113,6 +114,32 @@ def _evaluate_own_rows(
         part.missing.extend(clip_batch.bad_clips)
         progress(done)
     return part
+
+
+def mean_over_views(logit_NVK: Tensor, mirror: Mirror | None) -> Tensor:
+    """Return the mean logits of each clip, (N, K). A mirrored view of "move left" shows "move right", and counts for it.
+
+    `mirror`: what mirroring does to the classes, if every second view is mirrored.
+    """
+    if mirror is not None and mirror.pairs:
+        logit_NVK = logit_NVK.clone()
+        logit_NVK[:, 1::2] = logit_NVK[:, 1::2, mirror.label_K]
+    return logit_NVK.mean(1)
+
+
+def describe_mirrored_views(mirror: Mirror | None, classes: list[str]) -> str:
+    """Say how mirrored views were counted, if that matters for a class; else return an empty string."""
+    if mirror is None:
+        return ""
+    parts = []
+    if mirror.pairs:
+        one, other = (classes[label] for label in mirror.pairs[0])
+        parts.append(
+            f"a mirrored view counts for the mirrored class ({one!r} and {other!r}: {len(mirror.pairs)} such pairs)"
+        )
+    if mirror.alone:
+        parts.append(f"mirrored views may look like no class ({mirror.alone[0]!r}: {len(mirror.alone)} such classes)")
+    return "; ".join(parts)
 
 
 @torch.inference_mode()

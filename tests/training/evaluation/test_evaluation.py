@@ -19,11 +19,13 @@ from distributed.topology import Topology
 from pipelines.decoding.decode import decode_clip
 from pipelines.loading.clips import ClipSource, EvaluationClips
 from pipelines.loading.worker_loader import ClipLoader
+from pipelines.manifest import write_manifest
 from pipelines.stream.eval_views import EvalProtocol
+from pipelines.stream.mirror_labels import find_mirror
 from tests.helpers.clips import write_clips
 from training.build.normalise import Normaliser
 from training.config.schema import Config, EvaluationConfig, NumericsConfig
-from training.evaluation.evaluate import evaluate
+from training.evaluation.evaluate import describe_mirrored_views, evaluate
 from training.evaluation.metrics import ClipLogits, scores_of
 from training.evaluation.validate import _recompute_statistics
 from tsm.networks import build_network
@@ -163,6 +165,35 @@ def test_mirrored_crops_are_averaged(made: Path, network: nn.Module, normalise: 
     places = [(0, 0), (20, 0), (0, 4), (20, 4), (10, 2)]
     views = [(MIDDLE, left, top, mirrored) for left, top in places for mirrored in (False, True)]
     torch.testing.assert_close(found.logit_NK[2], by_hand(made, network, 2, views))
+
+
+def test_a_mirrored_crop_counts_for_the_mirrored_class(
+    made: Path, network: nn.Module, normalise: Normaliser, tmp_path: Path
+) -> None:
+    """With classes "left" and "right", exchange their logits in the views that are mirrored, and in no other."""
+    manifest = ClipSource(made / "val.arrow", "pyav").manifest
+    rows = [manifest.row(row) for row in range(CLIPS)]
+    for row in rows:
+        (tmp_path / row.path).symlink_to(made / row.path)
+    write_manifest(tmp_path / "val.arrow", rows, ["go left", "stop", "go right"])
+    found, _ = run(tmp_path, network, normalise, EvalProtocol(4, SIZE, "uniform", 10), batch=16)
+    places = [(0, 0), (20, 0), (0, 4), (20, 4), (10, 2)]
+    plain, mirrored = (
+        by_hand(made, network, 2, [(MIDDLE, left, top, flip) for left, top in places]) for flip in (False, True)
+    )
+    torch.testing.assert_close(found.logit_NK[2], (plain + mirrored[[2, 1, 0]]) / 2)
+    plain_found, _ = run(tmp_path, network, normalise, EvalProtocol(4, SIZE, "uniform", 5), batch=16)
+    torch.testing.assert_close(plain_found.logit_NK[2], plain)
+
+
+def test_how_mirrored_views_were_counted_is_said() -> None:
+    assert describe_mirrored_views(None, ["left", "right"]) == ""
+    assert describe_mirrored_views(find_mirror(["wave", "stop"]), ["wave", "stop"]) == ""
+    classes = ["go left", "go right", "turn left"]
+    assert describe_mirrored_views(find_mirror(classes), classes) == (
+        "a mirrored view counts for the mirrored class ('go left' and 'go right': 1 such pairs); "
+        "mirrored views may look like no class ('turn left': 1 such classes)"
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 4, 6, 16])
