@@ -47,6 +47,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     validation = open_manifest(config.data, "val")
     check_agreement(backend, asdict(config) | {"(manifest)": [validation.digest]})
     network = network_of(config.model, config.data.num_classes)
+    # Before loading, which would round float64 weights to float32.
+    place_network(network, backend.device, config.numerics)
 
     def load() -> Weights:
         if config.run_id is None:
@@ -55,7 +57,6 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         return _load_run(folder, config.evaluation.checkpoint, config.model, network)
 
     weights = backend.broadcast_object(load() if backend.topology.rank == 0 else None)
-    place_network(network, backend.device, config.numerics)
     broadcast_network(backend, network)
 
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
