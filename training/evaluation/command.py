@@ -15,11 +15,12 @@ from runtime import run_layout
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_DATA, EXIT_DONE
 from training.build.data import make_loader, open_manifest, protocol_of, source_of
-from training.build.init_weights import RANDOM, TEMPORAL_SETTINGS, find_initial_weights, load_initial_weights
+from training.build.init_weights import RANDOM, find_initial_weights, load_initial_weights
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import place_network
-from training.config.schema import Config, EvaluationConfig, ModelConfig
+from training.config.load import read_config
+from training.config.schema import Config, EvaluationConfig
 from training.errors import ConfigError
 from training.optim.ema import PREFIX
 from training.recipe import fingerprint_of
@@ -29,6 +30,7 @@ from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys
 
 from .evaluate import Evaluation, evaluate
+from .run_config import Difference, differing_views, settings_of
 from .saved_logits import Origin, save_logits
 
 
@@ -40,6 +42,8 @@ class Weights:
     step: int
     recipe: str
     """Fingerprint of the recipe that trained them, or hash of their file."""
+    differing: list[Difference]
+    """Settings of this evaluation that are not those of the run."""
 
 
 def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
@@ -52,9 +56,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
 
     def load() -> Weights:
         if config.run_id is None:
-            return _load_file(config.model, config.data.num_classes, network)
-        folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-        return _load_run(folder, config.evaluation.checkpoint, config.model, network)
+            return _load_file(config, network)
+        return _load_run(RunFolder(CHECKOUT / config.outputs / config.run_id), config, network)
 
     weights = backend.broadcast_object(load() if backend.topology.rank == 0 else None)
     broadcast_network(backend, network)
@@ -78,38 +81,38 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
 
 
-def _load_file(model: ModelConfig, num_classes: int, network: TemporalNetwork) -> Weights:
+def _load_file(config: Config, network: TemporalNetwork) -> Weights:
     """Load the weights that `model.init` names into the network."""
+    model = config.model
     if model.init == RANDOM:
-        raise ConfigError(
-            "no weights to evaluate. Fix: run_id=NAME of a folder in outputs with the overrides that it was trained with, or "
-            "model.init=FILE"
-        )
+        raise ConfigError("no weights to evaluate. Fix: --run outputs/NAME of a run, or model.init=FILE")
     initial = find_initial_weights(model, CHECKOUT, None)
     untrained = network.classifier.weight.detach().clone()
     summary = load_initial_weights(network, model, initial)
     if torch.equal(untrained, network.classifier.weight):
         raise ConfigError(
-            f"these weights cannot be evaluated on {num_classes} classes: {summary}. "
+            f"these weights cannot be evaluated on {config.data.num_classes} classes: {summary}. "
             "Fix: train with them, or choose the data set that they were trained on"
         )
     print(f"weights: {summary}", flush=True)
     path = Path(model.init)
     name = path.resolve().parent.parent.name if path.name.startswith("step-") else path.name.split(".")[0]
-    return Weights(name, 0, initial.identity)
+    return Weights(name, 0, initial.identity, [])
 
 
-def _load_run(folder: RunFolder, which: str, model: ModelConfig, network: TemporalNetwork) -> Weights:
-    """Load a run's `best` or `newest` checkpoint into the network: the EMA of the weights if the checkpoint has one."""
+def _load_run(folder: RunFolder, config: Config, network: TemporalNetwork) -> Weights:
+    """Load a checkpoint of a run into the network: the EMA of the weights if the checkpoint has one."""
     run_id = folder.path.name
-    checkpoint = _best_checkpoint(folder) if which == "best" else newest_checkpoint(folder)
+    best = config.evaluation.checkpoint == "best"
+    checkpoint = _best_checkpoint(folder) if best else newest_checkpoint(folder)
     if checkpoint is None:
-        raise ConfigError(f"{folder.checkpoints} holds no whole checkpoint. Fix: run_id=NAME of a run that has one")
+        raise ConfigError(
+            f"{folder.checkpoints} holds no whole checkpoint. Fix: --run outputs/NAME of a run that has one"
+        )
     recipe = checkpoint.state["recipe"]
-    for key in TEMPORAL_SETTINGS:
-        then, now = recipe["model"][key], getattr(model, key)
-        if then != now:
-            raise ConfigError(f"{run_id} was trained with model.{key}={then}, not {now}. Fix: model.{key}={then}")
+    # A checkpoint that was copied without the run's configuration has at least its recipe.
+    trained = settings_of(recipe, read_config(folder.path) if folder.config.exists() else None)
+    differing = differing_views(run_id, trained, config)
     try:
         check_keys(checkpoint.network, network.state_dict())
     except WeightsError as error:
@@ -120,7 +123,7 @@ def _load_run(folder: RunFolder, which: str, model: ModelConfig, network: Tempor
         name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
     }
     network.load_state_dict(checkpoint.network | ema)
-    return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe))
+    return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe), differing)
 
 
 def _best_checkpoint(folder: RunFolder) -> Checkpoint:
@@ -134,9 +137,21 @@ def _best_checkpoint(folder: RunFolder) -> Checkpoint:
 
 def _print_scores(evaluation: Evaluation, weights: Weights, protocol: str, amp: str) -> None:
     """Print the scores as a line to read and as a JSON line, then the missing clips."""
-    print(evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}"), flush=True)
-    fields = {"source": weights.name, "step": weights.step, "protocol": protocol, "amp": amp}
-    print(json.dumps(fields | evaluation.scores.as_dict()), flush=True)
+    line = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}")
+    fields = {
+        "source": weights.name,
+        "step": weights.step,
+        "protocol": protocol,
+        "amp": amp,
+        **evaluation.scores.as_dict(),
+    }
+    if weights.differing:
+        line += f"  differs from the run: {', '.join(map(str, weights.differing))}"
+        fields["differs_from_run"] = {
+            each.key: {"here": each.here, "trained": each.trained} for each in weights.differing
+        }
+    print(line, flush=True)
+    print(json.dumps(fields), flush=True)
     for record in evaluation.missing:
         print(f"missing: {record.reason}", flush=True)
 

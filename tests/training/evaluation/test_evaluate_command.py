@@ -53,8 +53,10 @@ def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
     assert code == 0, output
     assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
     assert record["amp"] == trained["amp"] == "off"
+    # Bit-equal: the same clips in the same batches on the same device.
     for name in set(record) - {"protocol", "source", "amp"}:
-        assert record[name] == pytest.approx(trained[name], rel=1e-5), name
+        assert record[name] == trained[name], name
+    assert "differs from the run" not in output
 
 
 def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: Path) -> None:
@@ -107,10 +109,9 @@ def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["run_id=null"], "no weights to evaluate. Fix: run_id=NAME"),
-        (["run_id=other"], "holds no whole checkpoint. Fix: run_id=NAME"),
+        (["run_id=null"], "no weights to evaluate. Fix: --run outputs/NAME"),
+        (["run_id=other"], "holds no whole checkpoint. Fix: --run outputs/NAME"),
         (["model.shift=none"], "run was trained with model.shift=residual, not none. Fix: model.shift=residual"),
-        (["model.backbone=resnet34"], "the checkpoint of run is of another network"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(folder: Path, overrides: list[str], says: str) -> None:
@@ -171,3 +172,15 @@ def test_training_refuses_what_only_an_evaluation_does(folder: Path) -> None:
     )
     assert done.returncode == 2
     assert "evaluation.save_logits" in done.stderr and "evaluate.py" in done.stderr
+
+
+def test_a_forgotten_override_is_stated_with_the_scores(folder: Path) -> None:
+    """Without the size and the number of frames that the run was trained with, its scores are others."""
+    code, record, output = evaluate(folder, "pipeline.size=64", "model.num_frames=8", "seed=3")
+    assert code == 0, output
+    (line,) = [line for line in output.splitlines() if line.startswith("run step 5")]
+    assert line.endswith("differs from the run: model.num_frames=8 (trained: 4), pipeline.size=64 (trained: 32)")
+    assert record["differs_from_run"] == {
+        "model.num_frames": {"here": 8, "trained": 4},
+        "pipeline.size": {"here": 64, "trained": 32},
+    }

@@ -1,0 +1,130 @@
+"""Compare the configuration of an evaluation with that of the run whose weights it evaluates.
+
+One rule for `evaluate.py --run FOLDER` and for `evaluate.py experiment=... run_id=NAME`. Every key of the schema has a kind:
+
+- identity: what the weights mean. Another value is refused.
+- view: what the network sees, and in which precision it computes. Another value is allowed and stated next to the scores.
+- free: where the evaluation runs, how fast, and which of the run's weights it takes.
+- unread: only training reads the key, so another value changes no score. With --run it is refused, because it has no effect.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from training.config.schema import Config
+from training.errors import ConfigError
+
+
+class Kind(Enum):
+    IDENTITY = "identity"
+    VIEW = "view"
+    FREE = "free"
+    UNREAD = "unread"
+
+
+_KEYS = {
+    Kind.IDENTITY: """
+        model.backbone model.shift model.direction model.fold_div model.temporal_pool model.non_local
+        data.num_classes optimizer.ema_decay
+    """,
+    # model.num_frames is no identity: the authors evaluate networks with more frames than they were trained with.
+    # pipeline.loader: DALI's pixels differ by about a grey level (docs/data.md).
+    Kind.VIEW: """
+        model.num_frames data.val data.mirrored_words pipeline.loader pipeline.size pipeline.sampling
+        numerics.dtype numerics.channels_last numerics.tf32 numerics.cudnn_benchmark numerics.deterministic
+        evaluation.amp evaluation.clips evaluation.crops evaluation.full_resolution evaluation.portrait_bug
+    """,
+    Kind.FREE: """
+        data.name data.root data.prepare data.max_bad_clips
+        pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
+        distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
+        distributed.timeout_s distributed.hang_timeout_s
+        logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
+        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.ensemble evaluation.ensemble_weights
+        outputs run_id
+    """,
+    Kind.UNREAD: """
+        model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256
+        data.train data.train_clips pipeline.crop_scales pipeline.flip
+        batch.global_batch batch.bn_group batch.micro_batch batch.precise_bn_steps
+        optimizer.name optimizer.lr optimizer.base_batch optimizer.scaling optimizer.momentum optimizer.beta2
+        optimizer.trust_coefficient optimizer.eps optimizer.weight_decay optimizer.nesterov optimizer.bias_lr_multiplier
+        optimizer.classifier_lr_multiplier optimizer.clip_norm optimizer.label_smoothing
+        schedule.epochs schedule.decay schedule.warmup_epochs schedule.warmup_start schedule.milestones schedule.factor
+        schedule.end numerics.amp numerics.max_bad_steps_in_a_row
+        checkpoint.every_epochs checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
+        checkpoint.allow_recipe_change checkpoint.allow_code_change checkpoint.allow_no_progress evaluation.every_epochs
+        plan.world_size plan.published_step_s plan.step_s plan.json plan.write_config plan.plot
+        name seed max_steps
+    """,
+}
+
+KINDS = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
+"""Kind of each key of the schema, by its dotted name."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value in this evaluation is not the run's."""
+
+    key: str
+    here: Any
+    trained: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}={_shown(self.here)} (trained: {_shown(self.trained)})"
+
+
+def differences(trained: Mapping[str, Any], config: Config, *kinds: Kind) -> list[Difference]:
+    """List the keys of these kinds whose value is known of the run and another one in `config`, in the order of the table."""
+    here = flat(config)
+    return [
+        Difference(key, here[key], trained[key])
+        for key, kind in KINDS.items()
+        if kind in kinds and key in trained and trained[key] != here[key]
+    ]
+
+
+def differing_views(run: str, trained: Mapping[str, Any], config: Config) -> list[Difference]:
+    """Return what to state next to the scores. Raises ConfigError if `config` gives the run's weights another meaning."""
+    refused = differences(trained, config, Kind.IDENTITY)
+    if refused:
+        told = ", ".join(f"{each.key}={_shown(each.trained)}, not {_shown(each.here)}" for each in refused)
+        remedy = " ".join(f"{each.key}={_shown(each.trained)}" for each in refused)
+        raise ConfigError(
+            f"{run} was trained with {told}. Fix: {remedy}; or evaluate.py --run FOLDER, which reads the run's"
+        )
+    return differences(trained, config, Kind.VIEW)
+
+
+def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[str, Any]:
+    """Return the settings of a run by dotted key, from its configuration and the recipe in its checkpoint.
+
+    The recipe is what trained these weights, so it counts where the two differ. Recipes of old checkpoints lack some keys,
+    and a checkpoint may have been copied without the run's config.yaml.
+    """
+    settings = {} if run is None else flat(run)
+    model, augmentation = recipe.get("model", {}), recipe.get("augmentation", {})
+    settings |= {f"model.{key}": value for key, value in model.items() if key != "init"}
+    settings |= {f"pipeline.{key}": augmentation[key] for key in ("size", "sampling") if key in augmentation}
+    for group, key in (("numerics", "dtype"), ("optimizer", "ema_decay")):
+        if key in recipe.get(group, {}):
+            settings[f"{group}.{key}"] = recipe[group][key]
+    return settings
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return every setting by its dotted key."""
+    settings: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        settings |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
+
+
+def _shown(value: Any) -> str:
+    """Return a value as the command line takes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
