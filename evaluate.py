@@ -12,6 +12,7 @@ evaluation= selects a protocol (conf/evaluation). The last command averages logi
 import sys
 
 from runtime.gc_freeze import frozen_imports
+from runtime.stop_signals import handle_stop_signals
 
 
 def main() -> None:
@@ -37,4 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    handle_stop_signals()
     main()

@@ -10,6 +10,7 @@ Takes seconds in one process; needs no GPU and no data. Exits as train.py would:
 import sys
 
 from runtime.gc_freeze import frozen_imports
+from runtime.stop_signals import handle_stop_signals
 
 
 def main() -> None:
@@ -31,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    handle_stop_signals()
     main()

@@ -17,6 +17,9 @@ folder layout that each data set needs.
 import argparse
 import sys
 
+from runtime.exit_codes import EXIT_INTERRUPTED
+from runtime.stop_signals import Stopped, handle_stop_signals, raise_in_main_thread
+
 
 # Imports stand inside the functions, because each worker process imports this file again, as __mp_main__.
 def make_parser() -> argparse.ArgumentParser:
@@ -38,16 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.prepare.errors import DataSetError
 
     args = make_parser().parse_args(argv)
+    raise_in_main_thread()
     try:
         args.run(args)
     except (DataSetError, ManifestError, BadClip) as error:
         print(f"prepare.py {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"prepare.py {args.command}: interrupted. Fix: run the same command again to resume", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Stopped) else EXIT_INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
+    handle_stop_signals()
     sys.exit(main())

@@ -5,6 +5,7 @@ from collections import deque
 import torch
 
 from runtime.exit_codes import EXIT_DONE
+from runtime.stop_signals import EXIT_CODES
 from training.evaluation.evaluate import EvaluationStopped
 from training.evaluation.validate import validate
 from training.optim.gradient_diagnostics import GradientDiagnostics
@@ -132,7 +133,7 @@ class _Loop:
             f"stopped by {self.stop_reason} after step {self.taken}, {saved}{owed}: the same command with "
             f"run_id={self.job.config.run_id} resumes it"
         )
-        return StopSignal.EXIT_CODES[self.stop_reason]
+        return EXIT_CODES[self.stop_reason]
 
 
 class _StepsInFlight:

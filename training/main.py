@@ -1,13 +1,12 @@
 """Run a task from its configuration to an exit code, and report every failure on every rank."""
 
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from types import FrameType
+from functools import partial
 
 from distributed.backends.base import Backend
 from distributed.backends.make import make_backend, pick_device
@@ -15,12 +14,15 @@ from distributed.health.control_channel import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
 from pipelines.errors import BadClip
 from pipelines.loading.worker_loader import HandOverError, WorkerLostError, start_worker_server
-from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
+from runtime.error_report import report_error, tell_torchrun
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE
+from runtime.stop_signals import EXIT_CODES, set_action, wait_for_action
 from training.build.numerics import check_device, set_numerics
 from training.config.schema import BatchConfig, Config
 from training.planning.summary import describe_job
 from training.report.html import write_report
 from training.runs.restarts import check_progress
+from training.runs.run_folder import provenance
 from training.telemetry.metrics_log import MetricsLog
 
 from .errors import ConfigError, DataError, DivergedError, NoProgressError
@@ -32,6 +34,9 @@ Task = Callable[[Config, Backend, ControlChannel], int]
 
 # mpirun kills the remaining ranks one second after SIGTERM.
 _VERDICT_S = 0.8
+
+# After the last step of a run, from a stop signal to the end. Until then the process finishes its report.
+_FINISH_S = 5.0
 
 
 def run(read: Callable[[], Config], task: Task) -> int:
@@ -46,44 +51,66 @@ def run(read: Callable[[], Config], task: Task) -> int:
         config = read()
         backend = join_world(config, topology)
         control = ControlChannel(backend, config.distributed.hang_timeout_s)
-        signal.signal(signal.SIGTERM, _exit_before_first_step)
+        set_action(partial(_stop, control, 0.0))
         code = task(config, backend, control)
         control.close()
         backend.close()
         return code
-    except KeyboardInterrupt:
-        message, code = "interrupted by Ctrl-C", EXIT_INTERRUPTED
     except Exception as error:
-        message, code = _describe(error)
-    where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
-    if control is not None:
+        wait_for_action()
         # A launcher that ends all ranks sends SIGTERM: first get the verdict and print it.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        control.log.info(f"failed: {message}")
-        verdict = control.report_failure(message, code)
-        # The error here was caused by another rank's failure.
-        if topology is not None and verdict.rank != topology.rank:
-            message = str(verdict)
-        code = verdict.exit_code
-    print(f"error ({where}): {message}", file=sys.stderr, flush=True)
-    return code
+        set_action(None)
+        return _report(error, topology, control)
 
 
-def _describe(error: Exception) -> tuple[str, int]:
-    """Return message and exit code of an error; the message has a traceback if the error is none that a user can fix."""
+def _report(error: Exception, topology: Topology | None, control: ControlChannel | None) -> int:
+    """Report a failure to the log, to the other ranks and as the last line; return the exit code that the job ends with."""
+    message, code = _describe(error, control)
+    if control is None or topology is None:
+        where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
+        report_error(where, message)
+        return code
+    control.log.info(f"failed: {message}")
+    verdict = control.report_failure(f"failed: {message}", code)
+    # The error here was caused by another rank's failure.
+    report_error(control.where, message if verdict.rank == topology.rank else str(verdict))
+    return verdict.exit_code
+
+
+def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, int]:
+    """Return message and exit code of an error. If no user can fix it, log its traceback, and say where that is."""
     if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError)):
         return str(error), error.exit_code
     codes = {TopologyError: EXIT_CONFIG, HandOverError: EXIT_CONFIG, WorkerLostError: EXIT_REQUEUE, BadClip: EXIT_DATA}
     for kind, code in codes.items():
         if isinstance(error, kind):
             return str(error), code
-    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}", EXIT_FAILURE
+    trace = traceback.format_exc()
+    if control is not None and control.log.path is not None:
+        control.log.info(trace)
+        place = f"in {control.log.path}"
+    else:
+        print(trace, file=sys.stderr, flush=True)
+        place = "above"
+    # An error of a loader worker has its whole traceback as message.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = " ... ".join(lines if len(lines) < 3 else (lines[0], lines[-1]))
+    return f"{type(error).__name__}: {shown} (traceback {place})", EXIT_FAILURE
 
 
-def _exit_before_first_step(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM while there is nothing to save: wait for the monitor's verdict, then exit to be requeued."""
-    time.sleep(_VERDICT_S)
-    os._exit(EXIT_REQUEUE)
+def _stop(control: ControlChannel, wait_s: float, name: str) -> None:
+    """End this process for a stop signal outside the training loop, after `wait_s`: there is nothing to save.
+
+    Runs in the thread of runtime.stop_signals, because the main thread may wait in a library. The other ranks end too.
+    """
+    time.sleep(wait_s)
+    message = f"stopped by {name} with nothing to save. Fix: run the same command again"
+    verdict = control.report_failure(message, EXIT_CODES[name], _VERDICT_S)
+    report_error(control.where, message if verdict.rank == control.rank else str(verdict))
+    # The monitor does so too, a moment after this process has ended.
+    if control.rank == 0:
+        control.log.write_outcome(verdict.exit_code, str(verdict))
+    os._exit(verdict.exit_code)
 
 
 def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequence[int]] | None = None) -> Backend:
@@ -128,8 +155,10 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     if writes:
         if not config.checkpoint.allow_no_progress:
             check_progress(job.folder.provenance, job.folder.outcome, job.first_step)
+        # Asks git and the packages first, so that the folder has a log, for its outcome, as soon as it has a configuration.
+        start = provenance(backend.topology, hosts, job.first_step)
         job.folder.write_config(config)
-        job.folder.record_start(backend.topology, hosts, job.first_step)
+        job.folder.record_start(start)
     control.open_log(job.folder.path)
     log = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)
     code = EXIT_FAILURE
@@ -137,8 +166,12 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         _log_start(job, log)
         code = train(job, log)
         log.write("end", job.recipe.total_steps, exit_code=code)
+        set_action(partial(_stop, control, _FINISH_S))
+        outcome = "done" if code == EXIT_DONE else "stopped in good order"
         if writes:
-            control.log.write_outcome(code, "done" if code == EXIT_DONE else "stopped in good order")
+            control.log.write_outcome(code, outcome)
+        if code != EXIT_DONE:
+            tell_torchrun(f"{control.where}: {outcome} (exit code {code})")
         # After a stop by a signal only seconds are left. The report is written when the run ends.
         if writes and code == EXIT_DONE:
             _finish(job)

@@ -3,32 +3,31 @@
 import os
 import signal
 from types import FrameType, TracebackType
-from typing import ClassVar
 
-from runtime.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
+from runtime import stop_signals
+from runtime.exit_codes import EXIT_INTERRUPTED
 
 
 class StopSignal:
-    """Context that records SIGINT, SIGTERM and SIGUSR1 instead of dying of them. A second Ctrl-C exits at once."""
+    """Context that records the stop signals (runtime.stop_signals) and does nothing else. A second Ctrl-C exits at once.
 
-    EXIT_CODES: ClassVar[dict[str, int]] = {
-        "SIGINT": EXIT_INTERRUPTED,
-        "SIGTERM": EXIT_REQUEUE,
-        "SIGUSR1": EXIT_REQUEUE,
-    }
+    A signal that arrived just before counts too. After the context signals are still only noted, until `set_action`.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {name: signal.signal(getattr(signal, name), self._note) for name in self.EXIT_CODES}
+        self._previous = {number: signal.signal(number, self._note) for number in stop_signals.NUMBERS}
+        stop_signals.set_action(None)
+        self.received = self.received or stop_signals.received()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, handler in self._previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

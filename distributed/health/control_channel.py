@@ -22,6 +22,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from distributed.backends.base import Backend
+from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_REQUEUE
 
 from . import messages
@@ -47,7 +48,7 @@ class ControlChannel:
 
     def __init__(self, backend: Backend, hang_timeout_s: float | None = None) -> None:
         topology = backend.topology
-        self._rank, self._world_size, self._host = topology.rank, topology.size, topology.host
+        self.rank, self._world_size, self._host = topology.rank, topology.size, topology.host
         self._hang_timeout_s = hang_timeout_s
         self.log = RankLog(topology.rank, topology.host)
         self._place, self._progress_s = Place(), time.monotonic()
@@ -61,20 +62,20 @@ class ControlChannel:
         self._failed_here = False
         self._send_lock = threading.Lock()
         served = None
-        if self._rank == 0:
+        if self.rank == 0:
             address = "127.0.0.1" if topology.local_size == self._world_size else _own_address()
             settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self._world_size, hang_timeout_s)
             self._monitor, port = start_monitor(settings)
             served = (settings, port, self._serve_store(address) if self._world_size > 1 else 0)
         settings, port, store_port = backend.broadcast_object(served)
-        if self._rank != 0:
+        if self.rank != 0:
             timeout = timedelta(seconds=_STORE_TIMEOUT_S)
             self._store = TCPStore(settings.address, store_port, is_master=False, timeout=timeout)
         self._monitor_host = settings.host
         self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_TIMEOUT_S)
         _allow_tracing()
         self._received_s = time.monotonic()
-        self._send(messages.Hello(self._rank, self._host, os.getpid(), settings.token))
+        self._send(messages.Hello(self.rank, self._host, os.getpid(), settings.token))
         threading.Thread(target=self._run, name="control", daemon=True).start()
 
     def _serve_store(self, address: str) -> int:
@@ -91,12 +92,16 @@ class ControlChannel:
         )
         return port
 
+    @property
+    def where(self) -> str:
+        return f"rank {self.rank} of {self._world_size} on {self._host}"
+
     # --- Heartbeats and failures --------------------------------------------------------------------------------------
 
     def open_log(self, folder: Path) -> None:
         """Write the logs of this rank and of the monitor to the run folder from now on."""
         self.log.open_in(folder)
-        if self._rank == 0:
+        if self.rank == 0:
             self._send(messages.OpenLog(str(folder)))
 
     def progress(self, step: int, phase: str) -> None:
@@ -166,8 +171,9 @@ class ControlChannel:
         """Log the failure and exit at once: the main thread may be blocked in a collective that never finishes."""
         self._verdict = failure
         if not self._failed_here:
-            self.log.warning(f"error (rank {self._rank} of {self._world_size} on {self._host}): {failure}")
-        self._send(messages.LogTail(self._rank, self.log.tail()))
+            self.log.info(f"error ({self.where}): {failure}")
+            report_error(self.where, str(failure))
+        self._send(messages.LogTail(self.rank, self.log.tail()))
         if self._failed_here:
             # The main thread is exiting by itself.
             self._over.set()
@@ -181,13 +187,13 @@ class ControlChannel:
                 os.kill(pid, signal.SIGKILL)
         os._exit(failure.exit_code)
 
-    def report_failure(self, message: str, exit_code: int) -> Failure:
-        """Send this rank's failure, and return the failure that ends the job: another rank's death may be the cause. Never
-        raises."""
-        own = Failure(self._rank, self._host, f"failed: {message}", exit_code)
+    def report_failure(self, message: str, exit_code: int, wait_s: float = _VERDICT_TIMEOUT_S) -> Failure:
+        """Send this rank's failure (`failed: ...`), and return the failure that ends the job: another rank's death may be the
+        cause. Never raises."""
+        own = Failure(self.rank, self._host, message, exit_code)
         self._failed_here = True
         self._send(messages.RankFailed(own.message, exit_code))
-        self._over.wait(_VERDICT_TIMEOUT_S)
+        self._over.wait(wait_s)
         return self._verdict or own
 
     def _send(self, message: Message) -> None:
@@ -230,7 +236,7 @@ class ControlChannel:
             return wanted
         if wanted is not None:
             self.request_stop(wanted)
-        if self._rank == 0 and not self._store.check(["stop/last"]) and self._store.check(["stop/wanted"]):
+        if self.rank == 0 and not self._store.check(["stop/last"]) and self._store.check(["stop/wanted"]):
             self._store.set("stop/last", str(step + 1 + steps_in_flight))
         if self._store.check(["stop/last"]) and step >= int(self._store.get("stop/last")):
             return self.stop_reason(wanted)

@@ -78,6 +78,8 @@ class Monitor:
         self._started_s = time.monotonic()
         self._failures: list[tuple[float, Failure]] = []
         """Each with the time from which it counts."""
+        self._failed_ranks: set[int] = set()
+        """Ranks that have sent a failure, and print it themselves."""
         self._verdict: Failure | None = None
         self._all_done = False
         self._neighbours: dict[int, str] = {}
@@ -164,6 +166,7 @@ class Monitor:
             peer.leaving = True
             failure = Failure(peer.rank, peer.host, message.message, message.exit_code)
             self._failures.append((now_s + _GRACE_S, failure))
+            self._failed_ranks.add(peer.rank)
         elif isinstance(message, messages.Stacks):
             peer.stacks = message.own
             self._neighbours |= message.neighbours
@@ -286,7 +289,8 @@ class Monitor:
 
     def _end(self, failure: Failure) -> None:
         self._verdict = failure
-        self._log.warning(f"the job ends: {failure}")
+        log = self._log.info if failure.rank in self._failed_ranks else self._log.warning
+        log(f"the job ends: {failure}")
         self._log.write_outcome(failure.exit_code, str(failure))
         cannot_send_log = failure.rank not in self._peers or self._is_silent(self._peers[failure.rank])
         if cannot_send_log and failure.host == self._host and self._log.folder is not None:
@@ -306,9 +310,6 @@ def _send(peer: _Peer, message: Message) -> None:
 
 
 def main() -> None:
-    # Slurm signals every process that a job started. The monitor ends after all ranks have, and logs why.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     monitor = Monitor(MonitorSettings(**json.loads(sys.stdin.readline())))
     print(monitor.port, flush=True)
     os.close(sys.stdout.fileno())

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from runtime.checkout import CHECKOUT
+from runtime.stop_signals import hidden_from_children
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,17 @@ class MonitorSettings:
 
 def start_monitor(settings: MonitorSettings) -> tuple["subprocess.Popen[str]", int]:
     """Start the monitor as a process that outlives this one; returns the process and its port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distributed.health.monitor"],
-        # The token goes through a pipe: other users of the node can read a command line.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=CHECKOUT,
-        start_new_session=True,
-    )
+    # Slurm signals every process that a job started. The monitor ends after all ranks have, and logs why.
+    with hidden_from_children():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distributed.health.monitor"],
+            # The token goes through a pipe: other users of the node can read a command line.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=CHECKOUT,
+            start_new_session=True,
+        )
     assert process.stdin is not None and process.stdout is not None
     with process.stdin, process.stdout:
         process.stdin.write(json.dumps(asdict(settings)) + "\n")

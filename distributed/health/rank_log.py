@@ -59,6 +59,11 @@ class RankLog:
         faulthandler.enable(file.stream)
         self.info(f"process {os.getpid()} logs here from now on")
 
+    @property
+    def path(self) -> Path | None:
+        """The file of this log, once it is open."""
+        return None if self._file is None else Path(self._file.baseFilename)
+
     def close(self) -> None:
         """Close the file; later lines stay in memory."""
         if self._file is not None:

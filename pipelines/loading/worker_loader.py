@@ -6,12 +6,13 @@ import multiprocessing.connection
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from runtime import stop_signals
 from runtime.child_processes import exit_with_parent
 
 from .hand_over import Delivery, hand_over
@@ -25,23 +26,19 @@ class HandOverError(RuntimeError):
     """Workers cannot be started, or cannot hand over a batch, for a limit of this machine: a restart would fail again."""
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 def start_worker_server() -> None:
     """Start the fork server of the loader workers; call it before this process initializes MPI, Horovod or CUDA.
 
-    The server imports what workers need, once. It ignores STOP_SIGNALS, which reach every process of a terminal (Ctrl-C) or
-    of a Slurm step: the training process decides when workers end.
+    The server imports what workers need, once. Stop signals, which reach every process of a terminal (Ctrl-C) or of a Slurm
+    step, do not reach it: the training process decides when workers end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.worker_server"])
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
+    # The resource tracker unblocks signals when it starts, so start it first.
+    with stop_signals.hidden_from_children():
+        resource_tracker.ensure_running()
+    with stop_signals.hidden_from_children():
         forkserver.ensure_running()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
     atexit.register(_kill_workers)
 
 
@@ -164,8 +161,8 @@ def _identity(batch: _Batch) -> _Batch:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Make a worker ignore STOP_SIGNALS and end with the training process, even if that process is killed."""
+    """Make a worker ignore stop signals and end with the training process, even if that process is killed."""
     # torch installs a handler of its own for one of the signals.
-    for number in STOP_SIGNALS:
+    for number in stop_signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
     exit_with_parent()

@@ -142,7 +142,7 @@ def main(folder: Path) -> int:
         (folder / f"rank-{context.backend.topology.rank}.json").write_text(json.dumps(results))
         if "error" in results[body.__name__]:
             print(results[body.__name__]["error"], file=sys.stderr, flush=True)
-            context.control.report_failure(f"{body.__name__} raised", 1)
+            context.control.report_failure(f"failed: {body.__name__} raised", 1)
             os._exit(1)
     context.control.close()
     context.backend.close()

@@ -59,10 +59,10 @@ class RunFolder:
                 f"cannot create the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
             ) from error
 
-    def record_start(self, topology: Topology, hosts: list[str], first_step: int) -> None:
-        """Append this start to provenance.json."""
+    def record_start(self, start: dict[str, Any]) -> None:
+        """Append this start (`provenance`) to provenance.json."""
         self.checkpoints.mkdir(exist_ok=True)
-        record_start(self.provenance, self.outcome, provenance(topology, hosts) | {"first_step": first_step})
+        record_start(self.provenance, self.outcome, start)
 
 
 def new_run_id(name: str, topology: Topology) -> str:
@@ -70,8 +70,8 @@ def new_run_id(name: str, topology: Topology) -> str:
     return topology.job_id or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def provenance(topology: Topology, hosts: list[str]) -> dict[str, Any]:
-    """Describe code, packages, launcher and hosts of a start."""
+def provenance(topology: Topology, hosts: list[str], first_step: int) -> dict[str, Any]:
+    """Describe code, packages, launcher, hosts and first step of a start."""
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -82,6 +82,7 @@ def provenance(topology: Topology, hosts: list[str]) -> dict[str, Any]:
         "launcher": topology.launcher,
         "world_size": topology.size,
         "hosts": hosts,
+        "first_step": first_step,
     }
 
 

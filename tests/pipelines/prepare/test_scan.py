@@ -512,6 +512,16 @@ def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(long: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sigterm_ends_it_in_the_same_way(long: Path) -> None:
+    process = start(long)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert errors.endswith("prepare.py folder: interrupted. Fix: run the same command again to resume\n")
+    assert journal_lines(long) >= 4
+
+
+@pytest.mark.slow
 def test_a_killed_scan_leaves_no_process_and_goes_on(long: Path) -> None:
     process = start(long)
     workers = children(process)

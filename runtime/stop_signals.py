@@ -1,0 +1,118 @@
+"""Handle the signals that ask a process to stop, from the first line of a program on.
+
+By default Python dies of SIGTERM and SIGUSR1 without a word. Its own handlers run in the main thread only between two Python
+instructions, so one call that waits in C (MPI's or torch's start-up, a missing file server) would hold them up. So the kernel's
+signal also wakes a thread, which ends the process. That thread's work changes with the phase (`set_action`).
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from .error_report import report_error
+from .exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
+
+EXIT_CODES = {"SIGINT": EXIT_INTERRUPTED, "SIGTERM": EXIT_REQUEUE, "SIGUSR1": EXIT_REQUEUE}
+"""The signals that ask for a stop, and the exit code of a process that stops for each."""
+
+NUMBERS = tuple(getattr(signal, name) for name in EXIT_CODES)
+
+Action = Callable[[str], None]
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop signal, raised in the main thread (`raise_in_main_thread`)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"stopped by {name}")
+        self.exit_code = EXIT_CODES[name]
+
+
+class _State:
+    installed = False
+    received: str | None = None
+    action: Action | None = None
+    acting = False
+
+
+def handle_stop_signals() -> None:
+    """Install the handlers: until `set_action`, a stop signal ends the process at once with its code. Call it first.
+
+    For entry points only, under `if __name__ == "__main__"`: loader workers import those files too.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _State.installed, _State.action = True, _exit_at_once
+    for number in NUMBERS:
+        signal.signal(number, _note)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
+
+
+def set_action(action: Action | None) -> None:
+    """Call `action` with the signal's name, in a thread, for each stop signal from now on. None: only note the signal."""
+    _State.action = action
+
+
+def received() -> str | None:
+    """Return the name of the newest stop signal that this process has received, if any."""
+    return _State.received
+
+
+def wait_for_action() -> None:
+    """Do not return if an action is at work: it ends this process, and says why. For the main thread, on an error."""
+    while _State.acting:
+        time.sleep(0.1)
+
+
+def raise_in_main_thread() -> None:
+    """Raise Stopped in the main thread for each stop signal from now on, for programs that clean up. Ctrl-C does so anyway."""
+    if not _State.installed:
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    _State.action = None
+    for number in NUMBERS:
+        signal.signal(number, stop)
+
+
+@contextmanager
+def hidden_from_children() -> Iterator[None]:
+    """Block the stop signals in this thread. A process that is started meanwhile inherits that, so none reaches it.
+
+    This process still handles them, in the thread of `handle_stop_signals`; ignoring them here would lose one.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    if name == "SIGINT" and _State.received == "SIGINT":
+        os._exit(EXIT_INTERRUPTED)
+    _State.received = name
+
+
+def _watch(reader: int) -> None:
+    """Act on the signals that the kernel's handler has written to the pipe, a byte each: the body of the thread."""
+    while True:
+        for number in os.read(reader, 64):
+            name = signal.Signals(number).name
+            if name in EXIT_CODES and (action := _State.action) is not None:
+                _State.acting = True
+                action(name)
+                _State.acting = False
+
+
+def _exit_at_once(name: str) -> None:
+    report_error("start-up", f"stopped by {name} before anything was done. Fix: run the same command again")
+    os._exit(EXIT_CODES[name])

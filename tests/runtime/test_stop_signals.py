@@ -1,0 +1,161 @@
+"""Stop signals in each phase of a process: their codes, a last line that says so, and within seconds."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.stop_signals import EXIT_CODES
+from tests.helpers.worlds import CHECKOUT
+
+LIMIT_S = 60
+
+DEADLOCK_IN_C = """
+import ctypes
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+print("now", flush=True)
+lock(mutex)
+"""
+"""No signal interrupts the second call, so Python's own handlers, which run in the main thread, never run."""
+
+
+def start(*command: str, cwd: Path = CHECKOUT) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run_script(text: str) -> "subprocess.Popen[str]":
+    process = start("-c", f"from runtime import stop_signals\nstop_signals.handle_stop_signals()\n{text}")
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    return process
+
+
+def wait_for_handler(pid: int, number: int) -> None:
+    """Wait until the process catches the signal, by the kernel's mask of caught signals."""
+    deadline_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline_s:
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+        if int(caught, 16) >> (number - 1) & 1:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no handler after {LIMIT_S} s")
+
+
+@pytest.mark.parametrize("name", EXIT_CODES)
+def test_a_signal_ends_a_process_that_waits_in_a_library(name: str) -> None:
+    process = run_script(DEADLOCK_IN_C)
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == EXIT_CODES[name]
+    assert errors == f"error (start-up): stopped by {name} before anything was done. Fix: run the same command again\n"
+
+
+@pytest.mark.parametrize("name", EXIT_CODES)
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plan.py"])
+def test_a_signal_while_an_entry_point_imports(program: str, name: str) -> None:
+    process = start(program, "experiment=smoke")
+    wait_for_handler(process.pid, signal.SIGUSR1)
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == EXIT_CODES[name], errors
+    assert errors.splitlines()[-1].startswith(f"error (start-up): stopped by {name}")
+    assert "Traceback" not in errors
+
+
+def test_a_signal_while_torch_is_loaded() -> None:
+    process = start("train.py", "experiment=smoke")
+    maps, deadline_s = Path(f"/proc/{process.pid}/maps"), time.monotonic() + LIMIT_S
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1].startswith("error (start-up): stopped by SIGUSR1")
+
+
+WAIT = "print('now', flush=True)\nwhile stop_signals.received() != {!r}: time.sleep(0.01)\n"
+
+
+def test_a_second_ctrl_c_exits_at_once() -> None:
+    text = f"import time; stop_signals.set_action(None); {WAIT.format('SIGINT')}print('noted', flush=True); time.sleep(300)"
+    with run_script(text) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None and process.stdout.readline() == "noted\n"
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 130
+
+
+def test_a_burst_of_signals_is_one_stop() -> None:
+    with run_script(f"import time; stop_signals.set_action(None); {WAIT.format('SIGTERM')}") as process:
+        for _ in range(200):
+            process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 0
+
+
+def test_the_loop_takes_over_and_counts_a_signal_that_came_just_before() -> None:
+    text = """
+import os, signal
+from training.signals import StopSignal
+stop_signals.set_action(None)
+print("now", flush=True)
+os.kill(os.getpid(), signal.SIGUSR1)
+with StopSignal() as stop:
+    print(stop.received)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(stop.received)
+os.kill(os.getpid(), signal.SIGUSR1)
+print("over")
+"""
+    process = run_script(text)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert output.split() == ["SIGUSR1", "SIGTERM", "over"]
+    assert process.returncode == 0
+
+
+def test_an_error_waits_for_the_action_that_ends_the_process() -> None:
+    """The action's own code and line come last, although the main thread fails meanwhile."""
+    text = """
+import os, signal, time
+def act(name):
+    time.sleep(0.3)
+    os.write(2, b"acted\\n")
+    os._exit(75)
+stop_signals.set_action(act)
+print("now", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+stop_signals.wait_for_action()
+os._exit(1)
+"""
+    process = run_script(text)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, errors) == (75, "acted\n")
+
+
+def test_children_do_not_get_the_signals_and_this_process_loses_none() -> None:
+    """As with the fork server and the monitor: both start while signals may come."""
+    text = """
+import os, signal, subprocess, sys, time
+stop_signals.set_action(lambda name: None)
+child = [sys.executable, "-c", "import time; print('now', flush=True); time.sleep(300)"]
+with stop_signals.hidden_from_children():
+    process = subprocess.Popen(child)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop_signals.received(): time.sleep(0.01)
+process.send_signal(signal.SIGUSR1)
+time.sleep(0.3)
+os.write(2, str(process.poll()).encode())
+process.kill()
+"""
+    process = run_script(text)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert errors == "None"
