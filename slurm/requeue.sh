@@ -8,10 +8,13 @@ conclude() {
         say "Slurm itself has ended this start: a lost node (it queues the job again), scancel, or the end of its time; run_id=$run_id goes on"
         exit 75
     fi
-    local outcome=$folder/outcome.json in_vain=$folder/starts_without_word.txt code reason
+    local outcome=$folder/outcome.json in_vain=$folder/starts_without_word.txt code='' reason
     if [[ -e $outcome && $(cat "$outcome") != "$outcome_before" ]]; then
-        code=$(sed 's/.*"exit_code": \([0-9]*\).*/\1/' "$outcome")
-        reason=$(sed 's/.*"reason": "\(.*\)", "time_s".*/\1/' "$outcome")
+        # Nothing but a number may get into bash's arithmetic, which runs commands: others may be able to write the run folder.
+        code=$(sed -n 's/.*"exit_code": \([1-9][0-9]\{0,2\}\|0\),.*/\1/p' "$outcome")
+    fi
+    if [[ $code =~ ^[0-9]+$ ]]; then
+        reason=$(sed -n 's/.*"reason": "\(.*\)", "time_s".*/\1/p' "$outcome")
         rm -f "$in_vain"
     elif ((srun_code >= 2 && srun_code <= 5)); then
         # train.py refused to start, before it could write an outcome.

@@ -1,0 +1,63 @@
+"""The end of a batch script: the outcome in the run folder decides, and nothing in it is executed."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from runtime.checkout import CHECKOUT
+
+CONCLUDE = """
+set -euo pipefail
+say() { echo "$*"; }
+source slurm/requeue.sh
+slurm_ends_it() { false; }
+requeue() { echo requeued; exit 75; }
+folder=$1 srun_code=$2 outcome_before=$3 restarts=0 run_id=x
+conclude
+"""
+
+
+def conclude(folder: Path, srun_code: int = 137, before: str = "") -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", CONCLUDE, "bash", str(folder), str(srun_code), before]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def outcome(exit_code: int, reason: str = "done") -> str:
+    return json.dumps({"exit_code": exit_code, "reason": reason, "time_s": 1.0}) + "\n"
+
+
+@pytest.mark.parametrize("exit_code", [0, 1, 2, 3, 5, 75, 130])
+def test_a_start_ends_with_its_outcome(tmp_path: Path, exit_code: int) -> None:
+    (tmp_path / "outcome.json").write_text(outcome(exit_code, 'rank 1 says "no", and $(date)'))
+    ended = conclude(tmp_path)
+    assert ended.returncode == exit_code
+    assert f"this start ended with {exit_code}: rank 1 says" in ended.stdout and "$(date)" in ended.stdout
+    assert ("requeued" in ended.stdout) == (exit_code == 75)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"exit_code": PATH[$(touch PROOF)], "reason": "x", "time_s": 1}',
+        '{"exit_code": 75[$(touch PROOF)], "reason": "x", "time_s": 1}',
+        '{"exit_code": , "reason": "x", "time_s": 1}',
+        '{"exit_code": 0008, "reason": "x", "time_s": 1}',
+        '{"exit_code": 7,\n"exit_code": PATH[$(touch PROOF)], "reason": "x", "time_s": 1}',
+    ],
+)
+def test_an_outcome_that_no_start_wrote_counts_as_none(tmp_path: Path, text: str) -> None:
+    proof = tmp_path / "proof"
+    (tmp_path / "outcome.json").write_text(text.replace("PROOF", str(proof)))
+    ended = conclude(tmp_path)
+    assert not proof.exists()
+    assert ended.returncode in (7, 75) and ended.stderr == ""
+
+
+def test_three_starts_without_an_outcome_end_the_job(tmp_path: Path) -> None:
+    earlier = outcome(75)
+    (tmp_path / "outcome.json").write_text(earlier)
+    assert [conclude(tmp_path, before=earlier.rstrip("\n")).returncode for _ in range(3)] == [75, 75, 5]
