@@ -115,7 +115,7 @@ class _Loop:
         try:
             is_best = validate(self.job, self.log, self.taken, lambda: control.stop_wanted(self.signal.received))
         except EvaluationStopped:
-            self.stop_reason = control.stop_reason(self.signal.received)
+            self.stop_reason = control.stop_reason()
             return False
         self.evaluation_owed = False
         return is_best and self.job.config.checkpoint.keep_best

@@ -1,8 +1,8 @@
-"""The control channel: each rank's connection to the monitor and to a small key-value store, apart from the collectives.
+"""The control channel: each rank's connection to the monitor, apart from the collectives.
 
 A rank that waits in a collective does not learn from it that another rank failed, died or hangs. So a thread of every rank is
 connected to the job's monitor (distributed.health.monitor), and ends the process when the monitor says so or is gone itself.
-Through a key-value store on rank 0, ranks agree on when to stop without a collective.
+Over the same connection ranks agree on when to stop without a collective (stop_agreement.py).
 """
 
 import ctypes
@@ -16,10 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
-
-from torch.distributed import TCPStore
 
 from distributed.backends.base import Backend
 from runtime.error_report import report_error
@@ -31,9 +28,9 @@ from .messages import Failure, Message, parse_message
 from .monitor_process import MonitorSettings, start_monitor
 from .rank_log import RankLog, node_log, read_tail
 from .stack_dump import descendants, own_stacks, stacks_of
+from .stop_agreement import StopAgreement
 
 _CONNECT_TIMEOUT_S = 60.0
-_STORE_TIMEOUT_S = 10.0
 
 # From a failure here until the monitor sends the reason why the job ends.
 _VERDICT_TIMEOUT_S = 6.0
@@ -52,7 +49,6 @@ class ControlChannel:
         self._hang_timeout_s = hang_timeout_s
         self.log = RankLog(topology.rank, topology.host)
         self._place, self._progress_s = Place(), time.monotonic()
-        self._store: TCPStore | None = None
         self._monitor: subprocess.Popen[str] | None = None
         self._verdict: Failure | None = None
         self.before_end: Callable[[], None] = lambda: None
@@ -61,36 +57,20 @@ class ControlChannel:
         """The monitor has sent that the job is over, with or without a failure."""
         self._failed_here = False
         self._send_lock = threading.Lock()
+        self._stop = StopAgreement(topology.rank, self._send)
         served = None
         if self.rank == 0:
             address = "127.0.0.1" if topology.local_size == self._world_size else _own_address()
             settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self._world_size, hang_timeout_s)
             self._monitor, port = start_monitor(settings)
-            served = (settings, port, self._serve_store(address) if self._world_size > 1 else 0)
-        settings, port, store_port = backend.broadcast_object(served)
-        if self.rank != 0:
-            timeout = timedelta(seconds=_STORE_TIMEOUT_S)
-            self._store = TCPStore(settings.address, store_port, is_master=False, timeout=timeout)
+            served = (settings, port)
+        settings, port = backend.broadcast_object(served)
         self._monitor_host = settings.host
         self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_TIMEOUT_S)
         _allow_tracing()
         self._received_s = time.monotonic()
         self._send(messages.Hello(self.rank, self._host, os.getpid(), settings.token))
         threading.Thread(target=self._run, name="control", daemon=True).start()
-
-    def _serve_store(self, address: str) -> int:
-        """Serve the store on a socket of our own, because torch's would listen on every interface; returns its port."""
-        listener = socket.create_server((address, 0), backlog=4096)
-        port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=_STORE_TIMEOUT_S),
-            master_listen_fd=listener.detach(),
-        )
-        return port
 
     @property
     def where(self) -> str:
@@ -149,6 +129,8 @@ class ControlChannel:
         elif isinstance(message, messages.JobDone):
             self._over.set()
             return True
+        elif message is not None:
+            self._stop.receive(message)
         return False
 
     def _monitor_is_silent(self) -> bool:
@@ -204,43 +186,32 @@ class ControlChannel:
     # --- Agreement on a stop ------------------------------------------------------------------------------------------
 
     def request_stop(self, reason: str) -> None:
-        """Ask all ranks to stop after a common step. Any rank may, from its main thread; the first reason counts."""
-        if self._store is not None:
-            self._store.compare_set("stop/wanted", "", reason)
+        """Ask all ranks to stop after a common step. Any rank may; the first reason counts."""
+        self._stop.request(reason)
 
     def stop_wanted(self, wanted: str | None) -> bool:
         """Return whether any rank has asked for a stop; asks for one if `wanted`, this rank's reason, is given.
 
         Ranks learn of it at different moments.
         """
-        if self._store is None:
-            return wanted is not None
         if wanted is not None:
             self.request_stop(wanted)
-        return wanted is not None or self._store.check(["stop/wanted"])
+        return wanted is not None or self._stop.is_wanted()
 
-    def stop_reason(self, wanted: str | None) -> str:
-        """Return the reason of an agreed stop, the same on all ranks (`wanted`: this rank's own reason)."""
-        if self._store is None:
-            assert wanted is not None
-            return wanted
-        return self._store.get("stop/wanted").decode()
+    def stop_reason(self) -> str:
+        """Return the reason of a stop that a rank has asked for, the same on all ranks."""
+        return self._stop.reason()
 
     def agreed_stop(self, step: int, steps_in_flight: int, wanted: str | None) -> str | None:
         """Return the reason to stop after this step, or None. Call it once per step, after the step's reduction.
 
-        Rank 0 sets the last step, `steps_in_flight` ahead: no rank can have finished a later one, since each needs rank 0's
-        gradients, and hosts run at most that far ahead of their devices.
+        `wanted`: this rank's reason to ask for a stop. `steps_in_flight`: as in StopAgreement.reason_after.
         """
-        if self._store is None:
-            return wanted
         if wanted is not None:
             self.request_stop(wanted)
-        if self.rank == 0 and not self._store.check(["stop/last"]) and self._store.check(["stop/wanted"]):
-            self._store.set("stop/last", str(step + 1 + steps_in_flight))
-        if self._store.check(["stop/last"]) and step >= int(self._store.get("stop/last")):
-            return self.stop_reason(wanted)
-        return None
+        if self._world_size == 1:
+            return wanted
+        return self._stop.reason_after(step, steps_in_flight)
 
     def close(self) -> None:
         """Leave after all ranks have finished; other ranks may wait here while rank 0 writes the report."""

@@ -99,6 +99,25 @@ class RankDone(Message):
     """This rank has finished without an error."""
 
 
+@dataclass(frozen=True)
+class StopRequest(Message):
+    """This rank asks all ranks to stop after a common step; `reason`: the signal that it got."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LastStep(Message):
+    """The step after which all ranks stop: from rank 0 to the monitor, which sends it to all ranks."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class LastStepKnown(Message):
+    """The answer to LastStep."""
+
+
 # --- From the monitor to a rank ---------------------------------------------------------------------------------------
 
 
@@ -132,6 +151,18 @@ class JobFailed(Message):
 
 
 @dataclass(frozen=True)
+class StopWanted(Message):
+    """A rank has asked for a stop; `reason`: the first rank's, which counts on all ranks."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LastStepAgreed(Message):
+    """All ranks know the last step: rank 0 may begin its next step."""
+
+
+@dataclass(frozen=True)
 class JobDone(Message):
     """All ranks have finished or failed."""
 
@@ -139,8 +170,9 @@ class JobDone(Message):
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
-        *(Hello, OpenLog, Heartbeat, RankFailed, Stacks, LogTail, RankDone),
-        *(Ack, StacksRequest, JobFailed, JobDone),
+        *(Hello, OpenLog, Heartbeat, RankFailed, Stacks, LogTail, RankDone, StopRequest, LastStepKnown),
+        *(Ack, StacksRequest, JobFailed, JobDone, StopWanted, LastStepAgreed),
+        LastStep,
     )
 }
 

@@ -10,23 +10,23 @@ control channel starts it (monitor_process.py).
 
 import json
 import os
-import selectors
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from runtime.exit_codes import EXIT_FAILURE, EXIT_REQUEUE
 
 from . import messages
-from .hang_detection import Place, RankState, heartbeat_timeout_s, phase_timeout_s, stuck_ranks
-from .messages import Failure, Message, MessageError, parse_message
+from .connections import Connections, Peer
+from .hang_detection import RankState, heartbeat_timeout_s, phase_timeout_s, stuck_ranks
+from .messages import Failure, Message
 from .monitor_process import MonitorSettings
 from .rank_log import RankLog, node_log, read_tail
 from .stack_dump import stacks_of
+from .stop_agreement import StopRelay
 
 _POLL_S = 0.25
 
@@ -42,39 +42,19 @@ _LAST_MESSAGE_TIMEOUT_S = 3.0
 # For the ranks on the monitor's node to exit after the last message.
 _EXIT_TIMEOUT_S = 15.0
 
-_SEND_TIMEOUT_S = 1.0
-
-
-@dataclass
-class _Peer:
-    """A rank's connection, and the state that the rank has sent."""
-
-    connection: socket.socket
-    rank: int = -1
-    host: str = "?"
-    pid: int = 0
-    buffer: bytes = b""
-    state: RankState = field(default_factory=lambda: RankState(Place(), time.monotonic(), time.monotonic()))
-    leaving: bool = False
-    """The rank has finished or failed: the end of its connection is expected."""
-    stacks: str | None = None
-
 
 class Monitor:
     """The monitor of one job; `run` returns when the job has ended."""
 
     def __init__(self, settings: MonitorSettings) -> None:
-        self._listener = socket.create_server((settings.address, 0), backlog=4096)
-        self.port: int = self._listener.getsockname()[1]
-        self._host, self._token, self._world_size = settings.host, settings.token, settings.world_size
+        self._connections = Connections(settings.address, settings.token, settings.world_size)
+        self.port = self._connections.port
+        self._peers = self._connections.ranks
+        self._host, self._world_size = settings.host, settings.world_size
         self._hang_timeout_s = settings.hang_timeout_s
         self._silent_after_s = heartbeat_timeout_s(settings.world_size)
         self._log = RankLog("monitor", settings.host)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._peers: dict[int, _Peer] = {}
-        self._num_connected = 0
-        """Ranks that have connected so far, also those that have left."""
+        self._stop = StopRelay()
         self._started_s = time.monotonic()
         self._failures: list[tuple[float, Failure]] = []
         """Each with the time from which it counts."""
@@ -91,7 +71,7 @@ class Monitor:
             self._receive(_POLL_S)
             self._judge_failures()
             if self._hang_timeout_s is not None and self._verdict is None:
-                if self._num_connected < self._world_size:
+                if self._connections.num_connected < self._world_size:
                     self._judge_arrival(self._hang_timeout_s)
                 elif len(self._peers) == self._world_size:
                     self._judge_progress(self._hang_timeout_s)
@@ -108,60 +88,40 @@ class Monitor:
         """Kill ranks on this node that do not exit: a stopped rank, or one blocked in a library that holds the GIL, cannot act
         on the last message, and if no rank exits, no launcher ends the job. Rank 0 is always on this node."""
 
-        def on_this_node() -> list[_Peer]:
+        def on_this_node() -> list[Peer]:
             return [peer for peer in self._peers.values() if peer.host == self._host]
 
         while on_this_node() and time.monotonic() < deadline_s:
             self._receive(0.05)
         for peer in on_this_node():
-            self._log.warning(f"{_name(peer)} did not exit within {_EXIT_TIMEOUT_S:.0f} s: killed")
+            self._log.warning(f"{peer} did not exit within {_EXIT_TIMEOUT_S:.0f} s: killed")
             with suppress(OSError):
                 os.kill(peer.pid, signal.SIGKILL)
 
     # --- Messages -----------------------------------------------------------------------------------------------------
 
     def _receive(self, wait_s: float) -> None:
-        for key, _ in self._selector.select(wait_s):
-            if key.fileobj is self._listener:
-                connection, _ = self._listener.accept()
-                connection.settimeout(_SEND_TIMEOUT_S)
-                self._selector.register(connection, selectors.EVENT_READ, _Peer(connection))
-            else:
-                self._read(key.data)
+        for peer, message in self._connections.receive(wait_s):
+            if message is None:
+                self._rank_is_gone(peer)
+                continue
+            try:
+                self._handle(peer, message)
+            # A broken rank must not end the monitor: the other ranks need it to learn why the job ends.
+            except Exception as error:
+                self._log.warning(f"monitor: {peer} sent a {type(message).__name__} that failed: {error!r}")
+                self._connections.close(peer)
+                self._rank_is_gone(peer)
 
-    def _read(self, peer: _Peer) -> None:
-        try:
-            part = peer.connection.recv(1 << 16)
-        except OSError:
-            part = b""
-        *lines, peer.buffer = (peer.buffer + part).split(b"\n")
-        try:
-            for line in lines:
-                self._handle(peer, parse_message(line))
-        except (MessageError, PermissionError):
-            # The peer is no rank of this job: close its connection.
-            part = b""
-        if not part:
-            self._close(peer)
-
-    def _handle(self, peer: _Peer, message: Message | None) -> None:
-        """Act on a message; None is one of an unknown kind. Raises PermissionError for a peer that is no rank of this job."""
+    def _handle(self, peer: Peer, message: Message) -> None:
         now_s = time.monotonic()
-        if isinstance(message, messages.Hello):
-            if message.token != self._token:
-                raise PermissionError
-            peer.rank, peer.host, peer.pid = message.rank, message.host, message.pid
-            self._peers[peer.rank] = peer
-            self._num_connected += 1
-        elif peer.rank < 0:
-            raise PermissionError
-        elif isinstance(message, messages.OpenLog):
+        if isinstance(message, messages.OpenLog):
             self._log.open_in(Path(message.folder))
         elif isinstance(message, messages.Heartbeat):
             place, before = message.place(), peer.state
             has_progress = place.progress_count != before.place.progress_count
             peer.state = RankState(place, now_s if has_progress else before.progress_s, now_s)
-            _send(peer, messages.Ack())
+            peer.send(messages.Ack())
         elif isinstance(message, messages.RankFailed):
             peer.leaving = True
             failure = Failure(peer.rank, peer.host, message.message, message.exit_code)
@@ -178,18 +138,19 @@ class Monitor:
             self._all_done = len(peers) == self._world_size and all(each.leaving for each in peers)
             if self._all_done:
                 self._send_all(messages.JobDone())
+        else:
+            for rank, reply in self._stop.replies(peer.rank, message, set(self._peers)):
+                self._peers[rank].send(reply)
 
-    def _close(self, peer: _Peer) -> None:
-        self._selector.unregister(peer.connection)
-        peer.connection.close()
-        if self._peers.pop(peer.rank, None) is None or peer.leaving or self._verdict or self._all_done:
+    def _rank_is_gone(self, peer: Peer) -> None:
+        if peer.leaving or self._verdict or self._all_done:
             return
         message = f"is gone: its process was killed or crashed, or its node failed, at {peer.state.place}"
         self._failures.append((time.monotonic(), Failure(peer.rank, peer.host, message, EXIT_REQUEUE)))
 
     def _send_all(self, message: Message) -> None:
         for peer in self._peers.values():
-            _send(peer, message)
+            peer.send(message)
 
     # --- Decisions ----------------------------------------------------------------------------------------------------
 
@@ -219,7 +180,7 @@ class Monitor:
         if not stuck:
             return
         no_progress_s = time.monotonic() - max(peer.state.progress_s for peer in self._peers.values())
-        named = "; ".join(f"{_name(self._peers[rank])} at {self._describe(self._peers[rank])}" for rank in stuck[:8])
+        named = "; ".join(f"{self._peers[rank]} at {self._describe(self._peers[rank])}" for rank in stuck[:8])
         self._log.warning(
             f"hang: no rank made progress for {no_progress_s:.0f} s (distributed.hang_timeout_s={hang_timeout_s:g}), "
             f"waiting for {named}{f', and {len(stuck) - 8} more' if len(stuck) > 8 else ''}. Collecting the stacks of all ranks"
@@ -240,10 +201,10 @@ class Monitor:
         states = {rank: peer.state for rank, peer in self._peers.items()}
         return stuck_ranks(states, time.monotonic(), hang_timeout_s, self._silent_after_s)
 
-    def _is_silent(self, peer: _Peer) -> bool:
+    def _is_silent(self, peer: Peer) -> bool:
         return time.monotonic() - peer.state.heartbeat_s > self._silent_after_s
 
-    def _describe(self, peer: _Peer) -> str:
+    def _describe(self, peer: Peer) -> str:
         """Return a rank's place, and for how long it has sent no heartbeat."""
         if not self._is_silent(peer):
             return str(peer.state.place)
@@ -269,18 +230,18 @@ class Monitor:
             if rank in self._peers:
                 peer = self._peers[rank]
                 text = peer.stacks or self._neighbours.get(rank) or "(no answer)"
-                parts.append(f"==== {_name(peer)}, {self._describe(peer)}\n{text}\n")
+                parts.append(f"==== {peer}, {self._describe(peer)}\n{text}\n")
         self._log.warning("".join(parts[:1]))
         return self._log.write_failure_file("stacks.txt", "\n".join(parts))
 
-    def _ask_for_stacks(self, peer: _Peer, asked: list[int], silent: list[int]) -> None:
+    def _ask_for_stacks(self, peer: Peer, asked: list[int], silent: list[int]) -> None:
         """Ask a rank for its stacks; the first one on a node is also asked for those of the silent ranks there."""
         peer.stacks = None
         is_first_on_node = peer.rank == min(rank for rank in asked if self._peers[rank].host == peer.host)
         neighbours = [self._peers[rank] for rank in silent if self._peers[rank].host == peer.host]
         is_asked_for_neighbours = is_first_on_node and peer.host != self._host
         pids = {neighbour.rank: neighbour.pid for neighbour in neighbours if is_asked_for_neighbours}
-        _send(peer, messages.StacksRequest(pids))
+        peer.send(messages.StacksRequest(pids))
 
     def _write_rank_log(self, rank: int, text: str) -> None:
         # Rank 0's log is in the run folder already.
@@ -297,16 +258,6 @@ class Monitor:
             self._write_rank_log(failure.rank, read_tail(node_log(self._log.folder.name, failure.rank)))
         send_log = cannot_send_log and failure.host != self._host
         self._send_all(messages.JobFailed(**asdict(failure), send_log=send_log))
-
-
-def _name(peer: _Peer) -> str:
-    return f"rank {peer.rank} on {peer.host}"
-
-
-def _send(peer: _Peer, message: Message) -> None:
-    # `_read` notices a connection that has ended.
-    with suppress(OSError):
-        peer.connection.sendall(message.to_line())
 
 
 def main() -> None:

@@ -436,13 +436,14 @@ def stop_reasons(context: Context) -> list[str]:
     wanted = "SIGUSR1" if context.backend.topology.size == 1 else own
     wait_for_all(context.backend)
     assert context.control.stop_wanted(wanted)
-    return [context.control.stop_reason(wanted)]
+    return [context.control.stop_reason()]
 
 
 def agreed_stop(context: Context) -> list[int]:
     """Request a stop on the last rank at step 3; every rank must stop after the same step."""
     topology = context.backend.topology
-    for step in range(20):
+    # More steps than pass until the monitor has relayed the request.
+    for step in range(2000):
         context.backend.all_reduce_(torch.zeros(1), "test.step")
         wanted = "SIGUSR1" if step >= 3 and topology.rank == topology.size - 1 else None
         if context.control.agreed_stop(step, 0, wanted) is not None:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,16 +31,11 @@ from distributed.health.messages import (
     StacksRequest,
     parse_message,
 )
-from distributed.health.monitor_process import MonitorSettings, start_monitor
 from distributed.health.rank_log import RankLog, node_log
 from runtime.exit_codes import EXIT_REQUEUE
+from tests.helpers.monitor_ranks import Rank, started_monitors
 
 LIMIT_S, SILENT_S = 10.0, 5.0
-NO_PROCESS = 1 << 24
-"""A process id that cannot exist: the monitor kills ranks that do not exit."""
-
-Kind = TypeVar("Kind", bound=Message)
-
 
 # --- Stuck ranks ------------------------------------------------------------------------------------------------------
 
@@ -164,49 +159,10 @@ def test_a_message_of_an_unknown_kind_is_none(line: bytes) -> None:
 # --- The monitor process ----------------------------------------------------------------------------------------------
 
 
-class Rank:
-    """Rank's side of the connection."""
-
-    connected: ClassVar[list["Rank"]] = []
-
-    def __init__(self, port: int, rank: int, token: str = "right") -> None:
-        self.connected.append(self)
-        self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.lines = self.connection.makefile("rb")
-        self.send(Hello(rank, "here", NO_PROCESS, token))
-
-    def send(self, *messages: Message) -> None:
-        for message in messages:
-            self.connection.sendall(message.to_line())
-
-    def receive(self, kind: type[Kind]) -> Kind:
-        """Return the next message of this kind; fail if the monitor closes the connection instead."""
-        for line in self.lines:
-            message = parse_message(line)
-            if isinstance(message, kind):
-                return message
-        raise AssertionError(f"no {kind.__name__}: the monitor has closed the connection")
-
-    def leave(self) -> None:
-        self.lines.close()
-        self.connection.close()
-
-
 @pytest.fixture
 def monitor() -> Iterator[Callable[..., tuple["subprocess.Popen[str]", int]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(world_size: int, hang_timeout_s: float | None = None) -> tuple["subprocess.Popen[str]", int]:
-        process, port = start_monitor(MonitorSettings("127.0.0.1", "here", "right", world_size, hang_timeout_s))
-        started.append(process)
-        return process, port
-
-    yield start
-    while Rank.connected:
-        Rank.connected.pop().leave()
-    for process in started:
-        process.kill()
-        process.wait()
+    with started_monitors() as start:
+        yield start
 
 
 def test_all_ranks_hear_who_died(monitor: Any, tmp_path: Path) -> None:

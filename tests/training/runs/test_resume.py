@@ -236,8 +236,8 @@ class NobodyElse:
     def stop_wanted(self, wanted: str | None) -> bool:
         return wanted is not None
 
-    def stop_reason(self, wanted: str) -> str:
-        return wanted
+    def stop_reason(self) -> str:
+        return self.name
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""The monitor's connections: what strangers send, and how much, never reaches the ranks."""
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+
+from distributed.health import connections
+from distributed.health.connections import Connections
+from distributed.health.messages import Ack, Heartbeat, Hello, LogTail, Message
+from tests.helpers.monitor_ranks import TOKEN, Rank, started_monitors
+
+
+@pytest.fixture
+def monitor() -> Iterator[Callable[..., Any]]:
+    with started_monitors() as start:
+        yield start
+
+
+@pytest.fixture
+def two() -> Iterator[Connections]:
+    """The connections of a world of two, within this process."""
+    listening = Connections("127.0.0.1", TOKEN, 2)
+    yield listening
+    while Rank.connected:
+        Rank.connected.pop().leave()
+    for peer in [*listening.ranks.values(), *listening._strangers.values()]:
+        listening.close(peer)
+    listening._listener.close()
+    listening._selector.close()
+
+
+def is_served(rank: Rank) -> None:
+    rank.send(Heartbeat(1, "step", 1))
+    rank.receive(Ack)
+
+
+def receive_until(listening: Connections, done: Callable[[], bool]) -> list[tuple[int, Message | None]]:
+    received, deadline_s = [], time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline_s
+        received += [(peer.rank, message) for peer, message in listening.receive(0.05)]
+    return received
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(0.01)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+GARBAGE = [
+    b"\n" * 4096,
+    b"[" * 200_000 + b"\n",
+    b"\x00" * 100_000,
+    b'{"kind": "Hello", "rank": 1, "host": "h", "pid": 1, "token": "\\ud800"}\n',
+    b'{"kind": "Hello", "rank": 1, "host": "h", "pid": 1, "token": "' + b"x" * 100_000 + b'"}\n',
+    b'{"kind": "StopRequest", "reason": "SIGINT"}\n',
+    b'{"kind": "LastStep", "step": 1}\n',
+    Hello(0, "x", 1, TOKEN + "x").to_line(),
+]
+
+
+def test_garbage_and_forgeries_leave_the_ranks_alone(monitor: Any) -> None:
+    process, port = monitor(2)
+    ranks = [Rank(port, rank) for rank in range(2)]
+    for garbage in GARBAGE:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as stranger:
+            # The monitor may close the connection before all is sent.
+            with suppress(OSError):
+                stranger.sendall(garbage)
+            while not is_closed(stranger):
+                pass
+    for rank in ranks:
+        is_served(rank)
+    assert process.poll() is None
+
+
+def test_idle_connections_do_not_use_up_the_open_files(monitor: Any) -> None:
+    process, port = monitor(2)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
+    first = Rank(port, 0)
+    is_served(first)
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        second = Rank(port, 1)
+        is_served(first)
+        is_served(second)
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("rank", [-1, 0, 2, 1 << 70])
+def test_a_rank_that_is_taken_or_does_not_exist_is_refused(two: Connections, rank: int) -> None:
+    taken = Rank(two.port, 0)
+    receive_until(two, lambda: 0 in two.ranks)
+    other = Rank(two.port, rank)
+    receive_until(two, lambda: is_closed(other.connection))
+    assert set(two.ranks) == {0} and two.num_connected == 1
+    taken.send(Heartbeat(1, "step", 1))
+    while not (received := list(two.receive(0.05))):
+        pass
+    assert [(peer.rank, message) for peer, message in received] == [(0, Heartbeat(1, "step", 1))]
+
+
+def test_a_connection_without_a_hello_is_closed_in_time(two: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_HELLO_TIMEOUT_S", 0.3)
+    with socket.create_connection(("127.0.0.1", two.port), timeout=20) as stranger:
+        stranger.sendall(b"{")
+        receive_until(two, lambda: is_closed(stranger))
+
+
+def test_a_connection_without_a_newline_is_closed_after_few_bytes(two: Connections) -> None:
+    with socket.create_connection(("127.0.0.1", two.port), timeout=20) as stranger:
+        stranger.sendall(b"x" * (connections._HELLO_BYTES + 1))
+        receive_until(two, lambda: is_closed(stranger))
+
+
+def test_a_long_message_of_a_rank_arrives_whole(two: Connections) -> None:
+    rank, text = Rank(two.port, 1), "line\n" * 200_000
+    sending = threading.Thread(target=rank.send, args=(LogTail(1, text),))
+    sending.start()
+    while not (received := list(two.receive(0.05))):
+        pass
+    sending.join()
+    assert [(peer.rank, message) for peer, message in received] == [(1, LogTail(1, text))]
+
+
+def test_the_end_of_a_ranks_connection_is_reported_once(two: Connections) -> None:
+    rank = Rank(two.port, 1)
+    receive_until(two, lambda: 1 in two.ranks)
+    rank.leave()
+    assert receive_until(two, lambda: 1 not in two.ranks) == [(1, None)]
+    assert list(two.receive(0.05)) == []
