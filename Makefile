@@ -48,7 +48,7 @@ $(DEV): $(BASE)
 smoke: smoke-$(BACKEND)  ## train a small model on generated clips with 2 processes; BACKEND=torch|horovod|single ARGS=...
 
 smoke-torch: data/shapes
-	OMP_NUM_THREADS=$(HALF_THE_CORES) $(BIN)/torchrun --standalone --nproc-per-node 2 \
+	OMP_NUM_THREADS=$(HALF_THE_CORES) $(BIN)/python launch/local.py --processes 2 \
 	    train.py experiment=$(EXPERIMENT) distributed=torch $(ARGS)
 
 smoke-horovod: horovod data/shapes

@@ -18,7 +18,8 @@ class TopologyError(ValueError):
 class Topology:
     """A process' place in the world. `local_*` count within its node; `node` counts nodes from 0.
 
-    `launcher`: none, torchrun, horovodrun, mpirun, jsrun, srun, or srun --mpi=pmix or --mpi=pmi2, whose tasks may join MPI.
+    `launcher`: none, local (launch/local.py), torchrun, horovodrun, mpirun, jsrun, srun, or srun --mpi=pmix or --mpi=pmi2, whose
+    tasks may join MPI.
     """
 
     launcher: str
@@ -55,6 +56,7 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         None,
     ),
+    _Launcher("local", "TSM_LOCAL_RANK", "TSM_LOCAL_SIZE", "TSM_LOCAL_RANK", "TSM_LOCAL_SIZE", None),
     _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
 )
 # LSF's launcher on machines like Summit. Its MPI also sets Open MPI's variables, so mpirun's names are not read there.
@@ -69,7 +71,8 @@ _JSRUN = _Launcher(
 
 
 def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
-    """Return this process' place, from the environment of torchrun, horovodrun (Gloo or MPI), mpirun, jsrun, srun, or none.
+    """Return this process' place, from the environment of launch/local.py, torchrun, horovodrun (Gloo
+    or MPI), mpirun, jsrun, srun, or none.
 
     Where srun starts another launcher once on each node, that launcher's variables take precedence.
 
@@ -220,10 +223,10 @@ def choose_backend(wanted: str, topology: Topology, world_size: int | None = Non
         )
     if wanted == "torch" and topology.launcher in ("horovodrun", "mpirun", "jsrun"):
         raise TopologyError(
-            f"distributed.backend=torch needs the rendezvous of torchrun or srun, but {_started(topology)}. "
-            "Fix: start with torchrun or srun, or distributed.backend=horovod"
+            f"distributed.backend=torch needs the rendezvous of launch/local.py, torchrun or srun, but "
+            f"{_started(topology)}. Fix: start with one of them, or distributed.backend=horovod"
         )
-    if wanted == "horovod" and topology.launcher == "torchrun" and topology.size > 1:
+    if wanted == "horovod" and topology.launcher in ("local", "torchrun") and topology.size > 1:
         raise TopologyError(
             f"distributed.backend=horovod, but {_started(topology)}, which Horovod does not support. "
             "Fix: start with srun, horovodrun or mpirun, or distributed.backend=torch"
@@ -233,6 +236,7 @@ def choose_backend(wanted: str, topology: Topology, world_size: int | None = Non
 
 _DEFAULT_BACKEND = {
     "none": "single",
+    "local": "torch",
     "torchrun": "torch",
     "srun": "torch",
     "srun --mpi=pmix": "horovod",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start a run on one machine without Slurm: one process per GPU, or two on the CPU. PROCESSES=N overrides this.
 #
-#   launch/local.sh experiment=smoke                                   torch.distributed, by torchrun
+#   launch/local.sh experiment=smoke                                   torch.distributed, by launch/local.py
 #   launch/local.sh experiment=smoke distributed=horovod               Horovod, by horovodrun
 #   launch/local.sh experiment=kinetics_single_node data.root=/data/k400
 #   launch/local.sh experiment=kinetics_single_node data.root=/data/k400 numerics=reference     float32
@@ -33,14 +33,14 @@ case $capability in
 esac
 [[ ${1:-} != --run ]] || numerics=()
 
-launcher=("$bin/torchrun" --standalone --nproc-per-node "$processes")
+launcher=("$bin/python" launch/local.py --processes "$processes")
 for override; do
     case $override in
         distributed=horovod | distributed=horovod_gloo | distributed.backend=horovod)
             launcher=("$bin/horovodrun" --gloo -np "$processes" "$bin/python")
             ;;
         distributed=torch | distributed.backend=torch)
-            launcher=("$bin/torchrun" --standalone --nproc-per-node "$processes")
+            launcher=("$bin/python" launch/local.py --processes "$processes")
             ;;
         distributed.device=cpu) numerics=() ;;
     esac

@@ -1,6 +1,7 @@
-"""The backend over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by torchrun or srun."""
+"""The backend over torch.distributed: NCCL on GPUs, Gloo on CPUs, started by launch/local.py, torchrun or srun."""
 
 import inspect
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ class TorchBackend:
         if topology.launcher.startswith("srun"):
             host, port = rendezvous()
             where = f"tcp://{host}:{port}"
+            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+        elif topology.launcher == "local":
+            where = f"file://{os.environ['TSM_LOCAL_STORE']}"
             dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
         else:
             dist.init_process_group(transport, timeout=timeout)

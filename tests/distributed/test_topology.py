@@ -66,6 +66,11 @@ def test_no_launcher_is_a_world_of_one() -> None:
     assert find_topology({"PATH": "/bin"}) == Topology("none", 0, 1, 0, 1, 0, HOST)
 
 
+def test_the_local_launcher_has_one_node() -> None:
+    environment = {"TSM_LOCAL_RANK": "1", "TSM_LOCAL_SIZE": "4", "TSM_LOCAL_STORE": "/tmp/x/store"}
+    assert find_topology(environment) == Topology("local", 1, 4, 1, 4, 0, HOST)
+
+
 @EACH
 def test_a_launchers_place(launcher: str) -> None:
     assert find_topology(ENVIRONMENTS[launcher]) == Topology(launcher, 5, 8, 1, 4, 1, HOST)
@@ -246,13 +251,14 @@ def test_auto_without_a_launcher_is_single() -> None:
 ALLOWED = [
     ("single", "none", 1), ("torch", "none", 1), ("horovod", "none", 1),
     ("single", "torchrun", 1), ("torch", "torchrun", 1), ("torch", "torchrun", 8), ("horovod", "torchrun", 1),
+    ("single", "local", 1), ("torch", "local", 1), ("torch", "local", 8), ("horovod", "local", 1),
     ("single", "horovodrun", 1), ("horovod", "horovodrun", 1), ("horovod", "horovodrun", 8),
     ("single", "mpirun", 1), ("horovod", "mpirun", 1), ("horovod", "mpirun", 8),
 ]  # fmt: skip
 REFUSED = [
     ("single", "torchrun", 8), ("single", "horovodrun", 8), ("single", "mpirun", 8),
     ("torch", "horovodrun", 1), ("torch", "horovodrun", 8), ("torch", "mpirun", 1), ("torch", "mpirun", 8),
-    ("horovod", "torchrun", 8),
+    ("horovod", "torchrun", 8), ("single", "local", 8), ("horovod", "local", 8),
 ]  # fmt: skip
 
 
@@ -260,7 +266,7 @@ def test_the_tables_hold_every_case() -> None:
     cases = {
         (wanted, launcher, size)
         for wanted in ("single", "torch", "horovod")
-        for launcher in ("none", "torchrun", "horovodrun", "mpirun")
+        for launcher in ("none", "local", "torchrun", "horovodrun", "mpirun")
         for size in (1, 8)
         if (launcher, size) != ("none", 8)
     }

@@ -67,7 +67,7 @@ class RunningJob:
                     for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
                     if "=" in entry
                 )
-                names = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
+                names = ("TSM_LOCAL_RANK", "RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
                 found[next((int(environ[name]) for name in names if name in environ), 0)] = pid
         return found
 

@@ -23,7 +23,7 @@ LAUNCH_LIMIT_S = 600
 
 @dataclass(frozen=True)
 class World:
-    """A launcher (none, torchrun, horovodrun or mpirun) and a world size."""
+    """A launcher (none, local, torchrun, horovodrun or mpirun) and a world size."""
 
     launcher: str
     size: int
@@ -47,6 +47,7 @@ class World:
         size = str(self.size)
         return {
             "none": [python, *program],
+            "local": [python, str(CHECKOUT / "launch" / "local.py"), "--processes", size, *program],
             "torchrun": [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, *program],
             "horovodrun": [str(Path(python).parent / "horovodrun"), "--gloo", "-np", size, python, *program],
             "mpirun": ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", size, python, *program],

@@ -33,7 +33,7 @@ ENDLESS = (
 
 KILLED = [
     (World("torchrun", 4), 2),
-    (World("torchrun", 2), 0),
+    (World("local", 2), 0),
     (World("horovodrun", 4), 0),
     (World("horovodrun", 2), 1),
     (World("mpirun", 4), 2),

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("world", "overrides"),
-    [(World("torchrun", 2), []), (World("horovodrun", 2), ["distributed=horovod"])],
+    [(World("local", 2), []), (World("horovodrun", 2), ["distributed=horovod"])],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_it_starts_two_processes_where_there_is_no_gpu(world: World, overrides: list[str], tmp_path: Path) -> None:
