@@ -17,7 +17,6 @@ _CHOICES = {
     "pipeline.flip": ("off", "on", "relabel"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense"),
     "evaluation.crops": (1, 3, 5, 10),
-    "evaluation.checkpoint": ("newest", "best"),
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
@@ -69,6 +68,10 @@ def check(config: Config) -> None:
     for key, amp in (("numerics.amp", config.numerics.amp), ("evaluation.amp", config.evaluation.amp)):
         if config.numerics.dtype == "float64" and amp != "off":
             raise ConfigError(f"{key}={amp} lowers precision and numerics.dtype=float64 raises it. Fix: {key}=off")
+    if not re.fullmatch(r"newest|best|step-\d{8}", config.evaluation.checkpoint):
+        raise ConfigError(
+            f"evaluation.checkpoint must be newest, best or a name such as step-00001200, got {config.evaluation.checkpoint!r}"
+        )
     if not all(1 <= len(tag) <= 64 for tag in config.logger.tags):
         raise ConfigError(f"logger.tags must have 1 to 64 characters each, got {config.logger.tags}")
     if config.max_steps is not None and config.max_steps < 1:

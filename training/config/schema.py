@@ -227,7 +227,7 @@ class EvaluationConfig:
     amp: str = "off"
     """Autocast of evaluation and precise batch norm: off (numerics.dtype, whatever training used), bfloat16 or float16."""
     checkpoint: str = "newest"
-    """Checkpoint of a run that evaluate.py loads: newest or best."""
+    """Checkpoint of a run that evaluate.py loads: newest, best, or the name of one (step-00001200)."""
     clips: str = "validation"
     """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10)."""
     crops: int = 1

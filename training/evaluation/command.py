@@ -103,12 +103,7 @@ def _load_file(config: Config, network: TemporalNetwork) -> Weights:
 def _load_run(folder: RunFolder, config: Config, network: TemporalNetwork) -> Weights:
     """Load a checkpoint of a run into the network: the EMA of the weights if the checkpoint has one."""
     run_id = folder.path.name
-    best = config.evaluation.checkpoint == "best"
-    checkpoint = _best_checkpoint(folder) if best else newest_checkpoint(folder)
-    if checkpoint is None:
-        raise ConfigError(
-            f"{folder.checkpoints} holds no whole checkpoint. Fix: --run outputs/NAME of a run that has one"
-        )
+    checkpoint = _checkpoint(folder, config.evaluation.checkpoint)
     recipe = checkpoint.state["recipe"]
     # A checkpoint that was copied without the run's configuration has at least its recipe.
     trained = settings_of(recipe, read_config(folder.path) if folder.config.exists() else None)
@@ -126,13 +121,20 @@ def _load_run(folder: RunFolder, config: Config, network: TemporalNetwork) -> We
     return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe), differing)
 
 
-def _best_checkpoint(folder: RunFolder) -> Checkpoint:
+def _checkpoint(folder: RunFolder, which: str) -> Checkpoint:
+    """Load a run's checkpoint: the newest whole one, or exactly the best or the one of this name."""
+    if which == "newest":
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None:
+            raise ConfigError(
+                f"{folder.checkpoints} holds no whole checkpoint. Fix: --run outputs/NAME of a run that has one"
+            )
+        return checkpoint
     try:
-        return load_checkpoint(folder.checkpoints / BEST)
+        return load_checkpoint(folder.checkpoints / which)
     except CheckpointError as error:
-        raise ConfigError(
-            f"{error}: the run was not evaluated yet, or had checkpoint.keep_best=false. Fix: evaluation.checkpoint=newest"
-        ) from error
+        why = ": the run was not evaluated yet, or had checkpoint.keep_best=false" if which == BEST else ""
+        raise ConfigError(f"{error}{why}. Fix: evaluation.checkpoint=newest") from error
 
 
 def _print_scores(evaluation: Evaluation, weights: Weights, protocol: str, amp: str) -> None:
