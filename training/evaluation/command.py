@@ -30,7 +30,7 @@ from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys
 
 from .evaluate import Evaluation, evaluate
-from .run_config import Difference, differing_views, settings_of
+from .run_config import Difference, differing_from_checkpoint, differing_views, settings_of
 from .saved_logits import Origin, save_logits
 
 
@@ -97,7 +97,8 @@ def _load_file(config: Config, network: TemporalNetwork) -> Weights:
     print(f"weights: {summary}", flush=True)
     path = Path(model.init)
     name = path.resolve().parent.parent.name if path.name.startswith("step-") else path.name.split(".")[0]
-    return Weights(name, 0, initial.identity, [])
+    differing = [] if initial.path is None else differing_from_checkpoint(initial.path, config)
+    return Weights(name, 0, initial.identity, differing)
 
 
 def _load_run(folder: RunFolder, config: Config, network: TemporalNetwork) -> Weights:

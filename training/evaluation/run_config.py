@@ -8,9 +8,11 @@ One rule for `evaluate.py --run FOLDER` and for `evaluate.py experiment=... run_
 - unread: only training reads the key, so another value changes no score. With --run it is refused, because it has no effect.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from training.config.schema import Config
@@ -97,6 +99,22 @@ def differing_views(run: str, trained: Mapping[str, Any], config: Config) -> lis
             f"{run} was trained with {told}. Fix: {remedy}; or evaluate.py --run FOLDER, which reads the run's"
         )
     return differences(trained, config, Kind.VIEW)
+
+
+def differing_from_checkpoint(weights: Path, config: Config) -> list[Difference]:
+    """Compare with the recipe of the checkpoint that a file or folder of weights (`model.init`) belongs to, if it does.
+
+    Such weights are never the EMA, so that is stated if the run has one. Raises ConfigError as `differing_views` does.
+    """
+    folder = weights if weights.is_dir() else weights.parent
+    try:
+        recipe = json.loads((folder / "state.json").read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    trained = settings_of(recipe)
+    ema_decay = trained.pop("optimizer.ema_decay", None)
+    without_ema = [] if ema_decay is None else [Difference("optimizer.ema_decay", None, ema_decay)]
+    return differing_views(str(weights), trained, config) + without_ema
 
 
 def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[str, Any]:

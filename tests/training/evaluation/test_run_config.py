@@ -1,6 +1,8 @@
 """The rule that compares an evaluation's configuration with the run's: refused, stated or free, by the kind of each key."""
 
+import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,15 @@ from tests.training.config.test_config import config_of, smoke
 from training.build.recipe import recipe_of
 from training.config.schema import Config
 from training.errors import ConfigError
-from training.evaluation.run_config import KINDS, Kind, differences, differing_views, flat, settings_of
+from training.evaluation.run_config import (
+    KINDS,
+    Kind,
+    differences,
+    differing_from_checkpoint,
+    differing_views,
+    flat,
+    settings_of,
+)
 
 
 def changed(key: str, value: Any) -> Config:
@@ -127,6 +137,24 @@ def test_a_recipe_without_later_keys_is_compared_in_the_others() -> None:
     assert differing_views("run", settings_of(old), config) == []
     with pytest.raises(ConfigError, match=r"trained with model\.temporal_pool=false, not true"):
         differing_views("run", settings_of(old, smoke()), config)
+
+
+@pytest.mark.parametrize("file", [".", "network.safetensors"])
+def test_weights_of_a_checkpoint_are_compared_with_its_recipe(tmp_path: Path, file: str) -> None:
+    """Weights named by model.init, without the run: no EMA is evaluated, which is stated."""
+    (tmp_path / "state.json").write_text(json.dumps({"recipe": recipe() | {"optimizer": {"ema_decay": 0.9}}}))
+    (tmp_path / "network.safetensors").touch()
+    told = [str(each) for each in differing_from_checkpoint(tmp_path / file, changed("pipeline.size", 64))]
+    assert told == ["pipeline.size=64 (trained: 32)", "optimizer.ema_decay=null (trained: 0.9)"]
+    with pytest.raises(ConfigError, match=r"trained with model\.shift=residual, not none"):
+        differing_from_checkpoint(tmp_path / file, changed("model.shift", "none"))
+
+
+@pytest.mark.parametrize("state", [None, "", "{}", "[]", "[1"])
+def test_weights_from_elsewhere_are_not_compared(tmp_path: Path, state: str | None) -> None:
+    if state is not None:
+        (tmp_path / "state.json").write_text(state)
+    assert differing_from_checkpoint(tmp_path / "tsm.pth", changed("model.shift", "none")) == []
 
 
 def test_groups_of_a_protocol_are_stated_key_by_key() -> None:
