@@ -30,7 +30,7 @@ from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys
 
 from .evaluate import Evaluation, evaluate
-from .run_config import Difference, differing_from_checkpoint, differing_views, settings_of
+from .run_config import Difference, differing_clips, differing_from_checkpoint, differing_views, settings_of
 from .saved_logits import Origin, save_logits
 
 
@@ -57,7 +57,10 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     def load() -> Weights:
         if config.run_id is None:
             return _load_file(config, network)
-        return _load_run(RunFolder(CHECKOUT / config.outputs / config.run_id), config, network)
+        folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
+        weights = _load_run(folder, config, network)
+        weights.differing.extend(differing_clips(folder.metrics, validation.digest))
+        return weights
 
     weights = backend.broadcast_object(load() if backend.topology.rank == 0 else None)
     broadcast_network(backend, network)

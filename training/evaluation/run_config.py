@@ -17,6 +17,7 @@ from typing import Any
 
 from training.config.schema import Config
 from training.errors import ConfigError
+from training.telemetry.metrics_log import read_metrics
 
 
 class Kind(Enum):
@@ -115,6 +116,19 @@ def differing_from_checkpoint(weights: Path, config: Config) -> list[Difference]
     ema_decay = trained.pop("optimizer.ema_decay", None)
     without_ema = [] if ema_decay is None else [Difference("optimizer.ema_decay", None, ema_decay)]
     return differing_views(str(weights), trained, config) + without_ema
+
+
+def differing_clips(metrics: Path, digest: str) -> list[Difference]:
+    """Compare the manifest's digest with that of the run's last evaluation, if its records (metrics.jsonl) have it."""
+    records = read_metrics(metrics) if metrics.exists() else []
+    digests = [record["manifest"] for record in records if record["kind"] == "evaluation" and "manifest" in record]
+    here = short_digest(digest)
+    return [Difference("validation manifest", here, digests[-1])] if digests and digests[-1] != here else []
+
+
+def short_digest(digest: str) -> str:
+    """Return as much of a digest as records hold."""
+    return digest[:12]
 
 
 def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from training.telemetry.bad_clips import too_many_bad_clips
 from training.telemetry.metrics_log import MetricsLog
 
 from .evaluate import Evaluation, EvaluationStopped, evaluate, stop_together
+from .run_config import short_digest
 
 
 def validate(job: Job, log: MetricsLog, step: int, stop_wanted: Callable[[], bool]) -> bool:
@@ -37,6 +38,7 @@ def validate(job: Job, log: MetricsLog, step: int, stop_wanted: Callable[[], boo
         duration_s=round(time.monotonic() - started_s, 3),
         protocol=job.validation_clips.protocol.name,
         amp=job.config.evaluation.amp,
+        manifest=short_digest(job.validation_clips.source.manifest.digest),
         **scores.as_dict(),
     )
     log.info(scores.describe(f"step {step:6d}  validation"))

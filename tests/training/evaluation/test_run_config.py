@@ -15,6 +15,7 @@ from training.evaluation.run_config import (
     KINDS,
     Kind,
     differences,
+    differing_clips,
     differing_from_checkpoint,
     differing_views,
     flat,
@@ -155,6 +156,18 @@ def test_weights_from_elsewhere_are_not_compared(tmp_path: Path, state: str | No
     if state is not None:
         (tmp_path / "state.json").write_text(state)
     assert differing_from_checkpoint(tmp_path / "tsm.pth", changed("model.shift", "none")) == []
+
+
+def test_other_clips_than_those_of_the_runs_last_evaluation_are_stated(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert differing_clips(metrics, "1234567890abcdef") == []
+    records: list[dict[str, Any]] = [{"kind": "evaluation"}, {"kind": "train"}]
+    for digest in (None, "1234567890ab", "ba0987654321"):
+        records += [] if digest is None else [{"kind": "evaluation", "manifest": digest}]
+        metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        told = [str(each) for each in differing_clips(metrics, "1234567890abcdef")]
+        other = ["validation manifest=1234567890ab (trained: ba0987654321)"]
+        assert told == (other if digest == "ba0987654321" else [])
 
 
 def test_groups_of_a_protocol_are_stated_key_by_key() -> None:
