@@ -23,7 +23,7 @@ from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_REQUEUE
 
 from . import messages
-from .hang_detection import Place, heartbeat_interval_s, heartbeat_timeout_s, phase_timeout_s
+from .hang_detection import Place, heartbeat_interval_s, heartbeat_timeout_s, own_pause_s, phase_timeout_s
 from .messages import Failure, Message, parse_message
 from .monitor_process import MonitorSettings, start_monitor
 from .rank_log import RankLog, node_log, read_tail
@@ -97,7 +97,11 @@ class ControlChannel:
                 place = self._place
                 self._send(messages.Heartbeat(place.step, place.phase, place.progress_count))
                 next_heartbeat_s = time.monotonic() + interval_s
-            readable, _, _ = select.select([self._connection], [], [], max(0.0, next_heartbeat_s - time.monotonic()))
+            waiting_since_s = time.monotonic()
+            wait_s = max(0.0, next_heartbeat_s - waiting_since_s)
+            readable, _, _ = select.select([self._connection], [], [], wait_s)
+            pause_s = own_pause_s(time.monotonic() - waiting_since_s, wait_s)
+            self._received_s, self._progress_s = self._received_s + pause_s, self._progress_s + pause_s
             if readable:
                 try:
                     part = self._connection.recv(1 << 16)

@@ -10,6 +10,8 @@ PHASES = ("start", "input", "first step", "step", "evaluation", "checkpoint", "c
 # clips, choosing kernels, a slow file system, rank 0's report at the end.
 _TIMEOUT_FACTORS = {"start": 4.0, "first step": 4.0, "checkpoint": 4.0, "close": 4.0}
 
+_LEAST_PAUSE_S = 2.0
+
 
 @dataclass(frozen=True)
 class Place:
@@ -50,6 +52,15 @@ def heartbeat_interval_s(world_size: int) -> float:
 def heartbeat_timeout_s(world_size: int) -> float:
     """Return the time without a heartbeat, on a busy node, after which a rank counts as silent."""
     return 5.0 + 4 * heartbeat_interval_s(world_size)
+
+
+def own_pause_s(took_s: float, expected_s: float) -> float:
+    """Return for how long this process was stopped in a wait that should take `expected_s`; 0 for a delay by a busy machine.
+
+    A suspended job or a paused virtual machine is no hang: times of heartbeats and progress move on by the pause.
+    """
+    pause_s = took_s - expected_s
+    return pause_s if pause_s > _LEAST_PAUSE_S else 0.0
 
 
 def phase_timeout_s(phase: str, hang_timeout_s: float) -> float:

@@ -21,7 +21,7 @@ from runtime.exit_codes import EXIT_FAILURE, EXIT_REQUEUE
 
 from . import messages
 from .connections import Connections, Peer
-from .hang_detection import RankState, heartbeat_timeout_s, phase_timeout_s, stuck_ranks
+from .hang_detection import RankState, heartbeat_timeout_s, own_pause_s, phase_timeout_s, stuck_ranks
 from .messages import Failure, Message
 from .monitor_process import MonitorSettings
 from .rank_log import RankLog, node_log, read_tail
@@ -68,7 +68,9 @@ class Monitor:
     def run(self) -> None:
         parent = os.getppid()
         while self._verdict is None and not self._all_done:
+            waiting_since_s = time.monotonic()
             self._receive(_POLL_S)
+            self._allow_for(own_pause_s(time.monotonic() - waiting_since_s, _POLL_S))
             self._judge_failures()
             if self._hang_timeout_s is not None and self._verdict is None:
                 if self._connections.num_connected < self._world_size:
@@ -83,6 +85,19 @@ class Monitor:
             self._receive(0.05)
         if self._verdict is not None:
             self._kill_remaining(ended_s + _EXIT_TIMEOUT_S)
+
+    def _allow_for(self, pause_s: float) -> None:
+        """Count a pause of this process as no time: it could see no heartbeat, and most likely the ranks were paused too."""
+        if pause_s == 0:
+            return
+        self._log.info(f"monitor: paused for {pause_s:.0f} s (suspended, or its node was): not counted as a hang")
+        now_s = time.monotonic()
+        self._started_s += pause_s
+        for peer in self._peers.values():
+            progress_s, heartbeat_s = (
+                min(now_s, time_s + pause_s) for time_s in (peer.state.progress_s, peer.state.heartbeat_s)
+            )
+            peer.state = RankState(peer.state.place, progress_s, heartbeat_s)
 
     def _kill_remaining(self, deadline_s: float) -> None:
         """Kill ranks on this node that do not exit: a stopped rank, or one blocked in a library that holds the GIL, cannot act

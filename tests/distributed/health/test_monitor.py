@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed.health.hang_detection import PHASES, Place, RankState, phase_timeout_s, stuck_ranks
+from distributed.health.hang_detection import PHASES, Place, RankState, own_pause_s, phase_timeout_s, stuck_ranks
 from distributed.health.messages import (
     Ack,
     Failure,
@@ -252,6 +253,34 @@ def test_ranks_that_never_come_are_named(monitor: Any) -> None:
     _, port = monitor(3, hang_timeout_s=0.3)
     failure = Rank(port, 1).receive(JobFailed).failure()
     assert failure.rank == 0 and "missing ranks: [0, 2]" in failure.message
+
+
+def test_a_pause_of_the_whole_job_is_no_hang(monitor: Any, tmp_path: Path) -> None:
+    """As after `scontrol suspend` and `resume`, or on a paused virtual machine: monitor and ranks stop and continue together."""
+    process, port = monitor(2, hang_timeout_s=5.0)
+    ranks = [Rank(port, rank) for rank in range(2)]
+    ranks[0].send(OpenLog(str(tmp_path)))
+    for rank in ranks:
+        rank.send(Heartbeat(4, "step", 9))
+        rank.receive(Ack)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    for rank in ranks:
+        rank.send(Heartbeat(5, "step", 10), RankDone())
+        assert isinstance(parse_message(rank.lines.readline()), Ack)
+    for rank in ranks:
+        rank.receive(JobDone)
+        rank.leave()
+    assert process.wait(10) == 0
+    assert "monitor: paused for" in (tmp_path / "log.txt").read_text()
+
+
+@given(st.floats(0, 100), st.floats(0, 2))
+def test_only_a_wait_that_takes_far_too_long_is_a_pause(pause_s: float, expected_s: float) -> None:
+    found_s = own_pause_s(expected_s + pause_s, expected_s)
+    assert found_s == 0 if pause_s < 1.9 else pause_s <= 2.1 or found_s == pytest.approx(pause_s)
 
 
 def test_stacks_of_all_are_kept_when_the_job_stands_still(monitor: Any, tmp_path: Path) -> None:
