@@ -64,6 +64,10 @@ class ManifestRow:
     """FFmpeg's name of the YUV matrix of the first frame (`bt709`); `unknown`: the stream does not say; empty: not recorded."""
     colour_range: str = ""
     """FFmpeg's name of the range of the first frame's values: `tv`, `pc` or `unknown`; empty: not recorded."""
+    mirrored: bool = False
+    """The stored frames are to be mirrored left and right, before they are rotated."""
+    fast_seek: bool = False
+    """The scan has found that a decoder that seeks (torchcodec) gives the same frames as one that counts."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -88,6 +92,8 @@ _TYPES = {
     "rotation": pa.int32(),
     "colour_space": pa.string(),
     "colour_range": pa.string(),
+    "mirrored": pa.bool_(),
+    "fast_seek": pa.bool_(),
 }
 _NAMES = [field.name for field in fields(ManifestRow)]
 _REQUIRED = [field.name for field in fields(ManifestRow) if field.default is MISSING]
@@ -210,7 +216,7 @@ def _digest(header: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
             if pa.types.is_string(column.type):
                 digest.update(json.dumps(column.to_pylist()).encode())
             else:
-                digest.update(column.to_numpy().tobytes())
+                digest.update(column.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
 
 

@@ -59,13 +59,13 @@ def video_at(path: Path, row: ManifestRow) -> EncodedVideo:
     """Find a video clip; `path`: its file or its shard."""
     if in_shard(row):
         member, content = open_shard(path).member(row.offset, row.length)
-        return EncodedVideo(f"{path}, {member}", Path(member).suffix, content)
+        return EncodedVideo(f"{path}, {member}", content)
     try:
         size = os.stat(path).st_size
     except OSError as error:
         raise BadClip(f"{path}: {error.strerror}") from error
     _check_size(path, size, row)
-    return EncodedVideo(str(path), path.suffix.lower(), path)
+    return EncodedVideo(str(path), path)
 
 
 def read_video(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:

@@ -18,8 +18,9 @@ from pipelines.manifest import JPEG_FRAMES, ManifestRow
 
 from .clip_bytes import frame_at, video_at
 from .jpeg import check_image_size, decode_jpeg_bytes, jpeg_size
+from .orientation import upright
 from .staged_copies import candidates
-from .video import EncodedVideo, video_stream
+from .video import EncodedVideo, usable_frames, video_stream
 
 # (video, its row, frame indices (T,)) -> uint8 (T, 3, H, W), upright
 Decoder = Callable[[EncodedVideo, ManifestRow, NDArray[np.int64]], Tensor]
@@ -77,24 +78,15 @@ def choose_decoder(wanted: str = "auto") -> str:
 
 
 def _decode_torchcodec(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """Decode with torchcodec where its frame i is surely PyAV's frame i, else with PyAV.
+    """Decode with torchcodec the files in which the scan has found its frames to be PyAV's, and the others with PyAV."""
+    if row.fast_seek:
+        # Loads FFmpeg, so only if torchcodec was chosen.
+        from .fast_decoder import has_size, open_fast
 
-    torchcodec finds frame i by the time of the i-th packet; PyAV, with which the manifest was made, counts frames. The two may
-    differ in containers without a time per frame (AVI, MPEG), and in files with packets that show no frame (hidden reference
-    frames of VP8, damage).
-    """
-    # Loads FFmpeg, so only if torchcodec was chosen.
-    from torchcodec.decoders import VideoDecoder
-
-    if video.suffix in _TIMED_CONTAINERS:
         with suppress(RuntimeError, ValueError, IndexError):
-            # One thread, because each worker process decodes its own clips. seek_mode="exact", because "approximate" computes
-            # times from the average frame rate, which gives wrong frames at variable rates. torchcodec applies the rotation.
-            source = str(video.source) if isinstance(video.source, Path) else torch.from_numpy(video.source)
-            decoder = VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1)
-            shown = sorted((decoder.metadata.width or 0, decoder.metadata.height or 0))
+            decoder = open_fast(video)
             # Frames of another size could take any amount of memory; PyAV checks each frame's size first.
-            if len(decoder) == row.num_frames and shown == sorted((row.width, row.height)):
+            if has_size(decoder, row.num_frames, row.width, row.height):
                 return decoder.get_frames_at(frame_T.tolist()).data
     return _decode_pyav(video, row, frame_T)
 
@@ -104,7 +96,7 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     last = max(wanted)
     pixels_HWC = {}
     with video_stream(video) as (container, stream):
-        for index, frame in enumerate(container.decode(stream)):
+        for index, frame in enumerate(usable_frames(video.name, container, stream)):
             if index in wanted:
                 check_image_size(video.name, frame.width, frame.height, row)
                 pixels_HWC[index] = frame.to_ndarray(format="rgb24")
@@ -113,9 +105,8 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     missing = wanted - pixels_HWC.keys()
     if missing:
         raise BadClip(f"{video.name}: frame {min(missing)} is missing: truncated, or not the file of the manifest")
-    video_THWC = np.stack([pixels_HWC[index] for index in frame_T.tolist()])
-    upright_THWC = np.rot90(video_THWC, row.rotation // 90, axes=(1, 2))
-    return torch.from_numpy(np.ascontiguousarray(upright_THWC)).permute(0, 3, 1, 2)
+    video_THWC = upright(np.stack([pixels_HWC[index] for index in frame_T.tolist()]), row)
+    return torch.from_numpy(np.ascontiguousarray(video_THWC)).permute(0, 3, 1, 2)
 
 
 def _decode_jpeg_frames(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
@@ -129,5 +120,4 @@ def _decode_jpeg_frames(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]
     return torch.stack([images_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)
 
 
-_TIMED_CONTAINERS = frozenset((".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm"))
 _DECODERS: dict[str, Decoder] = {"torchcodec": _decode_torchcodec, "pyav": _decode_pyav}

@@ -118,8 +118,8 @@ class EncodedSource(ClipSource):
         )
 
     def _is_known(self, row: ManifestRow) -> bool:
-        """Tell whether DALI decodes the clip. Only quarter turns have an upright frame; the host raises BadClip for others."""
-        return row.codec in self.codecs and row.rotation % 90 == 0
+        """Tell whether DALI decodes the clip. The host mirrors frames, and raises BadClip if they are not turned by quarters."""
+        return row.codec in self.codecs and row.rotation % 90 == 0 and not row.mirrored
 
     def _orientation(self, row: ManifestRow) -> tuple[int, tuple[int, int]]:
         """Compute (remaining quarter turns, (height, width) of DALI's input). The host decodes to upright frames."""

@@ -102,13 +102,16 @@ def write_clips(manifest: Path, videos: Iterable[Video]) -> None:
 
 
 def turned(path: Path, degrees: int) -> Path:
-    """Write a rotation by `degrees` clockwise into the track header (ISO 14496-12, 8.3.2)."""
+    """Write a rotation by `degrees` clockwise into the track header."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return with_matrix(path, (cosine, sine, -sine, cosine))
+
+
+def with_matrix(path: Path, matrix: tuple[float, ...]) -> Path:
+    """Write the parts a, b, c, d of a display matrix into the track header (ISO 14496-12, 8.3.2)."""
     content = bytearray(path.read_bytes())
     matrix_at = content.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    content[matrix_at : matrix_at + 36] = struct.pack(
-        ">9i", *(round(part * one) for part in (cosine, sine, 0, -sine, cosine, 0, 0, 0)), 1 << 30
-    )
+    a, b, c, d = (round(part * (1 << 16)) for part in matrix)
+    content[matrix_at : matrix_at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
     return path

@@ -8,7 +8,8 @@ import av
 import numpy as np
 
 from pipelines.decoding.clip_bytes import encoded_video, frame_bytes
-from pipelines.decoding.video import EncodedVideo, open_video
+from pipelines.decoding.orientation import upright
+from pipelines.decoding.video import EncodedVideo, usable_frames, video_stream
 from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow
 
@@ -33,8 +34,8 @@ def frame_rate(root: Path, row: ManifestRow) -> Fraction:
         return _DEFAULT_RATE
     video = encoded_video(root, row)
     try:
-        with open_video(video) as container:
-            rate = container.streams.video[0].average_rate
+        with video_stream(video) as (_, stream):
+            rate = stream.average_rate
     except av.FFmpegError as error:
         raise BadClip(f"{video.name}: cannot be opened ({error.strerror or error})") from error
     if not rate or not 1 <= rate <= 240:
@@ -61,15 +62,16 @@ def scaled_video(video: EncodedVideo, row: ManifestRow, size: tuple[int, int]) -
 def _scaled(name: str, frames: Iterator[av.VideoFrame], row: ManifestRow, size: tuple[int, int]) -> Iterator[Image]:
     if row.rotation % 90:
         raise BadClip(f"{name}: rotated by {row.rotation} degrees, which is not a multiple of 90")
-    quarter_turns = row.rotation // 90 % 4
-    width, height = reversed(size) if quarter_turns % 2 else size
+    width, height = reversed(size) if row.rotation % 180 else size
     count = 0
     for frame in frames:
         count += 1
         if count > row.num_frames:
             break
-        image_HWC = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
-        yield np.ascontiguousarray(np.rot90(image_HWC, quarter_turns))
+        image_HWC = np.asarray(
+            frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1), np.uint8
+        )
+        yield np.ascontiguousarray(upright(image_HWC, row))
     if count != row.num_frames:
         found = "more" if count > row.num_frames else f"{count}"
         raise BadClip(f"{name}: {found} frames, but its manifest has {row.num_frames}")
@@ -77,10 +79,8 @@ def _scaled(name: str, frames: Iterator[av.VideoFrame], row: ManifestRow, size: 
 
 def _frames_of_video(video: EncodedVideo) -> Iterator[av.VideoFrame]:
     try:
-        with open_video(video) as container:
-            stream = container.streams.video[0]
-            stream.thread_count = 1
-            yield from container.decode(stream)
+        with video_stream(video) as (container, stream):
+            yield from usable_frames(video.name, container, stream)
     except av.FFmpegError as error:
         raise BadClip(f"{video.name}: does not decode ({error.strerror or error})") from error
 

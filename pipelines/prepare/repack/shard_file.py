@@ -96,7 +96,7 @@ def _write(task: ShardTask) -> ShardRecord:
 def _add_video(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
     video = encoded_video(root, row)
     content = read_video(video, row).tobytes()
-    return writer.add(key + (video.suffix or ".video"), content), len(content)
+    return writer.add(key + (Path(video.name).suffix.lower() or ".video"), content), len(content)
 
 
 def _add_frames(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
@@ -17,7 +17,7 @@ from pipelines.prepare.errors import cannot_write
 from pipelines.prepare.scan.scan_clip import ClipFacts, scan_video
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
 
-from .encoders import ENCODERS, Image, encode_jpeg, encode_video
+from .encoders import ENCODERS, Encoder, Image, encode_jpeg, encode_video
 from .open_manifests import open_cached
 from .rescale import frame_rate, scaled_images, scaled_size, scaled_video
 
@@ -76,8 +76,14 @@ def find_row(task: ClipTask, source: ManifestRow) -> ManifestRow | None:
     if length == 0:
         return None
     width, height = scaled_size(source, task.settings.short_side)
-    facts = source.num_frames, encoder.codec, width, height, 0, *encoder.colours
-    return ManifestRow(name, first, length, source.label, *facts)
+    facts = written_facts(source, length, encoder, (width, height))
+    return ManifestRow(name, first, label=source.label, **asdict(facts))
+
+
+def written_facts(source: ManifestRow, length: int, encoder: Encoder, size: tuple[int, int]) -> ClipFacts:
+    """Compute the facts of a transcoded clip of `length` bytes, of which each one is checked before it gets its name."""
+    fast_seek = encoder.codec != JPEG_FRAMES
+    return ClipFacts(length, source.num_frames, encoder.codec, *size, 0, *encoder.colours, fast_seek=fast_seek)
 
 
 def find_reason(task: ClipTask) -> str | None:
@@ -125,12 +131,11 @@ def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> No
         content = encode_video(encoder, images, rate, settings.quality, settings.gop)
     except av.FFmpegError as error:
         raise BadClip(f"{root / row.path}: {encoder.name} cannot encode it at {size[0]}x{size[1]} ({error})") from error
-    video = EncodedVideo(f"{root / row.path}, transcoded", path.suffix, np.frombuffer(content, np.uint8))
-    facts = scan_video(video, len(content))
-    expected = ClipFacts(len(content), row.num_frames, encoder.codec, *size, 0, *encoder.colours)
+    video = EncodedVideo(f"{root / row.path}, transcoded", np.frombuffer(content, np.uint8))
+    facts, expected = scan_video(video, len(content), ours=True), written_facts(row, len(content), encoder, size)
     if facts != expected:
         raise BadClip(f"{video.name}: is {facts}, not {expected}")
-    references.compare(video.name, scaled_video(video, replace(row, rotation=0), size))
+    references.compare(video.name, scaled_video(video, replace(row, rotation=0, mirrored=False), size))
     with atomic_write(path) as file:
         file.write(content)
 
@@ -147,6 +152,7 @@ def _write_frames(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> N
         for number, content in enumerate(encode_jpeg(encoder, images, settings.quality), start=1):
             (temporary / (_FRAME_NAME % number)).write_bytes(content)
         written = replace(row, path=f"{temporary.name}/{_FRAME_NAME}", offset=1, codec=JPEG_FRAMES, rotation=0)
+        written = replace(written, mirrored=False)
         references.compare(f"{root / row.path}, transcoded", scaled_images(path.parent, written, size))
         # After a power loss, a folder of empty files may have the name.
         shutil.rmtree(path, ignore_errors=True)

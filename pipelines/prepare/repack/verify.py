@@ -139,11 +139,13 @@ def _decode(root: Path, row: ManifestRow) -> None:
         _decode_frames(root, row)
         return
     video = encoded_video(root, row)
-    facts = scan_video(video, row.length)
-    for name in ("num_frames", "codec", "width", "height", "rotation"):
+    facts = scan_video(video, row.length, ours=True)
+    for name in ("num_frames", "codec", "width", "height", "rotation", "mirrored"):
         found, expected = getattr(facts, name), getattr(row, name)
         if found != expected:
             raise BadClip(f"{video.name}: {name} is {found}, but {expected} when the manifest was made")
+    if row.fast_seek and not facts.fast_seek:
+        raise BadClip(f"{video.name}: its packets have other times than when the manifest was made")
 
 
 def _decode_frames(root: Path, row: ManifestRow) -> None:

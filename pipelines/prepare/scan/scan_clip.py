@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.decoding.video import EncodedVideo, video_stream
+from pipelines.decoding.orientation import frame_orientation
+from pipelines.decoding.video import EncodedVideo, usable_frames, video_stream
 from pipelines.errors import BadClip, MissingClip
+
+from .seek_check import SeekCheck, read_packets
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class ClipFacts:
     colour_space: str = ""
     colour_range: str = ""
     """The first frame's, as FFmpeg names them."""
+    mirrored: bool = False
+    """A player mirrors the stored frames left and right before it turns them."""
+    fast_seek: bool = False
+    """A decoder that seeks gives the same frames as one that counts (seek_check.py)."""
 
 
 _COLOUR_SPACES = {
@@ -47,9 +54,6 @@ _COLOUR_SPACES = {
 """FFmpeg's names of the matrices of ITU-T H.273, table 4."""
 _COLOUR_RANGES = {1: "tv", 2: "pc"}
 
-# FFmpeg's names of the containers whose suffixes decoding/decode.py lists.
-_TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-
 
 def check_regular(path: Path, mode: int) -> None:
     """Raise BadClip unless `mode` (`st_mode`) is a regular file's: opening a pipe would block forever."""
@@ -57,11 +61,10 @@ def check_regular(path: Path, mode: int) -> None:
         raise BadClip(f"{path}: not a regular file, but a folder, a pipe, a socket or a device")
 
 
-def scan_clip(path: str | Path) -> ClipFacts:
-    """Decode every frame of the first video stream. Raises BadClip when one does not decode.
+def scan_clip(path: str | Path, ours: bool = False) -> ClipFacts:
+    """Decode every frame of a video file. Raises BadClip when the clip is unusable (`usable_frames`).
 
-    Frames out of display order are bad too. A stream with a damaged head may decode that way, and then decoders disagree on
-    which frame is frame 7. Only MP4 and Matroska are checked: other containers need not store each frame's display time.
+    `ours`: written by an encoder of this project, so that for `fast_seek` no frames need to be compared.
     """
     path = Path(path)
     try:
@@ -69,40 +72,42 @@ def scan_clip(path: str | Path) -> ClipFacts:
     except FileNotFoundError:
         raise MissingClip(f"{path}: no such file") from None
     check_regular(path, status.st_mode)
-    return scan_video(EncodedVideo(str(path), path.suffix.lower(), path), status.st_size)
+    return scan_video(EncodedVideo(str(path), path), status.st_size, ours)
 
 
-def scan_video(video: EncodedVideo, length: int) -> ClipFacts:
+def scan_video(video: EncodedVideo, length: int, ours: bool = False) -> ClipFacts:
     """Scan a video of `length` bytes, in a file or in memory, as `scan_clip` does."""
-    path = video.name
     if length == 0:
-        raise BadClip(f"{path}: the file is empty")
+        raise BadClip(f"{video.name}: the file is empty")
     try:
-        with video_stream(video) as (container, stream):
-            num_frames, rotation, last_pts, colours = 0, 0, None, ("", "")
-            has_times = container.format.name in _TIMED_FORMATS
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise BadClip(f"{path}: frame {num_frames} is corrupt")
-                if has_times and last_pts is not None and frame.pts is not None and frame.pts <= last_pts:
-                    raise BadClip(
-                        f"{path}: damaged: frame {num_frames} has an earlier display time than frame {num_frames - 1}"
-                    )
-                last_pts = frame.pts
-                if num_frames == 0:
-                    rotation, colours = int(frame.rotation) % 360, colours_of(frame)
-                num_frames += 1
-            codec, width, height = stream.codec_context.name, stream.codec_context.width, stream.codec_context.height
+        return _scan(video, length, ours)
     except BadClip:
         raise
     # Decoders raise exceptions of many types for broken files.
     except Exception as error:
-        raise BadClip(f"{path}: does not decode ({getattr(error, 'strerror', None) or error})") from error
-    if num_frames == 0:
-        raise BadClip(f"{path}: contains no frame")
-    if rotation % 90:
-        raise BadClip(f"{path}: rotated by {rotation} degrees, which is not a multiple of 90")
-    return ClipFacts(length, num_frames, codec, width, height, rotation, *colours)
+        raise BadClip(f"{video.name}: does not decode ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _scan(video: EncodedVideo, length: int, ours: bool) -> ClipFacts:
+    with video_stream(video) as (container, stream):
+        packets = read_packets(container, stream)
+    check, first, num_frames = SeekCheck(packets, seed=length, only_packets=ours), None, 0
+    with video_stream(video) as (container, stream):
+        codec = stream.codec_context.name
+        for frame in usable_frames(video.name, container, stream):
+            first = first or frame
+            check.add(frame)
+            num_frames += 1
+    if first is None:
+        raise BadClip(f"{video.name}: contains no frame")
+    try:
+        rotation, mirrored = frame_orientation(first)
+    except ValueError as error:
+        raise BadClip(f"{video.name}: {error}") from None
+    # torchcodec turns frames, but does not mirror them.
+    fast_seek = not mirrored and check.passes(video, rotation)
+    size = first.width, first.height
+    return ClipFacts(length, num_frames, codec, *size, rotation, *colours_of(first), mirrored, fast_seek)
 
 
 def colours_of(frame: Any) -> tuple[str, str]:

@@ -207,11 +207,11 @@ def _write_some(
         label = class_of(index)
         relative = f"{split}/{CLASSES[label]}/{index:06d}.mp4"
         try:
-            facts, is_new = scan_clip(root / relative), False
+            facts, is_new = scan_clip(root / relative, ours=True), False
         # Missing or damaged.
         except BadClip:
             _write_file(root / relative, encode_clip(draw_clip(split, config.seed, index, config.size, config.frames)))
-            facts, is_new = scan_clip(root / relative), True
+            facts, is_new = scan_clip(root / relative, ours=True), True
         yield index, ManifestRow(path=relative, offset=0, label=label, **asdict(facts)), is_new
 
 

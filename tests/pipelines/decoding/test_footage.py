@@ -82,8 +82,9 @@ def check_agreement(path: Path, facts: ClipFacts, frames: list[int], limit: floa
 @pytest.mark.parametrize("name", FACTS)
 def test_facts_and_agreement(footage: dict[str, Path], name: str) -> None:
     facts = scan_clip(footage[name])
-    # Whatever colours the stream names.
-    assert replace(facts, colour_space="", colour_range="") == FACTS[name]
+    # AVI has no time for each frame. The streams may name any colours.
+    expected = replace(FACTS[name], fast_seek=not name.endswith(".avi"))
+    assert replace(facts, colour_space="", colour_range="") == expected
     last = facts.num_frames - 1
     video_TCHW = check_agreement(footage[name], facts, [1, last // 3, last // 2, last])
     # A single frame takes another seek path. Small images keep this fast.
@@ -98,9 +99,11 @@ def test_a_damaged_stream(footage: dict[str, Path]) -> None:
     with pytest.raises(BadClip, match="damaged: frame 2 has an earlier display time than frame 1"):
         scan_clip(path)
     facts = ClipFacts(path.stat().st_size, 455, "h264", 640, 480, 0)
-    decoded = decode_both(path, facts, [7, 76, 223, 420])
-    # The decoders disagree, so the clip must not get into a manifest.
-    assert (decoded["pyav"] - decoded["torchcodec"]).abs().mean() > 1.5
+    # Training decodes by the same rule as the scan.
+    for decoder in ("pyav", "torchcodec"):
+        row = ManifestRow(str(path), 0, label=0, **asdict(facts))
+        with pytest.raises(BadClip, match="damaged: frame 2 has"):
+            decode_clip(decoder, Path(), row, np.array([7, 76, 223, 420]))
 
 
 def cut(source: Path, target: Path, *options: str) -> Path:

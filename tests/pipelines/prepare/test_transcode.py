@@ -321,7 +321,7 @@ def test_a_full_disk(source: Path, small_disk: Path, codec: str, capsys: pytest.
     assert "No space left on device. Fix: free space there" in error and "made/train/000000/" in error
     assert not list(small_disk.rglob("*.tmp"))
     for path in small_disk.rglob("*.mp4"):
-        with open_video(EncodedVideo(str(path), ".mp4", path)) as container:
+        with open_video(EncodedVideo(str(path), path)) as container:
             assert sum(1 for _ in container.decode(video=0)) == FRAMES
 
 

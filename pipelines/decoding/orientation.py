@@ -1,0 +1,55 @@
+"""Read how stored frames are turned and mirrored for display, and make decoded frames upright."""
+
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.manifest import ManifestRow
+
+# (a, b, c, d) of a display matrix without its scale -> (rotation, mirrored). The point x, y of the stored frame, with y
+# downwards, is shown at a x + c y, b x + d y.
+_ORIENTATIONS = {
+    (1, 0, 0, 1): (0, False),
+    (0, -1, 1, 0): (90, False),
+    (-1, 0, 0, -1): (180, False),
+    (0, 1, -1, 0): (270, False),
+    (-1, 0, 0, 1): (0, True),
+    (0, 1, 1, 0): (90, True),
+    (1, 0, 0, -1): (180, True),
+    (0, -1, -1, 0): (270, True),
+}
+# Rounding of the matrix's numbers by the program that wrote it.
+_TOLERANCE = 0.01
+
+
+def frame_orientation(frame: Any) -> tuple[int, bool]:
+    """Return (rotation, mirrored) of a PyAV frame, as in a manifest row, from its display matrix.
+
+    Raises ValueError for a matrix that does more than turn by quarters, mirror and scale evenly.
+    """
+    for side_data in frame.side_data:
+        if side_data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data))
+            return _orientation((a, b, c, d))
+    return 0, False
+
+
+def _orientation(matrix: tuple[int, int, int, int]) -> tuple[int, bool]:
+    """Find the orientation of (a, b, c, d). FFmpeg ignores the scale, so it is ignored here."""
+    scale = max(map(abs, matrix))
+    parts = [part / scale for part in matrix] if scale else [0.0]
+    nearest = tuple(map(round, parts))
+    if nearest not in _ORIENTATIONS or any(
+        abs(part - whole) > _TOLERANCE for part, whole in zip(parts, nearest, strict=True)
+    ):
+        shown = ", ".join(f"{part / (1 << 16):.3g}" for part in matrix)
+        raise ValueError(f"its display matrix ({shown}) is not one of the 8 of quarter turns and mirroring")
+    return _ORIENTATIONS[nearest]  # type: ignore[index]
+
+
+def upright(image_HWC: NDArray[np.uint8], row: ManifestRow) -> NDArray[np.uint8]:
+    """Return a view of one or more stored frames (..., H, W, C) as they are shown."""
+    mirrored_HWC = image_HWC[..., ::-1, :] if row.mirrored else image_HWC
+    return np.rot90(mirrored_HWC, row.rotation // 90, axes=(-3, -2))
