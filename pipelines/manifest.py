@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -153,19 +154,27 @@ class Manifest:
         """Return label_N, int32 (a copy if the manifest has several blocks)."""
         return self._table.column("label").to_numpy()
 
-    def codecs(self) -> dict[str, int]:
-        """Count the clips of each codec."""
-        counts = pc.value_counts(self._table.column("codec"))
-        return {count["values"]: count["counts"] for count in counts.to_pylist()}
+    def kinds(self, *names: str) -> dict[tuple[Any, ...], int]:
+        """Count the clips by their values of these fields."""
+        counts = self._with_defaults(names).group_by(list(names)).aggregate([([], "count_all")])
+        columns = [counts.column(name).to_pylist() for name in (*names, "count_all")]
+        return {tuple(values): count for *values, count in zip(*columns, strict=True)}
 
-    def rows_of(self, codec: str, most: int) -> list[int]:
-        """List the first rows of a codec, at most `most`."""
-        column, start = self._table.column("codec"), 0
-        rows: list[int] = []
-        while len(rows) < most and (row := pc.index(column, codec, start=start).as_py()) >= 0:
-            rows.append(row)
-            start = row + 1
-        return rows
+    def rows_of(self, most: int, **values: Any) -> list[int]:
+        """List the first rows whose fields have these values, at most `most`."""
+        table = self._with_defaults(values)
+        matches = [pc.equal(table.column(name), value) for name, value in values.items()]
+        return pc.indices_nonzero(reduce(pc.and_, matches))[:most].to_pylist()
+
+    def _with_defaults(self, names: Iterable[str]) -> pa.Table:
+        """Select columns; those that an older manifest lacks have their fields' defaults."""
+        defaults = {field.name: field.default for field in fields(ManifestRow)}
+        found = self._table.schema.names
+        columns = [
+            self._table.column(name) if name in found else pa.repeat(pa.scalar(defaults[name], _TYPES[name]), len(self))
+            for name in names
+        ]
+        return pa.table(columns, names=list(names))
 
     def is_as_written(self) -> bool:
         """Tell whether the rows still have the digest that was computed when they were written."""

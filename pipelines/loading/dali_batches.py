@@ -5,7 +5,7 @@ Shapes: N clips, F frames of a clip, B bytes, P parts (a video is one part, each
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,42 @@ from torch.utils.data import Dataset
 from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
 from pipelines.decoding.decode import decode_clip
 from pipelines.decoding.jpeg import check_image_size, jpeg_size
-from pipelines.manifest import ManifestRow
+from pipelines.manifest import JPEG_FRAMES, ManifestRow
 from pipelines.stream.augmentation import SampleParams
 
 from .clips import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 
 VIDEOS, IMAGES, FRAMES = "videos", "images", "frames"
 """Kinds of input to DALI: encoded videos, encoded JPEG frames, or frames decoded on the host."""
+
+
+# FFmpeg's names of BT.601's matrix, and of a stream that names none, for which FFmpeg takes it.
+_BT601 = ("bt470bg", "smpte170m", "unknown")
+
+
+class Kind(NamedTuple):
+    """The fields of a manifest row that decide whether DALI may decode the clip."""
+
+    codec: str
+    colour_space: str
+    colour_range: str
+
+
+def why_on_host(clip: ManifestRow | Kind) -> str | None:
+    """Return the reason why DALI must not decode a clip whose codec it knows; None if it may.
+
+    DALI converts every video with BT.601's matrix, whatever its stream says (seen on the CPU with 2.1.0; the same in its GPU
+    kernel). It recognizes the full range of values by other signs than FFmpeg does, except in MJPEG, which has no other.
+    """
+    if clip.codec == JPEG_FRAMES:
+        return None
+    if not clip.colour_space:
+        return "their manifest has no colour space, and DALI assumes BT.601; run prepare.py again"
+    if clip.colour_space not in _BT601:
+        return f"colours in {clip.colour_space}, and DALI assumes BT.601"
+    if (clip.colour_range == "pc") != (clip.codec == "mjpeg"):
+        return f"values of the {'full' if clip.colour_range == 'pc' else 'limited'} range, which DALI may take for the other"
+    return None
 
 
 @dataclass(frozen=True)
@@ -110,16 +139,17 @@ class EncodedSource(ClipSource):
         parts = self._parts(row, frame_F)
         return EncodedClip(parts, frame_F.astype(np.int32), stored, (0, 0, *stored), size, turns, False, views)
 
-    def first_frame(self, row: ManifestRow) -> EncodedClip:
-        """Read a clip's first frame, uncropped and as stored."""
-        frame_F, stored = np.zeros(1, np.int64), (row.height, row.width)
+    def one_frame(self, row: ManifestRow, index: int) -> EncodedClip:
+        """Read one frame of a clip, uncropped and as stored."""
+        frame_F, stored = np.array([index], np.int64), (row.height, row.width)
         return EncodedClip(
             self._parts(row, frame_F), frame_F.astype(np.int32), stored, (0, 0, *stored), stored, 0, False
         )
 
     def _is_known(self, row: ManifestRow) -> bool:
-        """Tell whether DALI decodes the clip. The host mirrors frames, and raises BadClip if they are not turned by quarters."""
-        return row.codec in self.codecs and row.rotation % 90 == 0 and not row.mirrored
+        """Tell whether DALI gets the clip. The host mirrors frames, and raises BadClip if they are not turned by quarters."""
+        decodes = self.feed == FRAMES or why_on_host(row) is None
+        return row.codec in self.codecs and decodes and row.rotation % 90 == 0 and not row.mirrored
 
     def _orientation(self, row: ManifestRow) -> tuple[int, tuple[int, int]]:
         """Compute (remaining quarter turns, (height, width) of DALI's input). The host decodes to upright frames."""

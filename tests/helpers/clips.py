@@ -41,8 +41,12 @@ def write_video(
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
+    colours: tuple[int, int] | None = None,
 ) -> Path:
-    """Write a video with PyAV's encoders; the file's suffix determines the container."""
+    """Write a video with PyAV's encoders; the file's suffix determines the container.
+
+    `colours`: FFmpeg's numbers of the colour space and range that the stream claims; the pixels are the same for all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(24))
@@ -50,6 +54,8 @@ def write_video(
         stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
         stream.options = options or {}
+        if colours is not None:
+            stream.codec_context.colorspace, stream.codec_context.color_range = colours
         for image_HWC in video_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
         container.mux(stream.encode(None))

@@ -82,6 +82,22 @@ def test_an_older_manifest_lacks_the_last_columns(tmp_path: Path, missing: int) 
         Manifest.open(path)
 
 
+def test_kinds_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "BLOCK_ROWS", 2)
+    path, spaces = tmp_path / "a.arrow", ["bt709", "unknown", "bt709", "bt709", "unknown"]
+    write_manifest(path, [make_row(number, colour_space=space) for number, space in enumerate(spaces)], CLASSES)
+    manifest = Manifest.open(path)
+    assert manifest.kinds("codec", "colour_space") == {("h264", "bt709"): 3, ("h264", "unknown"): 2}
+    assert manifest.rows_of(2, codec="h264", colour_space="bt709") == [0, 2]
+    assert manifest.rows_of(9, colour_space="unknown") == [1, 4]
+    assert manifest.rows_of(9, codec="vp9", colour_space="bt709") == []
+    # Columns that an older manifest lacks have the fields' defaults.
+    table = read(path)
+    rewrite(path, table.select([name for name in table.schema.names if not name.startswith("colour")]))
+    assert Manifest.open(path).kinds("codec", "colour_space") == {("h264", ""): 5}
+    assert Manifest.open(path).rows_of(1, colour_space="") == [0]
+
+
 def test_digest_is_of_the_content(tmp_path: Path) -> None:
     rows = [make_row(number) for number in range(4)]
     digest = write_manifest(tmp_path / "a.arrow", rows, CLASSES)

@@ -203,6 +203,71 @@ def test_codecs_that_do_not_go_together(tmp_path: Path, device: torch.device, co
     check_alike(*both(evaluation(manifest), evaluation_rows(CLIPS, 2, 0, 1), device))
 
 
+# FFmpeg's numbers of colour space and range, and whether DALI decodes such clips.
+COLOURS: dict[str, tuple[tuple[int, int] | None, bool]] = {
+    "untagged": (None, True),
+    "bt470bg, limited": ((5, 1), True),
+    "smpte170m, limited": ((6, 1), True),
+    "bt709, limited": ((1, 1), False),
+    "bt709, full": ((1, 2), False),
+    "bt470bg, full": ((5, 2), False),
+    "bt2020nc, limited": ((9, 1), False),
+}
+
+
+def write_coloured(path: Path, colours: tuple[int, int] | None, codec: str, height: int = 96) -> ManifestRow:
+    """Write a video of saturated colours that claims these colours."""
+    _, encoder, pix_fmt = ENCODERS[codec]
+    write_video(path, smooth_video(4, height, 128, seed=1), encoder, pix_fmt, colours=colours)
+    return ManifestRow(path.name, 0, label=0, **asdict(scan_clip(path)))
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_colours(tmp_path: Path, device: torch.device, codec: str) -> None:
+    """Give FFmpeg's colours, whatever the stream says of them: DALI decodes only the clips that it converts as FFmpeg does."""
+    suffix = ENCODERS[codec][0]
+    rows = [write_coloured(tmp_path / f"{name}.{suffix}", of[0], codec) for name, of in COLOURS.items()]
+    # FFmpeg takes BT.601 for an untagged clip, also where it is large.
+    rows.append(write_coloured(tmp_path / f"large.{suffix}", None, codec, height=720))
+    write_manifest(tmp_path / "train.arrow", rows, ["a"])
+    ours, theirs = both(evaluation(tmp_path / "train.arrow"), evaluation_rows(len(rows), 1, 0, 1), device)
+    check_alike(ours, theirs)
+    feed = choose_feed(tmp_path / "train.arrow", device)
+    if feed.kind == VIDEOS:
+        assert sum(feed.excluded.values()) == sum(not decodes for _, decodes in COLOURS.values())
+        said = describe(feed, device, "pyav")
+        assert "by pyav: 1 clips (colours in bt2020nc, and DALI assumes BT.601); 2 clips (colours in bt709, and" in said
+        # The pixels of these clips are the host's.
+        exact = [torch.equal(one.video_NTCHW.cpu(), other.video_NTCHW) for one, other in zip(ours, theirs, strict=True)]
+        assert exact == [not decodes for _, decodes in COLOURS.values()] + [False]
+
+
+@pytest.mark.parametrize("space", ["bt709", ""])
+def test_a_manifest_without_a_clip_for_dali(tmp_path: Path, device: torch.device, space: str) -> None:
+    """Decode all clips on the host where DALI would take other colours, or the manifest is too old to say."""
+    rows = [replace(write_clip(tmp_path, number, "vp9"), colour_space=space) for number in range(CLIPS)]
+    write_manifest(tmp_path / "train.arrow", rows, ["a", "b"])
+    feed = choose_feed(tmp_path / "train.arrow", device)
+    assert feed.kind == FRAMES
+    reason = (
+        "colours in bt709"
+        if space
+        else "their manifest has no colour space, and DALI assumes BT.601; run prepare.py again"
+    )
+    assert f"vp9 ({reason}" in describe(feed, device, "pyav")
+    check_alike(*both(training(tmp_path / "train.arrow"), positions(2, 3), device))
+
+
+def test_colours_that_differ_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare a frame with FFmpeg's before DALI decodes a codec: other versions and chips may convert otherwise."""
+    row = write_coloured(tmp_path / "0.webm", (1, 1), "vp9")
+    write_manifest(tmp_path / "train.arrow", [row], ["a"])
+    monkeypatch.setattr("pipelines.loading.dali_support.why_on_host", lambda _: None)
+    assert "vp9 (its colours differ from FFmpeg's by" in describe(
+        choose_feed(tmp_path / "train.arrow", CPU), CPU, "pyav"
+    )
+
+
 @pytest.mark.parametrize("codec", ["h264", "mpeg4"])
 def test_turned_videos(tmp_path: Path, device: torch.device, codec: str) -> None:
     """Cut the same integer rectangle from the upright frame, although DALI's decoder returns frames as stored."""
