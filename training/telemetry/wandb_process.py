@@ -34,6 +34,8 @@ def main() -> None:
         if exit_code is None:
             threading.Timer(_KILLED_LIMIT_S, os._exit, (1,)).start()
         run.finish(exit_code=1 if exit_code is None else exit_code)
+        # Wait for wandb's service, which may write an offline run only now.
+        wandb.teardown()
         _reply(finished=True)
     except Exception as error:
         _reply(failed=_first_line(error), installed=True)
