@@ -7,6 +7,7 @@ from typing import Any
 from training.errors import ConfigError
 
 from .schema import Config, ModelConfig, OptimizerConfig, PipelineConfig
+from .wandb_names import check_wandb_names
 
 _CHOICES = {
     "model.backbone": ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
@@ -72,12 +73,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"evaluation.checkpoint must be newest, best or a name such as step-00001200, got {config.evaluation.checkpoint!r}"
         )
-    if not all(1 <= len(tag) <= 64 for tag in config.logger.tags):
-        raise ConfigError(f"logger.tags must have 1 to 64 characters each, got {config.logger.tags}")
     if config.max_steps is not None and config.max_steps < 1:
         raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
     if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
         raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")
+    check_wandb_names(config)
 
 
 def _check_ranges(settings: object) -> None:

@@ -231,6 +231,13 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("distributed.timeout_s", 0.0),
     ("logger.wandb", "sometimes"),
     ("logger.tags", [""]),
+    ("logger.tags", ["a", "b" * 65]),
+    ("logger.project", ""),
+    ("logger.project", "team/tsm"),
+    ("logger.project", "a#b"),
+    ("logger.project", "x" * 129),
+    ("logger.group", " study"),
+    ("logger.group", "x" * 129),
     ("logger.every_steps", 0),
     ("checkpoint.every_epochs", 0),
     ("checkpoint.every_steps", 0),
@@ -295,6 +302,16 @@ def test_float64_with_lower_precision_is_refused(key: str) -> None:
     config.numerics.dtype = "float64"
     with pytest.raises(ConfigError, match=rf"{key}=bfloat16.*numerics\.dtype=float64.*Fix: {key}=off"):
         check(config)
+
+
+@pytest.mark.parametrize("run_id", ["a:b", "50%", "a'b", " a", "a ", "x" * 129])
+def test_a_run_id_that_wandb_refuses_is_refused_where_wandb_logs(run_id: str) -> None:
+    config = smoke()
+    config.run_id = run_id
+    with pytest.raises(ConfigError, match=r"run_id=.*Fix: another run_id, or logger\.wandb=disabled"):
+        check(config)
+    config.logger.wandb = "disabled"
+    check(config)
 
 
 @pytest.mark.parametrize("run_id", ["../other", "a/b", "/tmp/run", "..", ".", ""])
