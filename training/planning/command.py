@@ -28,6 +28,8 @@ def run_plan(composed: Any) -> int:
     except ConfigError as error:
         print(f"error (plan): {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
+    for warning in plan.warnings:
+        print(f"warning (plan): {warning}", file=sys.stderr, flush=True)
     for problem in plan.problems:
         print(f"error (plan): {problem}", file=sys.stderr, flush=True)
     return plan.exit_code

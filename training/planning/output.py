@@ -97,5 +97,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "stored_clip_bytes": plan.stored_clip_bytes,
         "rates": plan.rates and asdict(plan.rates),
         "problems": [{"kind": type(problem).__name__, "message": str(problem)} for problem in plan.problems],
+        "warnings": plan.warnings,
         "exit_code": plan.exit_code,
     }

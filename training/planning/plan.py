@@ -27,6 +27,7 @@ from training.runs.run_folder import RunFolder
 from .checks import check_files, check_run_folder, check_single_process, sample_rows
 from .estimates import NetworkEstimate, Rates, clip_bytes, estimate_network, estimate_rates, gradient_value_bytes
 from .memory import StepCosts, step_costs
+from .wandb_login import check_wandb_login
 
 _Result = TypeVar("_Result")
 
@@ -39,6 +40,8 @@ class Plan:
     world: int
     problems: list[Exception] = field(default_factory=list)
     """The errors that train.py would raise; it would stop at the first."""
+    warnings: list[str] = field(default_factory=list)
+    """What may go wrong, and would not stop the run."""
     manifests: dict[str, Manifest] = field(default_factory=dict)
     """By split, without missing ones."""
     stored_clip_bytes: float | None = None
@@ -97,6 +100,8 @@ def make_plan(config: Config) -> Plan:
         code, deterministic = code_version(CHECKOUT), config.numerics.deterministic
         plan.attempt(lambda: check_same(config.checkpoint, deterministic, recipe, code, folder, checkpoint))
     plan.attempt(lambda: check_run_folder(folder))
+    if (warning := plan.attempt(lambda: check_wandb_login(config.logger))) is not None:
+        plan.warnings.append(warning)
     return plan
 
 
