@@ -1,6 +1,7 @@
 """The names of files and folders inside a run folder, `outputs/<run_id>/`."""
 
 CONFIG = "config.yaml"
+CLASSES = "classes.txt"
 PROVENANCE = "provenance.json"
 OUTCOME = "outcome.json"
 SUCCESS = "SUCCESS"

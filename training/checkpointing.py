@@ -6,6 +6,7 @@ from types import TracebackType
 from distributed.batch_norm.running_statistics import averaged_running_statistics, running_statistics_by_rank
 from distributed.checkpoint.store import Checkpoint, CheckpointError
 from distributed.checkpoint.writer import CheckpointWriter, Written
+from training.build.class_names import digest_of
 from training.optim.optimizers import step_counts
 from training.runs.resume import STATISTICS_BY_RANK, state_tensors
 from training.telemetry.metrics_log import MetricsLog
@@ -62,11 +63,14 @@ class Checkpointer:
             by_rank[STATISTICS_BY_RANK] = running_statistics_by_rank(network, job.backend)
         if self._writer is None:
             return
+        classes = job.training_clips.source.manifest.classes
         state = {
             "step": step,
             "best_top1_percent": job.best_top1_percent,
             "evaluation_owed": evaluation_owed,
             "recipe": job.recipe.as_dict(),
+            "classes": classes,
+            "classes_sha256": digest_of(classes),
             "code": job.code,
             "scaler": trainer.scaler.state_dict(),
             "step_counts": step_counts(trainer.optimizer),

@@ -13,11 +13,12 @@ from runtime.checkout import CHECKOUT
 from training.build.data import (
     Loader,
     augmentation_of,
+    check_manifests,
+    evaluation_clips_of,
     make_loader,
     open_manifest,
     protocol_of,
     source_of,
-    training_clips_of,
 )
 from training.build.init_weights import InitialWeights
 from training.build.model import training_network_of
@@ -29,6 +30,7 @@ from training.optim.optimizers import make_optimizer, set_step_counts
 from training.runs.code_version import code_version
 from training.runs.resume import (
     check_agreement,
+    check_classes,
     check_same,
     find_start,
     restore,
@@ -84,12 +86,16 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     identity = backend.broadcast_object(initial.identity if initial else None)
     training, validation = open_manifest(config.data, "train"), open_manifest(config.data, "val")
     check_agreement(backend, asdict(config) | {"(manifest)": [training.digest, validation.digest]})
+    augmentation = augmentation_of(config.model, config.data, config.pipeline)
+    check_manifests(training, validation, augmentation)
     recipe = recipe_of(config, len(training), training.digest, identity)
     execution = make_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
     if resumed is not None:
+        check_classes(folder, resumed, training)
         check_same(config.checkpoint, config.numerics.deterministic, recipe, code, folder, resumed)
-    trainer, initial_weights, state = _build_trainer(config, backend, recipe, execution, initial, resumed)
-    augmentation = augmentation_of(config.model, config.data, config.pipeline)
+    trainer, initial_weights, state = _build_trainer(
+        config, backend, recipe, execution, initial, resumed, training.classes
+    )
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
     training_source, validation_source = (
         source_of(config.pipeline, manifest, backend.device) for manifest in (training, validation)
@@ -102,8 +108,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
         execution=execution,
         folder=folder,
         trainer=trainer,
-        training_clips=training_clips_of(training_source, augmentation, config.seed),
-        validation_clips=EvaluationClips(validation_source, protocol),
+        training_clips=TrainingClips(training_source, augmentation, config.seed),
+        validation_clips=evaluation_clips_of(validation_source, protocol, config.data),
         initial_weights=initial_weights,
         code=code,
         first_step=state.get("step", 0),
@@ -119,6 +125,7 @@ def _build_trainer(
     execution: Execution,
     initial: InitialWeights | None,
     resumed: Checkpoint | None,
+    classes: list[str],
 ) -> tuple[Trainer, str, dict[str, Any]]:
     """Build the trainer, and restore it from the checkpoint that rank 0 read, if any. Collective.
 
@@ -126,7 +133,7 @@ def _build_trainer(
     """
     state = backend.broadcast_object(resumed.state if resumed else None) or {}
     network, initial_weights = training_network_of(
-        config.model, config.data.num_classes, config.numerics, backend, execution, None if resumed else initial
+        config.model, classes, config.numerics, backend, execution, None if resumed else initial
     )
     optimizer = make_optimizer(network, config.optimizer)
     ema = None if config.optimizer.ema_decay is None else EMA(network, config.optimizer.ema_decay)

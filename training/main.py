@@ -158,6 +158,7 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         # Asks git and the packages first, so that the folder has a log, for its outcome, as soon as it has a configuration.
         start = provenance(backend.topology, hosts, job.first_step)
         job.folder.write_config(config)
+        job.folder.write_classes(job.training_clips.source.manifest.classes)
         job.folder.record_start(start)
     control.open_log(job.folder.path)
     log = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)

@@ -32,6 +32,7 @@ _PART_SUFFIX = ".part"
 _NAME = re.compile(r"step-(\d{8})")
 _REPLACED = re.compile(rf"\.step-(\d{{8}})\.replaced{re.escape(_PART_SUFFIX)}")
 _CHECKSUMS = "sha256.json"
+STATE_FILE = "state.json"
 
 CHUNK_BYTES = 4 << 20
 """Size of a write to the file system."""
@@ -70,7 +71,7 @@ class Snapshot:
         return {
             "network.safetensors": self._network.parts(),
             "optimizer.safetensors": self._optimizer.parts(),
-            "state.json": [memoryview(self._state)],
+            STATE_FILE: [memoryview(self._state)],
         }
 
 
@@ -123,7 +124,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             network=load_file(path / "network.safetensors"),
             optimizer=load_file(path / "optimizer.safetensors"),
-            state=json.loads((path / "state.json").read_text()),
+            state=json.loads((path / STATE_FILE).read_text()),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error

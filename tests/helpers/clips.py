@@ -5,6 +5,7 @@ import multiprocessing
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.manifest import ManifestRow, write_manifest
+from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes.drawing import encode_clip
 
@@ -105,6 +106,17 @@ def write_clips(manifest: Path, videos: Iterable[Video]) -> None:
         path.write_bytes(encode_clip(video_THWC))
         rows.append(ManifestRow(path=path.name, offset=0, label=index % 3, **vars(scan_clip(path))))
     write_manifest(manifest, rows, ["a", "b", "c"])
+
+
+def renumber(manifest: Path, target: Path, classes: list[str]) -> Path:
+    """Write a manifest of the same clips whose classes have another order, and with it other numbers."""
+    old = Manifest.open(manifest)
+    rows = [old.row(index) for index in range(len(old))]
+    labels = [classes.index(old.classes[row.label]) for row in rows]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    moved = [replace(row, path=str(old.root / row.path), label=label) for row, label in zip(rows, labels, strict=True)]
+    write_manifest(target, moved, classes)
+    return target
 
 
 def turned(path: Path, degrees: int) -> Path:

@@ -17,9 +17,12 @@ from pipelines.loading.worker_loader import ClipLoader
 from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
+from pipelines.stream.mirror_labels import check_flip, find_mirror
 from runtime.checkout import CHECKOUT
 from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, PipelineConfig
 from training.errors import ConfigError, DataError
+
+from .class_names import first_difference
 
 Loader = ClipLoader[ClipBatch] | DaliLoader
 
@@ -61,23 +64,50 @@ def source_of(pipeline: PipelineConfig, manifest: Manifest, device: torch.device
 
 def augmentation_of(model: ModelConfig, data: DataConfig, pipeline: PipelineConfig) -> Augmentation:
     """Derive the augmentation of training clips, which is part of the recipe."""
-    pairs = data.mirrored_words if pipeline.flip == "relabel" else []
     return Augmentation(
         num_frames=model.num_frames,
         size=pipeline.size,
         sampling=pipeline.sampling,
         crop_scales=tuple(pipeline.crop_scales),
         flip=pipeline.flip,
-        mirrored_words=tuple((one.lower(), other.lower()) for one, other in pairs),
+        mirrored_words=_pairs(data) if pipeline.flip == "relabel" else (),
     )
 
 
-def training_clips_of(source: ClipSource, augmentation: Augmentation, seed: int) -> TrainingClips:
-    """Build the training dataset. Raises ConfigError if the flip does not suit the classes."""
+def _pairs(data: DataConfig) -> tuple[tuple[str, str], ...]:
+    return tuple((one.lower(), other.lower()) for one, other in data.mirrored_words)
+
+
+def check_manifests(training: Manifest, validation: Manifest, augmentation: Augmentation) -> None:
+    """Raise ConfigError, naming a class, if the splits have different classes or mirrored clips would get a wrong label."""
+    if training.classes != validation.classes:
+        difference = first_difference(validation.classes, str(validation.path), training.classes, str(training.path))
+        raise ConfigError(
+            f"data.train and data.val have different classes: {difference}. Fix: prepare both splits with one command"
+        )
+    if augmentation.flip == "off":
+        return
     try:
-        return TrainingClips(source, augmentation, seed)
+        check_flip(augmentation.flip, training.classes, augmentation.mirrored_words)
     except ValueError as error:
         raise ConfigError(f"pipeline.flip={augmentation.flip}: {error}") from error
+
+
+def describe_mirror(training: Manifest, augmentation: Augmentation) -> list[str]:
+    """Return a line that names classes for which the flip is doubtful, if there are any."""
+    alone = find_mirror(training.classes, augmentation.mirrored_words).alone if augmentation.flip != "off" else []
+    if not alone:
+        return []
+    more = f" (and {len(alone) - 1} more classes like it)" if len(alone) > 1 else ""
+    return [
+        f"warning    pipeline.flip={augmentation.flip} mirrors clips of {alone[0]!r}{more}, whose name has a direction; no class "
+        "is its mirror image. Fix, if mirroring makes it another class: pipeline.flip=off"
+    ]
+
+
+def evaluation_clips_of(source: ClipSource, protocol: EvalProtocol, data: DataConfig) -> EvaluationClips:
+    """Build the evaluation dataset."""
+    return EvaluationClips(source, protocol, _pairs(data))
 
 
 def protocol_of(model: ModelConfig, pipeline: PipelineConfig, evaluation: EvaluationConfig) -> EvalProtocol:

@@ -4,11 +4,12 @@ Only rank 0 reads. Nothing is downloaded, and no code in a file is executed.
 """
 
 import hashlib
+import json
 import pickle
 import re
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distributed.checkpoint.store import CheckpointError, load_checkpoint
+from distributed.checkpoint.store import STATE_FILE, CheckpointError, load_checkpoint
 from training.config.schema import ModelConfig
 from training.errors import ConfigError
 from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys, from_official, tensors_in, trained_with
+
+from .class_names import (
+    CLASSIFIER,
+    REORDERED,
+    UNNAMED,
+    checkpoint_classes,
+    first_difference,
+    positions_by_name,
+    reordered,
+)
 
 RANDOM, IMAGENET = "random", "imagenet"
 TEMPORAL_SETTINGS = ("shift", "direction", "fold_div", "temporal_pool")
@@ -72,11 +83,14 @@ def find_initial_weights(model: ModelConfig, checkout: Path, resumed_from: str |
     return InitialWeights(f"sha256:{digest}", path)
 
 
-def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: InitialWeights) -> str:
-    """Load the weights into a network, in place, and return a summary in one line.
+def load_initial_weights(
+    network: TemporalNetwork, model: ModelConfig, initial: InitialWeights, classes: Sequence[str] | None = None
+) -> str:
+    """Load the weights into a network, in place, and return a summary in one line. `classes`: names of the network's classes.
 
-    The classifier stays new if the file's is for another number of classes, or for ImageNet's. Non-local blocks, which start
-    as the identity, stay new if the file has none. Every other tensor must be in the file and have the right shape.
+    The classifier stays new if the file's is for other classes, or for ImageNet's. If the same classes have another order,
+    its rows are reordered. Non-local blocks, which start as the identity, stay new if the file has none. Every other tensor
+    must be in the file and have the right shape.
 
     Raises ConfigError that names the file, the tensors and the fix.
     """
@@ -87,6 +101,7 @@ def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: 
     try:
         translated = from_official(saved)
         new = _left_new(translated, expected, of_images="fc.weight" in saved or "classifier.1.weight" in saved)
+        translated, class_note = _by_class_name(translated, saved_classes(initial.path), classes, new)
         rest = {name: tensor for name, tensor in translated.items() if not name.startswith(tuple(new))}
         check_keys(rest, {name: tensor for name, tensor in expected.items() if not name.startswith(tuple(new))})
     except WeightsError as error:
@@ -95,7 +110,10 @@ def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: 
             "model.non_local to those of the file, or choose another file"
         ) from error
     network.load_state_dict(rest, strict=False)
-    parts = [f"{model.init} ({initial.identity[:15]}...): {len(rest)} tensors taken", *filter(None, new.values())]
+    parts = [
+        f"{model.init} ({initial.identity[:15]}...): {len(rest)} tensors taken",
+        *filter(None, [*new.values(), class_note]),
+    ]
     if model.partial_bn and any("non_local" in part for part in new.values()):
         parts.append("model.partial_bn freezes their batch norms, so they stay the identity")
     for key, then in trained_as.items():
@@ -105,14 +123,47 @@ def load_initial_weights(network: TemporalNetwork, model: ModelConfig, initial: 
     return "; ".join(parts)
 
 
+def saved_classes(path: Path) -> list[str] | None:
+    """Return the class names of a checkpoint, or of the network's file in one; None: unknown, as for any other file."""
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name != _NETWORK_FILE:
+        return None
+    try:
+        state = dict(json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    # CHECKPOINTS/step-XXXXXXXX in the run folder; `best` is a link to such a folder.
+    return checkpoint_classes(state, folder.resolve().parent.parent)
+
+
+def _by_class_name(
+    translated: dict[str, Tensor], theirs: Sequence[str] | None, ours: Sequence[str] | None, new: dict[str, str]
+) -> tuple[dict[str, Tensor], str]:
+    """Give the classifier the rows of our classes. Returns the tensors and a note for the log.
+
+    A classifier of other classes is added to `new`, the tensors that stay new.
+    """
+    if CLASSIFIER in new or ours is None or "classifier.weight" not in translated:
+        return translated, ""
+    if theirs is None:
+        return translated, UNNAMED
+    positions = positions_by_name(theirs, ours)
+    if positions is None:
+        difference = first_difference(ours, "the data", theirs, "the file")
+        new[CLASSIFIER] = f"classifier left new ({difference})"
+    elif list(theirs) != list(ours):
+        return reordered(translated, positions), f"{REORDERED}: the rows of the classifier were reordered"
+    return translated, ""
+
+
 def _left_new(translated: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_images: bool) -> dict[str, str]:
     """Return name prefixes of the tensors that the file does not provide, each with the reason for the log."""
     new: dict[str, str] = {}
     theirs, ours = translated.get("classifier.weight"), expected["classifier.weight"]
     if theirs is not None and len(theirs) != len(ours):
-        new["classifier."] = f"classifier left new ({len(ours)} classes, the file has {len(theirs)})"
+        new[CLASSIFIER] = f"classifier left new ({len(ours)} classes, the file has {len(theirs)})"
     elif theirs is not None and of_images and len(theirs) == _IMAGENET_CLASSES:
-        new["classifier."] = "classifier left new (the file's is for ImageNet's classes)"
+        new[CLASSIFIER] = "classifier left new (the file's is for ImageNet's classes)"
     blocks = sorted({name.split("non_local.")[0] + "non_local." for name in expected if ".non_local." in name})
     if blocks and not any(".non_local." in name for name in translated):
         new |= dict.fromkeys(blocks, "")

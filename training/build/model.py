@@ -33,7 +33,7 @@ def network_of(model: ModelConfig, num_classes: int) -> TemporalNetwork:
 
 def training_network_of(
     model: ModelConfig,
-    num_classes: int,
+    classes: list[str],
     numerics: NumericsConfig,
     backend: Backend,
     execution: Execution,
@@ -43,9 +43,9 @@ def training_network_of(
 
     `initial`: on rank 0 of a new run, the weights to start from. Returns the network and a summary of what was loaded.
     """
-    network = network_of(model, num_classes)
+    network = network_of(model, len(classes))
     convert_batch_norm(network, backend, execution.bn_ghosts, execution.bn_rank_groups(), execution.accumulation)
     place_network(network, backend.device, numerics)
-    summary = "" if initial is None else load_initial_weights(network, model, initial)
+    summary = "" if initial is None else load_initial_weights(network, model, initial, classes)
     broadcast_network(backend, network)
     return network.train(), summary

@@ -14,7 +14,8 @@ from pipelines.manifest import Manifest
 from runtime import run_layout
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_DATA, EXIT_DONE
-from training.build.data import make_loader, open_manifest, protocol_of, source_of
+from training.build.class_names import REORDERED, UNNAMED, checkpoint_classes, digest_of, matched
+from training.build.data import evaluation_clips_of, make_loader, open_manifest, protocol_of, source_of
 from training.build.init_weights import RANDOM, find_initial_weights, load_initial_weights
 from training.build.model import network_of
 from training.build.normalise import Normaliser
@@ -29,7 +30,7 @@ from training.runs.run_folder import RunFolder
 from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys
 
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, describe_mirrored_views, evaluate
 from .run_config import Difference, differing_clips, differing_from_checkpoint, differing_views, settings_of
 from .saved_logits import Origin, save_logits
 
@@ -44,6 +45,8 @@ class Weights:
     """Fingerprint of the recipe that trained them, or hash of their file."""
     differing: list[Difference]
     """Settings of this evaluation that are not those of the run."""
+    notes: str = ""
+    """What a reader of the scores must know of how classes were matched."""
 
 
 def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
@@ -56,9 +59,9 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
 
     def load() -> Weights:
         if config.run_id is None:
-            return _load_file(config, network)
+            return _load_file(config, validation, network)
         folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-        weights = _load_run(folder, config, network)
+        weights = _load_run(folder, config, validation, network)
         weights.differing.extend(differing_clips(folder.metrics, validation.digest))
         return weights
 
@@ -66,7 +69,7 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     broadcast_network(backend, network)
 
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
-    clips = EvaluationClips(source_of(config.pipeline, validation, backend.device), protocol)
+    clips = evaluation_clips_of(source_of(config.pipeline, validation, backend.device), protocol, config.data)
     evaluation = evaluate(
         network,
         Normaliser(backend.device, config.numerics),
@@ -77,34 +80,35 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         progress=lambda _: control.progress(weights.step, "evaluation"),
     )
     if backend.topology.rank == 0:
-        _print_scores(evaluation, weights, protocol.name, config.evaluation.amp)
+        _print_scores(evaluation, weights, clips, config.evaluation.amp)
         if config.evaluation.save_logits:
             folder = CHECKOUT / config.outputs / weights.name / run_layout.LOGITS
             _save(folder, evaluation, weights, validation, protocol.name, config.evaluation)
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
 
 
-def _load_file(config: Config, network: TemporalNetwork) -> Weights:
-    """Load the weights that `model.init` names into the network."""
+def _load_file(config: Config, validation: Manifest, network: TemporalNetwork) -> Weights:
+    """Load the weights that `model.init` names into the network, its classifier in the class order of the data."""
     model = config.model
     if model.init == RANDOM:
         raise ConfigError("no weights to evaluate. Fix: --run outputs/NAME of a run, or model.init=FILE")
     initial = find_initial_weights(model, CHECKOUT, None)
     untrained = network.classifier.weight.detach().clone()
-    summary = load_initial_weights(network, model, initial)
+    summary = load_initial_weights(network, model, initial, validation.classes)
     if torch.equal(untrained, network.classifier.weight):
         raise ConfigError(
-            f"these weights cannot be evaluated on {config.data.num_classes} classes: {summary}. "
+            f"these weights cannot be evaluated on the {len(validation.classes)} classes of {validation.path}: {summary}. "
             "Fix: train with them, or choose the data set that they were trained on"
         )
     print(f"weights: {summary}", flush=True)
     path = Path(model.init)
     name = path.resolve().parent.parent.name if path.name.startswith("step-") else path.name.split(".")[0]
     differing = [] if initial.path is None else differing_from_checkpoint(initial.path, config)
-    return Weights(name, 0, initial.identity, differing)
+    note = next((note for note in (UNNAMED, REORDERED) if note in summary), "")
+    return Weights(name, 0, initial.identity, differing, note)
 
 
-def _load_run(folder: RunFolder, config: Config, network: TemporalNetwork) -> Weights:
+def _load_run(folder: RunFolder, config: Config, validation: Manifest, network: TemporalNetwork) -> Weights:
     """Load a checkpoint of a run into the network: the EMA of the weights if the checkpoint has one."""
     run_id = folder.path.name
     checkpoint = _checkpoint(folder, config.evaluation.checkpoint)
@@ -112,17 +116,19 @@ def _load_run(folder: RunFolder, config: Config, network: TemporalNetwork) -> We
     # A checkpoint that was copied without the run's configuration has at least its recipe.
     trained = settings_of(recipe, read_config(folder.path) if folder.config.exists() else None)
     differing = differing_views(run_id, trained, config)
+    ema = {
+        name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
+    }
+    theirs = checkpoint_classes(checkpoint.state, folder.path, CHECKOUT / config.data.root / config.data.train)
+    tensors, note = matched(checkpoint.network | ema, theirs, f"the run {run_id}", validation)
     try:
-        check_keys(checkpoint.network, network.state_dict())
+        check_keys(tensors, network.state_dict())
     except WeightsError as error:
         raise ConfigError(
             f"the checkpoint of {run_id} is of another network: {error}. Fix: give the overrides that it was trained with"
         ) from error
-    ema = {
-        name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
-    }
-    network.load_state_dict(checkpoint.network | ema)
-    return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe), differing)
+    network.load_state_dict(tensors)
+    return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe), differing, note)
 
 
 def _checkpoint(folder: RunFolder, which: str) -> Checkpoint:
@@ -141,22 +147,26 @@ def _checkpoint(folder: RunFolder, which: str) -> Checkpoint:
         raise ConfigError(f"{error}{why}. Fix: evaluation.checkpoint=newest") from error
 
 
-def _print_scores(evaluation: Evaluation, weights: Weights, protocol: str, amp: str) -> None:
+def _print_scores(evaluation: Evaluation, weights: Weights, clips: EvaluationClips, amp: str) -> None:
     """Print the scores as a line to read and as a JSON line, then the missing clips."""
-    line = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}")
+    protocol, classes = clips.protocol.name, clips.source.manifest.classes
+    notes = [weights.notes, describe_mirrored_views(clips.mirror, classes)]
     fields = {
         "source": weights.name,
         "step": weights.step,
         "protocol": protocol,
         "amp": amp,
+        "notes": "; ".join(filter(None, notes)),
+        "classes_sha256": digest_of(classes),
         **evaluation.scores.as_dict(),
     }
     if weights.differing:
-        line += f"  differs from the run: {', '.join(map(str, weights.differing))}"
+        notes.append(f"differs from the run: {', '.join(map(str, weights.differing))}")
         fields["differs_from_run"] = {
             each.key: {"here": each.here, "trained": each.trained} for each in weights.differing
         }
-    print(line, flush=True)
+    scores = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}")
+    print("  ".join([scores, *filter(None, notes)]), flush=True)
     print(json.dumps(fields), flush=True)
     for record in evaluation.missing:
         print(f"missing: {record.reason}", flush=True)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from distributed.topology import TopologyError, find_topology
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE
+from training.build.class_names import first_difference
 from training.config.schema import EvaluationConfig
 from training.errors import ConfigError
 
@@ -27,6 +28,12 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float]) -> tuple[ClipLogit
     parts = [load_logits(path) for path in paths]
     first, origin = parts[0]
     for path, (_, other) in zip(paths, parts, strict=True):
+        if other.classes != origin.classes:
+            difference = first_difference(other.classes, str(path), origin.classes, str(paths[0]))
+            raise ConfigError(
+                f"evaluation.ensemble: files of different classes: {difference}. Fix: evaluate both runs on one manifest, which "
+                "maps their classes by name"
+            )
         if other.manifest_digest != origin.manifest_digest:
             raise ConfigError(
                 f"evaluation.ensemble: {path} holds logits of other clips than {paths[0]}: manifest "

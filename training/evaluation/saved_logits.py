@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from runtime.atomic_write import atomic_write
+from training.build.class_names import digest_of
 from training.errors import ConfigError
 
 from .metrics import ClipLogits, Scores, confusion_matrix
@@ -43,6 +44,7 @@ def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: S
         file.write(save(tensors, metadata={"tsm_logits": json.dumps(vars(origin))}))
     missing_rows = (~tensors["seen_N"]).nonzero().flatten().tolist()
     fields = {key: value for key, value in vars(origin).items() if key not in ("classes", "order_groups")}
+    fields["classes_sha256"] = digest_of(origin.classes)
     summary = {**fields, "scores": scores.as_dict(), "missing_rows": missing_rows}
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     with (folder / f"{name}.confusion.csv").open("w", newline="") as file:

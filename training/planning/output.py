@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from training.build.data import augmentation_of, describe_mirror
 from training.config.schema import CheckpointConfig
 
 from .estimates import ring_bytes
@@ -34,6 +35,8 @@ def as_text(plan: Plan) -> str:
     if plan.costs is not None:
         lines += _describe_costs(plan.costs, config.checkpoint)
     lines += _describe_input(plan)
+    if "train" in plan.manifests:
+        lines += describe_mirror(plan.manifests["train"], augmentation_of(config.model, config.data, config.pipeline))
     count = len(plan.problems)
     lines += [f"problems   {count}, below" if count else "problems   none: train.py would start"]
     return "\n".join(lines)

@@ -10,18 +10,17 @@ from typing import TypeVar
 
 from distributed.checkpoint.store import Checkpoint
 from distributed.topology import TopologyError
-from pipelines.loading.clips import ClipSource
 from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE
-from training.build.data import augmentation_of, find_decoder, open_manifest, training_clips_of
+from training.build.data import augmentation_of, check_manifests, find_decoder, open_manifest
 from training.build.init_weights import find_initial_weights
 from training.build.recipe import recipe_of
 from training.config.schema import Config
 from training.errors import ConfigError, DataError
 from training.recipe import Execution, Recipe, fitting_worlds, make_execution
 from training.runs.code_version import code_version
-from training.runs.resume import check_same, find_start
+from training.runs.resume import check_classes, check_same, find_start
 from training.runs.run_folder import RunFolder
 
 from .checks import check_files, check_run_folder, check_single_process, sample_rows
@@ -98,6 +97,7 @@ def make_plan(config: Config) -> Plan:
     if checkpoint is not None and plan.recipe is not None:
         recipe = plan.recipe
         code, deterministic = code_version(CHECKOUT), config.numerics.deterministic
+        plan.attempt(lambda: check_classes(folder, checkpoint, plan.manifests.get("train")))
         plan.attempt(lambda: check_same(config.checkpoint, deterministic, recipe, code, folder, checkpoint))
     plan.attempt(lambda: check_run_folder(folder))
     if (warning := plan.attempt(lambda: check_wandb_login(config.logger))) is not None:
@@ -107,14 +107,12 @@ def make_plan(config: Config) -> Plan:
 
 def _check_clips(plan: Plan) -> None:
     config, train = plan.config, plan.manifests.get("train")
-    decoder = plan.attempt(lambda: find_decoder(config.pipeline))
+    plan.attempt(lambda: find_decoder(config.pipeline))
     if train is None:
         return
     plan.stored_clip_bytes = fmean(row.length for row in sample_rows(train))
-    if decoder is not None:
-        source = ClipSource(train.path, decoder)
-        augmentation = augmentation_of(config.model, config.data, config.pipeline)
-        plan.attempt(lambda: training_clips_of(source, augmentation, config.seed))
+    augmentation = augmentation_of(config.model, config.data, config.pipeline)
+    plan.attempt(lambda: check_manifests(train, plan.manifests.get("val", train), augmentation))
 
 
 def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:

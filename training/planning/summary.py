@@ -3,7 +3,7 @@
 from torch import nn
 
 from distributed.batch_norm.synchronized import message_bytes
-from training.build.data import describe_input
+from training.build.data import describe_input, describe_mirror
 from training.config.schema import ModelConfig, NumericsConfig
 from training.job import Job
 from training.optim.optimizers import describe_optimizer
@@ -28,6 +28,7 @@ def describe_job(job: Job) -> str:
         *([f"weights    {job.initial_weights}"] if job.initial_weights else []),
         f"world      {topology.size} x {job.backend.device.type}, backend {job.backend.name}, launcher {topology.launcher}",
         f"input      {describe_input(config.pipeline, source, job.backend)}",
+        *describe_mirror(source.manifest, job.training_clips.augmentation),
         *describe_execution(job.execution),
         *describe_batch_norm(job.trainer.network, job.execution),
         describe_gradients(config.distributed.gradient_dtype, network),

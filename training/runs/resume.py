@@ -10,7 +10,9 @@ from torch import Tensor
 from distributed.backends.base import Backend, broadcast_network
 from distributed.batch_norm.running_statistics import set_running_statistics
 from distributed.checkpoint.store import Checkpoint, load_newest
+from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
+from training.build.class_names import UNNAMED, checkpoint_classes, first_difference
 from training.build.init_weights import InitialWeights, find_initial_weights
 from training.config.schema import CheckpointConfig, ModelConfig
 from training.errors import ConfigError
@@ -96,6 +98,21 @@ def check_same(
         )
     check_code(settings, deterministic, code, folder, checkpoint)
     print(f"resuming {folder.path.name} from step {checkpoint.state['step']}", flush=True)
+
+
+def check_classes(folder: RunFolder, checkpoint: Checkpoint, training: Manifest | None) -> None:
+    """On rank 0: raise ConfigError if the run was trained on other classes, or on the same ones with other numbers."""
+    if training is None:
+        return
+    theirs = checkpoint_classes(checkpoint.state, folder.path, training.path)
+    if theirs is None:
+        print(f"{folder.path.name}: {UNNAMED}", flush=True)
+    elif theirs != training.classes:
+        difference = first_difference(training.classes, str(training.path), theirs, "the run")
+        raise ConfigError(
+            f"{folder.path} holds a run of other classes: {difference}. Fix: choose another run_id; model.init=CHECKPOINT "
+            "starts from the run's weights and maps classes by name"
+        )
 
 
 def restore(backend: Backend, network: TemporalNetwork, live: dict[str, Tensor], checkpoint: Checkpoint | None) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from omegaconf import OmegaConf
 
 from distributed.topology import Topology
 from runtime import run_layout
-from runtime.atomic_write import write_text
+from runtime.atomic_write import atomic_write, write_text
 from runtime.checkout import CHECKOUT
+from training.build.class_names import lines_of
 from training.config.schema import Config
 from training.errors import ConfigError
 
@@ -58,6 +60,11 @@ class RunFolder:
             raise ConfigError(
                 f"cannot create the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"
             ) from error
+
+    def write_classes(self, classes: Sequence[str]) -> None:
+        """Write classes.txt, so that whoever uses the weights knows the name of each output. Atomic."""
+        with atomic_write(self.path / run_layout.CLASSES) as file:
+            file.write(lines_of(classes))
 
     def record_start(self, start: dict[str, Any]) -> None:
         """Append this start (`provenance`) to provenance.json."""

@@ -22,7 +22,7 @@ from runtime.checkout import CHECKOUT
 from tests.helpers.jobs import start_training
 from tests.helpers.official_reference import Official, OnlineMobileNet, randomise
 from tests.helpers.worlds import World, available
-from training.build.init_weights import InitialWeights, find_initial_weights, load_initial_weights
+from training.build.init_weights import InitialWeights, find_initial_weights, load_initial_weights, saved_classes
 from training.build.model import network_of
 from training.build.recipe import recipe_of
 from training.config.checks import check
@@ -154,8 +154,10 @@ def test_safetensors(tmp_path: Path, names: str) -> None:
     assert_holds(start(file)[0], from_official(tensors))
 
 
-def own_checkpoint(folder: Path, tensors: dict[str, Tensor], **model: Any) -> Path:
-    state = {"step": 7, "recipe": {"model": {"shift": "residual", "num_frames": 4} | model}}
+def own_checkpoint(folder: Path, tensors: dict[str, Tensor], classes: list[str] | None = None, **model: Any) -> Path:
+    state: dict[str, Any] = {"step": 7, "recipe": {"model": {"shift": "residual", "num_frames": 4} | model}}
+    if classes is not None:
+        state["classes"] = classes
     saved = Checkpoint(tensors, {"x.momentum_buffer": torch.ones(2)}, state)
     return write_snapshot(folder, Snapshot().take(saved), keep=1)
 
@@ -170,6 +172,51 @@ def test_a_checkpoint_of_ours(tmp_path: Path) -> None:
     digest = sha256(folder / "network.safetensors")
     assert find_initial_weights(model, CHECKOUT, None).identity == f"sha256:{digest}"
     assert_holds(start(folder / "network.safetensors")[0], tensors)
+
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "rows", "note"),
+    [
+        (NAMES, [0, 1, 2, 3, 4], None),
+        (
+            ["c", "a", "b", "e", "d"],
+            [2, 0, 1, 4, 3],
+            "classes mapped by name: the rows of the classifier were reordered",
+        ),
+        (["a", "b", "x", "d", "e"], None, "classifier left new (class 2 is 'x' in the data, 'c' in the file)"),
+    ],
+    ids=["same", "another order", "other names"],
+)
+def test_the_classifier_of_a_checkpoint_follows_the_names(
+    tmp_path: Path, ours: list[str], rows: list[int] | None, note: str | None
+) -> None:
+    tensors = from_official(official())
+    folder = own_checkpoint(tmp_path, tensors, classes=NAMES)
+    model = model_of(folder)
+    network = new_network(model)
+    said = load_initial_weights(network, model, find_initial_weights(model, CHECKOUT, None), ours)
+    if rows is None:
+        body = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
+        assert_holds(network, body, but="^classifier")
+        assert torch.equal(network.classifier.weight, new_network(model).classifier.weight)
+    else:
+        taken = {name: t[rows] if name.startswith("classifier") else t for name, t in tensors.items()}
+        assert_holds(network, taken)
+    assert (note in said) if note else ("by name" not in said and "by number" not in said and "left new" not in said)
+    assert saved_classes(folder) == saved_classes(folder / "network.safetensors") == NAMES
+    assert saved_classes(folder / "optimizer.safetensors") is None
+
+
+def test_weights_that_name_no_classes_are_said(tmp_path: Path) -> None:
+    tensors = from_official(official())
+    model = model_of(own_checkpoint(tmp_path, tensors))
+    network = new_network(model)
+    said = load_initial_weights(network, model, find_initial_weights(model, CHECKOUT, None), NAMES)
+    assert_holds(network, tensors)
+    assert "the weights have no class names: classes matched by number" in said
 
 
 def test_a_checkpoint_keeps_every_digit_in_float64(tmp_path: Path) -> None:

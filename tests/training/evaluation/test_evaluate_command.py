@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from distributed.checkpoint.store import Checkpoint, Snapshot, load_checkpoint, write_snapshot
 from pipelines.manifest import Manifest
+from tests.helpers.clips import renumber
 from tests.helpers.worlds import CHECKOUT
 from training.evaluation.saved_logits import load_logits
+from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -54,9 +57,9 @@ def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
     assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
     assert record["amp"] == trained["amp"] == "off"
     # Bit-equal: the same clips in the same batches on the same device.
-    for name in set(record) - {"protocol", "source", "amp"}:
+    for name in set(record) - {"protocol", "source", "amp", "notes", "classes_sha256"}:
         assert record[name] == trained[name], name
-    assert "differs from the run" not in output
+    assert record["notes"] == "" and "differs from the run" not in output
 
 
 def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: Path) -> None:
@@ -74,6 +77,26 @@ def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: P
         name: alone[name] for name in ("clips", "missing", "top1_percent")
     }
     assert record["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_classes_with_other_numbers_are_mapped_by_name(folder: Path, tmp_path: Path) -> None:
+    """The same clips score the same, and the result line says what was done. An older checkpoint's names are found too."""
+    clips, run = tmp_path / "clips", tmp_path / "run"
+    classes = (folder / "run" / "classes.txt").read_text().splitlines()
+    renumber(folder / "clips" / "val.arrow", clips / "val.arrow", [*classes[3:], *classes[:3]])
+    shutil.copytree(folder / "run", run)
+    checkpoint = load_checkpoint(run / "checkpoints" / "best")
+    assert checkpoint.state["classes"] == Manifest.open(folder / "clips" / "train.arrow").classes == classes
+    older = {key: value for key, value in checkpoint.state.items() if not key.startswith("classes")}
+    write_snapshot(run / "checkpoints", Snapshot().take(replace(checkpoint, state=older)), keep=1)
+    (expected,) = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "evaluation"]
+    code, record, output = evaluate(folder, f"data.root={clips}", f"outputs={tmp_path}")
+    assert code == 0, output
+    assert record["notes"] == "classes mapped by name"
+    assert output.splitlines()[0].endswith("(20 clips)  classes mapped by name")
+    for name in ("top1_percent", "top5_percent", "mean_class_percent"):
+        assert record[name] == expected[name], name
+    assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 def test_the_best_of_a_run_or_its_newest(folder: Path, tmp_path: Path) -> None:

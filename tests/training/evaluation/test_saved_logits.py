@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from training.build.class_names import digest_of
 from training.errors import ConfigError
 from training.evaluation.ensemble import ensemble, run_ensemble
 from training.evaluation.metrics import ClipLogits, confusion_matrix, scores_of
@@ -52,6 +53,7 @@ def test_the_files_for_people(tmp_path: Path) -> None:
     assert summary["scores"] == scores_of(clip_logits, [0, 0, 1]).as_dict()
     assert summary["missing_rows"] == [3, 17]
     assert (summary["step"], summary["protocol"], summary["manifest_digest"]) == (360, ORIGIN.protocol, "digest")
+    assert summary["classes_sha256"] == digest_of(CLASSES)
     head, *rows = csv.reader(path.with_suffix(".confusion.csv").read_text().splitlines())
     assert head[1:] == [row[0] for row in rows] == CLASSES
     counts = [[int(number) for number in row[1:]] for row in rows]
@@ -106,6 +108,18 @@ def test_logits_of_other_clips_are_refused(tmp_path: Path) -> None:
         ConfigError, match=r"evaluation\.ensemble: .*/b/.*other clips than .*/a/.*another dige and digest"
     ):
         ensemble([one, other], [])
+
+
+def test_logits_of_classes_with_other_numbers_are_refused(tmp_path: Path) -> None:
+    """Name the class also if the digests, wrongly, agree."""
+    one = saved(tmp_path / "a", random_logits(1))
+    turned = replace(ORIGIN, classes=[CLASSES[1], CLASSES[0], CLASSES[2]])
+    for number, origin in enumerate((turned, replace(turned, manifest_digest="another digest"))):
+        other = saved(tmp_path / str(number), random_logits(2), origin)
+        with pytest.raises(
+            ConfigError, match=r"class 0 is 'move right' in .*, 'move left' in .*/a/.* Fix: evaluate both"
+        ):
+            ensemble([one, other], [])
 
 
 def test_files_without_logits_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from distributed.backends.single import SingleBackend
 from distributed.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, load_newest
 from distributed.topology import find_topology
+from pipelines.manifest import Manifest
+from tests.helpers.clips import renumber
 from tests.helpers.jobs import Ended, make_clips, start_training
 from tests.helpers.small_disk import mounted
 from tests.helpers.worlds import CHECKOUT, World, available
@@ -294,6 +296,18 @@ def test_state_that_another_recipe_adds_starts_anew(
     assert (
         "has no state for exp_avg, exp_avg_sq, the EMA of weights: it starts as in a new run" in capsys.readouterr().out
     )
+
+
+def test_classes_with_other_numbers_do_not_resume(alone: Context, clips: Path, tmp_path: Path) -> None:
+    """Also not where another recipe is allowed: each row of the classifier would get another meaning."""
+    run_with(alone, clips, {}, "max_steps=1")
+    classes = Manifest.open(clips / "train.arrow").classes
+    other = tmp_path / "clips"
+    for split in ("train", "val"):
+        renumber(clips / f"{split}.arrow", other / f"{split}.arrow", classes[::-1])
+    refused = rf"class 0 is '{classes[-1]}' in .*/train\.arrow, '{classes[0]}' in the run\. Fix: choose another run_id"
+    with pytest.raises(ConfigError, match=refused):
+        job_of(alone, "run", *FAST, f"data.root={other}", "checkpoint.allow_recipe_change=true")
 
 
 def steps_of(job: Job, kind: str, key: str) -> list[int]:
