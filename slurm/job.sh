@@ -14,10 +14,13 @@ run_job() {
     trap 'receive TERM' TERM
     load_site
     name_folder "$@"
-    leave_if_over
+    # A requeued job keeps its overrides.
+    ((restarts == 0)) || leave_if_complete
+    check_restarts
     set_environment
     announce
     compose "$@"
+    leave_if_complete
     check_nodes
     if [[ -n ${TSM_CHECK_ONLY:-} ]]; then
         say "all is well, and TSM_CHECK_ONLY is set: not starting the ranks"
@@ -80,11 +83,7 @@ name_folder() {
     restarts=${SLURM_RESTART_COUNT:-0}
 }
 
-leave_if_over() {
-    if [[ -e $folder/SUCCESS ]]; then
-        say "$folder is complete (SUCCESS is there): nothing to do"
-        exit 0
-    fi
+check_restarts() {
     if ((restarts > TSM_MAX_RESTARTS)); then
         say "error: queued again $restarts times already (TSM_MAX_RESTARTS). See $folder/log.txt; run_id=$run_id goes on" >&2
         exit 5
@@ -119,6 +118,14 @@ compose() {
     if ((code)); then
         say "error: the job cannot start (exit code $code), for the reasons above" >&2
         exit "$code"
+    fi
+}
+
+# A complete run has SUCCESS. plan.py has removed it if the overrides make the run longer, and refused those that do not fit the run.
+leave_if_complete() {
+    if [[ -e $folder/SUCCESS ]]; then
+        say "$folder is complete (SUCCESS is there): nothing to do"
+        exit 0
     fi
 }
 

@@ -23,6 +23,7 @@ from training.planning.summary import describe_job
 from training.report.html import write_report
 from training.runs.restarts import check_progress
 from training.runs.run_folder import provenance
+from training.runs.success import is_complete, write_success
 from training.telemetry.metrics_log import MetricsLog
 
 from .errors import ConfigError, DataError, DivergedError, NoProgressError
@@ -147,9 +148,7 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         )
     job = build_job(config, backend, control)
     writes = backend.topology.rank == 0
-    if job.folder.success.exists():
-        if writes:
-            print(f"{job.folder.path} is finished ({job.folder.success.name} is there): nothing to do", flush=True)
+    if backend.broadcast_object(_is_complete(job) if writes else None):
         return EXIT_DONE
     hosts = backend.all_gather_objects(backend.topology.host)
     if writes:
@@ -182,6 +181,18 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
     return code
 
 
+def _is_complete(job: Job) -> bool:
+    """On rank 0: return whether there is nothing to do, and say so. A complete run that is to be longer loses its marker."""
+    folder = job.folder
+    if is_complete(folder.success, job.recipe, job.first_step or None):
+        print(f"{folder.path} is finished ({folder.success.name} is there): nothing to do", flush=True)
+        return True
+    if folder.success.exists():
+        print(f"{folder.path} was finished: training on to step {job.recipe.total_steps}", flush=True)
+        folder.success.unlink()
+    return False
+
+
 def _log_start(job: Job, log: MetricsLog) -> None:
     """Log the derived numbers, and record what the report needs of them."""
     log.info(describe_job(job))
@@ -200,6 +211,6 @@ def _finish(job: Job) -> None:
     """Mark the run as finished if all its steps are taken, and write the report."""
     finished = (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
     if finished:
-        job.folder.success.touch()
+        write_success(job.folder.success, job.recipe)
     write_report(job.folder)
     print(f"{'finished' if finished else 'stopped'}: {job.folder.report}", flush=True)

@@ -40,8 +40,11 @@ def _write(plan: Plan) -> None:
     if config.plan.write_config:
         if config.run_id is None:
             raise ConfigError("plan.write_config=true needs the name of the run. Fix: run_id=NAME")
-        if not plan.problems:
-            RunFolder(CHECKOUT / config.outputs / config.run_id).write_config(config)
+        if not plan.problems and not plan.complete:
+            folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
+            folder.write_config(config)
+            # Of an earlier end: the batch script leaves a run that has the marker alone.
+            folder.success.unlink(missing_ok=True)
     try:
         if config.plan.json is not None:
             Path(config.plan.json).write_text(json.dumps(as_dict(plan), indent=1) + "\n")

@@ -38,7 +38,8 @@ def as_text(plan: Plan) -> str:
     if "train" in plan.manifests:
         lines += describe_mirror(plan.manifests["train"], augmentation_of(config.model, config.data, config.pipeline))
     count = len(plan.problems)
-    lines += [f"problems   {count}, below" if count else "problems   none: train.py would start"]
+    start = "do nothing, because the run is finished (SUCCESS is there)" if plan.complete else "start"
+    lines += [f"problems   {count}, below" if count else f"problems   none: train.py would {start}"]
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from training.recipe import Execution, Recipe, fitting_worlds, make_execution
 from training.runs.code_version import code_version
 from training.runs.resume import check_classes, check_same, find_start
 from training.runs.run_folder import RunFolder
+from training.runs.success import is_complete
 
 from .checks import check_files, check_run_folder, check_single_process, sample_rows
 from .estimates import NetworkEstimate, Rates, clip_bytes, estimate_network, estimate_rates, gradient_value_bytes
@@ -54,6 +55,8 @@ class Plan:
     network: NetworkEstimate | None = None
     costs: StepCosts | None = None
     rates: Rates | None = None
+    complete: bool = False
+    """The run is complete with this recipe: train.py would do nothing."""
 
     @property
     def clip_bytes(self) -> int:
@@ -99,6 +102,9 @@ def make_plan(config: Config) -> Plan:
         code, deterministic = code_version(CHECKOUT), config.numerics.deterministic
         plan.attempt(lambda: check_classes(folder, checkpoint, plan.manifests.get("train")))
         plan.attempt(lambda: check_same(config.checkpoint, deterministic, recipe, code, folder, checkpoint))
+    if plan.config.run_id is not None and plan.fingerprint is not None and plan.recipe is not None:
+        step = None if checkpoint is None else checkpoint.state["step"]
+        plan.complete = plan.attempt(lambda recipe=plan.recipe: is_complete(folder.success, recipe, step)) or False  # type: ignore[misc]
     plan.attempt(lambda: check_run_folder(folder))
     if (warning := plan.attempt(lambda: check_wandb_login(config.logger))) is not None:
         plan.warnings.append(warning)
