@@ -19,6 +19,9 @@ conclude() {
     elif ((srun_code >= 2 && srun_code <= 5)); then
         # train.py refused to start, before it could write an outcome.
         code=$srun_code reason="see above"
+    elif [[ -n $received ]]; then
+        # The signal came before the ranks had a run folder, or before they were started.
+        code=75 reason="SIG$received came before the first step"
     else
         # The outcome was lost with the batch script's node, or the ranks never started: Slurm cannot start ranks on a node, or
         # the environment is broken.

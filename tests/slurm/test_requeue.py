@@ -14,13 +14,15 @@ say() { echo "$*"; }
 source slurm/requeue.sh
 slurm_ends_it() { false; }
 requeue() { echo requeued; exit 75; }
-folder=$1 srun_code=$2 outcome_before=$3 restarts=0 run_id=x
+folder=$1 srun_code=$2 outcome_before=$3 received=$4 restarts=0 run_id=x
 conclude
 """
 
 
-def conclude(folder: Path, srun_code: int = 137, before: str = "") -> subprocess.CompletedProcess[str]:
-    command = ["bash", "-c", CONCLUDE, "bash", str(folder), str(srun_code), before]
+def conclude(
+    folder: Path, srun_code: int = 137, before: str = "", received: str = ""
+) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", CONCLUDE, "bash", str(folder), str(srun_code), before, received]
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -61,3 +63,9 @@ def test_three_starts_without_an_outcome_end_the_job(tmp_path: Path) -> None:
     earlier = outcome(75)
     (tmp_path / "outcome.json").write_text(earlier)
     assert [conclude(tmp_path, before=earlier.rstrip("\n")).returncode for _ in range(3)] == [75, 75, 5]
+
+
+def test_signals_before_the_first_step_are_no_starts_in_vain(tmp_path: Path) -> None:
+    ended = [conclude(tmp_path, srun_code=75, received="USR1") for _ in range(4)]
+    assert [each.returncode for each in ended] == [75] * 4
+    assert "this start ended with 75: SIGUSR1 came before the first step" in ended[0].stdout

@@ -223,10 +223,14 @@ def test_ranks_write_no_files_of_their_own_on_the_shared_file_system(
     assert all(name.startswith("fontlist-") for name in at_home), "rank 0's report draws with matplotlib"
 
 
-def test_a_complete_run_never_runs_again(three_ways: dict[str, Job], launch: Launch) -> None:
-    again = launch("torch", "smoke", overrides=["distributed=torch"])
-    assert again.ended()["JobState"] == "COMPLETED"
+def test_a_complete_run_never_runs_again_and_refuses_another_recipe(three_ways: dict[str, Job], launch: Launch) -> None:
+    same = ["distributed=torch", "numerics.dtype=float64", "schedule.epochs=1"]
+    again = launch("torch", "smoke", overrides=same)
+    assert again.ended()["JobState"] == "COMPLETED", again.log.read_text()
     assert "is complete (SUCCESS is there): nothing to do" in again.log.read_text()
+    longer = launch("torch", "smoke", overrides=[*same, "schedule.epochs=2"])
+    assert longer.ended()["ExitCode"] == "2:0"
+    assert "Fix: choose another run_id, or resume with checkpoint.allow_recipe_change=true" in longer.log.read_text()
 
 
 # --- Refused before any rank starts -----------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from training.errors import NoProgressError
 RESTARTS = 2
 """Restarts allowed at the same step after faults."""
 
-# None: the job ended without recording an outcome.
-_FAULTS = (EXIT_FAILURE, EXIT_REQUEUE, None)
+_FAULTS = (EXIT_FAILURE, EXIT_REQUEUE)
+
+STOPPED = "stopped by SIG"
+"""Part of the reason of a start that a signal ended before its first step."""
 
 
 def record_start(provenance: Path, outcome: Path, start: dict[str, Any]) -> None:
@@ -37,12 +39,13 @@ def read_starts(provenance: Path, outcome: Path) -> list[dict[str, Any]]:
 def check_progress(provenance: Path, outcome: Path, first_step: int) -> None:
     """Raise NoProgressError if this start would be the third restart at `first_step` after faults.
 
-    Outcomes that a user causes or has to fix (done, Ctrl-C, configuration, data) do not count.
+    Outcomes that a user or a scheduler causes (done, Ctrl-C, a signal before the first step), or that a user has to fix
+    (configuration, data), do not count.
     """
     reasons = []
     for start in reversed(read_starts(provenance, outcome)):
         ended = start.get("ended")
-        if start.get("first_step") != first_step or (ended["exit_code"] if ended else None) not in _FAULTS:
+        if start.get("first_step") != first_step or not _is_fault(ended):
             break
         reasons.append(ended["reason"] if ended else "no outcome recorded")
     if len(reasons) > RESTARTS:
@@ -52,3 +55,9 @@ def check_progress(provenance: Path, outcome: Path, first_step: int) -> None:
             f"See {provenance.with_name(run_layout.LOG)}. Fix: that, or checkpoint more often (checkpoint.every_steps), then "
             "start it with checkpoint.allow_no_progress=true"
         )
+
+
+def _is_fault(ended: dict[str, Any] | None) -> bool:
+    if ended is None:
+        return True
+    return ended["exit_code"] in _FAULTS and STOPPED not in ended["reason"]

@@ -61,6 +61,12 @@ def test_ends_that_a_user_brings_about_do_not_count(run: Run, exit_code: int) ->
         run.end(exit_code)
 
 
+def test_a_signal_before_the_first_step_does_not_count(run: Run) -> None:
+    for _ in range(6):
+        run.start(0)
+        run.end(75, "rank 1 on n17 stopped by SIGTERM with nothing to save. Fix: run the same command again")
+
+
 def test_each_start_knows_how_it_ended(run: Run) -> None:
     run.start(0)
     run.end(75, "rank 3 on n17 is gone")
