@@ -29,6 +29,7 @@ from training.telemetry.metrics_log import MetricsLog
 from .errors import ConfigError, DataError, DivergedError, NoProgressError
 from .job import Job, build_job
 from .loop import train
+from .out_of_memory import is_out_of_memory, out_of_memory_message
 from .recipe import make_execution
 
 Task = Callable[[Config, Backend, ControlChannel], int]
@@ -45,6 +46,7 @@ def run(read: Callable[[], Config], task: Task) -> int:
 
     Every failure is reported here, on every rank.
     """
+    config: Config | None = None
     topology: Topology | None = None
     control: ControlChannel | None = None
     try:
@@ -61,12 +63,16 @@ def run(read: Callable[[], Config], task: Task) -> int:
         wait_for_action()
         # A launcher that ends all ranks sends SIGTERM: first get the verdict and print it.
         set_action(None)
-        return _report(error, topology, control)
+        if config is not None and control is not None and is_out_of_memory(error):
+            control.log.info(traceback.format_exc())
+            phase = control.phase if task is train_task else "evaluation"
+            message = out_of_memory_message(error, config.batch, config.evaluation.batch, control.world_size, phase)
+            return _report(message, EXIT_CONFIG, topology, control)
+        return _report(*_describe(error, control), topology, control)
 
 
-def _report(error: Exception, topology: Topology | None, control: ControlChannel | None) -> int:
+def _report(message: str, code: int, topology: Topology | None, control: ControlChannel | None) -> int:
     """Report a failure to the log, to the other ranks and as the last line; return the exit code that the job ends with."""
-    message, code = _describe(error, control)
     if control is None or topology is None:
         where = f"rank {topology.rank} of {topology.size} on {topology.host}" if topology else "start-up"
         report_error(where, message)

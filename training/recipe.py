@@ -126,24 +126,32 @@ def make_execution(global_batch: int, bn_group: int, world: int, micro_batch_lim
     return execution
 
 
+def micro_batches(global_batch: int, bn_group: int, world: int) -> list[int]:
+    """Return all micro-batches of a process with which BN groups stay whole, the largest first."""
+    return [execution.micro_batch for execution in _layouts(global_batch, bn_group, world)]
+
+
 def fitting_worlds(global_batch: int, bn_group: int, micro_batch_limit: int | None = None) -> list[int]:
     """Return all world sizes on which `make_execution` can lay the batch out."""
     return [size for size in _divisors(global_batch) if _lay_out(global_batch, bn_group, size, micro_batch_limit)]
 
 
 def _lay_out(global_batch: int, bn_group: int, world: int, limit: int | None) -> Execution | None:
+    fitting = (each for each in _layouts(global_batch, bn_group, world) if limit is None or each.micro_batch <= limit)
+    return next(fitting, None)
+
+
+def _layouts(global_batch: int, bn_group: int, world: int) -> Iterator[Execution]:
+    """Yield all layouts on a world, with a growing number of micro-steps."""
     if global_batch % world:
-        return None
+        return
     per_rank = global_batch // world
     for accumulation in _divisors(per_rank):
         micro_batch = per_rank // accumulation
-        if limit is not None and micro_batch > limit:
-            continue
         if micro_batch % bn_group == 0:
-            return Execution(world, global_batch, micro_batch, accumulation, micro_batch // bn_group, 1)
-        if bn_group % micro_batch == 0 and world % (bn_group // micro_batch) == 0:
-            return Execution(world, global_batch, micro_batch, accumulation, 1, bn_group // micro_batch)
-    return None
+            yield Execution(world, global_batch, micro_batch, accumulation, micro_batch // bn_group, 1)
+        elif bn_group % micro_batch == 0 and world % (bn_group // micro_batch) == 0:
+            yield Execution(world, global_batch, micro_batch, accumulation, 1, bn_group // micro_batch)
 
 
 def _divisors(number: int) -> list[int]:

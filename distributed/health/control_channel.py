@@ -45,7 +45,7 @@ class ControlChannel:
 
     def __init__(self, backend: Backend, hang_timeout_s: float | None = None) -> None:
         topology = backend.topology
-        self.rank, self._world_size, self._host = topology.rank, topology.size, topology.host
+        self.rank, self.world_size, self._host = topology.rank, topology.size, topology.host
         self._hang_timeout_s = hang_timeout_s
         self.log = RankLog(topology.rank, topology.host)
         self._place, self._progress_s = Place(), time.monotonic()
@@ -60,8 +60,8 @@ class ControlChannel:
         self._stop = StopAgreement(topology.rank, self._send)
         served = None
         if self.rank == 0:
-            address = "127.0.0.1" if topology.local_size == self._world_size else _own_address()
-            settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self._world_size, hang_timeout_s)
+            address = "127.0.0.1" if topology.local_size == self.world_size else _own_address()
+            settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s)
             self._monitor, port = start_monitor(settings)
             served = (settings, port)
         settings, port = backend.broadcast_object(served)
@@ -73,8 +73,13 @@ class ControlChannel:
         threading.Thread(target=self._run, name="control", daemon=True).start()
 
     @property
+    def phase(self) -> str:
+        """The phase that this rank is in (distributed.health.hang_detection)."""
+        return self._place.phase
+
+    @property
     def where(self) -> str:
-        return f"rank {self.rank} of {self._world_size} on {self._host}"
+        return f"rank {self.rank} of {self.world_size} on {self._host}"
 
     # --- Heartbeats and failures --------------------------------------------------------------------------------------
 
@@ -91,7 +96,7 @@ class ControlChannel:
 
     def _run(self) -> None:
         """Send heartbeats and handle the monitor's messages until the job ends: the body of the thread."""
-        buffer, interval_s, next_heartbeat_s = b"", heartbeat_interval_s(self._world_size), 0.0
+        buffer, interval_s, next_heartbeat_s = b"", heartbeat_interval_s(self.world_size), 0.0
         while True:
             if time.monotonic() >= next_heartbeat_s:
                 place = self._place
@@ -144,7 +149,7 @@ class ControlChannel:
             return False
         now_s, limit_s = time.monotonic(), phase_timeout_s(self._place.phase, self._hang_timeout_s)
         silent_s = now_s - self._received_s
-        if silent_s <= max(limit_s, heartbeat_timeout_s(self._world_size)) or now_s - self._progress_s <= limit_s:
+        if silent_s <= max(limit_s, heartbeat_timeout_s(self.world_size)) or now_s - self._progress_s <= limit_s:
             return False
         self._end_without_monitor(f"has sent nothing for {silent_s:.0f} s: its node is lost, or its process stopped")
         return True
@@ -213,7 +218,7 @@ class ControlChannel:
         """
         if wanted is not None:
             self.request_stop(wanted)
-        if self._world_size == 1:
+        if self.world_size == 1:
             return wanted
         return self._stop.reason_after(step, steps_in_flight)
 
