@@ -10,6 +10,7 @@ evaluation= selects a protocol (conf/evaluation). The last command averages logi
 """
 
 import sys
+from contextlib import suppress
 
 from runtime.gc_freeze import frozen_imports
 from runtime.stop_signals import handle_stop_signals
@@ -18,23 +19,21 @@ from runtime.stop_signals import handle_stop_signals
 def main() -> None:
     # Inside main, because each loader worker imports this file again, as __mp_main__.
     with frozen_imports():
-        import hydra
-        from omegaconf import DictConfig
-
-        from training.config.load import from_composed, register
+        from training.config.command_line import Read, execute
+        from training.config.load import from_composed
+        from training.errors import ConfigError
         from training.evaluation.command import evaluate_task
         from training.evaluation.ensemble import run_ensemble
         from training.main import run
 
-    register()
+    def start(read: Read) -> int:
+        # run() reports the error.
+        with suppress(ConfigError):
+            if read().evaluation.ensemble:
+                return run_ensemble(read())
+        return run(lambda: from_composed(read()), evaluate_task)
 
-    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-    def evaluate(composed: DictConfig) -> None:
-        if composed.evaluation.ensemble:
-            sys.exit(run_ensemble(composed))
-        sys.exit(run(lambda: from_composed(composed), evaluate_task))
-
-    evaluate()
+    sys.exit(execute("evaluate", sys.argv[1:], start))
 
 
 if __name__ == "__main__":

@@ -16,19 +16,10 @@ from runtime.stop_signals import handle_stop_signals
 def main() -> None:
     # Inside main, as in train.py: this file is cheap to import.
     with frozen_imports():
-        import hydra
-        from omegaconf import DictConfig
-
-        from training.config.load import register
+        from training.config.command_line import execute
         from training.planning.command import run_plan
 
-    register()
-
-    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-    def plan(composed: DictConfig) -> None:
-        sys.exit(run_plan(composed))
-
-    plan()
+    sys.exit(execute("plan", sys.argv[1:], run_plan))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ With --run the ranks compose nothing: the batch script does so once, before they
 """
 
 import sys
-from pathlib import Path
 
 from runtime.gc_freeze import frozen_imports
 from runtime.stop_signals import handle_stop_signals
@@ -18,23 +17,14 @@ from runtime.stop_signals import handle_stop_signals
 def main() -> None:
     # Inside main, because each loader worker imports this file again, as __mp_main__.
     with frozen_imports():
-        import hydra
-        from omegaconf import DictConfig
-
-        from training.config.load import from_composed, read_config, register
+        from training.config.command_line import Read, execute
+        from training.config.load import from_composed
         from training.main import run, train_task
 
-    register()
+    def start(read: Read) -> int:
+        return run(lambda: from_composed(read()), train_task)
 
-    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-    def train(composed: DictConfig) -> None:
-        # Success raises no SystemExit, so that --multirun continues with the next job.
-        if code := run(lambda: from_composed(composed), train_task):
-            sys.exit(code)
-
-    if sys.argv[1:2] == ["--run"] and len(sys.argv) == 3:
-        sys.exit(run(lambda: read_config(Path(sys.argv[2])), train_task))
-    train()
+    sys.exit(execute("train", sys.argv[1:], start))
 
 
 if __name__ == "__main__":

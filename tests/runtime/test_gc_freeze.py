@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 # Fewer than any torch creates, more than a process without torch has.
 TORCH_OBJECTS = 100_000
 
-# Runs an entry point up to its hydra.main, as `python train.py` does, and prints the number of objects that the cyclic
+# Runs an entry point until it composes, as `python train.py` does, and prints the number of objects that the cyclic
 # GC scans.
 COUNT = """
 import gc, runpy, sys
-import hydra
-hydra.main = lambda **_: lambda task: lambda: print(gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())
 sys.path.insert(0, ".")
+from training.config import command_line
+command_line.execute = lambda *_: print(gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 

@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 import training.job
@@ -21,7 +20,7 @@ from distributed.health.control_channel import ControlChannel
 from distributed.topology import find_topology
 from pipelines.loading.clips import ClipBatch
 from pipelines.stream.augmentation import dropout_seeds
-from training.config.load import from_composed, register
+from training.config.compose import compose
 from training.config.schema import Config
 from training.errors import ConfigError, DivergedError
 from training.evaluation.validate import evaluate_weights
@@ -77,12 +76,10 @@ class Context:
 
 
 def compose_config(*overrides: str) -> Config:
-    with initialize_config_dir(str(CHECKOUT / "conf"), version_base="1.3"):
-        return from_composed(compose("config", overrides=list(overrides)))
+    return compose(overrides)
 
 
 def start(folder: Path) -> Context:
-    register()
     # Saves a second for each job that is built.
     training.job.code_version = functools.cache(training.job.code_version)
     torch.set_num_threads(1)

@@ -3,10 +3,10 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_CONFIG
+from training.config.command_line import Read
 from training.config.load import from_composed
 from training.errors import ConfigError
 from training.report.charts import schedule_figure
@@ -16,13 +16,13 @@ from .output import as_dict, as_text
 from .plan import Plan, make_plan
 
 
-def run_plan(composed: Any) -> int:
-    """Print the plan of a composed configuration, write what `plan.*` names, and return the exit code.
+def run_plan(read: Read) -> int:
+    """Print the plan of the configuration that `read` composes, write what `plan.*` names, and return the exit code.
 
     The exit code is 0, or train.py's: 2 for problems of the configuration, 3 if all problems are of the data.
     """
     try:
-        plan = make_plan(from_composed(composed))
+        plan = make_plan(from_composed(read()))
         print(as_text(plan), flush=True)
         _write(plan)
     except ConfigError as error:

@@ -9,13 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from distributed.topology import Topology
 from runtime import run_layout
 from runtime.atomic_write import atomic_write, write_text
 from runtime.checkout import CHECKOUT
 from training.build.class_names import lines_of
+from training.config.load import as_yaml
 from training.config.schema import Config
 from training.errors import ConfigError
 
@@ -55,7 +54,7 @@ class RunFolder:
         """Make the folder if it is not there, and write config.yaml. Atomic, because a requeued job reads that file."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+            write_text(self.config, as_yaml(config))
         except OSError as error:
             raise ConfigError(
                 f"cannot create the run folder {self.path}: {error.strerror}. Fix: outputs=FOLDER"

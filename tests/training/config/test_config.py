@@ -6,27 +6,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
-from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from training.config import checks
 from training.config.checks import check
-from training.config.load import RENAMED_KEYS, from_composed, read_config, register
+from training.config.compose import composed
+from training.config.keys import RENAMED_KEYS
+from training.config.load import from_composed, read_config
+from training.config.overrides import CONF
 from training.config.schema import Config, NumericsConfig
 from training.errors import ConfigError
 from training.runs.run_folder import RunFolder
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
 def compose(*overrides: str) -> Any:
     """Compose as `python train.py OVERRIDES` does."""
-    register()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", list(overrides))
+    return composed(overrides)
 
 
 def config_of(*overrides: str) -> Config:
@@ -97,15 +95,6 @@ def test_evaluation_is_never_lowered_with_training() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "override", ["batch.global_batsch=8", "optimizer.learning_rate=1", "no_such_group.key=1", "no_such_key=1"]
-)
-def test_an_unknown_key_is_refused(override: str) -> None:
-    key = re.escape(override.split("=")[0])
-    with pytest.raises(ConfigCompositionException, match=rf"Could not override '{key}'"):
-        compose("experiment=smoke", override)
-
-
 def test_an_unknown_key_in_a_file_is_refused() -> None:
     config = OmegaConf.create(OmegaConf.to_container(composed_once()))
     OmegaConf.update(config, "batch.global_batsch", 8, force_add=True)
@@ -115,7 +104,7 @@ def test_an_unknown_key_in_a_file_is_refused() -> None:
 
 @pytest.mark.parametrize("override", ["batch.global_batch=many", "model.dropout=half", "model.temporal_pool=perhaps"])
 def test_a_value_of_the_wrong_type_is_refused(override: str) -> None:
-    with pytest.raises(ConfigCompositionException, match=re.escape(override.split("=")[0])):
+    with pytest.raises(ConfigError, match=re.escape(override) + ".*Fix: " + re.escape(override.split("=")[0])):
         compose("experiment=smoke", override)
 
 
@@ -157,12 +146,6 @@ def test_a_run_folder_with_renamed_keys_is_read(tmp_path: Path) -> None:
     OmegaConf.save(OmegaConf.create(container), folder / "config.yaml")
     config = read_config(folder)
     assert (config.distributed.gradient_dtype, config.distributed.hang_timeout_s) == ("float16", 77.0)
-
-
-@pytest.mark.parametrize("old", RENAMED)
-def test_a_renamed_key_is_refused_as_an_override(old: str) -> None:
-    with pytest.raises(ConfigCompositionException, match=rf"Could not override '{re.escape(old)}'"):
-        compose("experiment=smoke", f"{old}=1")
 
 
 @pytest.mark.parametrize("text", [None, "seed: [1", "seed: seventeen", "sede: 17", "[]"])

@@ -290,7 +290,7 @@ def test_what_a_ring_sends() -> None:
 
 def problems(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str, list[str]]:
     """`(exit code, the plan, its problems)`."""
-    code = run_plan(compose(*overrides))
+    code = run_plan(lambda: compose(*overrides))
     said = capsys.readouterr()
     return code, said.out, said.err.splitlines()
 
@@ -476,9 +476,9 @@ def test_a_configuration_is_written_for_a_run_that_could_start_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = ("plan.write_config=true", f"outputs={tmp_path}", "data.root=/nowhere")
-    assert run_plan(compose(*SMALL, *wanted, "run_id=here")) == 3
+    assert run_plan(lambda: compose(*SMALL, *wanted, "run_id=here")) == 3
     assert list(tmp_path.iterdir()) == []
-    assert run_plan(compose(*SMALL, *wanted)) == 2
+    assert run_plan(lambda: compose(*SMALL, *wanted)) == 2
     assert "plan.write_config=true needs the name of the run. Fix: run_id=NAME" in capsys.readouterr().err
 
 

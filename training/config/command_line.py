@@ -1,0 +1,118 @@
+"""The command line of train.py, evaluate.py and plan.py."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from training.errors import ConfigError
+
+from .compose import composed
+from .load import explain, register
+from .overrides import CONF
+from .sweep import overrides_for_hydra
+
+Read = Callable[[], DictConfig]
+"""A function that composes the configuration, or raises ConfigError."""
+
+
+def execute(program: str, arguments: Sequence[str], start: Callable[[Read], int]) -> int:
+    """Call `start` with a function that composes the configuration, and return the exit code of `start`.
+
+    `--multirun` calls it for each job of the sweep, up to one that fails. `--cfg` and `--help` only print. An error in the
+    arguments is raised by the function that `start` gets, so that `start` reports it like any other.
+    """
+    try:
+        options = _parse(program, arguments)
+        if flags := _flags_for_hydra(options):
+            return _hydra_main(program, flags, options, start)
+    except ConfigError as error:
+        return start(partial(_fail, error))
+    return start(cache(partial(composed, options.overrides, options.run, options.config_dir)))
+
+
+def _fail(error: ConfigError) -> NoReturn:
+    raise error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. Fix: python {self.prog} --help")
+
+
+def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(f"{program}.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--run", type=Path)
+    # Hydra's own.
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    options = parser.parse_intermixed_args(arguments)
+    if options.config_dir is not None and not options.config_dir.is_dir():
+        raise ConfigError(f"--config-dir {options.config_dir} is no folder. Fix: a folder with experiment/NAME.yaml")
+    if options.run is not None:
+        if program == "plan":
+            raise ConfigError("plan.py plans what overrides give, not a run folder. Fix: leave out --run")
+        if program == "train" and options.overrides:
+            raise ConfigError(
+                "train.py --run FOLDER takes all from FOLDER/config.yaml, and no overrides. Fix: leave them out, or leave out "
+                f"--run and give all overrides of the run, with run_id={options.run.name}"
+            )
+        if _flags_for_hydra(options):
+            raise ConfigError("--run composes nothing. Fix: leave out Hydra's options")
+    return options
+
+
+def _flags_for_hydra(options: argparse.Namespace) -> list[str]:
+    """Return the options that make Hydra compose, for a sweep or to print; empty: the program composes itself."""
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name in ("multirun", "help", "hydra_help", "resolve")
+        if getattr(options, name)
+    ]
+    for name in ("cfg", "package", "info"):
+        if (value := getattr(options, name)) is not None:
+            flags += [f"--{name}", value]
+    return flags
+
+
+def _hydra_main(program: str, flags: list[str], options: argparse.Namespace, start: Callable[[Read], int]) -> int:
+    """Let Hydra compose: each job of a sweep, or to print."""
+    folders = [CONF] if options.config_dir is None else [CONF, options.config_dir]
+    overrides = overrides_for_hydra(options.overrides, options.multirun, folders)
+    if options.config_dir is not None:
+        flags = [*flags, "--config-dir", str(options.config_dir)]
+    register()
+    sys.argv[1:] = [*flags, f"hydra.job.name={program}", *overrides]
+    # Hydra then raises its errors, instead of printing them and exiting with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def job(configuration: DictConfig) -> None:
+        # Success raises no SystemExit, so that --multirun continues with the next job.
+        if code := start(lambda: configuration):
+            sys.exit(code)
+
+    try:
+        job()
+    # By a job that failed, or by Hydra after --help.
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise ConfigError(explain(error)) from error
+    return 0
