@@ -1,11 +1,15 @@
 """Check the values of a configuration."""
 
+import math
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any, NoReturn
 
+from runtime.run_names import why_no_folder_name
 from training.errors import ConfigError
 
+from .keys import KEYS, default_of, is_optional, nearest
 from .schema import Config, ModelConfig, OptimizerConfig, PipelineConfig
 from .wandb_names import check_wandb_names
 
@@ -14,6 +18,7 @@ _CHOICES = {
     "model.shift": ("residual", "block", "none"),
     "model.direction": ("both", "past"),
     "pipeline.loader": ("torch", "dali"),
+    "pipeline.decoder": ("auto", "torchcodec", "pyav"),
     "pipeline.sampling": ("uniform", "dense"),
     "pipeline.flip": ("off", "on", "relabel"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense"),
@@ -41,13 +46,13 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "pipeline.workers", "data.max_bad_clips", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
-    "schedule.warmup_epochs",
+    "schedule.warmup_epochs", "schedule.warmup_start", "schedule.factor", "schedule.end",
 )  # fmt: skip
 
 _NULLABLE_POSITIVE = (
     "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
     "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
-    "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps",
 )  # fmt: skip
 
 _BELOW_ONE = ("model.dropout", "optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing")
@@ -56,67 +61,102 @@ _BELOW_ONE = ("model.dropout", "optimizer.momentum", "optimizer.beta2", "optimiz
 def check(config: Config) -> None:
     """Raise ConfigError, with the dotted key, for values that no run could use."""
     _check_ranges(config)
+    folds = 2 if config.model.direction == "both" else 1
+    if config.model.fold_div < folds:
+        _refuse(
+            "model.fold_div", f"{folds} or more with model.direction={config.model.direction}", config.model.fold_div
+        )
+    milestones = config.schedule.milestones
+    if any(not milestone >= 0 for milestone in milestones):
+        raise ConfigError(f"schedule.milestones must be 0 or more, got {milestones}. Fix: epochs, such as [20,40]")
     _check_initial_weights(config.model)
     _check_optimizer(config.optimizer)
     _check_crops(config.pipeline)
     for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
         _check_sampling(key, rule, config.model.num_frames)
     _check_mirror(config.data.mirrored_words, config.pipeline.flip)
-    if config.schedule.warmup_epochs > config.schedule.epochs:
+    warmup, epochs = config.schedule.warmup_epochs, config.schedule.epochs
+    if warmup > epochs:
         raise ConfigError(
-            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is longer than schedule.epochs={config.schedule.epochs}"
+            f"schedule.warmup_epochs={warmup} is longer than schedule.epochs={epochs}. Fix: schedule.warmup_epochs={epochs} or less"
         )
     for key, amp in (("numerics.amp", config.numerics.amp), ("evaluation.amp", config.evaluation.amp)):
         if config.numerics.dtype == "float64" and amp != "off":
             raise ConfigError(f"{key}={amp} lowers precision and numerics.dtype=float64 raises it. Fix: {key}=off")
     if not re.fullmatch(r"newest|best|step-\d{8}", config.evaluation.checkpoint):
         raise ConfigError(
-            f"evaluation.checkpoint must be newest, best or a name such as step-00001200, got {config.evaluation.checkpoint!r}"
+            f"evaluation.checkpoint must be newest, best or a name such as step-00001200, got {config.evaluation.checkpoint!r}. "
+            "Fix: evaluation.checkpoint=newest"
         )
-    if config.max_steps is not None and config.max_steps < 1:
-        raise ConfigError(f"max_steps must be 1 or more, or null, got {config.max_steps}")
-    if config.run_id is not None and (Path(config.run_id).name != config.run_id or config.run_id in ("", "..")):
-        raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
+    _check_names(config)
     check_wandb_names(config)
+
+
+def _check_names(config: Config) -> None:
+    """Check what becomes the name of a run folder."""
+    if config.run_id is not None and (why := why_no_folder_name(config.run_id)):
+        raise ConfigError(f"run_id must be a plain folder name, got {config.run_id!r}: {why}. Fix: run_id=NAME")
+    # A new run is called by name and time.
+    if config.run_id is None and (why := why_no_folder_name(config.name, most=100)):
+        raise ConfigError(
+            f"name must be part of a folder name, got {config.name!r}: {why}. Fix: name=NAME, or run_id=NAME"
+        )
 
 
 def _check_ranges(settings: object) -> None:
     """Check each value that has a fixed range, whatever the others are."""
 
     def value(key: str) -> Any:
-        group, name = key.split(".")
-        return getattr(getattr(settings, group), name)
+        return attrgetter(key)(settings)
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}, got {value(key)!r}")
-    for key in _POSITIVE:
-        if not value(key) > 0:
-            raise ConfigError(f"{key} must be more than 0, got {value(key)}")
-    for key in _NOT_NEGATIVE:
-        if not value(key) >= 0:
-            raise ConfigError(f"{key} must be 0 or more, got {value(key)}")
-    for key in _BELOW_ONE:
-        if not 0 <= value(key) < 1:
-            raise ConfigError(f"{key} must be in [0, 1), got {value(key)}")
-    for key in _NULLABLE_POSITIVE:
-        if value(key) is not None and not value(key) > 0:
-            raise ConfigError(f"{key} must be more than 0, or null, got {value(key)}")
+            known = [str(choice) for choice in choices]
+            # YAML reads a bare off as false.
+            found = "off" if value(key) == "False" and "off" in known else nearest(str(value(key)), known)
+            raise ConfigError(f"{key} must be one of {', '.join(known)}, got {value(key)!r}. Fix: {key}={found}")
+    for key in KEYS:
+        numbers = value(key) if isinstance(value(key), list) else [value(key)]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            _refuse(key, "finite", value(key))
+    _check_each(_POSITIVE, "more than 0", lambda number: number > 0, value)
+    _check_each(_NOT_NEGATIVE, "0 or more", lambda number: number >= 0, value)
+    _check_each(_BELOW_ONE, "in [0, 1)", lambda number: 0 <= number < 1, value)
+    _check_each(_NULLABLE_POSITIVE, "more than 0, or null", lambda number: number is None or number > 0, value)
+
+
+def _check_each(keys: Iterable[str], rule: str, allowed: Callable[[Any], bool], value: Callable[[str], Any]) -> None:
+    for key in keys:
+        if not allowed(value(key)):
+            _refuse(key, rule, value(key))
+
+
+def _refuse(key: str, rule: str, value: object) -> NoReturn:
+    default = default_of(key)
+    fix = default if default is not None else "null" if is_optional(key) else "VALUE"
+    raise ConfigError(f"{key} must be {rule}, got {value}. Fix: {key}={fix}")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
-        raise ConfigError(f"optimizer.ema_decay must be in (0, 1), or null, got {optimizer.ema_decay}")
+        raise ConfigError(
+            f"optimizer.ema_decay must be in (0, 1), or null, got {optimizer.ema_decay}. Fix: optimizer.ema_decay=null"
+        )
     if optimizer.nesterov and (optimizer.name != "sgd" or not optimizer.momentum):
         raise ConfigError(
-            f"optimizer.nesterov=true needs optimizer.name=sgd and momentum, got {optimizer.name}, {optimizer.momentum}"
+            f"optimizer.nesterov=true needs optimizer.name=sgd and momentum, got {optimizer.name}, {optimizer.momentum}. "
+            "Fix: optimizer.nesterov=false"
         )
 
 
 def _check_crops(pipeline: PipelineConfig) -> None:
     scales = pipeline.crop_scales
     if not scales or not all(0 < scale <= 1 for scale in scales):
-        raise ConfigError(f"pipeline.crop_scales must be numbers in (0, 1], got {scales}")
+        raise ConfigError(
+            f"pipeline.crop_scales must be numbers in (0, 1], got {scales}. Fix: pipeline.crop_scales=[1.0,0.875,0.75,0.66]"
+        )
 
 
 def _check_initial_weights(model: ModelConfig) -> None:
@@ -132,7 +172,10 @@ def _check_initial_weights(model: ModelConfig) -> None:
     if model.init_sha256 is None:
         return
     if re.fullmatch("[0-9a-f]{64}", model.init_sha256) is None:
-        raise ConfigError(f"model.init_sha256 must be 64 digits of 0-9a-f (sha256sum FILE), got {model.init_sha256!r}")
+        raise ConfigError(
+            f"model.init_sha256 must be 64 digits of 0-9a-f (sha256sum FILE), got {model.init_sha256!r}. "
+            "Fix: model.init_sha256=null"
+        )
     if model.init == "random":
         raise ConfigError("model.init_sha256 is set, but model.init=random reads no file. Fix: model.init=FILE")
 
@@ -140,14 +183,19 @@ def _check_initial_weights(model: ModelConfig) -> None:
 def _check_sampling(key: str, rule: str, num_frames: int) -> None:
     """Check dense sampling, which spreads the frames over a window of 64."""
     if rule == "dense" and num_frames > 64:
-        raise ConfigError(f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={num_frames}")
+        raise ConfigError(
+            f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={num_frames}. Fix: model.num_frames=64 or less"
+        )
 
 
 def _check_mirror(pairs: list[list[str]], flip: str) -> None:
     """Check that mirrored clips get the right labels."""
     words = [word.lower() for pair in pairs for word in pair]
     if any(len(pair) != 2 for pair in pairs) or "" in words or len(set(words)) != len(words):
-        raise ConfigError(f"data.mirrored_words must be pairs of words, each word in one pair, got {pairs}")
+        raise ConfigError(
+            f"data.mirrored_words must be pairs of words, each word in one pair, got {pairs}. "
+            "Fix: data.mirrored_words=[[left,right]]"
+        )
     if flip == "relabel" and not pairs:
         raise ConfigError(
             "pipeline.flip=relabel needs the words that mirroring swaps in class names. "

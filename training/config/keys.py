@@ -4,7 +4,10 @@ from collections.abc import Iterable
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from itertools import takewhile
+from operator import attrgetter
 from typing import Any, get_args, get_type_hints
+
+from omegaconf import MISSING
 
 from .schema import Config
 
@@ -45,6 +48,12 @@ def type_of(key: str) -> Any:
     """Return the key's type, without None."""
     kinds = [kind for kind in get_args(KEYS[key]) if kind is not type(None)]
     return kinds[0] if is_optional(key) else KEYS[key]
+
+
+def default_of(key: str) -> Any:
+    """Return the key's default in the schema, or None if it has none."""
+    value = attrgetter(key)(Config())
+    return None if value == MISSING else value
 
 
 def describe_type(key: str) -> str:

@@ -99,6 +99,8 @@ def text_value(key: str, text: str) -> str | None:
     Quotes around the whole value are removed, as in Hydra's grammar. null without quotes is None.
     """
     value: str | None = unquoted(text)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{key}={text!a} is no UTF-8, and cannot be written to config.yaml. Fix: another name")
     if value == MISSING:
         raise ConfigError(f"{key}={text} is Hydra's mark of a missing value. Fix: {key}=VALUE")
     if text == "null":

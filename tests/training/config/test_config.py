@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from training.config import checks
 from training.config.checks import check
 from training.config.compose import composed
-from training.config.keys import RENAMED_KEYS
+from training.config.keys import KEYS, RENAMED_KEYS, type_of
 from training.config.load import from_composed, read_config
 from training.config.overrides import CONF
 from training.config.schema import Config, NumericsConfig
@@ -165,6 +165,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("model.shift", "inplace"),
     ("model.direction", "future"),
     ("model.num_frames", 0),
+    ("model.fold_div", 1),
     ("model.dropout", 1.0),
     ("model.dropout", -0.1),
     ("data.num_classes", 0),
@@ -176,6 +177,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("pipeline.crop_scales", [1.0, 0.0]),
     ("pipeline.crop_scales", [1.1]),
     ("pipeline.loader", "decord"),
+    ("pipeline.decoder", "decord"),
     ("pipeline.dali_threads", 0),
     ("pipeline.sampling", "random"),
     ("pipeline.flip", "sometimes"),
@@ -201,6 +203,12 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("optimizer.label_smoothing", 1.0),
     ("optimizer.ema_decay", 1.0),
     ("schedule.decay", "linear"),
+    ("schedule.epochs", float("inf")),
+    ("schedule.milestones", [1.0, float("nan")]),
+    ("schedule.milestones", [-1.0]),
+    ("schedule.warmup_start", -0.1),
+    ("schedule.factor", -0.1),
+    ("schedule.end", float("nan")),
     ("schedule.epochs", 0.0),
     ("schedule.warmup_epochs", -1.0),
     ("schedule.warmup_epochs", 1e4),
@@ -212,6 +220,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("distributed.device", "tpu"),
     ("distributed.gradient_dtype", "int8"),
     ("distributed.timeout_s", 0.0),
+    ("distributed.timeout_s", float("inf")),
+    ("distributed.hang_timeout_s", 0.0),
+    ("distributed.world_size", 0),
     ("logger.wandb", "sometimes"),
     ("logger.tags", [""]),
     ("logger.tags", ["a", "b" * 65]),
@@ -252,10 +263,29 @@ def with_value(key: str, value: Any) -> Config:
 
 
 @pytest.mark.parametrize(("key", "value"), BAD_VALUES)
-def test_a_bad_value_is_named_by_its_key(key: str, value: Any) -> None:
+def test_a_bad_value_is_named_by_its_key_with_a_fix(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(key)) as caught:
         check(with_value(key, value))
     assert str(value) in str(caught.value)
+    assert "Fix: " in str(caught.value).splitlines()[-1]
+
+
+@pytest.mark.parametrize("key", [key for key, choices in checks._CHOICES.items() if isinstance(choices[0], str)])
+def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
+    for choice in map(str, checks._CHOICES[key]):
+        for typo in (choice + choice[-1], f"x{choice}", choice.upper()):
+            with pytest.raises(ConfigError, match=rf"{re.escape(key)} must be .* Fix: {re.escape(key)}={choice}$"):
+                check(with_value(key, typo))
+
+
+FREE_TEXT = {
+    "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.prepare", "logger.project",
+    "logger.group", "plan.json", "plan.plot", "name", "outputs", "run_id",
+}  # fmt: skip
+
+
+def test_every_text_key_has_a_closed_set_of_values_or_is_free() -> None:
+    assert {key for key in KEYS if type_of(key) is str} - checks._CHOICES.keys() == FREE_TEXT
 
 
 def test_every_check_has_a_bad_value_above() -> None:
@@ -297,12 +327,35 @@ def test_a_run_id_that_wandb_refuses_is_refused_where_wandb_logs(run_id: str) ->
     check(config)
 
 
-@pytest.mark.parametrize("run_id", ["../other", "a/b", "/tmp/run", "..", ".", ""])
-def test_a_run_id_that_leads_elsewhere_is_refused(run_id: str) -> None:
+NO_FOLDERS = [
+    "../other", "a/b", "/tmp/run", "..", ".", "", "-x", ".hidden", "~", " a", "a ", "a\nb", "a\tb", "a\x1b[0m", "null", "'a'",
+    "a\\b", 129 * "x", 100 * "\u00fc" + "\u00fc",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run_id", NO_FOLDERS)
+def test_a_run_id_that_is_no_folder_name_is_refused(run_id: str) -> None:
     config = smoke()
     config.run_id = run_id
-    with pytest.raises(ConfigError, match="run_id must be a plain folder name"):
+    with pytest.raises(ConfigError, match="run_id must be a plain folder name.*Fix: run_id=NAME"):
         check(config)
+    config.run_id, config.name = None, run_id
+    with pytest.raises(ConfigError, match="name must be part of a folder name"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    "run_id", ["20240101_1200", "007", "1e3", "true", "lr=0.1,x", "L\u00e4ufe 3", "a'b", "a#b$c{d}", 128 * "x"]
+)
+def test_a_folder_name_is_accepted(run_id: str) -> None:
+    config = smoke()
+    config.run_id = run_id
+    check(config)
+
+
+def test_a_seed_fits_into_64_bits() -> None:
+    with pytest.raises(ConfigError, match="seed must fit into 64 bits"):
+        config_of("experiment=smoke", f"seed={2**63}")
 
 
 def test_every_field_has_a_default_or_is_asked_for() -> None:
