@@ -1,12 +1,15 @@
-"""Evaluate a run's newest checkpoint (give the overrides it was trained with) or a weights file, on any number of processes.
+"""Evaluate a run as it was trained, or by another protocol; or a weights file; on any number of processes.
 
-python evaluate.py experiment=smoke run_id=NAME
+python evaluate.py --run outputs/NAME
+python evaluate.py --run outputs/NAME data.root=FOLDER evaluation=ten_crop evaluation.save_logits=true
+python evaluate.py --run outputs/NAME/checkpoints/step-00001200
+torchrun --standalone --nproc-per-node 2 evaluate.py --run outputs/NAME evaluation.batch=32
 python evaluate.py experiment=kinetics_single_node model.init=FILE evaluation=ten_crop
-python evaluate.py experiment=smoke run_id=NAME evaluation=ten_crop evaluation.save_logits=true
-torchrun --standalone --nproc-per-node 2 evaluate.py experiment=smoke run_id=NAME evaluation.batch=32
 python evaluate.py 'evaluation.ensemble=[outputs/A/logits/STEP.safetensors,outputs/B/logits/STEP.safetensors]'
 
-evaluation= selects a protocol (conf/evaluation). The last command averages logits saved with evaluation.save_logits=true.
+With --run the run's config.yaml is the base of the overrides. What differs from the run is refused or stated with the scores, also
+with experiment=... run_id=NAME (docs/operating.md). evaluation= selects a protocol (conf/evaluation). The last command averages
+logits saved with evaluation.save_logits=true.
 """
 
 import sys
@@ -24,6 +27,7 @@ def main() -> None:
         from training.errors import ConfigError
         from training.evaluation.command import evaluate_task
         from training.evaluation.ensemble import run_ensemble
+        from training.evaluation.run_argument import config_of_run
         from training.main import run
 
     def start(read: Read) -> int:
@@ -33,7 +37,7 @@ def main() -> None:
                 return run_ensemble(read())
         return run(lambda: from_composed(read()), evaluate_task)
 
-    sys.exit(execute("evaluate", sys.argv[1:], start))
+    sys.exit(execute("evaluate", sys.argv[1:], start, config_of_run))
 
 
 if __name__ == "__main__":

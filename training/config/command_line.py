@@ -17,19 +17,26 @@ from yaml import YAMLError
 from training.errors import ConfigError
 
 from .compose import composed
-from .load import explain, register
+from .load import explain, load_run, register
+from .named_run import find_run
 from .overrides import CONF
 from .sweep import overrides_for_hydra
 
 Read = Callable[[], DictConfig]
 """A function that composes the configuration, or raises ConfigError."""
 
+FromRun = Callable[[Sequence[str], str, Path | None], DictConfig]
+"""Composes the configuration of `--run FOLDER`, from the overrides, FOLDER as typed, and a folder of more options."""
 
-def execute(program: str, arguments: Sequence[str], start: Callable[[Read], int]) -> int:
+
+def execute(
+    program: str, arguments: Sequence[str], start: Callable[[Read], int], from_run: FromRun | None = None
+) -> int:
     """Call `start` with a function that composes the configuration, and return the exit code of `start`.
 
     `--multirun` calls it for each job of the sweep, up to one that fails. `--cfg` and `--help` only print. An error in the
-    arguments is raised by the function that `start` gets, so that `start` reports it like any other.
+    arguments is raised by the function that `start` gets, so that `start` reports it like any other. `from_run`: how the
+    program composes with --run; None: it takes the run's config.yaml as it is.
     """
     try:
         options = _parse(program, arguments)
@@ -37,7 +44,17 @@ def execute(program: str, arguments: Sequence[str], start: Callable[[Read], int]
             return _hydra_main(program, flags, options, start)
     except ConfigError as error:
         return start(partial(_fail, error))
-    return start(cache(partial(composed, options.overrides, options.run, options.config_dir)))
+    if options.run is None:
+        return start(cache(partial(composed, options.overrides, None, options.config_dir)))
+    return start(cache(partial(from_run or _as_started, options.overrides, options.run, options.config_dir)))
+
+
+def _as_started(overrides: Sequence[str], named: str, extra: Path | None) -> DictConfig:
+    """Read the configuration with which a run was started."""
+    folder, checkpoint = find_run(named)
+    if checkpoint is not None:
+        raise ConfigError(f"--run {named} is a checkpoint, and a run resumes from its newest. Fix: --run {folder}")
+    return load_run(folder)
 
 
 def _fail(error: ConfigError) -> NoReturn:
@@ -53,7 +70,7 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(f"{program}.py", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", "-cd", type=Path)
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run")
     # Hydra's own.
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
@@ -71,7 +88,7 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
         if program == "train" and options.overrides:
             raise ConfigError(
                 "train.py --run FOLDER takes all from FOLDER/config.yaml, and no overrides. Fix: leave them out, or leave out "
-                f"--run and give all overrides of the run, with run_id={options.run.name}"
+                f"--run and give all overrides of the run, with run_id={Path(options.run).name}"
             )
         if _flags_for_hydra(options):
             raise ConfigError("--run composes nothing. Fix: leave out Hydra's options")

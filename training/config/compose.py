@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -24,11 +25,11 @@ def compose(overrides: Sequence[str], base: Path | None = None, extra: Path | No
     Without `base` they override conf/config.yaml. With `base`, a run folder, they override its config.yaml, and outputs and run_id
     are the folder's. `extra` is a folder of more options (--config-dir). Every error is a ConfigError that names the override.
     """
-    return from_composed(composed(overrides, base, extra))
+    return from_composed(composed(overrides, None if base is None else load_run(base), extra))
 
 
-def composed(overrides: Sequence[str], base: Path | None = None, extra: Path | None = None) -> DictConfig:
-    """Return the configuration as compose() does, with values missing where nothing sets them."""
+def composed(overrides: Sequence[str], base: DictConfig | None = None, extra: Path | None = None) -> DictConfig:
+    """Return the configuration as compose() does, with values missing where nothing sets them. `base` stays as it is."""
     register()
     given = read_overrides(overrides)
     folders = [CONF] if extra is None else [CONF, extra]
@@ -61,12 +62,25 @@ def _is_none(override: Override) -> bool:
     return override.key == EXPERIMENT and override.text == "null"
 
 
-def _from_run(base: Path, overrides: Sequence[Override], extra: Path | None) -> DictConfig:
-    """Read a run folder's config.yaml, and replace the sections of chosen groups."""
-    config = load_run(base)
+def _from_run(base: DictConfig, overrides: Sequence[Override], extra: Path | None) -> DictConfig:
+    """Return a run's configuration with the chosen options of groups.
+
+    An option changes the keys that the files of its group set, as in any of them: evaluation=ten_crop leaves evaluation.batch to
+    the run, and evaluation=validation undoes what another option of that group has set.
+    """
+    config = deepcopy(base)
     for override in overrides:
         if override.key in ("outputs", "run_id", EXPERIMENT):
-            raise ConfigError(f"{override.typed}: {base} decides this. Fix: leave it out, or leave out --run")
+            raise ConfigError(f"{override.typed}: the folder decides this. Fix: leave it out, or leave out --run")
         if override.is_group:
-            config[override.key] = _from_conf([override], extra)[override.key]
+            option = _from_conf([override], extra)[override.key]
+            for name in _names_set(override.key, extra):
+                if not OmegaConf.is_missing(option, name):
+                    config[override.key][name] = option[name]
     return config
+
+
+def _names_set(group: str, extra: Path | None) -> list[str]:
+    """List the keys that the files of a group set."""
+    files = [file for folder in (CONF, extra) if folder is not None for file in (folder / group).glob("*.yaml")]
+    return sorted({str(name) for file in files for name in OmegaConf.load(file)} - {"defaults"})

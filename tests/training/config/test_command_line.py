@@ -225,7 +225,7 @@ def test_a_sweep_ends_with_a_job_that_fails() -> None:
         (["--config-dir", "/nowhere", "experiment=smoke"], "/nowhere"),
         (["--run", "/nowhere", "seed=1"], "leave them out"),
         (["--run", "/nowhere", "-m"], "leave out"),
-        (["--run", "/nowhere"], "cannot read /nowhere/config.yaml"),
+        (["--run", "/nowhere"], "--run /nowhere: there is no folder /nowhere"),
         (["--run"], "--run"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,42 @@ def evaluate(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
     return done.returncode, records[0] if records else {}, done.stdout + done.stderr
 
 
+def evaluate_run(
+    *arguments: str, launcher: Sequence[str] = (), cwd: Path = CHECKOUT
+) -> tuple[int, dict[str, Any], str]:
+    """Run `evaluate.py --run`; return `(exit code, the record, all output)`."""
+    command = [sys.executable, *launcher, str(CHECKOUT / "evaluate.py"), "--run", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, records[0] if records else {}, done.stdout + done.stderr
+
+
+def last_evaluation(run: Path) -> dict[str, Any]:
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "evaluation"][-1]
+
+
+def test_a_run_is_self_contained(folder: Path, tmp_path: Path) -> None:
+    """Evaluate a run with other settings than any experiment's, from another working directory, after its clips have moved."""
+    clips = shutil.copytree(folder / "clips", tmp_path / "clips")
+    unusual = (
+        "pipeline.size=64 pipeline.sampling=dense numerics.dtype=float64 optimizer.ema_decay=0.7 batch.precise_bn_steps=1 "
+        f"evaluation.batch=7 evaluation.crops=3 data.root={clips} outputs={tmp_path}"
+    ).split()
+    done = call("train.py", *OPTIONS, *unusual)
+    assert done.returncode == 0, done.stdout + done.stderr
+    clips.rename(tmp_path / "moved")
+    code, record, output = evaluate_run("run/", f"data.root={tmp_path / 'moved'}", "pipeline.workers=1", cwd=tmp_path)
+    assert code == 0, output
+    trained = last_evaluation(tmp_path / "run")
+    assert record["protocol"] == trained["protocol"] == "4x64-dense_validation-3crop"
+    for name in set(record) & set(trained):
+        assert record[name] == trained[name], name
+    assert "differs" not in output
+
+
 def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
     """Repeat the last validation from the saved checkpoint, without a protocol of its own."""
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    (trained,) = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"]
+    trained = last_evaluation(folder / "run")
     code, record, output = evaluate(folder)
     assert code == 0, output
     assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
@@ -69,10 +102,9 @@ def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: P
     shutil.copytree(folder / "clips", clips)
     (clips / "train.arrow").unlink()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    overrides = [*OPTIONS, "distributed=torch", f"data.root={clips}", f"outputs={folder}"]
-    done = call(*torchrun, "evaluate.py", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (record,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # Trained with distributed=single: the launcher decides.
+    code, record, output = evaluate_run(f"{folder}/run", f"data.root={clips}", launcher=torchrun)
+    assert code == 0, output
     assert {name: record[name] for name in ("clips", "missing", "top1_percent")} == {
         name: alone[name] for name in ("clips", "missing", "top1_percent")
     }
@@ -146,8 +178,12 @@ def test_what_cannot_be_evaluated_is_refused(folder: Path, overrides: list[str],
 def test_another_protocol_saved_and_averaged(folder: Path) -> None:
     files = []
     for protocol in ("ten_crop", "two_clips_full"):
-        code, record, output = evaluate(folder, f"evaluation={protocol}", "evaluation.save_logits=true")
+        code, record, output = evaluate_run(
+            f"{folder}/run/checkpoints/best", f"evaluation={protocol}", "evaluation.save_logits=true"
+        )
         assert code == 0, output
+        assert "differs from the run: evaluation.clips=" in output
+        assert {"evaluation.clips", "evaluation.crops"} <= set(record["differs_from_run"])
         assert (record["step"], record["clips"], record["missing"]) == (5, 20, 0)
         files.append(folder / "run" / "logits" / f"step-00000005-{record['protocol']}.safetensors")
         alone = call("evaluate.py", f"evaluation.ensemble=[{files[-1]}]")
@@ -155,9 +191,9 @@ def test_another_protocol_saved_and_averaged(folder: Path) -> None:
         assert {name: again[name] for name in again.keys() & record.keys()} == {
             name: record[name] for name in again.keys() & record.keys()
         }
-    done = call("evaluate.py", f"evaluation.ensemble=[{files[0]},{files[1]}]")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ensemble of 2")
+    code, _, output = evaluate_run(f"{folder}/run", f"evaluation.ensemble=[{files[0]},{files[1]}]")
+    assert code == 0, output
+    assert output.startswith("ensemble of 2")
 
 
 def test_half_precision_is_asked_for_and_told(folder: Path) -> None:
