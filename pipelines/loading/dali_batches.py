@@ -35,6 +35,8 @@ class Kind(NamedTuple):
     codec: str
     colour_space: str
     colour_range: str
+    mirrored: bool
+    fast_seek: bool
 
 
 def why_on_host(clip: ManifestRow | Kind) -> str | None:
@@ -43,6 +45,8 @@ def why_on_host(clip: ManifestRow | Kind) -> str | None:
     DALI converts every video with BT.601's matrix, whatever its stream says (seen on the CPU with 2.1.0; the same in its GPU
     kernel). It recognizes the full range of values by other signs than FFmpeg does, except in MJPEG, which has no other.
     """
+    if clip.mirrored:
+        return "mirrored for display"
     if clip.codec == JPEG_FRAMES:
         return None
     if not clip.colour_space:
@@ -51,7 +55,7 @@ def why_on_host(clip: ManifestRow | Kind) -> str | None:
         return f"colours in {clip.colour_space}, and DALI assumes BT.601"
     if (clip.colour_range == "pc") != (clip.codec == "mjpeg"):
         return f"values of the {'full' if clip.colour_range == 'pc' else 'limited'} range, which DALI may take for the other"
-    return None
+    return None if clip.fast_seek else "frames that the scan has not found right in a decoder that seeks"
 
 
 @dataclass(frozen=True)

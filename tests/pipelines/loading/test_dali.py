@@ -242,18 +242,24 @@ def test_colours(tmp_path: Path, device: torch.device, codec: str) -> None:
         assert exact == [not decodes for _, decodes in COLOURS.values()] + [False]
 
 
-@pytest.mark.parametrize("space", ["bt709", ""])
-def test_a_manifest_without_a_clip_for_dali(tmp_path: Path, device: torch.device, space: str) -> None:
-    """Decode all clips on the host where DALI would take other colours, or the manifest is too old to say."""
-    rows = [replace(write_clip(tmp_path, number, "vp9"), colour_space=space) for number in range(CLIPS)]
+ON_HOST: list[tuple[str, object, str]] = [
+    ("colour_space", "bt709", "colours in bt709, and DALI assumes BT.601"),
+    ("colour_space", "", "their manifest has no colour space, and DALI assumes BT.601; run prepare.py again"),
+    ("fast_seek", False, "frames that the scan has not found right in a decoder that seeks"),
+    ("mirrored", True, "mirrored for display"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), ON_HOST)
+def test_a_manifest_without_a_clip_for_dali(
+    tmp_path: Path, device: torch.device, name: str, value: object, reason: str
+) -> None:
+    """Decode all clips on the host where DALI's pixels would be others, or the manifest is too old to say."""
+    rows = [write_clip(tmp_path, number, "vp9") for number in range(CLIPS)]
+    rows = [replace(row, **{name: value}) for row in rows]  # type: ignore[arg-type]
     write_manifest(tmp_path / "train.arrow", rows, ["a", "b"])
     feed = choose_feed(tmp_path / "train.arrow", device)
     assert feed.kind == FRAMES
-    reason = (
-        "colours in bt709"
-        if space
-        else "their manifest has no colour space, and DALI assumes BT.601; run prepare.py again"
-    )
     assert f"vp9 ({reason}" in describe(feed, device, "pyav")
     check_alike(*both(training(tmp_path / "train.arrow"), positions(2, 3), device))
 
@@ -446,7 +452,7 @@ def test_dali_that_fails_with_good_clips_is_an_error(tmp_path: Path) -> None:
     The manifest lists MPEG-4 files as VP9. DALI fails on them, but the host decodes them.
     """
     rows = [write_clip(tmp_path, number, "vp9" if number == 0 else "mpeg4") for number in range(CLIPS)]
-    write_manifest(tmp_path / "train.arrow", [replace(row, codec="vp9") for row in rows], ["a", "b"])
+    write_manifest(tmp_path / "train.arrow", [replace(row, codec="vp9", fast_seek=True) for row in rows], ["a", "b"])
     loader = DaliLoader(training(tmp_path / "train.arrow"), 0, 2, CPU, 1)
     with pytest.raises(
         DaliError, match="DALI failed on 3 batches in a row in which no clip is bad: .*Failed to create video decoder"
