@@ -18,19 +18,19 @@ from pathlib import Path
 LEASE_SUFFIX = ".lease"
 
 _RENEWED_EVERY_S = 5.0
-_STALE_AFTER_S = 60.0
+STALE_AFTER_S = 60.0
 _POLL_S = 0.5
 
 
 class LockHeld(Exception):
-    """Another process holds the lock; `holder` says which, for a message."""
+    """Another process holds the lock; `holder` says which, for a message, and `job` is the id of its batch job, if any."""
 
-    def __init__(self, holder: str) -> None:
+    def __init__(self, holder: str, job: str | None = None) -> None:
         super().__init__(f"in use by {holder}")
-        self.holder = holder
+        self.holder, self.job = holder, job
 
 
-def identity() -> str:
+def identity(job: str | None = None) -> str:
     """Return who this process is, as a line of JSON; `token` differs at each call."""
     pid = os.getpid()
     fields = {
@@ -39,6 +39,7 @@ def identity() -> str:
         "machine": _machine(),
         "started": _start_ticks(pid),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "job": job,
         "token": secrets.token_hex(8),
     }
     return json.dumps(fields) + "\n"
@@ -49,30 +50,41 @@ def describe(text: str) -> str:
     fields = _parse(text)
     if "pid" not in fields:
         return "an unknown process"
-    return f"process {fields['pid']} on {fields.get('host')} since {fields.get('since')}"
+    job = f" (job {fields['job']})" if fields.get("job") else ""
+    return f"process {fields['pid']} on {fields.get('host')} since {fields.get('since')}{job}"
 
 
-def take_lease(path: Path, wait: bool = False) -> Callable[[], None]:
+def take_lease(
+    path: Path,
+    wait: bool = False,
+    job: str | None = None,
+    watching: Callable[[str], None] = lambda holder: None,
+    taken_over: Callable[[str], None] = lambda holder: None,
+    lost: Callable[[str], None] = lambda holder: None,
+) -> Callable[[], None]:
     """Create the lease file, or take over a stale one, and renew it from a thread; returns the function that releases it.
 
-    Raises LockHeld while another process holds it, unless `wait`.
+    Raises LockHeld while another process holds it, unless `wait`. `job`: id of this process' batch job, for messages.
+    `watching` is called again and again while a holder on another machine is watched, `taken_over` once a stale lease has been
+    taken over, and `lost`, from the thread, when another process took this one over: it was not renewed for a minute.
     """
-    ours = identity()
+    ours = identity(job)
     while not _create(path, ours):
         found = _read(path)
-        if found is not None and _is_stale(path, *found):
+        if found is not None and _is_stale(path, *found, watching):
             try:
                 if _take_over(path, found[0], ours):
+                    taken_over(describe(found[0]))
                     break
             # By the process that is taking it over.
             except LockHeld:
                 if not wait:
                     raise
         elif not wait and (found := _read(path)) is not None:
-            raise LockHeld(describe(found[0]))
+            raise LockHeld(describe(found[0]), _parse(found[0]).get("job"))
         time.sleep(_POLL_S)
     ended = threading.Event()
-    threading.Thread(target=_renew, args=(path, ours, ended), name=f"lease {path.name}", daemon=True).start()
+    threading.Thread(target=_renew, args=(path, ours, ended, lost), name=f"lease {path.name}", daemon=True).start()
 
     def release() -> None:
         ended.set()
@@ -123,24 +135,28 @@ def _take_over(path: Path, stale: str, ours: str) -> bool:
         release()
 
 
-def _renew(path: Path, ours: str, ended: threading.Event) -> None:
-    """Renew the lease until it is released. Stops when another process took it over."""
+def _renew(path: Path, ours: str, ended: threading.Event, lost: Callable[[str], None] = lambda holder: None) -> None:
+    """Renew the lease until it is released, or another process took it over."""
     while not ended.wait(_RENEWED_EVERY_S):
-        # The file system may fail for a while.
+        # The file system may fail for a while, or its mount be away.
         with suppress(OSError):
             found = _read(path)
-            if found is None or found[0] != ours:
+            if found is None:
+                continue
+            if found[0] != ours:
+                lost(describe(found[0]))
                 return
             os.utime(path)
 
 
-def _is_stale(path: Path, text: str, mtime_ns: int) -> bool:
+def _is_stale(path: Path, text: str, mtime_ns: int, watching: Callable[[str], None]) -> bool:
     """Tell whether a lease's holder is gone. A holder on another machine is watched until it renews the lease."""
     fields = _parse(text)
     if fields.get("machine") == _machine():
         return _start_ticks(fields["pid"]) != fields["started"]
-    end_s = time.monotonic() + _STALE_AFTER_S
+    end_s = time.monotonic() + STALE_AFTER_S
     while time.monotonic() < end_s:
+        watching(describe(text))
         time.sleep(_POLL_S)
         if _read(path) != (text, mtime_ns):
             return False

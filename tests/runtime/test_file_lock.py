@@ -34,7 +34,7 @@ if kind == "lease":
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Locks of a file system with flock, and of one without; watching a holder takes 0.4 s instead of a minute."""
     monkeypatch.setattr(lease, "_RENEWED_EVERY_S", 0.1)
-    monkeypatch.setattr(lease, "_STALE_AFTER_S", 0.4)
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 0.4)
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
     if request.param == "lease":
         break_flock(monkeypatch)
@@ -104,7 +104,7 @@ def test_the_lock_of_a_killed_process_is_free(kind: str, tmp_path: Path) -> None
         with hold(path), pytest.raises(LockHeld, match=f"process {os.getpid()} on "):
             hold(path)
         # Known from its pid, not by watching.
-        assert kind == "flock" or time.monotonic() - began_s < lease._STALE_AFTER_S
+        assert kind == "flock" or time.monotonic() - began_s < lease.STALE_AFTER_S
         process.wait()
 
 
@@ -128,7 +128,7 @@ def test_other_errors_of_flock_are_raised(tmp_path: Path, monkeypatch: pytest.Mo
 def quick_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The path of a lease; watching a holder takes 0.4 s instead of a minute."""
     monkeypatch.setattr(lease, "_RENEWED_EVERY_S", 0.05)
-    monkeypatch.setattr(lease, "_STALE_AFTER_S", 0.4)
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 0.4)
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
     return tmp_path / "lock.lease"
 
