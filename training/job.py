@@ -72,15 +72,20 @@ class Job:
         return make_loader(self.config.pipeline, dataset, self.backend, warn)
 
 
+def run_folder_of(config: Config, backend: Backend) -> RunFolder:
+    """Return the run folder of a configuration, whose `run_id` is set if it is null. Collective."""
+    if config.run_id is None:
+        config.run_id = backend.broadcast_object(new_run_id(config.name, backend.topology))
+    return RunFolder(CHECKOUT / config.outputs / config.run_id)
+
+
 def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     """Open the data, derive recipe and execution, and make or resume the network. Collective.
 
     Raises ConfigError or DataError before any training if something does not fit.
     """
     topology = backend.topology
-    if config.run_id is None:
-        config.run_id = backend.broadcast_object(new_run_id(config.name, topology))
-    folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
+    folder = run_folder_of(config, backend)
     resumed, initial = find_start(config.model, folder) if topology.rank == 0 else (None, None)
     code = code_version(CHECKOUT) if topology.rank == 0 else {}
     identity = backend.broadcast_object(initial.identity if initial else None)

@@ -23,11 +23,12 @@ from training.planning.summary import describe_job
 from training.report.html import write_report
 from training.runs.restarts import check_progress
 from training.runs.run_folder import provenance
+from training.runs.run_lock import run_locked
 from training.runs.success import is_complete, write_success
 from training.telemetry.metrics_log import MetricsLog
 
 from .errors import ConfigError, DataError, DivergedError, NoProgressError
-from .job import Job, build_job
+from .job import Job, build_job, run_folder_of
 from .loop import train
 from .out_of_memory import is_out_of_memory, out_of_memory_message
 from .recipe import make_execution
@@ -117,6 +118,7 @@ def _stop(control: ControlChannel, wait_s: float, name: str) -> None:
     # The monitor does so too, a moment after this process has ended.
     if control.rank == 0:
         control.log.write_outcome(verdict.exit_code, str(verdict))
+    control.at_exit()
     os._exit(verdict.exit_code)
 
 
@@ -152,6 +154,11 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         raise ConfigError(
             "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, then evaluate the run"
         )
+    with run_locked(run_folder_of(config, backend), backend, control):
+        return _train(config, backend, control)
+
+
+def _train(config: Config, backend: Backend, control: ControlChannel) -> int:
     job = build_job(config, backend, control)
     writes = backend.topology.rank == 0
     if backend.broadcast_object(_is_complete(job) if writes else None):

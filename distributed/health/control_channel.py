@@ -53,6 +53,8 @@ class ControlChannel:
         self._verdict: Failure | None = None
         self.before_end: Callable[[], None] = lambda: None
         """Called when another rank's failure ends the job, before this process exits; may take seconds at most."""
+        self.at_exit: Callable[[], None] = lambda: None
+        """Called last before another rank's failure ends this process."""
         self._over = threading.Event()
         """The monitor has sent that the job is over, with or without a failure."""
         self._failed_here = False
@@ -176,7 +178,14 @@ class ControlChannel:
                 continue
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        self.at_exit()
         os._exit(failure.exit_code)
+
+    def abort(self, message: str, exit_code: int) -> None:
+        """End the job from a thread other than the main one."""
+        self.log.info(f"failed: {message}")
+        report_error(self.where, message)
+        os._exit(self.report_failure(f"failed: {message}", exit_code).exit_code)
 
     def report_failure(self, message: str, exit_code: int, wait_s: float = _VERDICT_TIMEOUT_S) -> Failure:
         """Send this rank's failure (`failed: ...`), and return the failure that ends the job: another rank's death may be the

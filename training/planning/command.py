@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from distributed.topology import find_topology
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_CONFIG
 from training.config.command_line import Read
@@ -11,6 +12,7 @@ from training.config.load import from_composed
 from training.errors import ConfigError
 from training.report.charts import schedule_figure
 from training.runs.run_folder import RunFolder
+from training.runs.run_lock import lock_run
 
 from .output import as_dict, as_text
 from .plan import Plan, make_plan
@@ -42,9 +44,13 @@ def _write(plan: Plan) -> None:
             raise ConfigError("plan.write_config=true needs the name of the run. Fix: run_id=NAME")
         if not plan.problems and not plan.complete:
             folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
-            folder.write_config(config)
-            # Of an earlier end: the batch script leaves a run that has the marker alone.
-            folder.success.unlink(missing_ok=True)
+            release = lock_run(folder, find_topology().job_id)
+            try:
+                folder.write_config(config)
+                # Of an earlier end: the batch script leaves a run that has the marker alone.
+                folder.success.unlink(missing_ok=True)
+            finally:
+                release()
     try:
         if config.plan.json is not None:
             Path(config.plan.json).write_text(json.dumps(as_dict(plan), indent=1) + "\n")

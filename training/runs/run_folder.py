@@ -49,6 +49,7 @@ class RunFolder:
         self.success = path / run_layout.SUCCESS
         self.provenance = path / run_layout.PROVENANCE
         self.outcome = path / run_layout.OUTCOME
+        self.lock = path / run_layout.LOCK
 
     def write_config(self, config: Config) -> None:
         """Make the folder if it is not there, and write config.yaml. Atomic, because a requeued job reads that file."""
