@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,27 @@ def record_start(provenance: Path, outcome: Path, start: dict[str, Any]) -> None
 
 def read_starts(provenance: Path, outcome: Path) -> list[dict[str, Any]]:
     """Return all starts, each with `first_step` and, if its outcome is known, `ended`: exit code, reason and time."""
-    starts: list[dict[str, Any]] = json.loads(provenance.read_text()) if provenance.exists() else []
-    if starts and outcome.exists():
-        starts[-1]["ended"] = json.loads(outcome.read_text())
+    starts: list[dict[str, Any]] = _read(provenance) or []
+    ended = _read(outcome)
+    if starts and ended is not None:
+        starts[-1]["ended"] = ended
     return starts
+
+
+def _read(path: Path) -> Any:
+    """Return the content of a JSON file; None if it is missing, or broken: then it is renamed and a line is printed.
+
+    A crash of the node, or a full disk, may leave an empty file. That must not stop every later start.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        aside = path.with_name(f"{path.name}.broken")
+        path.replace(aside)
+        print(f"{path} is empty or broken, as after a crash of a node: renamed to {aside.name}", file=sys.stderr)
+        return None
 
 
 def check_progress(provenance: Path, outcome: Path, first_step: int) -> None:

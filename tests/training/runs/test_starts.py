@@ -91,3 +91,18 @@ def test_a_kill_while_a_start_is_noted_leaves_the_earlier_ones(run: Run, monkeyp
     assert len(read_starts(run.provenance, run.outcome)) == 1
     run.start(0)
     assert len(read_starts(run.provenance, run.outcome)) == 2
+
+
+@pytest.mark.parametrize("name", ["provenance", "outcome"])
+@pytest.mark.parametrize("text", [b"", b"[{", b"\xff\xfe", b"\x00" * 40])
+def test_a_file_that_a_crash_left_empty_stops_no_later_start(
+    run: Run, name: str, text: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_start(run.provenance, run.outcome, {"first_step": 0})
+    broken: Path = getattr(run, name)
+    broken.write_bytes(text)
+    check_progress(run.provenance, run.outcome, 0)
+    record_start(run.provenance, run.outcome, {"first_step": 7})
+    assert read_starts(run.provenance, run.outcome)[-1] == {"first_step": 7}
+    assert broken.with_name(broken.name + ".broken").read_bytes() == text
+    assert capsys.readouterr().err.count(f"{broken} is empty or broken") == 1
