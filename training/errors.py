@@ -1,6 +1,6 @@
 """Errors that a user can fix, each with the exit code that launchers act on."""
 
-from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_NO_PROGRESS
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_NO_PROGRESS, EXIT_REQUEUE
 
 
 class ConfigError(ValueError):
@@ -25,3 +25,9 @@ class DataError(ValueError):
     """The data set does not match the configuration or its manifest."""
 
     exit_code = EXIT_DATA
+
+
+class StorageError(RuntimeError):
+    """A file system or file server fails; a later start, or one on another node, may succeed."""
+
+    exit_code = EXIT_REQUEUE

@@ -86,7 +86,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     """
     topology = backend.topology
     folder = run_folder_of(config, backend)
-    resumed, initial = find_start(config.model, folder) if topology.rank == 0 else (None, None)
+    resumed, initial = find_start(config.model, config.checkpoint, folder) if topology.rank == 0 else (None, None)
     code = code_version(CHECKOUT) if topology.rank == 0 else {}
     identity = backend.broadcast_object(initial.identity if initial else None)
     training, validation = open_manifest(config.data, "train"), open_manifest(config.data, "val")

@@ -27,7 +27,7 @@ from training.runs.run_lock import run_locked
 from training.runs.success import is_complete, write_success
 from training.telemetry.metrics_log import MetricsLog
 
-from .errors import ConfigError, DataError, DivergedError, NoProgressError
+from .errors import ConfigError, DataError, DivergedError, NoProgressError, StorageError
 from .job import Job, build_job, run_folder_of
 from .loop import train
 from .out_of_memory import is_out_of_memory, out_of_memory_message
@@ -87,7 +87,7 @@ def _report(message: str, code: int, topology: Topology | None, control: Control
 
 def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, int]:
     """Return message and exit code of an error. If no user can fix it, log its traceback, and say where that is."""
-    if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError)):
+    if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError, StorageError)):
         return str(error), error.exit_code
     codes = {TopologyError: EXIT_CONFIG, HandOverError: EXIT_CONFIG, WorkerLostError: EXIT_REQUEUE, BadClip: EXIT_DATA}
     for kind, code in codes.items():

@@ -6,6 +6,7 @@ A kill at any byte leaves a whole checkpoint: the one being written or the one b
 belong to a write, replacement or removal that did not finish; the next write removes them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -34,12 +35,19 @@ _REPLACED = re.compile(rf"\.step-(\d{{8}})\.replaced{re.escape(_PART_SUFFIX)}")
 _CHECKSUMS = "sha256.json"
 STATE_FILE = "state.json"
 
+# Errors of a file that is not there. All others are the file system's.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
 CHUNK_BYTES = 4 << 20
 """Size of a write to the file system."""
 
 
 class CheckpointError(RuntimeError):
     """An error in writing, reading or using a checkpoint."""
+
+
+class UnreadableError(CheckpointError):
+    """The file system fails to read a checkpoint, which may be whole."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +112,33 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: int, best: bool = Fal
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest whole checkpoint, or None, and a line for each broken one that was skipped."""
+    """Return the newest whole checkpoint, or None, and a line for each broken one that was skipped.
+
+    Raises UnreadableError when none could be read and not all are broken, as on a file server that is away.
+    """
     broken: list[str] = []
-    for _, path in sorted([*_by_step(folder, _REPLACED), *_by_step(folder, _NAME)], reverse=True):
+    unreadable: UnreadableError | None = None
+    try:
+        paths = sorted([*_by_step(folder, _REPLACED), *_by_step(folder, _NAME)], reverse=True)
+    except OSError as error:
+        raise UnreadableError(f"{folder} cannot be read: {error.strerror}") from error
+    for _, path in paths:
         try:
             return load_checkpoint(path), broken
         except CheckpointError as error:
             broken.append(str(error))
+            if isinstance(error, UnreadableError):
+                unreadable = unreadable or error
+    if unreadable is not None:
+        raise unreadable
     return None, broken
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder. Raises CheckpointError when a file is missing or fails its checksum."""
+    """Read one checkpoint folder.
+
+    Raises CheckpointError when a file is missing or fails its checksum; UnreadableError when the file system fails.
+    """
     try:
         digests: dict[str, str] = json.loads((path / _CHECKSUMS).read_text())
         for name, digest in digests.items():
@@ -127,6 +150,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             state=json.loads((path / STATE_FILE).read_text()),
         )
     except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _MISSING:
+            raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
 
 

@@ -214,6 +214,8 @@ class CheckpointConfig:
     allow_code_change: bool = False
     """Resume although code that decides numbers differs from the checkpoint's (deterministic mode: any code). Comments and
     docstrings do not count."""
+    allow_restart: bool = False
+    """Train from step 0 although the run has checkpoints, if none of them is whole."""
     allow_no_progress: bool = False
     """Start although two restarts after faults have made no progress."""
 

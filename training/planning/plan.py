@@ -12,12 +12,12 @@ from distributed.checkpoint.store import Checkpoint
 from distributed.topology import TopologyError
 from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
-from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_REQUEUE
 from training.build.data import augmentation_of, check_manifests, find_decoder, open_manifest
 from training.build.init_weights import find_initial_weights
 from training.build.recipe import recipe_of
 from training.config.schema import Config
-from training.errors import ConfigError, DataError
+from training.errors import ConfigError, DataError, StorageError
 from training.recipe import Execution, Recipe, fitting_worlds, make_execution
 from training.runs.code_version import code_version
 from training.runs.resume import check_classes, check_same, find_start
@@ -70,15 +70,16 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        if all(isinstance(problem, DataError) for problem in self.problems):
-            return EXIT_DATA if self.problems else EXIT_DONE
-        return EXIT_CONFIG
+        for kind, code in ((DataError, EXIT_DATA), (StorageError, EXIT_REQUEUE)):
+            if self.problems and all(isinstance(problem, kind) for problem in self.problems):
+                return code
+        return EXIT_CONFIG if self.problems else EXIT_DONE
 
     def attempt(self, do: Callable[[], _Result]) -> _Result | None:
         """Return the result of `do`. If it fails in a way that the user can fix, add the problem and return None."""
         try:
             return do()
-        except (ConfigError, DataError, TopologyError) as error:
+        except (ConfigError, DataError, StorageError, TopologyError) as error:
             if str(error) not in map(str, self.problems):
                 self.problems.append(error)
             return None
@@ -126,7 +127,7 @@ def _find_start(plan: Plan, folder: RunFolder) -> Checkpoint | None:
     if plan.config.run_id is None:
         checkpoint, initial = None, find_initial_weights(plan.config.model, CHECKOUT, None)
     else:
-        checkpoint, initial = find_start(plan.config.model, folder)
+        checkpoint, initial = find_start(plan.config.model, plan.config.checkpoint, folder)
     plan.weights = initial.identity
     return checkpoint
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+import time
 from typing import Any
 
 import torch
@@ -9,13 +11,13 @@ from torch import Tensor
 
 from distributed.backends.base import Backend, broadcast_network
 from distributed.batch_norm.running_statistics import set_running_statistics
-from distributed.checkpoint.store import Checkpoint, load_newest
+from distributed.checkpoint.store import Checkpoint, UnreadableError, load_newest
 from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
 from training.build.class_names import UNNAMED, checkpoint_classes, first_difference
 from training.build.init_weights import InitialWeights, find_initial_weights
 from training.config.schema import CheckpointConfig, ModelConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, StorageError
 from training.optim.ema import EMA, PREFIX
 from training.optim.optimizers import optimizer_tensors
 from training.recipe import Recipe
@@ -26,6 +28,9 @@ from .run_folder import RunFolder
 
 STATISTICS_BY_RANK = "batch_norm.statistics_by_rank"
 """Tensor name of the running statistics of every rank in checkpoints of deterministic mode. Shape (ranks, statistics)."""
+
+READ_RETRIES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+"""Waits between attempts to read checkpoints: a file server's fail-over takes seconds."""
 
 
 def check_agreement(backend: Backend, settings: dict[str, Any]) -> None:
@@ -65,16 +70,44 @@ def state_tensors(network: TemporalNetwork, optimizer: torch.optim.Optimizer, em
 
 
 def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """Load a run's newest whole checkpoint, if any, and log the broken ones that were skipped."""
-    checkpoint, broken = load_newest(folder.checkpoints)
+    """Load a run's newest whole checkpoint, if any, and log the broken ones that were skipped.
+
+    Raises StorageError when checkpoints are there and their file system fails to read them, for a while.
+    """
+    return _whole_and_broken(folder)[0]
+
+
+def _whole_and_broken(folder: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+    for wait_s in (*READ_RETRIES_S, None):
+        try:
+            checkpoint, broken = load_newest(folder.checkpoints)
+            break
+        except UnreadableError as error:
+            if wait_s is None:
+                raise StorageError(
+                    f"{error}, tried {len(READ_RETRIES_S) + 1} times. Not starting at step 0, because checkpoints are there. "
+                    "Fix: bring the file system back, then start the run again"
+                ) from error
+            print(f"{error}; trying again in {wait_s:g} s", file=sys.stderr, flush=True)
+            time.sleep(wait_s)
     for line in broken:
         print(f"skipped checkpoint: {line}", flush=True)
-    return checkpoint
+    return checkpoint, broken
 
 
-def find_start(model: ModelConfig, folder: RunFolder) -> tuple[Checkpoint | None, InitialWeights]:
-    """On rank 0: find the checkpoint that this run resumes from, if any, and the run's initial weights."""
-    checkpoint = newest_checkpoint(folder)
+def find_start(
+    model: ModelConfig, settings: CheckpointConfig, folder: RunFolder
+) -> tuple[Checkpoint | None, InitialWeights]:
+    """On rank 0: find the checkpoint that this run resumes from, if any, and the run's initial weights.
+
+    Raises ConfigError when the run has checkpoints and none is whole, StorageError when none can be read.
+    """
+    checkpoint, broken = _whole_and_broken(folder)
+    if checkpoint is None and broken and not settings.allow_restart:
+        raise ConfigError(
+            f"none of the {len(broken)} checkpoints in {folder.checkpoints} is whole ({broken[0]}). Fix: restore one from a copy, "
+            "or checkpoint.allow_restart=true to train from step 0 again, which will replace them"
+        )
     before = None if checkpoint is None else checkpoint.state["recipe"]["model"].get("init", "random")
     return checkpoint, find_initial_weights(model, CHECKOUT, before)
 
