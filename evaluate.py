@@ -3,7 +3,7 @@
 python evaluate.py --run outputs/NAME
 python evaluate.py --run outputs/NAME data.root=FOLDER evaluation=ten_crop evaluation.save_logits=true
 python evaluate.py --run outputs/NAME/checkpoints/step-00001200
-torchrun --standalone --nproc-per-node 2 evaluate.py --run outputs/NAME evaluation.batch=32
+torchrun --standalone --nproc-per-node 2 -- evaluate.py --run outputs/NAME evaluation.batch=32
 python evaluate.py experiment=kinetics_single_node model.init=FILE evaluation=ten_crop
 python evaluate.py 'evaluation.ensemble=[outputs/A/logits/STEP.safetensors,outputs/B/logits/STEP.safetensors]'
 

@@ -101,7 +101,8 @@ def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: P
     clips = tmp_path / "clips"
     shutil.copytree(folder / "clips", clips)
     (clips / "train.arrow").unlink()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    # After `--`, because torchrun reads --run as the start of its own --run-path.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--"]
     # Trained with distributed=single: the launcher decides.
     code, record, output = evaluate_run(f"{folder}/run", f"data.root={clips}", launcher=torchrun)
     assert code == 0, output
