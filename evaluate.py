@@ -15,6 +15,7 @@ logits saved with evaluation.save_logits=true.
 import sys
 from contextlib import suppress
 
+from runtime.environment import start_program
 from runtime.gc_freeze import frozen_imports
 from runtime.stop_signals import handle_stop_signals
 
@@ -42,4 +43,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     handle_stop_signals()
+    start_program()
     main()

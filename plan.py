@@ -9,6 +9,7 @@ Takes seconds in one process; needs no GPU and no data. Exits as train.py would:
 
 import sys
 
+from runtime.environment import start_program
 from runtime.gc_freeze import frozen_imports
 from runtime.stop_signals import handle_stop_signals
 
@@ -24,4 +25,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     handle_stop_signals()
+    start_program()
     main()

@@ -17,6 +17,7 @@ folder layout that each data set needs.
 import argparse
 import sys
 
+from runtime.environment import start_program
 from runtime.exit_codes import EXIT_INTERRUPTED
 from runtime.stop_signals import Stopped, handle_stop_signals, raise_in_main_thread
 
@@ -39,12 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.errors import BadClip
     from pipelines.manifest import ManifestError
     from pipelines.prepare.errors import DataSetError
+    from runtime.environment import EnvironmentFault, repair
 
     args = make_parser().parse_args(argv)
     raise_in_main_thread()
     try:
+        for note in repair():
+            print(note, file=sys.stderr)
         args.run(args)
-    except (DataSetError, ManifestError, BadClip) as error:
+    except (DataSetError, ManifestError, BadClip, EnvironmentFault) as error:
         print(f"prepare.py {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -55,4 +59,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     handle_stop_signals()
+    start_program()
     sys.exit(main())

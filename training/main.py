@@ -14,6 +14,7 @@ from distributed.health.control_channel import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
 from pipelines.errors import BadClip
 from pipelines.loading.worker_loader import HandOverError, WorkerLostError, start_worker_server
+from runtime.environment import EnvironmentFault, explain
 from runtime.error_report import report_error, tell_torchrun
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE
 from runtime.stop_signals import EXIT_CODES, set_action, wait_for_action
@@ -27,6 +28,7 @@ from training.runs.run_lock import run_locked
 from training.runs.success import is_complete, write_success
 from training.telemetry.metrics_log import MetricsLog
 
+from .environment import prepare_environment
 from .errors import ConfigError, DataError, DivergedError, NoProgressError, StorageError
 from .job import Job, build_job, run_folder_of
 from .loop import train
@@ -53,9 +55,13 @@ def run(read: Callable[[], Config], task: Task) -> int:
     try:
         topology = find_topology()
         config = read()
+        notes = prepare_environment(config, topology)
         backend = join_world(config, topology)
         control = ControlChannel(backend, config.distributed.hang_timeout_s)
         set_action(partial(_stop, control, 0.0))
+        for note in notes:
+            # One line on the terminal, not one per rank.
+            (control.log.warning if topology.rank == 0 else control.log.info)(note)
         code = task(config, backend, control)
         control.close()
         backend.close()
@@ -89,10 +95,18 @@ def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, in
     """Return message and exit code of an error. If no user can fix it, log its traceback, and say where that is."""
     if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError, StorageError)):
         return str(error), error.exit_code
-    codes = {TopologyError: EXIT_CONFIG, HandOverError: EXIT_CONFIG, WorkerLostError: EXIT_REQUEUE, BadClip: EXIT_DATA}
+    codes = {
+        EnvironmentFault: EXIT_CONFIG,
+        TopologyError: EXIT_CONFIG,
+        HandOverError: EXIT_CONFIG,
+        WorkerLostError: EXIT_REQUEUE,
+        BadClip: EXIT_DATA,
+    }
     for kind, code in codes.items():
         if isinstance(error, kind):
             return str(error), code
+    if explanation := explain(error):
+        return explanation, EXIT_CONFIG
     trace = traceback.format_exc()
     if control is not None and control.log.path is not None:
         control.log.info(trace)

@@ -4,12 +4,10 @@ A line is `TIME  HOST  rank R  TEXT` (or `monitor`), so that `sort` merges the l
 """
 
 import faulthandler
-import getpass
 import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from runtime import run_layout
 from runtime.atomic_write import write_text
+from runtime.environment import private_folder
 
 _TAIL_BYTES = 64 << 10
 
@@ -136,7 +135,7 @@ class _LogFile(logging.FileHandler):
 
 def node_log(run_id: str, rank: int) -> Path:
     """Return the log file of a rank other than 0, on its node: thousands of files would overload a shared file system."""
-    return Path(tempfile.gettempdir()) / f"tsm-{getpass.getuser()}" / run_id / f"rank-{rank:05d}.log"
+    return private_folder() / run_id / f"rank-{rank:05d}.log"
 
 
 def read_tail(path: Path) -> str:

@@ -4,14 +4,13 @@ torch's loader pickles a batch in a background thread of the worker. An error th
 waits forever. So a worker pickles its batch itself, where an error can still become an answer.
 """
 
-import os
 import pickle
 import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-SHARED_MEMORY = "/dev/shm"
+from runtime.environment import SHARED_MEMORY, shared_memory_bytes
 
 _RESERVE_BYTES = 1 << 30
 
@@ -76,9 +75,3 @@ def _no_room() -> str:
     if free >= min(total // 2, _RESERVE_BYTES):
         return ""
     return f"{SHARED_MEMORY} has {free / 2**20:.1f} of {total / 2**20:.1f} MiB free"
-
-
-def shared_memory_bytes() -> tuple[int, int]:
-    """Return the size of the file system of shared memory, and what is free of it. Raises OSError where there is none."""
-    found = os.statvfs(SHARED_MEMORY)
-    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
