@@ -108,9 +108,13 @@ def make_execution(global_batch: int, bn_group: int, world: int, micro_batch_lim
     """
     for name, value in (("batch.global_batch", global_batch), ("batch.bn_group", bn_group)):
         if value < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {value}")
+            raise ConfigError(f"{name} must be 1 or more, got {value}. Fix: {name}=NUMBER, 1 or more")
     if global_batch % bn_group:
-        raise ConfigError(f"batch.bn_group={bn_group} does not divide batch.global_batch={global_batch}")
+        lower = max(divisor for divisor in _divisors(global_batch) if divisor <= bn_group or divisor == 1)
+        raise ConfigError(
+            f"batch.bn_group={bn_group} does not divide batch.global_batch={global_batch}. Fix: batch.bn_group={lower}, or another "
+            f"divisor of {global_batch}"
+        )
     execution = _lay_out(global_batch, bn_group, world, micro_batch_limit)
     if execution is None:
         limit = (

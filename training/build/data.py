@@ -30,13 +30,16 @@ Loader = ClipLoader[ClipBatch] | DaliLoader
 def open_manifest(data: DataConfig, split: str) -> Manifest:
     """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing or has other classes."""
     path = CHECKOUT / data.root / getattr(data, split)
-    remedy = f" Fix: {data.prepare}" if data.prepare else ""
     try:
         manifest = Manifest.open(path)
     except ManifestError as error:
-        raise DataError(f"{error}.{remedy}" if remedy else str(error)) from error
+        fix = data.prepare or "prepare.py (docs/data.md), or data.root=FOLDER of the manifests"
+        raise DataError(f"{error}. Fix: {fix}") from error
     if len(manifest.classes) != data.num_classes:
-        raise DataError(f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}")
+        raise DataError(
+            f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}. "
+            f"Fix: data.num_classes={len(manifest.classes)}, or data.root=FOLDER of the data set that you mean"
+        )
     return manifest
 
 

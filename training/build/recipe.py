@@ -19,7 +19,10 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
     """
     batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
     if num_rows < batch.global_batch:
-        raise ConfigError(f"batch.global_batch={batch.global_batch} is more than the {num_rows} training clips")
+        raise ConfigError(
+            f"batch.global_batch={batch.global_batch} is more than the {num_rows} training clips. "
+            f"Fix: a batch.global_batch of {num_rows} or less"
+        )
 
     def steps(epochs: float) -> int:
         return round(epochs * num_rows / batch.global_batch)
@@ -27,7 +30,8 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
     total_steps = steps(schedule.epochs)
     if total_steps < 1:
         raise ConfigError(
-            f"schedule.epochs={schedule.epochs} of {num_rows} clips is less than a step of {batch.global_batch}"
+            f"schedule.epochs={schedule.epochs} of {num_rows} clips is less than a step of {batch.global_batch}. "
+            "Fix: more schedule.epochs, or a smaller batch.global_batch"
         )
     return Recipe(
         seed=config.seed,

@@ -67,6 +67,7 @@ def _checked(evaluation: Any) -> tuple[list[Path], list[float]]:
         raise ConfigError("evaluation.ensemble runs in one process only. Fix: python evaluate.py, without a launcher")
     if weights and (len(weights) != len(paths) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
         raise ConfigError(
-            f"evaluation.ensemble_weights must be {len(paths)} numbers of 0 or more, not all 0, one for each file; got {weights}"
+            f"evaluation.ensemble_weights must be {len(paths)} numbers of 0 or more, not all 0, one for each file; got {weights}. "
+            "Fix: evaluation.ensemble_weights=[], for equal weights"
         )
     return paths, weights
