@@ -1,4 +1,4 @@
-"""BadClip and MissingClip: errors about clips that cannot be used."""
+"""Errors about clips: those that cannot be used, and those that cannot be read now."""
 
 
 class BadClip(ValueError):
@@ -7,3 +7,7 @@ class BadClip(ValueError):
 
 class MissingClip(BadClip):
     """A clip whose file does not exist."""
+
+
+class StorageFault(RuntimeError):
+    """The file system fails to read a clip, which may be good; a restart, perhaps on other nodes, may succeed."""

@@ -103,7 +103,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     )
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
     training_source, validation_source = (
-        source_of(config.pipeline, manifest, backend.device) for manifest in (training, validation)
+        source_of(config.pipeline, manifest, backend.device, config.data.retry_s) for manifest in (training, validation)
     )
     return Job(
         config=config,

@@ -12,7 +12,7 @@ from distributed.backends.base import Backend
 from distributed.backends.make import make_backend, pick_device
 from distributed.health.control_channel import ControlChannel
 from distributed.topology import Topology, TopologyError, choose_backend, find_topology
-from pipelines.errors import BadClip
+from pipelines.errors import BadClip, StorageFault
 from pipelines.loading.worker_loader import HandOverError, WorkerLostError, start_worker_server
 from runtime.environment import EnvironmentFault, explain
 from runtime.error_report import report_error, tell_torchrun
@@ -100,6 +100,7 @@ def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, in
         TopologyError: EXIT_CONFIG,
         HandOverError: EXIT_CONFIG,
         WorkerLostError: EXIT_REQUEUE,
+        StorageFault: EXIT_REQUEUE,
         BadClip: EXIT_DATA,
     }
     for kind, code in codes.items():

@@ -1,7 +1,7 @@
 """Datasets of training and evaluation clips: one index is a batch of decoded, cropped clips."""
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from pipelines.decoding.decode import decode_clip
+from pipelines.decoding.storage_faults import read_patiently
 from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestRow
 from pipelines.stream.augmentation import Augmentation, SampleParams, replacement_row, sample_training_params
@@ -67,6 +68,8 @@ class ClipSource:
 
     manifest_path: Path
     decoder: str
+    retry_s: float = 0.0
+    """Time to wait for a file system that fails, before StorageFault is raised."""
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -159,7 +162,12 @@ class TrainingClips(Dataset[ClipBatch]):
                 self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate
             )
             try:
-                video_TCHW = source.pixels(entry, params, self.augmentation.size)
+                video_TCHW = read_patiently(
+                    partial(source.pixels, entry, params, self.augmentation.size),
+                    source.manifest.root,
+                    entry,
+                    source.retry_s,
+                )
             except BadClip as error:
                 substitute = replacement_row(len(source.manifest), self.seed, epoch, row, attempt)
                 bad_clips.append(BadClipRecord(candidate, epoch, str(error), substitute))
@@ -210,7 +218,12 @@ class EvaluationClips(Dataset[ClipBatch]):
             if real_N[slot]:
                 views = evaluation_views(protocol, entry.num_frames, *entry.upright_size)
                 try:
-                    video_VTCHW = self.source.view_pixels(entry, views)
+                    video_VTCHW = read_patiently(
+                        partial(self.source.view_pixels, entry, views),
+                        self.source.manifest.root,
+                        entry,
+                        self.source.retry_s,
+                    )
                 except BadClip as error:
                     bad_clips.append(BadClipRecord(row, 0, str(error)))
                     real_N[slot] = False

@@ -48,7 +48,10 @@ class DaliLoader:
         self._dataset, self._device, self._threads = dataset, device, threads
         source = dataset.source
         self._feed = choose_feed(source.manifest_path, device)
-        encoded = EncodedSource(source.manifest_path, source.decoder, self._feed.kind, self._feed.codecs)
+        feed = self._feed
+        encoded = EncodedSource(
+            source.manifest_path, source.decoder, source.retry_s, feed=feed.kind, codecs=feed.codecs
+        )
         self._host = ClipLoader(EncodedClips(replace(dataset, source=encoded)), workers, prefetch, warn=warn)
 
     def batches(self, batch_indices: Iterable[Any]) -> Iterator[ClipBatch]:

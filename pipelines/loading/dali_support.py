@@ -111,7 +111,7 @@ def _why_not(manifest: Manifest, kinds: list[Kind], device: torch.device) -> str
 def _dali_frame(manifest: Path, row: ManifestRow, device: torch.device) -> NDArray[np.uint8]:
     """Decode a clip's middle frame with DALI, as stored."""
     kind = IMAGES if row.codec == JPEG_FRAMES else VIDEOS
-    clip = EncodedSource(manifest, "", kind, frozenset([row.codec])).one_frame(row, row.num_frames // 2)
+    clip = EncodedSource(manifest, "", feed=kind, codecs=frozenset([row.codec])).one_frame(row, row.num_frames // 2)
     samples = samples_of(kind, [clip], [clip.parts])
     # DALI reuses the memory of its outputs.
     frames = np.array(make_pipeline(kind, device, 1, 1, lambda: samples).run()[0].as_cpu().at(0))

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from pipelines.errors import StorageFault
 from runtime import stop_signals
 from runtime.child_processes import exit_with_parent
 
@@ -133,6 +134,9 @@ def _explain(error: Exception, workers: list[BaseProcess]) -> Exception | None:
             f"loader: too many open files ({text.splitlines()[0]}). "
             "Fix: ulimit -n 4096, or fewer pipeline.workers and pipeline.prefetch"
         )
+    if isinstance(error, StorageFault):
+        # Without the worker's traceback, which torch puts before it.
+        return StorageFault(text.rsplit("StorageFault: ", 1)[-1].strip())
     # An error raised inside a worker contains "in DataLoader worker process".
     if "in DataLoader worker process" in text:
         return None

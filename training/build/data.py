@@ -56,13 +56,13 @@ def find_decoder(pipeline: PipelineConfig) -> str:
         raise ConfigError(str(error)) from error
 
 
-def source_of(pipeline: PipelineConfig, manifest: Manifest, device: torch.device) -> ClipSource:
-    """Build the clip source of a manifest."""
+def source_of(pipeline: PipelineConfig, manifest: Manifest, device: torch.device, retry_s: float) -> ClipSource:
+    """Build the clip source of a manifest; `retry_s`: data.retry_s."""
     decoder = find_decoder(pipeline)
     if pipeline.loader == "dali":
         # Probes what DALI can decode, which takes a moment: now, and not while the first batch is due.
         choose_feed(manifest.path, device)
-    return ClipSource(manifest.path, decoder)
+    return ClipSource(manifest.path, decoder, retry_s)
 
 
 def augmentation_of(model: ModelConfig, data: DataConfig, pipeline: PipelineConfig) -> Augmentation:

@@ -45,7 +45,7 @@ _POSITIVE = (
 )  # fmt: skip
 
 _NOT_NEGATIVE = (
-    "pipeline.workers", "data.max_bad_clips", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
+    "pipeline.workers", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
     "schedule.warmup_epochs", "schedule.warmup_start", "schedule.factor", "schedule.end",
 )  # fmt: skip
 

@@ -51,6 +51,8 @@ class DataConfig:
     """Published number of training clips. Only plan.py uses it, while there is no manifest."""
     mirrored_words: list[list[str]] = field(default_factory=list)
     """Pairs of words that mirroring swaps in class names ([[left, right]]), for pipeline.flip=relabel."""
+    retry_s: float = 60.0
+    """Time to wait for a file system that fails to read a clip (EIO, ESTALE ...), before the job ends to be requeued."""
     max_bad_clips: int = 0
     """Undecodable clips that a run tolerates before it ends. Training replaces them, evaluation reports them as missing."""
 

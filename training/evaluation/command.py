@@ -69,7 +69,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     broadcast_network(backend, network)
 
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
-    clips = evaluation_clips_of(source_of(config.pipeline, validation, backend.device), protocol, config.data)
+    source = source_of(config.pipeline, validation, backend.device, config.data.retry_s)
+    clips = evaluation_clips_of(source, protocol, config.data)
     evaluation = evaluate(
         network,
         Normaliser(backend.device, config.numerics),

@@ -40,7 +40,7 @@ _KEYS = {
         evaluation.amp evaluation.clips evaluation.crops evaluation.full_resolution evaluation.portrait_bug
     """,
     Kind.FREE: """
-        data.name data.root data.prepare data.max_bad_clips
+        data.name data.root data.prepare data.max_bad_clips data.retry_s
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s

@@ -1,0 +1,93 @@
+"""Tell a file system that fails from a clip that is bad, and wait until it is back.
+
+A bad clip is replaced and counted. Nothing is known about a clip that cannot be read because a file server is away.
+"""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pipelines.errors import BadClip, StorageFault
+from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
+
+from .shard_reader import close_shards
+
+_FAULTS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO ESTALE ETIMEDOUT ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
+        "EREMOTEIO ENODEV ENXIO EMFILE ENFILE ENOMEM ENOLCK EAGAIN EBUSY"
+    ).split()
+)
+"""Errors that say nothing about a file."""
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
+
+_CHUNK_BYTES = 1 << 20
+
+_Result = TypeVar("_Result")
+
+
+def read_patiently(read: Callable[[], _Result], root: Path, row: ManifestRow, limit_s: float) -> _Result:
+    """Call `read`, which reads this row's clip, and call it again while the file system fails, for up to `limit_s`.
+
+    Raises what `read` raises, BadClip included; StorageFault if the file system still fails after `limit_s`.
+    """
+    give_up_s, wait_s = time.monotonic() + limit_s, _FIRST_WAIT_S
+    while True:
+        try:
+            return read()
+        except BadClip as error:
+            fault = _fault_behind(error, root, row)
+            if fault is None:
+                raise
+            where = f"{fault.filename or root / row.path}: {os.strerror(fault.errno or 0)}"
+            if time.monotonic() + wait_s > give_up_s:
+                raise StorageFault(
+                    f"{where}, for {limit_s:g} s: the file system fails, and the clip may be good. "
+                    "Fix: bring it back, then start the run again; data.retry_s is the time to wait"
+                ) from error
+        print(f"storage: {where}; trying again in {wait_s:g} s", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        # A descriptor of a file server that was away stays stale.
+        close_shards()
+
+
+def _fault_behind(error: BadClip, root: Path, row: ManifestRow) -> OSError | None:
+    """Return the file system's error that made a clip look bad, or None if its bytes can be read."""
+    cause = error.__cause__
+    # PyAV's exceptions are OSErrors too, and have numbers for damaged content.
+    if type(cause) is OSError and cause.errno in _FAULTS:
+        return cause
+    try:
+        for path, offset, length in _extents(root, row):
+            _read(path, offset, length)
+    except OSError as failed:
+        return failed if failed.errno in _FAULTS else None
+    return None
+
+
+def _extents(root: Path, row: ManifestRow) -> Iterator[tuple[Path, int, int]]:
+    """Yield (file, offset, length) of a clip's bytes in the shared folder."""
+    path = root / row.path
+    if in_shard(row) or row.codec != JPEG_FRAMES:
+        yield path, max(0, row.offset), row.length
+        return
+    for index in range(row.num_frames):
+        yield frame_file(path, row.offset + index), 0, row.length
+
+
+def _read(path: Path, offset: int, length: int) -> None:
+    """Read bytes and forget them. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        end = offset + length
+        while offset < end and (part := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
+            offset += len(part)
+    finally:
+        os.close(descriptor)
