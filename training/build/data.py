@@ -101,7 +101,7 @@ def describe_mirror(training: Manifest, augmentation: Augmentation) -> list[str]
     alone = find_mirror(training.classes, augmentation.mirrored_words).alone if augmentation.flip != "off" else []
     if not alone:
         return []
-    more = f" (and {len(alone) - 1} more classes like it)" if len(alone) > 1 else ""
+    more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
     return [
         f"warning    pipeline.flip={augmentation.flip} mirrors clips of {alone[0]!r}{more}, whose name has a direction; no class "
         "is its mirror image. Fix, if mirroring makes it another class: pipeline.flip=off"

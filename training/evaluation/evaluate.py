@@ -135,10 +135,12 @@ def describe_mirrored_views(mirror: Mirror | None, classes: list[str]) -> str:
     if mirror.pairs:
         one, other = (classes[label] for label in mirror.pairs[0])
         parts.append(
-            f"a mirrored view counts for the mirrored class ({one!r} and {other!r}: {len(mirror.pairs)} such pairs)"
+            f"a mirrored view counts for the mirrored class (pairs: {len(mirror.pairs)}, such as {one!r} and {other!r})"
         )
     if mirror.alone:
-        parts.append(f"mirrored views may look like no class ({mirror.alone[0]!r}: {len(mirror.alone)} such classes)")
+        parts.append(
+            f"mirrored views may look like no class (classes: {len(mirror.alone)}, such as {mirror.alone[0]!r})"
+        )
     return "; ".join(parts)
 
 

@@ -172,6 +172,6 @@ def test_a_direction_without_a_partner_is_warned_of(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path / "train.arrow", ["turn left", "look right", "stop"])
     check_manifests(manifest, manifest, augmentation("on"))
     (line,) = describe_mirror(manifest, augmentation("on"))
-    assert line.startswith("warning    pipeline.flip=on mirrors clips of 'turn left' (and 1 more classes like it)")
+    assert line.startswith("warning    pipeline.flip=on mirrors clips of 'turn left' (and 1 more)")
     assert line.endswith("pipeline.flip=off")
     assert describe_mirror(manifest, augmentation("off")) == []

@@ -191,8 +191,8 @@ def test_how_mirrored_views_were_counted_is_said() -> None:
     assert describe_mirrored_views(find_mirror(["wave", "stop"]), ["wave", "stop"]) == ""
     classes = ["go left", "go right", "turn left"]
     assert describe_mirrored_views(find_mirror(classes), classes) == (
-        "a mirrored view counts for the mirrored class ('go left' and 'go right': 1 such pairs); "
-        "mirrored views may look like no class ('turn left': 1 such classes)"
+        "a mirrored view counts for the mirrored class (pairs: 1, such as 'go left' and 'go right'); "
+        "mirrored views may look like no class (classes: 1, such as 'turn left')"
     )
 
 
