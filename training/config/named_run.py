@@ -1,6 +1,7 @@
 """Find the run folder that `--run` names."""
 
 from difflib import get_close_matches
+from os.path import normpath
 from pathlib import Path
 
 from runtime import run_layout
@@ -15,12 +16,17 @@ def find_run(named: str) -> tuple[Path, str | None]:
     does not lead to a run, and names runs that are near.
     """
     try:
-        places = list(dict.fromkeys((base / named).resolve() for base in (Path.cwd(), CHECKOUT)))
-        path = next((place for place in places if place.exists()), None)
+        return _find_run(named)
     except OSError as error:
         raise ConfigError(
             f"--run {named}: {error.strerror}. Fix: --run outputs/NAME of a run that was started"
         ) from error
+
+
+def _find_run(named: str) -> tuple[Path, str | None]:
+    # Links stay as they are: nodes may resolve them to different paths, and ranks must agree on their configuration.
+    places = list(dict.fromkeys(Path(normpath(base / named)) for base in (Path.cwd(), CHECKOUT)))
+    path = next((place for place in places if place.exists()), None)
     if path is None:
         told = " or ".join(map(str, places))
         raise ConfigError(f"--run {named}: there is no folder {told}. {_fix(places[-1])}")

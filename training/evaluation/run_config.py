@@ -39,8 +39,9 @@ _KEYS = {
         numerics.dtype numerics.channels_last numerics.tf32 numerics.cudnn_benchmark numerics.deterministic
         evaluation.amp evaluation.clips evaluation.crops evaluation.full_resolution evaluation.portrait_bug
     """,
+    # data.train: of a run without class names an evaluation reads those of its training clips.
     Kind.FREE: """
-        data.name data.root data.prepare data.max_bad_clips data.retry_s
+        data.name data.root data.train data.train_clips data.prepare data.max_bad_clips data.retry_s
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
@@ -50,7 +51,7 @@ _KEYS = {
     """,
     Kind.UNREAD: """
         model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256
-        data.train data.train_clips pipeline.crop_scales pipeline.flip
+        pipeline.crop_scales pipeline.flip
         batch.global_batch batch.bn_group batch.micro_batch batch.precise_bn_steps
         optimizer.name optimizer.lr optimizer.base_batch optimizer.scaling optimizer.momentum optimizer.beta2
         optimizer.trust_coefficient optimizer.eps optimizer.weight_decay optimizer.nesterov optimizer.bias_lr_multiplier

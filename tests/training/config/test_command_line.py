@@ -196,6 +196,15 @@ def test_overrides_apply_to_a_run_folder(tmp_path: Path) -> None:
         assert override in refused(override, base=folder)
 
 
+def test_training_resumes_a_run_and_not_one_of_its_checkpoints(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").write_config(compose(["experiment=smoke", "seed=7"]))
+    (config,) = started("train", "--run", f"{tmp_path}/run/")
+    assert (config.seed, config.outputs, config.run_id) == (7, str(tmp_path), "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"is a checkpoint.*Fix: --run {tmp_path}/run$"):
+        started("train", "--run", f"{tmp_path}/run/checkpoints/step-00000005")
+
+
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 

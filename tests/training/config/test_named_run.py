@@ -51,7 +51,7 @@ def test_a_relative_path_starts_in_the_working_directory_if_it_is_there(
 @pytest.mark.parametrize("checkpoint", ["step-00000005", "best"])
 def test_a_checkpoint_of_a_run_is_that_runs(outputs: Path, checkpoint: str) -> None:
     (outputs / "mine" / "checkpoints" / "best").symlink_to("step-00000005")
-    assert find_run(f"outputs/mine/checkpoints/{checkpoint}/") == (outputs / "mine", "step-00000005")
+    assert find_run(f"outputs/mine/checkpoints/{checkpoint}/") == (outputs / "mine", checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,19 @@ def test_a_checkpoint_of_a_run_is_that_runs(outputs: Path, checkpoint: str) -> N
         ("outputs", r"outputs is no run folder, it has no config\.yaml\. Fix: --run outputs/(mine|other)$"),
         ("", r"elsewhere is no run folder.* Fix: --run outputs/"),
         ("outputs/other/checkpoints/step-00000006", r"there is no folder .* Fix: --run outputs/other$"),
+        ("n" * 300, r"File name too long\. Fix: --run outputs/NAME"),
         ("outputs/other/config.yam", r"there is no folder .* Fix: --run outputs/other$"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_run_is_refused_with_one_that_is(outputs: Path, named: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         find_run(named)
+
+
+def test_links_are_not_resolved(outputs: Path) -> None:
+    (outputs / "latest").symlink_to("mine")
+    (outputs.parent / "scratch").symlink_to("outputs")
+    assert find_run("scratch/latest") == (outputs.parent / "scratch" / "latest", None)
 
 
 def test_a_checkpoint_without_its_run_is_refused(outputs: Path) -> None:

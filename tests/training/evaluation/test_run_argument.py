@@ -1,8 +1,10 @@
 """`evaluate.py --run FOLDER`: the run's configuration, with the overrides applied."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.training.config.test_config import config_of
 from training.config.load import from_composed
@@ -70,3 +72,13 @@ def test_an_override_that_would_do_nothing_is_refused(run: Path, override: str, 
 
 def test_an_override_that_confirms_the_run_is_taken(run: Path) -> None:
     assert configured(run, "seed=0", "model.shift=residual").seed == 0
+
+
+def test_keys_that_an_old_run_lacks_have_their_defaults(run: Path, tmp_path: Path) -> None:
+    loaded: Any = OmegaConf.load(run / "config.yaml")
+    for key in ("amp", "crops", "checkpoint"):
+        del loaded.evaluation[key]
+    del loaded["plan"]
+    OmegaConf.save(loaded, tmp_path / "config.yaml")
+    evaluation = configured(tmp_path).evaluation
+    assert (evaluation.amp, evaluation.crops, evaluation.checkpoint, evaluation.batch) == ("off", 1, "newest", 7)
