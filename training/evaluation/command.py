@@ -31,7 +31,7 @@ from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys
 
 from .evaluate import Evaluation, describe_mirrored_views, evaluate
-from .run_config import Difference, differing_clips, differing_from_checkpoint, differing_views, settings_of
+from .run_config import Difference, by_key, differing_clips, differing_from_checkpoint, differing_views, settings_of
 from .saved_logits import Origin, save_logits
 
 
@@ -163,9 +163,7 @@ def _print_scores(evaluation: Evaluation, weights: Weights, clips: EvaluationCli
     }
     if weights.differing:
         notes.append(f"differs from the run: {', '.join(map(str, weights.differing))}")
-        fields["differs_from_run"] = {
-            each.key: {"here": each.here, "trained": each.trained} for each in weights.differing
-        }
+        fields["differs_from_run"] = by_key(weights.differing)
     scores = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}")
     print("  ".join([scores, *filter(None, notes)]), flush=True)
     print(json.dumps(fields), flush=True)
@@ -190,5 +188,6 @@ def _save(
         recipe=weights.recipe,
         protocol=protocol,
         amp=settings.amp,
+        differs_from_run=by_key(weights.differing),
     )
     print(f"saved: {save_logits(folder, evaluation.clip_logits, origin, evaluation.scores)}", flush=True)

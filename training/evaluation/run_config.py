@@ -9,7 +9,7 @@ One rule for `evaluate.py --run FOLDER` and for `evaluate.py experiment=... run_
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -80,6 +80,11 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.key}={_shown(self.here)} (trained: {_shown(self.trained)})"
+
+
+def by_key(differing: Sequence[Difference]) -> dict[str, Any]:
+    """Return differences as JSON records hold them."""
+    return {each.key: {"here": each.here, "trained": each.trained} for each in differing}
 
 
 def differences(trained: Mapping[str, Any], config: Config, *kinds: Kind) -> list[Difference]:

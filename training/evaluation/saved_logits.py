@@ -2,8 +2,9 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -32,6 +33,8 @@ class Origin:
     """Name of the evaluation protocol."""
     amp: str = "off"
     """evaluation.amp."""
+    differs_from_run: dict[str, Any] = field(default_factory=dict)
+    """Settings of the evaluation that are not the run's, by key: {here, trained}."""
 
 
 def save_logits(folder: Path, clip_logits: ClipLogits, origin: Origin, scores: Scores) -> Path:

@@ -187,6 +187,7 @@ def test_another_protocol_saved_and_averaged(folder: Path) -> None:
         assert {"evaluation.clips", "evaluation.crops"} <= set(record["differs_from_run"])
         assert (record["step"], record["clips"], record["missing"]) == (5, 20, 0)
         files.append(folder / "run" / "logits" / f"step-00000005-{record['protocol']}.safetensors")
+        assert load_logits(files[-1])[1].differs_from_run == record["differs_from_run"]
         alone = call("evaluate.py", f"evaluation.ensemble=[{files[-1]}]")
         again = json.loads(alone.stdout.splitlines()[-1])
         assert {name: again[name] for name in again.keys() & record.keys()} == {
