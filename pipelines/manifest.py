@@ -4,7 +4,6 @@ A process's own memory stays small at any length: opening copies no column, and 
 blocks of BLOCK_ROWS. The header (classes, order groups, split, digest) is JSON in the schema's metadata.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -18,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from runtime.atomic_write import atomic_write
+
+from .manifest_digest import content_digest, evidence_digest
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18
@@ -67,8 +68,8 @@ class ManifestRow:
     """FFmpeg's name of the range of the first frame's values: `tv`, `pc` or `unknown`; empty: not recorded."""
     mirrored: bool = False
     """The stored frames are to be mirrored left and right, before they are rotated."""
-    fast_seek: bool = False
-    """The scan has found that a decoder that seeks (torchcodec) gives the same frames as one that counts."""
+    fast_seek: bool | None = None
+    """The scan has found that a decoder that seeks (torchcodec) gives the same frames as one that counts. None: not tried."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -98,7 +99,8 @@ _TYPES = {
 }
 _NAMES = [field.name for field in fields(ManifestRow)]
 _REQUIRED = [field.name for field in fields(ManifestRow) if field.default is MISSING]
-_SCHEMA = pa.schema([pa.field(name, _TYPES[name], nullable=False) for name in _NAMES])
+_NULLABLE = "fast_seek"
+_SCHEMA = pa.schema([pa.field(name, _TYPES[name], nullable=name == _NULLABLE) for name in _NAMES])
 
 
 class Manifest:
@@ -112,7 +114,9 @@ class Manifest:
         """A number per class: classes with the same number differ only in the order of their frames. None: unknown."""
         self.split: str | None = meta["split"]
         self.digest: str = meta["digest"]
-        """sha256 of the header and every row, computed when the manifest was written."""
+        """sha256 of the header and every row, but for the columns EVIDENCE, computed when the manifest was written."""
+        self.evidence: str = meta.get("evidence", "")
+        """sha256 of the columns EVIDENCE; empty in older manifests."""
         self._table = table
         self._blocks = table.to_batches()
         self._starts = np.cumsum([0, *(block.num_rows for block in self._blocks)])
@@ -176,10 +180,20 @@ class Manifest:
         ]
         return pa.table(columns, names=list(names))
 
+    def fast_seek(self) -> tuple[int, int, int]:
+        """Count the videos for which `fast_seek` is (True, False, None)."""
+        is_video = pc.not_equal(self._table.column("codec"), JPEG_FRAMES)
+        if _NULLABLE not in self._table.schema.names:
+            return 0, 0, pc.sum(is_video).as_py()
+        values = self._table.column(_NULLABLE).filter(is_video)
+        fast = pc.sum(values).as_py() or 0
+        return fast, len(values) - fast - values.null_count, values.null_count
+
     def is_as_written(self) -> bool:
         """Tell whether the rows still have the digest that was computed when they were written."""
         header = {"version": VERSION, "classes": self.classes, "order_groups": self.order_groups, "split": self.split}
-        return _digest(header, self._blocks) == self.digest
+        found = content_digest(header, self._blocks), self.evidence and evidence_digest(self._blocks)
+        return found == (self.digest, self.evidence)
 
     def validate(self) -> None:
         """Raise ManifestError unless columns, classes and values are valid."""
@@ -208,25 +222,14 @@ def write_manifest(
     names, groups = list(classes), None if order_groups is None else list(order_groups)
     _check(str(path), table, names, groups)
     header = {"version": VERSION, "classes": names, "order_groups": groups, "split": split}
-    digest = _digest(header, blocks)
-    schema = _SCHEMA.with_metadata({b"tsm": json.dumps({**header, "digest": digest}).encode()})
+    digest = content_digest(header, blocks)
+    meta = {**header, "digest": digest, "evidence": evidence_digest(blocks)}
+    schema = _SCHEMA.with_metadata({b"tsm": json.dumps(meta).encode()})
 
     with atomic_write(path) as file, pa.ipc.new_file(file, schema) as writer:
         for block in blocks:
             writer.write_batch(block.replace_schema_metadata(schema.metadata))
     return digest
-
-
-def _digest(header: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
-    """Digest the values, not Arrow's bytes, whose layout may differ between versions of Arrow."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for block in blocks:
-        for column in block.columns:
-            if pa.types.is_string(column.type):
-                digest.update(json.dumps(column.to_pylist()).encode())
-            else:
-                digest.update(column.to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
 
 
 def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def _check_values(where: str, table: pa.Table, num_classes: int) -> None:
     if table.num_rows == 0:
         raise ManifestError(f"{where}: has no rows: no clip was found for it")
     for name in table.schema.names:
-        if table.column(name).null_count:
+        if table.column(name).null_count and name != _NULLABLE:
             row = pc.index(pc.is_null(table.column(name)), True).as_py()
             raise ManifestError(f"{where}: row {row} has no {name}")
 

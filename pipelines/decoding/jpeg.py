@@ -37,7 +37,7 @@ def jpeg_size(name: str, content: bytes) -> tuple[int, int]:
 
 
 def decode_jpeg_bytes(name: str, content: bytes) -> Tensor:
-    """Decode to uint8 (3, H, W), RGB, from any colour space (grey, CMYK).
+    """Decode to uint8 (3, H, W), RGB, from any colour space (grey, CMYK), as stored: an EXIF orientation is ignored.
 
     Raises BadClip if the image is truncated, too large or not a JPEG. Damage that keeps the file's structure is not detected,
     as in every decoder built on libjpeg.

@@ -29,6 +29,10 @@ class SplitReport:
     miscounted: list[str] = field(default_factory=list)
     """Clips whose number of frames differs from the annotation's."""
     codecs: Counter[str] = field(default_factory=Counter)
+    not_fast: int = 0
+    """Videos that PyAV decodes, from their first frame, because torchcodec's frames are not known to be right."""
+    not_tried: int = 0
+    """Videos that were not compared, because torchcodec does not load here."""
 
 
 def check_fraction(option: str, value: float) -> None:

@@ -46,6 +46,8 @@ rows_strategy = st.lists(
         rotation=st.sampled_from([0, 90, 180, 270]),
         colour_space=st.sampled_from(["", "unknown", "bt709"]),
         colour_range=st.sampled_from(["", "tv"]),
+        mirrored=st.booleans(),
+        fast_seek=st.sampled_from([True, False, None]),
     ),
     min_size=1,
     max_size=20,
@@ -69,15 +71,18 @@ def test_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[Man
             manifest.row(outside)
 
 
-@pytest.mark.parametrize("missing", [1, 2])
+@pytest.mark.parametrize("missing", [1, 2, 3, 4])
 def test_an_older_manifest_lacks_the_last_columns(tmp_path: Path, missing: int) -> None:
     path = tmp_path / "a.arrow"
-    write_manifest(path, [make_row(colour_space="bt709", colour_range="tv")], CLASSES)
+    write_manifest(path, [make_row(colour_space="bt709", colour_range="tv", fast_seek=True)], CLASSES)
     table = read(path)
+    digest = Manifest.open(path).digest
     rewrite(path, table.select(table.schema.names[:-missing]))
     manifest = Manifest.open(path)
-    assert manifest.row(0) == make_row(colour_space="bt709" if missing == 1 else "")
-    rewrite(path, table.select(table.schema.names[:-3]))
+    assert manifest.row(0) == make_row(colour_space="bt709" if missing < 4 else "", colour_range="tv" * (missing < 3))
+    # A run resumes with the manifest of a new scan.
+    assert (manifest.digest, manifest.fast_seek()) == (digest, (0, 0, 1))
+    rewrite(path, table.select(table.schema.names[:-5]))
     with pytest.raises(ManifestError, match="rotation is missing"):
         Manifest.open(path)
 
@@ -111,6 +116,22 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
         write_manifest(tmp_path / "h.arrow", rows, CLASSES, [0, 0]),
     ]
     assert len({digest, *others}) == 7
+
+
+def test_evidence_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    rows = [make_row(number) for number in range(4)]
+    digest = write_manifest(path, rows, CLASSES)
+    fast = [replace(row, fast_seek=row is not rows[2], colour_space="bt709") for row in rows]
+    assert write_manifest(tmp_path / "b.arrow", [*fast[:3], rows[3]], CLASSES) == digest
+    manifest = Manifest.open(tmp_path / "b.arrow")
+    assert manifest.is_as_written() and manifest.evidence != Manifest.open(path).evidence
+    assert manifest.fast_seek() == (2, 1, 1)
+    assert write_manifest(path, [*rows[:3], replace(rows[3], mirrored=True)], CLASSES) != digest
+    table = read(tmp_path / "b.arrow")
+    changed = pa.array([True] * 4, pa.bool_())
+    rewrite(path, table.set_column(table.schema.names.index("fast_seek"), "fast_seek", changed))
+    assert not Manifest.open(path).is_as_written()
 
 
 def test_ordinary_data_has_no_order_groups(tmp_path: Path) -> None:

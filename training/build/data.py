@@ -143,9 +143,20 @@ def describe_input(pipeline: PipelineConfig, source: ClipSource, backend: Backen
     """Describe decoder, threads and workers in one line."""
     workers = f"{pipeline.workers} workers a process"
     if pipeline.loader == "torch":
-        return f"decoder {source.decoder} in {workers}"
+        return f"{_describe_decoder(source)} in {workers}"
     feed = describe(choose_feed(source.manifest_path, backend.device), backend.device, source.decoder)
     return f"{feed}; {dali_threads(pipeline, backend.topology)} threads and {workers}"
+
+
+def _describe_decoder(source: ClipSource) -> str:
+    fast, slow, unknown = source.manifest.fast_seek()
+    if source.decoder == "pyav" or slow + unknown == 0:
+        return f"decoder {source.decoder}"
+    line = f"decoder {source.decoder} for {fast} of {fast + slow + unknown} videos, pyav for the others"
+    if unknown == 0:
+        return line
+    fix = "Fix: run the prepare.py command of the data set again, where torchcodec is installed"
+    return f"{line} ({unknown} are not known to decode right by {source.decoder}. {fix}; runs resume with the new manifests)"
 
 
 def dali_threads(pipeline: PipelineConfig, topology: Topology) -> int:

@@ -198,6 +198,11 @@ def run_dataset(args: argparse.Namespace) -> None:
                 f"  NOTE: {len(report.miscounted)} {split} clips hold another number of frames than listed; the manifest "
                 f"has the number that decodes. The first: {report.miscounted[0]}"
             )
+    if any(report.not_tried for report in reports.values()):
+        print(
+            "  NOTE: torchcodec does not load here, so its frames were compared in no new video. Training decodes these with "
+            "PyAV, from the first frame. Fix: install FFmpeg's libraries and torchcodec, and run the same command again"
+        )
     lost = sum(len(report.bad) + len(report.missing) for report in reports.values())
     if lost:
         print(f"  LEFT OUT: {lost} clips, listed with reasons in {args.root / BAD_FILES_NAME}")
@@ -208,6 +213,8 @@ def _describe(report: SplitReport) -> str:
     parts += [f"{count} {codec}" for codec, count in report.codecs.most_common()]
     if report.unchanged:
         parts.append(f"{report.unchanged} reused from an earlier scan")
+    if report.not_fast:
+        parts.append(f"{report.not_fast} without fast seek")
     for what, clips in (("BAD", report.bad), ("MISSING", report.missing)):
         if clips:
             parts.append(f"{len(clips)} {what} ({len(clips) / report.listed:.2%})")

@@ -122,7 +122,7 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
         if missing:
             return Sharded(new, missing, None)
         index = read_shard_index(target)
-        if new == 0 and index is not None:
+        if new == 0 and index is not None and _has_evidence(target, manifests):
             return Sharded(0, 0, index)
         found = [(task, record) for task in tasks if (record := records[task.name]) is not None]
         digests = {}
@@ -134,6 +134,11 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
         index = ShardIndex(digests, shards)
         write_shard_index(target, index)
         return Sharded(new, 0, index)
+
+
+def _has_evidence(target: Path, manifests: dict[str, Manifest]) -> bool:
+    """Tell whether the shards' manifests say how to decode the clips as the source's do, which may be of a newer scan."""
+    return all(Manifest.open(target / f"{name}.arrow").evidence == each.evidence for name, each in manifests.items())
 
 
 def _rows(manifest: Manifest, shards: list[tuple[ShardTask, ShardRecord]]) -> Iterator[ManifestRow]:

@@ -32,8 +32,8 @@ class ClipFacts:
     """The first frame's, as FFmpeg names them."""
     mirrored: bool = False
     """A player mirrors the stored frames left and right before it turns them."""
-    fast_seek: bool = False
-    """A decoder that seeks gives the same frames as one that counts (seek_check.py)."""
+    fast_seek: bool | None = None
+    """A decoder that seeks gives the same frames as one that counts (seek_check.py). None: not tried."""
 
 
 _COLOUR_SPACES = {

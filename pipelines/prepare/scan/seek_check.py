@@ -8,7 +8,7 @@ compared with those of the sequential decode, around key frames and at random pl
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,15 @@ def read_packets(container: Any, stream: Any) -> Packets | None:
     return Packets(stream.index, float(stream.time_base), times, keys)
 
 
+@cache
+def fast_decoder_loads() -> bool:
+    """Tell whether torchcodec loads here; without it nothing shows that its frames are right."""
+    # Imported here because it loads torch.
+    from pipelines.decoding.decode import choose_decoder
+
+    return choose_decoder("auto") == "torchcodec"
+
+
 class SeekCheck:
     """Collects frames of the sequential decode, then compares the fast decoder's."""
 
@@ -100,18 +109,17 @@ class SeekCheck:
             self._images[len(self._times)] = _sample(frame.to_ndarray(format="rgb24"))
         self._times.append(frame.pts)
 
-    def passes(self, video: EncodedVideo, rotation: int) -> bool:
-        """Tell whether the fast decoder may decode the video, of which all frames have been added."""
+    def passes(self, video: EncodedVideo, rotation: int) -> bool | None:
+        """Tell whether the fast decoder may decode the video, of which all frames have been added; None: it is not installed."""
         packets = self._packets
         if packets is None or self._times != sorted(packets.times):
             return False
         if not self._requests:
             return True
-        try:
-            from pipelines.decoding.fast_decoder import open_fast
-        # Without torchcodec nothing shows that its frames are right.
-        except (ImportError, RuntimeError, OSError):
-            return False
+        if not fast_decoder_loads():
+            return None
+        from pipelines.decoding.fast_decoder import open_fast
+
         try:
             decoder = open_fast(video)
             if decoder.stream_index != packets.stream_index or len(decoder) != len(self._times):

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipelines.errors import BadClip, MissingClip
-from pipelines.manifest import ManifestRow, write_manifest
+from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
 from pipelines.prepare.annotations.base import Annotations, Clip, check_annotations
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
@@ -18,6 +18,7 @@ from pipelines.prepare.worker_pool import Died, run_guarded
 from .frame_folders import scan_frames, stat_frames
 from .scan_clip import check_regular, scan_clip
 from .scan_journal import Scanned, open_journal
+from .seek_check import fast_decoder_loads
 
 JOURNAL_NAME = "scan.jsonl"
 
@@ -121,7 +122,7 @@ def scan_one(task: Task) -> Scanned:
             except (FileNotFoundError, NotADirectoryError):
                 raise MissingClip(f"{full_path}: no such file") from None
             size, mtime_ns = status.st_size, status.st_mtime_ns
-        if known is not None and (known.size, known.mtime_ns) == (size, mtime_ns):
+        if known is not None and (known.size, known.mtime_ns) == (size, mtime_ns) and not _must_check_seek(known):
             return known
         if not is_folder:
             check_regular(full_path, status.st_mode)
@@ -135,6 +136,12 @@ def scan_one(task: Task) -> Scanned:
     # A permission or disk error can be fixed without changing the file, so no size and time are recorded.
     except OSError as error:
         return Scanned(path, 0, 0, reason=f"{full_path}: {error.strerror}")
+
+
+def _must_check_seek(known: Scanned) -> bool:
+    """Tell whether a video was scanned where torchcodec did not load, and can be compared now."""
+    facts = known.facts
+    return facts is not None and facts.codec != JPEG_FRAMES and facts.fast_seek is None and fast_decoder_loads()
 
 
 def _require_utf8(path: str) -> None:
@@ -153,6 +160,9 @@ def _collect(clips: list[Clip], paths: list[str], scanned: dict[str, Scanned]) -
             (report.missing if found.missing else report.bad).append((path, found.reason))
             continue
         report.codecs[found.facts.codec] += 1
+        if found.facts.codec != JPEG_FRAMES:
+            report.not_fast += found.facts.fast_seek is False
+            report.not_tried += found.facts.fast_seek is None
         if clip.listed_frames not in (None, found.facts.num_frames):
             report.miscounted.append(
                 f"{clip.where}: {clip.listed_frames} frames listed, but {path} has {found.facts.num_frames}"

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip
-from pipelines.manifest import ManifestRow
+from pipelines.loading.dali_batches import IMAGES, EncodedSource
+from pipelines.loading.dali_graph import make_pipeline, samples_of
+from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
 from pipelines.prepare.repack.rescale import scaled_images, scaled_size
+from pipelines.prepare.scan.frame_folders import scan_frames
 from pipelines.prepare.scan.scan_clip import scan_clip
-from tests.helpers.clips import smooth_video, with_matrix, write_video
+from tests.helpers.clips import smooth_video, with_matrix, write_frames, write_video
 
 MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
 
@@ -71,3 +76,42 @@ def test_other_matrices_make_a_bad_clip(clip: Path, tmp_path: Path, matrix: tupl
     path = with_matrix(Path(shutil.copy(clip, tmp_path / "bent.mp4")), matrix)
     with pytest.raises(BadClip, match="is not one of the 8 of quarter turns and mirroring"):
         scan_clip(path)
+
+
+# --- JPEG frames ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sideways(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of one clip of JPEG frames whose EXIF data say that they are to be turned."""
+    folder = write_frames(tmp_path_factory.mktemp("exif") / "clip", smooth_video(3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            image.save(path, exif=exif, quality=95)
+    series, facts = scan_frames(folder)
+    path = folder.parent / "train.arrow"
+    write_manifest(path, [ManifestRow(f"clip/{series.pattern}", series.first, label=0, **asdict(facts))], ["a"])
+    return path
+
+
+def test_an_exif_orientation_is_ignored(sideways: Path) -> None:
+    """Decode JPEG frames as they are stored, as the official code does with Pillow."""
+    row = Manifest.open(sideways).row(0)
+    assert (row.upright_size, row.fast_seek) == ((64, 48), None)
+    image_CHW = decode_clip("pyav", sideways.parent, row, np.array([1]))[0]
+    with Image.open(sideways.parent / "clip/00002.jpg") as image:
+        assert image.getexif()[0x0112] == 6
+        expected_HWC = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(image_CHW.permute(1, 2, 0).numpy() - expected_HWC).mean() < 1
+
+
+def test_dali_ignores_it_too(sideways: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    manifest = Manifest.open(sideways)
+    clip = EncodedSource(sideways, "pyav", IMAGES, frozenset([JPEG_FRAMES])).first_frame(manifest.row(0))
+    samples = samples_of(IMAGES, [clip], [clip.parts])
+    images, _ = make_pipeline(IMAGES, torch.device("cpu"), 1, 1, lambda: samples).run()
+    image_CHW = decode_clip("pyav", sideways.parent, manifest.row(0), np.array([0]))[0]
+    assert np.abs(np.array(images.at(0)).astype(int) - image_CHW.permute(1, 2, 0).numpy()).mean() < 2

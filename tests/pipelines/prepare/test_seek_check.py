@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from fractions import Fraction
@@ -22,8 +21,10 @@ from pipelines.decoding import fast_decoder
 from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip
 from pipelines.manifest import ManifestRow
+from pipelines.prepare.scan import seek_check, write_manifests
 from pipelines.prepare.scan.scan_clip import ClipFacts, scan_clip
 from pipelines.prepare.scan.seek_check import Packets
+from pipelines.prepare.scan.write_manifests import scan_one
 from tests.helpers.clips import smooth_video, write_video
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg program: apt-get install ffmpeg")
@@ -89,8 +90,14 @@ def test_a_decoder_with_other_frames_does_not_pass(clip: Path, monkeypatch: pyte
 
 
 def test_without_torchcodec_nothing_passes(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.decoding.fast_decoder", None)
-    assert not scan_clip(clip).fast_seek
+    for module in (seek_check, write_manifests):
+        monkeypatch.setattr(module, "fast_decoder_loads", lambda: False)
+    scanned = scan_one((clip.parent, clip.name, None))
+    assert scanned.facts is not None and scanned.facts.fast_seek is None
+    # A later scan compares the frames only where torchcodec loads.
+    assert scan_one((clip.parent, clip.name, scanned)) is scanned
+    monkeypatch.setattr(write_manifests, "fast_decoder_loads", lambda: True)
+    assert scan_one((clip.parent, clip.name, scanned)) is not scanned
 
 
 def test_the_container_counts_and_not_the_files_name(clip: Path, tmp_path: Path) -> None:

@@ -260,6 +260,16 @@ def test_a_finished_data_set_is_left_alone(files: Path, spoiled: Path, capsys: p
     assert before == {path: path.stat().st_mtime_ns for path in spoiled.glob("*")}
 
 
+def test_a_new_scan_of_the_source_reaches_the_shards(files: Path, spoiled: Path) -> None:
+    manifest = Manifest.open(spoiled / "train.arrow")
+    older = [replace(manifest.row(number), fast_seek=None) for number in range(len(manifest))]
+    write_manifest(manifest.path, older, manifest.classes, manifest.order_groups, manifest.split)
+    assert shard(files, spoiled) == 0
+    expected = [Manifest.open(files / "train.arrow").row(number).fast_seek for number in range(len(manifest))]
+    assert [Manifest.open(manifest.path).row(number).fast_seek for number in range(len(manifest))] == expected
+    assert any(expected) and Manifest.open(manifest.path).digest == manifest.digest
+
+
 def test_a_lost_shard_is_made_again(files: Path, spoiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tars(spoiled)
     (spoiled / "train-000001.tar").unlink()
