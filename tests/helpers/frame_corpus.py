@@ -107,8 +107,8 @@ def write_corpus(folder: Path, seed: int, count: int) -> Iterator[Made]:
             continue
         how = f"{encoding.name}, {container}{', variable rate' if vfr else ''}"
         path = folder / f"clip{number}.{container}"
-        # FFmpeg before version 6 shows MJPEG frames that an edit list discards; PyAV's does not.
-        shows_discarded = encoding.name == "mjpeg" and container in _MP4
+        # FFmpeg 5.1 shows MJPEG and AV1 frames that an edit list discards; newer versions, as PyAV has, do not.
+        shows_discarded = encoding.name in ("mjpeg", "av1") and container in _MP4
         how += _cut(source, path, dice, ways=_WAYS[:-1] if shows_discarded else _WAYS)
         if container in _MP4 and dice.random() < 0.4 and b"tkhd" in path.read_bytes():
             matrix = dice.choice(_MATRICES)
