@@ -92,7 +92,10 @@ def _decoded(dali: Any, kind: str, device: torch.device, content: Any, frames: l
         # pad_mode="none": a video shorter than the manifest says must fail, not repeat its last frame.
         return dali.fn.decoders.video(content, frames=frames[0], pad_mode="none", device=decoder_device)
     if kind == IMAGES:
-        return dali.fn.decoders.image(content, output_type=dali.types.RGB, device=decoder_device)
+        # Versions after 2.1.0 would turn an image by its EXIF data; the loader turns clips by their manifest row.
+        turns = dali.backend.GetSchema("decoders__Image").HasArgument("adjust_orientation")
+        as_stored = {"adjust_orientation": False} if turns else {}
+        return dali.fn.decoders.image(content, output_type=dali.types.RGB, device=decoder_device, **as_stored)
     return content.gpu() if on_gpu else content
 
 

@@ -26,6 +26,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipelines.loading.clips import ClipBatch, ClipSource, EvaluationClips, TrainingClips
 from pipelines.loading.dali_batches import FRAMES, IMAGES, VIDEOS, stored_window
@@ -261,6 +262,24 @@ def test_a_manifest_without_a_clip_for_dali(
     feed = choose_feed(tmp_path / "train.arrow", device)
     assert feed.kind == FRAMES
     assert f"vp9 ({reason}" in describe(feed, device, "pyav")
+    check_alike(*both(training(tmp_path / "train.arrow"), positions(2, 3), device))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_jpeg_frames_with_an_orientation(tmp_path: Path, device: torch.device, orientation: int) -> None:
+    """Treat an EXIF orientation as the host does: 3 is upside down, 6 lies on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    rows = []
+    for number in range(CLIPS):
+        folder = write_frames(tmp_path / str(number), video(number))
+        for path in folder.iterdir():
+            with Image.open(path) as image:
+                image.copy().save(path, quality=95, subsampling=0, exif=exif)
+        series, facts = scan_frames(folder)
+        rows.append(ManifestRow(f"{number}/{series.pattern}", series.first, label=0, **asdict(facts)))
+    write_manifest(tmp_path / "train.arrow", rows, ["a"])
+    assert choose_feed(tmp_path / "train.arrow", device).kind == IMAGES
     check_alike(*both(training(tmp_path / "train.arrow"), positions(2, 3), device))
 
 
