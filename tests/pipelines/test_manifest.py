@@ -98,7 +98,7 @@ def test_kinds_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert manifest.rows_of(9, codec="vp9", colour_space="bt709") == []
     # Columns that an older manifest lacks have the fields' defaults.
     table = read(path)
-    rewrite(path, table.select([name for name in table.schema.names if not name.startswith("colour")]))
+    rewrite(path, table.select(table.schema.names[: table.schema.names.index("colour_space")]))
     assert Manifest.open(path).kinds("codec", "colour_space") == {("h264", ""): 5}
     assert Manifest.open(path).rows_of(1, colour_space="") == [0]
 
