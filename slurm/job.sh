@@ -147,7 +147,8 @@ check_nodes() {
     [[ $TSM_PREFLIGHT != off ]] || return 0
     local code=0 bad=$folder/bad_nodes.txt
     rm -f "$bad"
-    slurm/preflight.sh --bad-nodes-file "$bad" -- "${container[@]}" ${TSM_CPU_BIND:+--cpu-bind="$TSM_CPU_BIND"} || code=$?
+    slurm/preflight.sh --bad-nodes-file "$bad" --run-folder "$folder" -- "${container[@]}" \
+        ${TSM_CPU_BIND:+--cpu-bind="$TSM_CPU_BIND"} || code=$?
     ((code)) || return 0
     if [[ $TSM_PREFLIGHT == exclude && -s $bad ]]; then
         exclude_and_requeue "$(paste -sd, "$bad")"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# usage: slurm/preflight.sh [--bad-nodes-file FILE] [-- SRUN_ARGUMENT...]
+# usage: slurm/preflight.sh [--bad-nodes-file FILE] [--run-folder FOLDER] [-- SRUN_ARGUMENT...]
 # Check the nodes of the current allocation before a job starts on them: print a table, and a line `BAD node: what. Fix: how` for each
 # fault. Arguments after `--` go to srun (a container, a binding). Takes minutes at most, even if nodes hang.
 #
 # On each node: GPUs (count, uncorrected memory errors, pending repairs, slowdown), the clock, the local disk (free space, a file
-# written, synced and read back), versions (the same on all nodes). On each rank: rank and world size against Slurm's, and whether its
+# written, synced and read back), what ranks inherit (shared memory, TMPDIR, user, home), the job's FOLDER, versions (the same on
+# all nodes). On each rank: rank and world size against Slurm's, and whether its
 # cores are near its GPU (a note, no fault). Between nodes: all-reduce by torch.distributed (NCCL if torch finds GPUs, else Gloo), in
 # pairs of neighbours with different partners per round, which separates a slow node from its partners; then over all nodes. On one
 # node: among its ranks.
@@ -27,10 +28,11 @@
 # Untested on GPUs: NCCL, and nvidia-smi's answers for a faulty GPU, follow the documentation only.
 set -euo pipefail
 
-bad_nodes_file=""
+bad_nodes_file="" run_folder=()
 while (($#)); do
     case $1 in
         --bad-nodes-file) bad_nodes_file=${2:?--bad-nodes-file FILE} && shift 2 ;;
+        --run-folder) run_folder=(--run-folder "${2:?--run-folder FOLDER}") && shift 2 ;;
         --) shift && break ;;
         *)
             sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
@@ -63,7 +65,7 @@ ask() {
 shape=(--ntasks="$tasks")
 ((gpus == 0)) || shape+=(--gpu-bind=none)
 code=0
-reports=$(ask "${shape[@]}" "$python" -m slurm.preflight.node --gpus "$gpus" --local-disk "$disk" --limit-s "$limit_s") || code=$?
+reports=$(ask "${shape[@]}" "$python" -m slurm.preflight.node --gpus "$gpus" --local-disk "$disk" --limit-s "$limit_s" "${run_folder[@]}") || code=$?
 if ((code)); then
     # A task that did not start or end would hang the all-reduce as well.
     all_reduce=off

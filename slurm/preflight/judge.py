@@ -11,6 +11,7 @@ from .node_faults import (
     judge_answers,
     judge_clocks,
     judge_disks,
+    judge_environments,
     judge_gpus,
     judge_ranks,
     judge_versions,
@@ -35,6 +36,7 @@ def judge(reports: Reports, expected: Expected) -> Judgement:
         judge_answers(reports, node, found)
     judge_clocks(reports, expected, found)
     judge_disks(reports, expected, found)
+    judge_environments(reports, expected, found)
     judge_versions(reports, expected, found)
     if expected.gpus:
         judge_gpus(reports, expected, found)

@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from distributed.topology import Topology, find_topology, rendezvous
+from runtime.environment import EnvironmentFault
 
-CHECKS = ("clock", "disk", "versions", "gpus")
+from .environment import check_environment
+
+CHECKS = ("clock", "disk", "environment", "versions", "gpus")
 """In the order in which a node runs them."""
 
 _PACKAGES = (
@@ -232,6 +235,7 @@ def check_node(place: Topology, nodes: int, options: argparse.Namespace) -> None
     checks: dict[str, Callable[[], None]] = {
         "clock": clock,
         "disk": lambda: report("disk", **try_disk(options.local_disk)),
+        "environment": lambda: report("environment", **check_environment(options.run_folder, place.rank == 0)),
         "versions": lambda: report("versions", versions=versions()),
         "gpus": every_gpu,
     }
@@ -239,7 +243,7 @@ def check_node(place: Topology, nodes: int, options: argparse.Namespace) -> None
     for kind in CHECKS:
         try:
             checks[kind]()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EnvironmentFault) as error:
             report(kind, error=str(error)[:300])
     if server is not None:
         deadline_s = time.monotonic() + options.limit_s
@@ -252,6 +256,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, required=True, help="of each node")
     parser.add_argument("--local-disk", type=Path, required=True)
+    parser.add_argument("--run-folder", type=Path, help="of the job, to check that nodes see it")
     parser.add_argument("--limit-s", type=float, required=True)
     options = parser.parse_args()
     # End before the timeout of srun.

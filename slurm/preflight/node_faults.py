@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from .node import CHECKS
 from .reports import EXCLUDE_AND_REPAIR, Expected, Judgement, Reports
 
+# The semaphores of a rank's loader workers, and a little for MPI.
+_LEAST_SHARED_MIB_PER_RANK = 2
+
+# About the batches that a rank's workers prefetch, with the published settings, and NCCL's buffers.
+_USUAL_SHARED_MIB_PER_RANK = 256
+
 
 def unreachable_nodes(reports: Reports, expected: Expected, found: Judgement) -> set[str]:
     """Find the nodes on which srun could not start a task."""
@@ -50,8 +56,9 @@ def judge_answers(reports: Reports, node: str, found: Judgement) -> None:
             found.bad[node].append(f"hangs in the check of its {kind}. Fix: {EXCLUDE_AND_REPAIR}")
             return
         if "error" in of_node[0]:
+            error = of_node[0]["error"]
             fix = {"disk": "free or repair it, or set TSM_LOCAL_DISK"}.get(kind, EXCLUDE_AND_REPAIR)
-            found.bad[node].append(f"{kind}: {of_node[0]['error']}. Fix: {fix}")
+            found.bad[node].append(f"{kind}: {error}" + ("" if "Fix: " in error else f". Fix: {fix}"))
 
 
 def judge_clocks(reports: Reports, expected: Expected, found: Judgement) -> None:
@@ -86,6 +93,25 @@ def judge_disks(reports: Reports, expected: Expected, found: Judgement) -> None:
             found.bad[node].append(
                 f"{expected.local_disk} has {disk['free_gib']:.1f} GiB free, {expected.min_free_gib:g} GiB are required. "
                 "Fix: free some, or set TSM_LOCAL_DISK"
+            )
+
+
+def judge_environments(reports: Reports, expected: Expected, found: Judgement) -> None:
+    """Judge each node's shared memory by its ranks, and pass on the notes."""
+    ranks = Counter(each["host"] for each in reports.of("place"))
+    for node, each in reports.by_node("environment").items():
+        found.notes.extend(f"{node}: {note}" for note in each["notes"])
+        shared = (
+            f"/dev/shm has {each['shared_free_mib']:.0f} of {each['shared_mib']:.0f} MiB free for {ranks[node]} ranks"
+        )
+        if each["shared_free_mib"] < _LEAST_SHARED_MIB_PER_RANK * ranks[node]:
+            found.bad[node].append(
+                f"shared memory: {shared}. Fix: the container's --shm-size, or remove old files in /dev/shm"
+            )
+        elif each["shared_free_mib"] < _USUAL_SHARED_MIB_PER_RANK * ranks[node]:
+            found.notes.append(
+                f"{node}: shared memory: {shared}; batches that do not fit go through pipes, which takes more time. "
+                "Fix: the container's --shm-size"
             )
 
 

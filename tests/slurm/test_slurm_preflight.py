@@ -1,5 +1,6 @@
 """Preflight names exactly the bad nodes: its rules on synthetic reports, and whole runs on an emulated cluster."""
 
+import errno
 import json
 import os
 import shlex
@@ -13,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from runtime.environment import EnvironmentFault
+from slurm.preflight import environment
+from slurm.preflight.environment import try_folder
 from slurm.preflight.judge import judge
 from slurm.preflight.node import kernel_list, near_cores, try_disk
 from slurm.preflight.node_faults import gpu_faults, is_near
 from slurm.preflight.pairs import Floors, Measured, judge_pairs, retrial, rounds
 from slurm.preflight.reports import Expected, Judgement, Reports
 from tests.helpers.slurm_cluster import SlurmCluster
+from tests.helpers.small_disk import mounted
 from tests.helpers.worlds import CHECKOUT
 
 NODES = ["n1", "n2", "n3", "n4"]
@@ -98,6 +103,7 @@ def healthy(node: str, rank: int) -> list[dict[str, Any]]:
         {"preflight": "place", "host": node, "rank": rank, "size": 4, "local_rank": 0, "cores": "0-6"},
         {"preflight": "clock", "host": node, "offset_s": 0.001, "round_trip_s": 0.0001},
         {"preflight": "disk", "host": node, "free_gib": 100.0, "write_mb_s": 500.0},
+        {"preflight": "environment", "host": node, "shared_mib": 9e3, "shared_free_mib": 9e3, "notes": []},
         {"preflight": "versions", "host": node, "versions": {"python": "3.11.7", "torch": "2.14.1"}},
         {"preflight": "gpus", "host": node, "count": 0},
     ]
@@ -116,7 +122,7 @@ def judged(
     return judge(Reports(lines), expected)
 
 
-ALL = dict.fromkeys(["place", "clock", "disk", "versions", "gpus"])
+ALL = dict.fromkeys(["place", "clock", "disk", "environment", "versions", "gpus"])
 
 
 def test_healthy_nodes_are_well() -> None:
@@ -134,7 +140,9 @@ def test_healthy_nodes_are_well() -> None:
         ({"versions": {"versions": {"python": "3.11.7", "torch": "2.3.0"}}}, "torch 2.3.0, the others 2.14.1"),
         ({"versions": {"versions": {"python": "3.11.7"}}}, "torch none"),
         ({"place": {"size": 1}}, "has world size 1, Slurm has 4 tasks"),
-        ({"disk": None, "versions": None, "gpus": None}, "hangs in the check of its disk"),
+        ({"environment": {"error": "TMPDIR has 99 bytes. Fix: TMPDIR=/tmp"}}, "TMPDIR=/tmp"),
+        ({"environment": {"shared_mib": 64.0, "shared_free_mib": 1.0}}, "/dev/shm has 1 of 64 MiB free for 1 ranks"),
+        ({"disk": None, "environment": None, "versions": None, "gpus": None}, "hangs in the check of its disk"),
         (ALL, "did not answer"),
     ],
 )
@@ -145,6 +153,39 @@ def test_a_fault_is_found_and_its_node_named(changes: dict[str, dict[str, Any] |
     assert any(what in each for each in found.bad[node])
     assert all("Fix: " in each for each in found.bad[node])
     assert found.exit_code == 2
+
+
+def test_what_ranks_repair_is_a_note() -> None:
+    found = judged(
+        {"n2": {"environment": {"notes": ["TMPDIR is too long"], "shared_mib": 64.0, "shared_free_mib": 64.0}}}
+    )
+    assert found.exit_code == 0
+    assert (
+        found.notes[0] == "n2: TMPDIR is too long" and "n2: shared memory: /dev/shm has 64 of 64 MiB" in found.notes[1]
+    )
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_a_fault(tmp_path: Path) -> None:
+    for writes in (True, False):
+        assert try_folder(tmp_path, writes) == []
+        with pytest.raises(EnvironmentFault, match="missing: No such file or directory. Fix: outputs="):
+            try_folder(tmp_path / "missing", writes)
+
+
+def test_a_full_run_folder_is_a_fault_of_the_writing_node_only(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "100k") as disk:
+        assert try_folder(disk, writes=False) == []
+        with pytest.raises(EnvironmentFault, match="No space left"):
+            try_folder(disk, writes=True)
+
+
+def test_a_run_folder_without_locks_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(environment.fcntl, "flock", no_locks)
+    (note,) = try_folder(tmp_path, writes=True)
+    assert "without locks" in note
 
 
 def test_the_first_node_may_be_the_one_whose_clock_is_wrong() -> None:
@@ -276,7 +317,9 @@ def preflight(cluster: SlurmCluster, folder: Path, *options: str, **variables: s
     settings |= {"TSM_PREFLIGHT_ALL_REDUCE": "off", "TSM_PREFLIGHT_LIMIT_S": "100"} | variables
     script, log, bad = folder / "job.sh", folder / "log", folder / "bad_nodes"
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
-    script.write_text(f"#!/usr/bin/env bash\n{exports}exec slurm/preflight.sh --bad-nodes-file {bad}\n")
+    script.write_text(
+        f"#!/usr/bin/env bash\n{exports}exec slurm/preflight.sh --bad-nodes-file {bad} --run-folder {folder}\n"
+    )
     job = ("--nodes=4", "--no-requeue", "--ntasks-per-node=2", *options, f"--output={log}", str(script))
     ended = cluster.wait_for_state(cluster.sbatch(*job))
     return Said(int(ended["ExitCode"].split(":")[0]), log.read_text(), bad.read_text().split() if bad.exists() else [])
