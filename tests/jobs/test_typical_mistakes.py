@@ -59,7 +59,7 @@ MISTAKES = {
     "no GPU": Mistake("train.py SMALL distributed.device=cuda", 2, ("no GPU", "distributed.device=cpu")),
     "a run of another recipe": Mistake("train.py SMALL run_id=run optimizer.lr=1", 2, ("optimizer.lr", "another run_id")),
     "nothing to evaluate": Mistake("evaluate.py SMALL", 2, ("no weights to evaluate", "--run outputs/NAME")),
-    "a run that is not there": Mistake("evaluate.py --run OUT/other", 2, ("OUT/other", "--run FOLDER")),
+    "a run that is not there": Mistake("evaluate.py --run OUT/other", 2, ("OUT/other", "Fix: --run OUT/")),
     "a run without a checkpoint": Mistake("evaluate.py --run OUT/empty", 2, ("no whole checkpoint", "--run outputs/NAME")),
     "a launcher's leftovers": Mistake("train.py SMALL", 2, ("LOCAL_RANK", "unset"), (("RANK", "0"), ("WORLD_SIZE", "2"))),
     "fewer processes than configured": Mistake("train.py SMALL distributed.world_size=8", 2, ("world_size=8", "start 8 processes")),
@@ -117,3 +117,65 @@ def test_the_last_line_has_cause_and_fix(name: str, place: Place) -> None:
         assert place.filled(word) in called.last_line, called.output
     # Once.
     assert called.output.count(fix) == 1, called.output
+
+
+# --- Following the advice ---------------------------------------------------------------------------------------------
+
+ADVICE = {
+    "a plan's own process": ("plan.py SMALL plan.write_config=true", "run_id=NAME"),
+    "the nearest value": ("plan.py SMALL model.shift=residul", "model.shift=residual"),
+    "the nearest option": ("plan.py SMALL logger=ofline", "logger=offline"),
+    "the classes of the manifest": ("plan.py SMALL data.num_classes=11", "data.num_classes=10"),
+    "a divisor of the batch": ("plan.py SMALL batch.bn_group=3", "batch.bn_group=2"),
+    "random weights": ("plan.py SMALL model.init=/no/weights.pth", "model.init=random"),
+    "no weights that are needed": ("plan.py SMALL model.init=", "model.init=random"),
+    "a precision": ("plan.py SMALL numerics.dtype=float64 numerics.amp=bfloat16", "numerics.amp=off"),
+    "no warm-up": ("plan.py SMALL schedule.warmup_epochs=2", "schedule.warmup_epochs=1.0"),
+    "plain momentum": ("plan.py SMALL optimizer.nesterov=true optimizer.momentum=0", "optimizer.nesterov=false"),
+    "zero gamma": (f"plan.py SMALL model.init={WEIGHTS} model.zero_init_gamma=true", "model.zero_init_gamma=false"),
+    "another device": ("train.py SMALL distributed.device=cuda max_steps=1 run_id=device", "distributed.device=cpu"),
+    "another name": ("train.py SMALL run_id=run optimizer.lr=1 max_steps=1", "run_id=another"),
+    "an allowed change": ("train.py SMALL run_id=run optimizer.lr=1 max_steps=1", "checkpoint.allow_recipe_change=true"),
+    "a run to evaluate": ("evaluate.py SMALL", "--run OUT/run"),
+}  # fmt: skip
+"""A command line that is refused, and what its fix tells to add or to set otherwise."""
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_following_the_fix_helps(name: str, place: Place) -> None:
+    line, override = map(place.filled, ADVICE[name])
+    refused = place.call(line)
+    assert refused.exit_code in (2, 3), refused.output
+    told = override.split("/")[0] if override.startswith("--run") else override.replace("another", "")
+    _, _, fix = refused.last_line.partition("Fix: ")
+    assert told in fix or "another run_id" in fix, refused.last_line
+    key = override.split("=")[0]
+    words = [word for word in line.split() if word.split("=")[0] != key and not override.startswith("--run")]
+    followed = place.call(" ".join([*words, override]) if words else f"{line.split()[0]} {override}")
+    assert followed.exit_code == 0, followed.output
+
+
+def test_a_gpu_that_is_too_small_leads_to_the_micro_batch_that_fits(place: Place) -> None:
+    """8 clips do not fit, nor do 4: each error names the next smaller number, until one fits."""
+    line = place.filled(
+        "tests/helpers/small_gpu.py train.py SMALL max_steps=1 evaluation.batch=2 batch.bn_group=2 run_id=small"
+    )
+    fits = {"TSM_TEST_FITS": "2"}
+    for present, advice in ((8, 4), (4, 2)):
+        refused = place.call(line, fits)
+        assert refused.exit_code == 2, refused.output
+        fix = f"batch.micro_batch={advice}"
+        assert refused.last_line.endswith(
+            f"CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB (in a micro-batch of {present} "
+            f"clips). Fix: {fix}, same result"
+        )
+        assert "Traceback" not in refused.output
+        line = f"{line} {fix}"
+    assert place.call(line, fits).exit_code == 0
+    log = (place.outputs / "small/log.txt").read_text()
+    assert log.count("OutOfMemoryError") >= 2
+    evaluated = f"tests/helpers/small_gpu.py evaluate.py --run {place.outputs}/small evaluation.batch=4"
+    refused = place.call(evaluated, fits)
+    assert refused.exit_code == 2
+    assert refused.last_line.endswith("(in an evaluation of 4 views at once). Fix: evaluation.batch=2, same scores")
+    assert place.call(f"{evaluated} evaluation.batch=2", fits).exit_code == 0

@@ -8,7 +8,7 @@ from tests.repository.test_architecture import modules
 
 ERRORS = {"ConfigError", "DataError", "TopologyError", "DivergedError", "NoProgressError"}
 
-PASSED_ON = ("fix", "str(error)", "{error}", "explain(error)", "_not_there(", "refused")
+PASSED_ON = ("fix", "refused", "str(error)", "{error}", "explain(error)", "_not_there(")
 """Parts of an expression that give the fix: a function or variable for it, or the text of another error."""
 
 
