@@ -65,7 +65,7 @@ def loader_bytes(config: Config, world_size: int) -> int:
     if pipeline.loader != "torch":
         return 0
     try:
-        clips = make_execution(batch.global_batch, batch.bn_clips, world_size, batch.micro_batch).micro_batch
+        clips = make_execution(batch.global_batch, batch.bn_clips, world_size, batch.micro_batch_limit).micro_batch
     except ConfigError:
         return 0
     protocol = protocol_of(config.model, pipeline, config.evaluation)

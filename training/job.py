@@ -39,6 +39,7 @@ from training.runs.resume import (
 )
 from training.runs.run_folder import RunFolder, new_run_id
 
+from .micro_batch import find_micro_batch
 from .recipe import Execution, Recipe, make_execution
 from .step import Trainer
 
@@ -94,7 +95,8 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     augmentation = augmentation_of(config.model, config.data, config.pipeline)
     check_manifests(training, validation, augmentation)
     recipe = recipe_of(config, len(training), training.digest, identity)
-    execution = make_execution(recipe.global_batch, recipe.bn_group, topology.size, config.batch.micro_batch)
+    limit = find_micro_batch(config, len(training.classes), backend)
+    execution = make_execution(recipe.global_batch, recipe.bn_group, topology.size, limit)
     if resumed is not None:
         check_classes(folder, resumed, training)
         check_same(config.checkpoint, config.numerics.deterministic, recipe, code, folder, resumed)

@@ -158,7 +158,7 @@ def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequenc
 def _batch_norm_groups(batch: BatchConfig, size: int) -> list[list[int]]:
     """Return the ranks of each BN group, or none if the batch does not divide: build_job raises that error on all ranks."""
     try:
-        return make_execution(batch.global_batch, batch.bn_clips, size, batch.micro_batch).bn_rank_groups()
+        return make_execution(batch.global_batch, batch.bn_clips, size, batch.micro_batch_limit).bn_rank_groups()
     except ConfigError:
         return []
 
@@ -188,6 +188,10 @@ def _train(config: Config, backend: Backend, control: ControlChannel) -> int:
         job.folder.write_classes(job.training_clips.source.manifest.classes)
         job.folder.record_start(start)
     control.open_log(job.folder.path)
+    if config.batch.is_auto:
+        # config.yaml keeps auto: a later start may have other GPUs.
+        config.batch.micro_batch = str(job.execution.micro_batch)
+        control.log.info(f"batch.micro_batch=auto: micro-batches of {config.batch.micro_batch} clips")
     log = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)
     code = EXIT_FAILURE
     try:

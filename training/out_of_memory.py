@@ -16,7 +16,7 @@ def out_of_memory_message(
     """Return the first sentences of the error, what was in the memory, and what to do. `phase`: of hang_detection.PHASES."""
     cause = ". ".join(str(error).split(". ")[:3]).rstrip(".").splitlines()[0]
     if phase != "evaluation":
-        present = make_execution(batch.global_batch, batch.bn_clips, world, batch.micro_batch).micro_batch
+        present = make_execution(batch.global_batch, batch.bn_clips, world, batch.micro_batch_limit).micro_batch
         return f"{cause} (in a micro-batch of {present} clips). Fix: {micro_batch_advice(batch, world, present)}"
     smaller = evaluation_batch // 2
     advice = (

@@ -13,7 +13,7 @@ MIB = 1 << 20
 CONFIG = Config(
     model=ModelConfig(num_frames=8),
     pipeline=PipelineConfig(workers=3, prefetch=2, size=224),
-    batch=BatchConfig(global_batch=32, bn_group=8, micro_batch=4),
+    batch=BatchConfig(global_batch=32, bn_group=8, micro_batch="4"),
     evaluation=EvaluationConfig(batch=16),
 )
 CLIP_BYTES = 8 * 3 * 224 * 224

@@ -16,7 +16,7 @@ TORCH = (
 )
 
 
-def message(phase: str, micro_batch: int | None = None, evaluation_batch: int = 16, world: int = 2) -> str:
+def message(phase: str, micro_batch: str | None = None, evaluation_batch: int = 16, world: int = 2) -> str:
     error = torch.OutOfMemoryError(TORCH)
     batch = BatchConfig(global_batch=32, bn_group=4, micro_batch=micro_batch)
     return out_of_memory_message(error, batch, evaluation_batch, world, phase)
@@ -27,7 +27,7 @@ def test_the_message_has_the_cause_the_batch_and_the_fix() -> None:
         "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.15 GiB of which 12.00 MiB is free "
         "(in a micro-batch of 16 clips). Fix: batch.micro_batch=8, same result"
     )
-    assert message("first step", micro_batch=8).endswith(
+    assert message("first step", micro_batch="8").endswith(
         "(in a micro-batch of 8 clips). Fix: batch.micro_batch=4, same result"
     )
     assert message("evaluation").endswith("16 views at once). Fix: evaluation.batch=8, same scores")

@@ -253,7 +253,7 @@ def test_no_group_is_the_whole_batch() -> None:
 
 def test_where_a_run_lies_does_not_change_its_recipe() -> None:
     config = published()
-    config.batch.micro_batch, config.pipeline.workers, config.distributed.backend = 4, 9, "horovod"
+    config.batch.micro_batch, config.pipeline.workers, config.distributed.backend = "4", 9, "horovod"
     config.outputs, config.name, config.logger.wandb = "elsewhere", "other", "disabled"
     config.distributed.gradient_dtype, config.distributed.hang_timeout_s = "float16", None
     same = recipe_of(published(), KINETICS_CLIPS, "digest").fingerprint

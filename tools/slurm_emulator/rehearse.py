@@ -36,7 +36,8 @@ def main(folder: Path) -> None:
     imported_s = time.perf_counter()
     config = yaml.safe_load((folder / run_layout.CONFIG).read_text())
     batch = config["batch"]
-    execution = make_execution(batch["global_batch"], batch["bn_group"], topology.size, batch["micro_batch"])
+    limit = None if batch["micro_batch"] in (None, "auto") else int(batch["micro_batch"])
+    execution = make_execution(batch["global_batch"], batch["bn_group"], topology.size, limit)
     configured_s = time.perf_counter()
     manifest = Manifest.open(Path(config["data"]["root"]) / config["data"]["train"])
     opened_s = time.perf_counter()

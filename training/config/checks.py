@@ -50,7 +50,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 _NULLABLE_POSITIVE = (
-    "batch.bn_group", "batch.micro_batch", "optimizer.clip_norm", "distributed.world_size",
+    "batch.bn_group", "optimizer.clip_norm", "distributed.world_size",
     "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
     "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps",
 )  # fmt: skip
@@ -69,6 +69,10 @@ def check(config: Config) -> None:
     milestones = config.schedule.milestones
     if any(not milestone >= 0 for milestone in milestones):
         raise ConfigError(f"schedule.milestones must be 0 or more, got {milestones}. Fix: epochs, such as [20,40]")
+    if not re.fullmatch(r"None|auto|[1-9]\d{0,8}", str(config.batch.micro_batch)):
+        raise ConfigError(
+            f"batch.micro_batch must be more than 0, auto or null, got {config.batch.micro_batch}. Fix: batch.micro_batch=auto"
+        )
     _check_initial_weights(config.model)
     _check_optimizer(config.optimizer)
     _check_crops(config.pipeline)

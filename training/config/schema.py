@@ -85,10 +85,21 @@ class BatchConfig:
     """Clips per step over all processes. It decides the result."""
     bn_group: int | None = None
     """Clips that share BN statistics; null: the whole global batch."""
-    micro_batch: int | None = None
-    """Limit of clips per process and micro-step; null: none. A lower limit means more accumulation and the same result."""
+    micro_batch: str | None = None
+    """Limit of clips per process and micro-step; null: none; auto: what the GPU's memory holds, found at start-up. A lower limit
+    means more accumulation and the same result."""
     precise_bn_steps: int = 0
     """Precise BN: steps of training clips over which an evaluation recomputes BN statistics; 0: use the running averages."""
+
+    @property
+    def is_auto(self) -> bool:
+        """The micro-batch is found at start-up (training.micro_batch)."""
+        return self.micro_batch == "auto"
+
+    @property
+    def micro_batch_limit(self) -> int | None:
+        """`micro_batch` as a number; None: no limit, or not known yet."""
+        return None if self.micro_batch is None or self.is_auto else int(self.micro_batch)
 
     @property
     def bn_clips(self) -> int:

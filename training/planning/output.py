@@ -26,6 +26,8 @@ def as_text(plan: Plan) -> str:
     lines += [describe_numerics(config.numerics, config.evaluation.amp)]
     if plan.execution is not None:
         lines += describe_execution(plan.execution)
+        if config.batch.is_auto:
+            lines += ["           batch.micro_batch=auto: on GPUs, fewer clips if that does not fit into the memory"]
     if plan.worlds:
         lines += [f"worlds     of {', '.join(map(str, plan.worlds))} processes fit this batch"]
     if plan.network is not None:

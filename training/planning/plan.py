@@ -138,8 +138,8 @@ def _derive(plan: Plan) -> None:
     value_bytes = gradient_value_bytes(config.numerics, config.distributed)
     plan.network = plan.attempt(lambda: estimate_network(*network, value_bytes))
     groups = batch.global_batch, batch.bn_clips
-    plan.execution = plan.attempt(lambda: make_execution(*groups, plan.world, batch.micro_batch))
-    plan.worlds = fitting_worlds(*groups, batch.micro_batch)
+    plan.execution = plan.attempt(lambda: make_execution(*groups, plan.world, batch.micro_batch_limit))
+    plan.worlds = fitting_worlds(*groups, batch.micro_batch_limit)
     if plan.network is not None and plan.execution is not None:
         execution = plan.execution
         plan.costs = plan.attempt(lambda: step_costs(*network, config.numerics, config.optimizer, execution))

@@ -43,7 +43,7 @@ def small(*overrides: str) -> Config:
 
 def costs(config: Config, world: int = 1) -> StepCosts:
     batch = config.batch
-    execution = make_execution(batch.global_batch, batch.bn_group or batch.global_batch, world, batch.micro_batch)
+    execution = make_execution(batch.global_batch, batch.bn_group or batch.global_batch, world, batch.micro_batch_limit)
     return costs_of(config, execution)
 
 
@@ -57,7 +57,9 @@ def laid_out(config: Config) -> tuple[Recipe, Execution]:
     batch, clips = config.batch, config.data.train_clips
     world = config.distributed.world_size or config.plan.world_size
     assert clips is not None and world is not None and batch.bn_group is not None
-    return recipe_of(config, clips, ""), make_execution(batch.global_batch, batch.bn_group, world, batch.micro_batch)
+    return recipe_of(config, clips, ""), make_execution(
+        batch.global_batch, batch.bn_group, world, batch.micro_batch_limit
+    )
 
 
 # --- The large runs ---------------------------------------------------------------------------------------------------
