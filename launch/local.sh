@@ -24,6 +24,10 @@ processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
 
+# Python reads the overrides, or the run folder after --run. Its answers are a line each.
+answer=$("$bin/python" -m training.config.for_shell values distributed.backend distributed.device -- "$@") || exit $?
+{ read -r backend && read -r device; } <<<"$answer"
+
 # Choose by the oldest GPU. Empty without GPUs, or if the driver does not support the field. --run reads all from config.yaml.
 numerics=()
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
@@ -31,18 +35,8 @@ case $capability in
     [1-7].*) numerics=(numerics=gpu_fp16) ;;
     [1-9]*.*) numerics=(numerics=gpu) ;;
 esac
-[[ ${1:-} != --run ]] || numerics=()
+[[ ${1:-} != --run && $device != cpu ]] || numerics=()
 
 launcher=("$bin/python" launch/local.py --processes "$processes")
-for override; do
-    case $override in
-        distributed=horovod | distributed=horovod_gloo | distributed.backend=horovod)
-            launcher=("$bin/horovodrun" --gloo -np "$processes" "$bin/python")
-            ;;
-        distributed=torch | distributed.backend=torch)
-            launcher=("$bin/python" launch/local.py --processes "$processes")
-            ;;
-        distributed.device=cpu) numerics=() ;;
-    esac
-done
+[[ $backend != horovod ]] || launcher=("$bin/horovodrun" --gloo -np "$processes" "$bin/python")
 exec "${launcher[@]}" train.py "${numerics[@]}" "$@"

@@ -21,6 +21,7 @@ run_job() {
     announce
     compose "$@"
     leave_if_complete
+    read_config
     check_nodes
     if [[ -n ${TSM_CHECK_ONLY:-} ]]; then
         say "all is well, and TSM_CHECK_ONLY is set: not starting the ranks"
@@ -68,19 +69,22 @@ load_site() {
     export TSM_PYTHON TSM_LOCAL_DISK
 }
 
-# Read the overrides that set the run folder; the last one wins, as in Hydra.
+# Find the run folder. Python reads the overrides, so that the folder is the one that train.py would use.
 name_folder() {
-    run_id=$SLURM_JOB_ID outputs=outputs
-    local override
-    for override; do
-        case $override in
-            run_id=*) run_id=${override#*=} ;;
-            outputs=*) outputs=${override#*=} ;;
-        esac
-    done
-    [[ $outputs == /* ]] || outputs=$checkout/$outputs
-    folder=$outputs/$run_id
+    local answer
     restarts=${SLURM_RESTART_COUNT:-0}
+    answer=$(ask_python folder "$SLURM_JOB_ID" "$restarts" "$@" | tail -n 2) || cannot_start $?
+    { IFS= read -r run_id && IFS= read -r folder; } <<<"$answer"
+}
+
+# Ask training/config/for_shell.py. It prints its answers last, a line each: a container may print something first.
+ask_python() {
+    in_container "$TSM_PYTHON" -m training.config.for_shell "$@"
+}
+
+cannot_start() {
+    say "error: the job cannot start (exit code $1), for the reasons above" >&2
+    exit "$1"
 }
 
 check_restarts() {
@@ -112,13 +116,15 @@ compose() {
         say "going on by $folder/config.yaml"
         return
     fi
-    local code=0
-    in_container "$TSM_PYTHON" plan.py "pipeline.workers=$workers" "$@" "run_id=$run_id" "outputs=$outputs" \
-        "distributed.world_size=$SLURM_NTASKS" plan.write_config=true || code=$?
-    if ((code)); then
-        say "error: the job cannot start (exit code $code), for the reasons above" >&2
-        exit "$code"
-    fi
+    in_container "$TSM_PYTHON" plan.py "pipeline.workers=$workers" "$@" "run_id=$run_id" \
+        "distributed.world_size=$SLURM_NTASKS" plan.write_config=true || cannot_start $?
+}
+
+# Read what this script needs of config.yaml.
+read_config() {
+    local answer
+    answer=$(ask_python values data.root distributed.backend distributed.controller -- --run "$folder" | tail -n 3) || cannot_start $?
+    { IFS= read -r data_root && IFS= read -r backend && IFS= read -r controller; } <<<"$answer"
 }
 
 # A complete run has SUCCESS. plan.py has removed it if the overrides make the run longer, and refused those that do not fit the run.
@@ -138,11 +144,6 @@ in_container() {
     fi
 }
 
-# Print a value of config.yaml. OmegaConf wrote it: two levels, one key per line.
-config_value() {
-    sed -n "/^$1:/,/^[^ ]/s/^  $2: //p" "$folder/config.yaml"
-}
-
 check_nodes() {
     [[ $TSM_PREFLIGHT != off ]] || return 0
     local code=0 bad=$folder/bad_nodes.txt
@@ -159,20 +160,12 @@ check_nodes() {
 
 stage() {
     [[ -z $TSM_ENVIRONMENT_ARCHIVE ]] || stage_environment
-    [[ $TSM_STAGE_DATA != on ]] || stage_data "$(data_root)"
-}
-
-data_root() {
-    local root
-    root=$(config_value data root)
-    [[ $root == /* ]] || root=$checkout/$root
-    echo "$root"
+    [[ $TSM_STAGE_DATA != on ]] || stage_data "$data_root"
 }
 
 # Start the ranks with srun; the configuration's backend decides the MPI plugin.
 start_ranks() {
-    local backend controller mpi=none
-    backend=$(config_value distributed backend) controller=$(config_value distributed controller)
+    local mpi=none
     [[ $backend != horovod || $controller == gloo ]] || mpi=$TSM_SRUN_MPI
     # Distribute ranks in blocks, so that neighbouring ranks, which share a batch-norm group, share a node.
     # If a rank fails, srun does not kill the others: the monitor tells them the reason, and they log it and exit.

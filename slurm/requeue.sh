@@ -50,7 +50,7 @@ requeue() {
 # Succeed if Slurm itself ends the job: a cancelled or preempted job is no longer RUNNING when its ranks get the signal. Such a job
 # is not requeued from here.
 slurm_ends_it() {
-    [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *" JobState=RUNNING"* ]]
+    [[ " $(scontrol --oneliner show job "$SLURM_JOB_ID")" != *" JobState=RUNNING"* ]]
 }
 
 # Requeue the job without the given nodes; does not return.

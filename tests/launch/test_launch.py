@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.helpers.worlds import CHECKOUT
 from tests.training.config.test_config import config_of
 from training.config.schema import Config
+from training.runs.run_folder import RunFolder
 
 LAUNCH = CHECKOUT / "launch"
 
@@ -108,20 +110,21 @@ def test_the_first_check_of_a_script_plans_its_run(script: str, tmp_path: Path) 
 # --- launch/local.sh --------------------------------------------------------------------------------------------------
 
 
-def local(folder: Path, nvidia_smi: str, *user: str) -> list[str]:
-    """Overrides that launch/local.sh passes to train.py, with `nvidia_smi` as the script of nvidia-smi."""
+def local(folder: Path, nvidia_smi: str, *user: str) -> tuple[str, list[str]]:
+    """Launcher that launch/local.sh starts, and its arguments of train.py, with `nvidia_smi` as the script of nvidia-smi."""
     bin_folder = folder / "bin"
     executable(bin_folder / "nvidia-smi", nvidia_smi)
-    executable(bin_folder / "python", "true")
-    executable(bin_folder / "torchrun", "printf '%s\\n' \"$@\"")
+    executable(bin_folder / "python", f'exec {sys.executable} "$@"')
+    for launcher in ("torchrun", "horovodrun"):
+        executable(bin_folder / launcher, f"printf '%s\\n' {launcher} \"$@\"")
     environment = os.environ | {
         "TSM_PYTHON": str(bin_folder / "python"),
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
     }
     done = subprocess.run([LAUNCH / "local.sh", *user], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    arguments = done.stdout.splitlines()
-    return arguments[arguments.index("train.py") + 1 :]
+    launcher, *arguments = done.stdout.splitlines()
+    return launcher, arguments[arguments.index("train.py") + 1 :]
 
 
 def gpus(*capabilities: str) -> str:
@@ -143,9 +146,32 @@ def gpus(*capabilities: str) -> str:
     ],
 )
 def test_the_precision_on_this_machine(nvidia_smi: str, user: list[str], amp: str, tmp_path: Path) -> None:
-    config = config_of(*local(tmp_path, nvidia_smi, "experiment=kinetics_single_node", *user))
+    launcher, overrides = local(tmp_path, nvidia_smi, "experiment=kinetics_single_node", *user)
+    config = config_of(*overrides)
+    assert launcher == "torchrun"
     assert (config.numerics.amp, config.numerics.channels_last) == (amp, amp != "off")
 
 
 def test_a_run_that_is_composed_is_left_as_it_is(tmp_path: Path) -> None:
-    assert local(tmp_path, gpus("9.0"), "--run", "outputs/run") == ["--run", "outputs/run"]
+    RunFolder(tmp_path / "run").write_config(config_of("experiment=smoke", "distributed=horovod"))
+    arguments = ["--run", str(tmp_path / "run")]
+    assert local(tmp_path, gpus("9.0"), *arguments) == ("horovodrun", arguments)
+
+
+@pytest.mark.parametrize(
+    ("user", "launcher"),
+    [
+        (["++distributed='horovod'"], "horovodrun"),
+        (["distributed=horovod", "distributed.backend=auto"], "torchrun"),
+    ],
+)
+def test_the_launcher_of_a_backend(user: list[str], launcher: str, tmp_path: Path) -> None:
+    assert local(tmp_path, "exit 6", "experiment=smoke", *user)[0] == launcher
+
+
+def test_a_wrong_override_is_reported_before_processes_start(tmp_path: Path) -> None:
+    environment = os.environ | {"TSM_PYTHON": sys.executable, "PROCESSES": "2"}
+    done = subprocess.run([LAUNCH / "local.sh", "experiment=smok"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error (start-up): experiment=smok") and line.endswith("Fix: experiment=smoke")

@@ -39,8 +39,8 @@ def execute(
     program composes with --run; None: it takes the run's config.yaml as it is.
     """
     try:
-        options = _parse(program, arguments)
-        if flags := _flags_for_hydra(options):
+        options = parse(program, arguments)
+        if flags := flags_for_hydra(options):
             return _hydra_main(program, flags, options, start)
     except ConfigError as error:
         return start(partial(_fail, error))
@@ -66,7 +66,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. Fix: python {self.prog} --help")
 
 
-def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
+def parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """Return `overrides`, `run`, `config_dir` and Hydra's own options. Raises ConfigError for unknown ones."""
     parser = _Parser(f"{program}.py", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", "-cd", type=Path)
@@ -90,12 +91,12 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
                 "train.py --run FOLDER takes all from FOLDER/config.yaml, and no overrides. Fix: leave them out, or leave out "
                 f"--run and give all overrides of the run, with run_id={Path(options.run).name}"
             )
-        if _flags_for_hydra(options):
+        if flags_for_hydra(options):
             raise ConfigError("--run composes nothing. Fix: leave out Hydra's options")
     return options
 
 
-def _flags_for_hydra(options: argparse.Namespace) -> list[str]:
+def flags_for_hydra(options: argparse.Namespace) -> list[str]:
     """Return the options that make Hydra compose, for a sweep or to print; empty: the program composes itself."""
     flags = [
         f"--{name.replace('_', '-')}"
