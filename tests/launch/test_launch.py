@@ -114,9 +114,8 @@ def local(folder: Path, nvidia_smi: str, *user: str) -> tuple[str, list[str]]:
     """Launcher that launch/local.sh starts, and its arguments of train.py, with `nvidia_smi` as the script of nvidia-smi."""
     bin_folder = folder / "bin"
     executable(bin_folder / "nvidia-smi", nvidia_smi)
-    executable(bin_folder / "python", f'exec {sys.executable} "$@"')
-    for launcher in ("torchrun", "horovodrun"):
-        executable(bin_folder / launcher, f"printf '%s\\n' {launcher} \"$@\"")
+    executable(bin_folder / "python", f'[[ $1 != -m ]] || exec {sys.executable} "$@"\nprintf \'%s\\n\' "$@"')
+    executable(bin_folder / "horovodrun", "printf '%s\\n' horovodrun \"$@\"")
     environment = os.environ | {
         "TSM_PYTHON": str(bin_folder / "python"),
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
@@ -148,7 +147,7 @@ def gpus(*capabilities: str) -> str:
 def test_the_precision_on_this_machine(nvidia_smi: str, user: list[str], amp: str, tmp_path: Path) -> None:
     launcher, overrides = local(tmp_path, nvidia_smi, "experiment=kinetics_single_node", *user)
     config = config_of(*overrides)
-    assert launcher == "torchrun"
+    assert launcher == "launch/local.py"
     assert (config.numerics.amp, config.numerics.channels_last) == (amp, amp != "off")
 
 
@@ -162,7 +161,7 @@ def test_a_run_that_is_composed_is_left_as_it_is(tmp_path: Path) -> None:
     ("user", "launcher"),
     [
         (["++distributed='horovod'"], "horovodrun"),
-        (["distributed=horovod", "distributed.backend=auto"], "torchrun"),
+        (["distributed=horovod", "distributed.backend=auto"], "launch/local.py"),
     ],
 )
 def test_the_launcher_of_a_backend(user: list[str], launcher: str, tmp_path: Path) -> None:

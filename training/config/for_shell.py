@@ -17,6 +17,7 @@ from training.errors import ConfigError
 
 from .command_line import flags_for_hydra, parse
 from .compose import compose
+from .named_run import find_run
 from .overrides import read_overrides, text_value
 from .schema import Config
 
@@ -64,7 +65,8 @@ def _compose(arguments: Sequence[str]) -> Config:
         raise ConfigError(
             f"a launch script starts one run, and does not take {flags[0]}. Fix: python train.py {flags[0]} ..."
         )
-    return compose(options.overrides, options.run, options.config_dir)
+    folder = None if options.run is None else find_run(options.run)[0]
+    return compose(options.overrides, folder, options.config_dir)
 
 
 def _last(arguments: Sequence[str], key: str) -> str | None:
