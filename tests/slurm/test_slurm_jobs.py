@@ -239,7 +239,7 @@ def test_a_complete_run_never_runs_again_and_refuses_another_recipe(three_ways: 
 @pytest.mark.parametrize(
     ("overrides", "code", "said"),
     [
-        (["optimiser.lr=1"], "1:0", "optimiser"),
+        (["optimiser.lr=1"], "2:0", "the nearest known key is optimizer.lr;"),
         (["batch.global_batch=9"], "2:0", "divide batch.global_batch=9"),
         (["data.root=/nowhere"], "3:0", "manifest"),
     ],

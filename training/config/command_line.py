@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +22,7 @@ from .load import explain, load_run, register
 from .named_run import find_run
 from .overrides import CONF
 from .sweep import overrides_for_hydra
+from .yaml_text import check_files
 
 Read = Callable[[], DictConfig]
 """A function that composes the configuration, or raises ConfigError."""
@@ -122,6 +124,7 @@ def _hydra_main(program: str, flags: list[str], options: argparse.Namespace, sta
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(configuration: DictConfig) -> None:
+        check_files(HydraConfig.get().runtime.choices, folders)
         # Success raises no SystemExit, so that --multirun continues with the next job.
         if code := start(lambda: configuration):
             sys.exit(code)
@@ -131,6 +134,8 @@ def _hydra_main(program: str, flags: list[str], options: argparse.Namespace, sta
     # By a job that failed, or by Hydra after --help.
     except SystemExit as ended:
         return int(ended.code or 0)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ConfigError(explain(error)) from error
     return 0

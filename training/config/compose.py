@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -17,6 +17,7 @@ from .keys import EXPERIMENT
 from .load import explain, from_composed, load_run, register
 from .overrides import CONF, Override, apply, check_option, override_of, read_overrides, unquoted
 from .schema import Config
+from .yaml_text import check_files
 
 
 def compose(overrides: Sequence[str], base: Path | None = None, extra: Path | None = None) -> Config:
@@ -55,7 +56,11 @@ def _from_conf(groups: Sequence[Override], extra: Path | None) -> DictConfig:
     if extra is not None:
         choices.append(f"hydra.searchpath=[{override_of('', f'file://{extra.absolute()}')[1:]}]")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", choices)
+        config = hydra.compose("config", choices, return_hydra_config=True)
+    check_files(config.hydra.runtime.choices, [CONF] if extra is None else [CONF, extra])
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def _is_none(override: Override) -> bool:

@@ -17,6 +17,7 @@ from .checks import check
 from .keys import GROUPS, RENAMED_KEYS, SECTIONS, fix_unknown
 from .overrides import escaped
 from .schema import Config
+from .yaml_text import check_text
 
 
 def register() -> None:
@@ -77,7 +78,8 @@ def load_run(folder: Path) -> DictConfig:
     """Read a run folder's config.yaml. Raises ConfigError if it is missing or broken."""
     path = folder / run_layout.CONFIG
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Config), _with_new_keys(OmegaConf.load(path)))
+        loaded = _with_new_keys(OmegaConf.load(path))
+        config = OmegaConf.merge(OmegaConf.structured(Config), loaded)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}. Fix: --run FOLDER of a run that was started"
@@ -85,6 +87,7 @@ def load_run(folder: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
     assert isinstance(config, DictConfig)
+    check_text(loaded, str(path))
     OmegaConf.set_struct(config, True)
     # The folder may have been moved.
     config.outputs, config.run_id = escaped(str(folder.absolute().parent)), escaped(folder.absolute().name)

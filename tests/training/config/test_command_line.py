@@ -166,6 +166,8 @@ def test_a_value_of_another_type_is_refused(override: str, words: str) -> None:
         ("model: {shift: [", ["mine.yaml"]),
         ("defaults: [{override /model: tsm_resnet51}]", ["tsm_resnet51"]),
         ("- 1", ["experiment/mine"]),
+        ("run_id: 20240101_1200", ["mine.yaml: run_id is text", "202401011200", "Fix: quote it"]),
+        ("pipeline: {flip: off}", ["mine.yaml: pipeline.flip is text", "False", "Fix: quote it"]),
     ],
 )
 def test_a_users_experiment_with_an_error_is_refused(text: str, words: list[str], tmp_path: Path) -> None:
@@ -210,10 +212,12 @@ def test_training_resumes_a_run_and_not_one_of_its_checkpoints(tmp_path: Path) -
 
 @pytest.mark.parametrize("arguments", [["-m"], ["--multirun"]])
 def test_a_sweep_starts_a_job_for_each_value(arguments: list[str]) -> None:
-    swept = ["experiment=smoke", "seed=1,2", "name=007,'a,b',${x}", "distributed.hang_s=15"]
+    swept = ["experiment=smoke", "seed=1,2", "data.root=007,'a,b',${x}", "distributed.hang_s=15"]
     configs = started("train", *swept, *arguments)
-    names = ["007", "a,b", "${x}"]
-    assert [(config.seed, config.name) for config in configs] == [(seed, name) for seed in (1, 2) for name in names]
+    roots = ["007", "a,b", "${x}"]
+    assert [(config.seed, config.data.root) for config in configs] == [
+        (seed, root) for seed in (1, 2) for root in roots
+    ]
     assert {config.distributed.hang_timeout_s for config in configs} == {15.0}
 
 

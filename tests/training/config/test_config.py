@@ -148,7 +148,7 @@ def test_a_run_folder_with_renamed_keys_is_read(tmp_path: Path) -> None:
     assert (config.distributed.gradient_dtype, config.distributed.hang_timeout_s) == ("float16", 77.0)
 
 
-@pytest.mark.parametrize("text", [None, "seed: [1", "seed: seventeen", "sede: 17", "[]"])
+@pytest.mark.parametrize("text", [None, "seed: [1", "seed: seventeen", "sede: 17", "[]", "name: 1_0"])
 def test_a_folder_without_a_configuration_is_named(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
