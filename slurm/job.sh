@@ -82,7 +82,9 @@ ask_python() {
     in_container "$TSM_PYTHON" -m training.config.for_shell "$@"
 }
 
+# 75: a file server is away.
 cannot_start() {
+    (($1 != 75)) || requeue
     say "error: the job cannot start (exit code $1), for the reasons above" >&2
     exit "$1"
 }

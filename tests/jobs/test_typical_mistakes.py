@@ -165,7 +165,10 @@ def test_a_gpu_that_is_too_small_leads_to_the_micro_batch_that_fits(place: Place
         refused = place.call(line, fits)
         assert refused.exit_code == 2, refused.output
         fix = f"batch.micro_batch={advice}"
-        assert "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB" in refused.last_line
+        assert (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB"
+            in refused.last_line
+        )
         assert refused.last_line.endswith(f"(in a micro-batch of {present} clips). Fix: {fix}, same result")
         assert "Traceback" not in refused.output
         line = f"{line} {fix}"

@@ -6,7 +6,6 @@ The lock is a lease file, also where flock works: some file systems lock within 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 from distributed.backends.base import Backend
 from distributed.health.control_channel import ControlChannel
@@ -56,10 +55,14 @@ def run_locked(folder: RunFolder, backend: Backend, control: ControlChannel) -> 
         release()
 
 
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 def lock_run(
     folder: RunFolder,
     job: str | None = None,
-    note: Callable[[str], None] = partial(print, flush=True),
+    note: Callable[[str], None] = _print,
     waiting: Callable[[], None] = lambda: None,
     lost: Callable[[str], None] = lambda holder: None,
 ) -> Callable[[], None]:

@@ -110,7 +110,7 @@ def test_an_exif_orientation_is_ignored(sideways: Path) -> None:
 def test_dali_ignores_it_too(sideways: Path) -> None:
     pytest.importorskip("nvidia.dali")
     manifest = Manifest.open(sideways)
-    clip = EncodedSource(sideways, "pyav", IMAGES, frozenset([JPEG_FRAMES])).first_frame(manifest.row(0))
+    clip = EncodedSource(sideways, "pyav", feed=IMAGES, codecs=frozenset([JPEG_FRAMES])).one_frame(manifest.row(0), 0)
     samples = samples_of(IMAGES, [clip], [clip.parts])
     images, _ = make_pipeline(IMAGES, torch.device("cpu"), 1, 1, lambda: samples).run()
     image_CHW = decode_clip("pyav", sideways.parent, manifest.row(0), np.array([0]))[0]
