@@ -170,10 +170,11 @@ def allow_open_files(wanted: int, least: int) -> None:
         )
 
 
-def allow_large_files() -> list[str]:
-    """Raise the limit of a file's size as far as it may be; returns a note if a limit remains."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+def raise_limits() -> list[str]:
+    """Raise the limits of processes and of a file's size as far as they may be; returns a note if the latter remains."""
+    for limit in (resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (hard, hard))
     if hard == resource.RLIM_INFINITY:
         return []
     return [

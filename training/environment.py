@@ -4,8 +4,8 @@ from distributed.topology import Topology
 from runtime.environment import (
     SHARED_MEMORY,
     EnvironmentFault,
-    allow_large_files,
     allow_open_files,
+    raise_limits,
     repair,
     shared_memory_bytes,
 )
@@ -25,7 +25,7 @@ _FILES_OF_RANK, _FILES_OF_WORKER, _FILES_OF_BATCH = 40, 6, 4
 
 def prepare_environment(config: Config, topology: Topology) -> list[str]:
     """Repair the environment of this rank where possible; returns notes to log. Raises EnvironmentFault with the fix."""
-    return [*repair(), *allow_large_files(), *_check_loader(config, topology)]
+    return [*repair(), *raise_limits(), *_check_loader(config, topology)]
 
 
 def _check_loader(config: Config, topology: Topology) -> list[str]:

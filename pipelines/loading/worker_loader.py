@@ -145,6 +145,12 @@ def _explain(error: Exception, workers: list[BaseProcess]) -> Exception | None:
     if not (in_transit or "DataLoader worker" in text):
         return None
     which = f"pid {_ended(workers)}, {text}" if in_transit else text
+    # A signal is negative. 1 and 255: an exception, of Python or of a library, for example at the start.
+    if any((worker.exitcode or 0) > 0 for worker in workers):
+        return WorkerLostError(
+            f"a decoding worker process ended with an error of its own: {which}. Fix: see its message above; if it could not "
+            "start a thread or get memory, ulimit -u unlimited, more memory for the job, or fewer pipeline.workers"
+        )
     cause = "The kernel does so when memory runs out: see dmesg. Fix: fewer pipeline.workers, or a smaller pipeline.prefetch"
     if any(worker.exitcode == -signal.SIGBUS for worker in workers):
         cause = (

@@ -2,6 +2,7 @@
 
 import errno
 import getpass
+import multiprocessing.util
 import os
 import pwd
 import resource
@@ -100,6 +101,8 @@ def test_no_short_folder_is_a_fault_that_names_tmpdir(tmp_path: Path, monkeypatc
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    # Replaced, because this process may have a folder for sockets already.
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: tempfile.mkdtemp())
     monkeypatch.setattr(environment, "_SHORT_FOLDERS", (str(tmp_path / "missing"),))
     monkeypatch.setenv("TMPDIR", str(folder))
     with pytest.raises(EnvironmentFault, match=r"TMPDIR has \d+ bytes.* Fix: TMPDIR=/tmp"):
@@ -181,7 +184,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(limits: str, prin
 
 
 def test_a_limit_of_file_sizes_is_a_note() -> None:
-    program = "from runtime.environment import allow_large_files; print(*allow_large_files())"
+    program = "from runtime.environment import raise_limits; print(*raise_limits())"
     assert run(program).stdout == "\n"
     assert run(program, limits="ulimit -Sf 2000").stdout == "\n"
     assert "larger than 2.0 MiB" in run(program, limits="ulimit -f 2048").stdout

@@ -73,6 +73,7 @@ def test_after_a_failure_a_worker_does_not_try_shared_memory_again(
         (OSError(24, "Too many open files"), [None], HandOverError, "ulimit -n"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited"), [-signal.SIGBUS], WorkerLostError, "/dev/shm"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited"), [-signal.SIGKILL], WorkerLostError, "memory runs out"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited"), [None, 1], WorkerLostError, "see its message above"),
         (RuntimeError("Caught KeyError in DataLoader worker process 0."), [None], None, ""),
         (OSError(5, "Input/output error"), [None], None, ""),
     ],
