@@ -21,6 +21,11 @@ _ENDING_S = 5.0
 _POLL_S = 0.5
 
 
+def print_now(text: str) -> None:
+    """Print a line that also a pipe shows at once."""
+    print(text, flush=True)
+
+
 @contextmanager
 def run_locked(folder: RunFolder, backend: Backend, control: ControlChannel) -> Iterator[None]:
     """Hold the lock on rank 0 while the block runs. Collective; raises ConfigError on all ranks if another job holds it."""
@@ -29,7 +34,7 @@ def run_locked(folder: RunFolder, backend: Backend, control: ControlChannel) -> 
 
         def note(text: str) -> None:
             control.log.info(text)
-            print(text, flush=True)
+            print_now(text)
 
         def waiting() -> None:
             # A job that waits does not hang.
@@ -55,14 +60,10 @@ def run_locked(folder: RunFolder, backend: Backend, control: ControlChannel) -> 
         release()
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
 def lock_run(
     folder: RunFolder,
     job: str | None = None,
-    note: Callable[[str], None] = _print,
+    note: Callable[[str], None] = print_now,
     waiting: Callable[[], None] = lambda: None,
     lost: Callable[[str], None] = lambda holder: None,
 ) -> Callable[[], None]:
