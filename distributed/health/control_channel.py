@@ -54,7 +54,7 @@ class ControlChannel:
         self.before_end: Callable[[], None] = lambda: None
         """Called when another rank's failure ends the job, before this process exits; may take seconds at most."""
         self.at_exit: Callable[[], None] = lambda: None
-        """Called last before another rank's failure ends this process."""
+        """Called last where this process ends without leaving its task: for another rank's failure, or a stop signal."""
         self._over = threading.Event()
         """The monitor has sent that the job is over, with or without a failure."""
         self._failed_here = False

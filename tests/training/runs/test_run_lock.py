@@ -181,12 +181,14 @@ def test_plan_does_not_replace_the_configuration_of_a_run_in_use(
     release = lock_run(folder)
     folder.write_config(config_of(*overrides, "seed=1"))
     # Without data there would be no plan to write.
-    plan = SimpleNamespace(config=config_of(*overrides, "seed=2"), problems=[], warnings=[], exit_code=0, recipe=None)
+    plan = SimpleNamespace(
+        config=config_of(*overrides, "seed=2"), problems=[], warnings=[], exit_code=0, recipe=None, complete=False
+    )
     monkeypatch.setattr(command, "make_plan", lambda config: plan)
     monkeypatch.setattr(command, "as_text", lambda plan: "")
-    assert run_plan(compose(*overrides)) == 2
+    assert run_plan(lambda: compose(*overrides)) == 2
     assert f"error (plan): {folder.path} is in use by process {os.getpid()}" in capsys.readouterr().err
     assert "seed: 1" in folder.config.read_text()
     release()
-    assert run_plan(compose(*overrides)) == 0
+    assert run_plan(lambda: compose(*overrides)) == 0
     assert "seed: 2" in folder.config.read_text() and not folder.lock.exists()
