@@ -30,7 +30,7 @@ def find_micro_batch(config: Config, num_classes: int, backend: Backend) -> int 
     rank_groups = make_execution(*groups).bn_rank_groups()
     sizes = [size for size in micro_batches(*groups) if make_execution(*groups, size).bn_rank_groups() == rank_groups]
     for size in sizes:
-        if all(backend.all_gather_objects(fits(config, num_classes, size, backend.device))):
+        if all(backend.all_gather_objects(fits(config, num_classes, size, backend))):
             return size
     raise ConfigError(
         f"batch.micro_batch=auto: not even a micro-batch of {sizes[-1]} clips fits into the GPU's memory. "
@@ -38,15 +38,16 @@ def find_micro_batch(config: Config, num_classes: int, backend: Backend) -> int 
     )
 
 
-def fits(config: Config, num_classes: int, clips: int, device: torch.device) -> bool:
+def fits(config: Config, num_classes: int, clips: int, backend: Backend) -> bool:
     """Return whether a micro-step of so many clips fits into the device's memory. Changes nothing that training uses.
 
     Forward and backward run on a network of their own, with clips of zeros, because a rank that fails within a collective would
     leave the others waiting. Tensors stand for optimizer state, EMA, and the copies of the gradients that the reducer makes.
     """
+    device = backend.device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            _try_step(config, num_classes, clips, device)
+            _try_step(config, num_classes, clips, device, backend.topology.size > 1)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -57,16 +58,19 @@ def fits(config: Config, num_classes: int, clips: int, device: torch.device) -> 
     return True
 
 
-def _try_step(config: Config, num_classes: int, clips: int, device: torch.device) -> None:
+def _try_step(config: Config, num_classes: int, clips: int, device: torch.device, reduces: bool) -> None:
     model, numerics, optimizer = config.model, config.numerics, config.optimizer
     network = network_of(model, num_classes)
     alone = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "localhost"), device)
     convert_batch_norm(network, alone, max(1, clips // config.batch.bn_clips), [], 1)
     place_network(network, device, numerics)
     network.train()
-    # SGD and LARS: momentum; LAMB: two moments; the EMA; gradients as the reducer sends them.
-    copies = (2 if optimizer.name == "lamb" else 1) + (optimizer.ema_decay is not None) + 1
+    # SGD and LARS: momentum; LAMB: two moments; the EMA; the update's temporary values; what the reducer of several ranks sends.
+    copies = (2 if optimizer.name == "lamb" else 1) + (optimizer.ema_decay is not None) + 1 + reduces
     held = [torch.empty_like(parameter) for _ in range(copies) for parameter in network.parameters()]
+    # Gradients of earlier micro-steps.
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     shape = (clips, model.num_frames, 3, config.pipeline.size, config.pipeline.size)
     video_NTCHW = Normaliser(device, numerics)(torch.zeros(shape, dtype=torch.uint8))
     with autocast(device, numerics.amp):

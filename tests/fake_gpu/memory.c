@@ -88,8 +88,15 @@ typedef struct {
 static allocation *allocations;
 static size_t num_allocations, capacity, device_bytes, peak_bytes;
 
+/* FAKE_GPU_BYTES: the device's memory. Without it there is no limit. */
+static size_t limit_bytes(void) {
+    const char *asked = getenv("FAKE_GPU_BYTES");
+    return asked ? strtoull(asked, NULL, 10) : SIZE_MAX;
+}
+
 int fake_gpu_alloc(void **pointer, size_t bytes, int on_device) {
     size_t mapped = bytes ? (bytes + 4095) / 4096 * 4096 : 4096;
+    if (on_device && (mapped > limit_bytes() || device_bytes > limit_bytes() - mapped)) return 2;
     void *start = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return 2;
     pthread_mutex_lock(&lock);

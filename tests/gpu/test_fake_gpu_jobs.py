@@ -119,3 +119,20 @@ def test_horovod_queues_reductions_without_waiting(
     ended = job.wait(120)
     assert ended.exit_code == 0, ended.output[-5000:]
     assert f"waits: {waits}, collectives: 10" in ended.output
+
+
+def test_memory_that_is_too_small_has_a_micro_batch_that_fits(
+    tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device refuses memory, so torch's allocator raises the error. The advice and batch.micro_batch=auto name the same number."""
+    monkeypatch.setenv("FAKE_GPU_BYTES", "700000000")
+    large = "pipeline.size=128 model.num_frames=8 batch.bn_group=2 evaluation.batch=2 max_steps=1 pipeline.workers=0".split()
+    arguments = [*SMALL, *large, f"data.root={clips}", f"outputs={tmp_path}"]
+    alone = World("none", 1)
+    refused = start_training(alone, tmp_path / "all.txt", *arguments, "run_id=all").wait(300)
+    assert refused.exit_code == 2, refused.output[-5000:]
+    assert "CUDA out of memory" in refused.output
+    assert refused.output.rstrip().endswith("(in a micro-batch of 8 clips). Fix: batch.micro_batch=4, same result")
+    found = start_training(alone, tmp_path / "auto.txt", *arguments, "run_id=auto", "batch.micro_batch=auto").wait(300)
+    assert found.exit_code == 0, found.output[-5000:]
+    assert "batch.micro_batch=auto: micro-batches of 4 clips" in (tmp_path / "auto" / "log.txt").read_text()

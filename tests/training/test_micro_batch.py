@@ -39,7 +39,7 @@ def config(*overrides: str) -> Config:
 def found(monkeypatch: pytest.MonkeyPatch, holds: int, world: World, *overrides: str) -> int | None:
     tried = []
 
-    def fits(config: Config, num_classes: int, clips: int, device: torch.device) -> bool:
+    def fits(config: Config, num_classes: int, clips: int, backend: Any) -> bool:
         tried.append(clips)
         world.tried = clips
         return clips <= holds
@@ -90,7 +90,8 @@ def test_a_trial_leaves_the_random_numbers_alone(amp: str, monkeypatch: pytest.M
         return original(self, video_NTCHW)
 
     monkeypatch.setattr(Normaliser, "__call__", normalise)
-    configured, cpu = config(f"numerics.amp={amp}", "optimizer.ema_decay=0.9"), torch.device("cpu")
+    configured: Any = config(f"numerics.amp={amp}", "optimizer.ema_decay=0.9")
+    cpu: Any = World(device=torch.device("cpu"))
     torch.manual_seed(3)
     before = torch.get_rng_state()
     assert [micro_batch.fits(configured, 10, clips, cpu) for clips in (4, 2, 1)] == [False, True, True]
@@ -102,8 +103,9 @@ def test_another_error_of_a_trial_is_raised(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("cuDNN error")
 
     monkeypatch.setattr(Normaliser, "__call__", normalise)
+    cpu: Any = World(device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="cuDNN error"):
-        micro_batch.fits(config(), 10, 2, torch.device("cpu"))
+        micro_batch.fits(config(), 10, 2, cpu)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "2.5", "atuo", "''"])
