@@ -124,7 +124,7 @@ def test_horovod_queues_reductions_without_waiting(
 def test_memory_that_is_too_small_has_a_micro_batch_that_fits(
     tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device refuses memory, so torch's allocator raises the error. The advice and batch.micro_batch=auto name the same number."""
+    """The device refuses memory, so torch's allocator raises the error. The advice and micro_batch=auto name the same number."""
     monkeypatch.setenv("FAKE_GPU_BYTES", "700000000")
     large = "pipeline.size=128 model.num_frames=8 batch.bn_group=2 evaluation.batch=2 max_steps=1 pipeline.workers=0".split()
     arguments = [*SMALL, *large, f"data.root={clips}", f"outputs={tmp_path}"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distributed.backends.single import SingleBackend
 from distributed.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, load_newest
+from distributed.health.rank_log import RankLog
 from distributed.topology import find_topology
 from pipelines.manifest import Manifest
 from tests.helpers.clips import renumber
@@ -225,6 +226,9 @@ class NobodyElse:
     """Substitute for a control channel, whose monitor would outlive the test. Raises a signal at a set evaluation heartbeat."""
 
     signal_at, name = 0, ""
+
+    def __init__(self) -> None:
+        self.log = RankLog(0, "here")
 
     def progress(self, step: int, phase: str) -> None:
         if phase == "evaluation" and self.name:
