@@ -34,6 +34,7 @@ from .job import Job, build_job, run_folder_of
 from .loop import train
 from .out_of_memory import is_out_of_memory, out_of_memory_message
 from .recipe import make_execution
+from .transient_errors import is_transient
 
 Task = Callable[[Config, Backend, ControlChannel], int]
 
@@ -118,6 +119,8 @@ def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, in
     # An error of a loader worker has its whole traceback as message.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     shown = " ... ".join(lines if len(lines) < 3 else (lines[0], lines[-1]))
+    if is_transient(error):
+        return f"{type(error).__name__}: {shown}. A restart may succeed (traceback {place})", EXIT_REQUEUE
     return f"{type(error).__name__}: {shown} (traceback {place})", EXIT_FAILURE
 
 
