@@ -157,16 +157,18 @@ def private_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"tsm-{getpass.getuser()}"
 
 
-def allow_open_files(wanted: int, least: int) -> None:
-    """Raise the limit of open files to `wanted`, as far as it may be. Raises EnvironmentFault below `least`."""
+def allow_open_files(wanted: int, least: int, use: str, otherwise: str = "") -> None:
+    """Raise the limit of open files to `wanted`, as far as it may be. Raises EnvironmentFault below `least`.
+
+    `use`: what needs them, for the message; `otherwise`: another fix than a higher limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft != resource.RLIM_INFINITY and soft < least:
         raise EnvironmentFault(
-            f"a process may open {soft} files, and needs {least} with these loader workers. "
-            f"Fix: ulimit -n {wanted}, or fewer pipeline.workers"
+            f"a process may open {soft} files, and needs {least} {use}. Fix: ulimit -n {wanted}{otherwise}"
         )
 
 

@@ -34,7 +34,8 @@ def _check_loader(config: Config, topology: Topology) -> list[str]:
     if not workers:
         return []
     wanted = 3 * _FILES_OF_RANK + 2 * workers * (_FILES_OF_WORKER + _FILES_OF_BATCH * prefetch)
-    allow_open_files(wanted, _FILES_OF_RANK + workers * _FILES_OF_WORKER)
+    least = _FILES_OF_RANK + workers * _FILES_OF_WORKER
+    allow_open_files(wanted, least, "with these loader workers", ", or fewer pipeline.workers")
     try:
         total, free = shared_memory_bytes()
     except OSError:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from .hang_detection import Place, RankState
 from .messages import Hello, Message, MessageError, parse_message
+from .monitor_process import SPARE_CONNECTIONS
 
 # Before a connection has proved that it is a rank's.
 _HELLO_TIMEOUT_S = 10.0
 _HELLO_BYTES = 4096
-_SPARE_CONNECTIONS = 64
 
 # Stacks of a rank with many threads, and of its neighbours, are the largest lines.
 _LINE_BYTES = 32 << 20
@@ -106,7 +106,7 @@ class Connections:
             self._close_oldest_stranger()
             return
         connection.settimeout(_SEND_TIMEOUT_S)
-        if len(self._strangers) >= self._world_size + _SPARE_CONNECTIONS:
+        if len(self._strangers) >= self._world_size + SPARE_CONNECTIONS:
             self._close_oldest_stranger()
         self._strangers[connection] = peer = Peer(connection)
         self._selector.register(connection, selectors.EVENT_READ, peer)

@@ -6,7 +6,13 @@ import sys
 from dataclasses import asdict, dataclass
 
 from runtime.checkout import CHECKOUT
+from runtime.environment import allow_open_files
 from runtime.stop_signals import hidden_from_children
+
+SPARE_CONNECTIONS = 64
+"""Connections beside those of the ranks that may be open."""
+
+_OWN_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,13 @@ class MonitorSettings:
 
 
 def start_monitor(settings: MonitorSettings) -> tuple["subprocess.Popen[str]", int]:
-    """Start the monitor as a process that outlives this one; returns the process and its port."""
+    """Start the monitor as a process that outlives this one; returns the process and its port.
+
+    Raises EnvironmentFault if it may not open a file per rank.
+    """
+    # It inherits the limit. Login shells allow 1,024 files.
+    least = settings.world_size + _OWN_FILES
+    allow_open_files(least + SPARE_CONNECTIONS, least, f"for the connections of {settings.world_size} ranks")
     # Slurm signals every process that a job started. The monitor ends after all ranks have, and logs why.
     with hidden_from_children():
         process = subprocess.Popen(

@@ -165,7 +165,7 @@ def test_a_home_that_is_missing_keeps_no_cache(tmp_path: Path, monkeypatch: pyte
 
 OPEN = (
     "import resource; from runtime.environment import EnvironmentFault, allow_open_files\n"
-    "try: allow_open_files(300, 50); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    "try: allow_open_files(300, 50, 'with these loader workers'); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
     "except EnvironmentFault as error: print(error)\n"
 )
 

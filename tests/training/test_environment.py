@@ -22,7 +22,7 @@ FOUR_RANKS = Topology("torchrun", 0, 4, 0, 4, 0, "n1")
 
 def notes_with(monkeypatch: pytest.MonkeyPatch, total: int, free: int, config: Config = CONFIG) -> list[str]:
     monkeypatch.setattr(environment, "shared_memory_bytes", lambda: (total, free))
-    monkeypatch.setattr(environment, "allow_open_files", lambda wanted, least: None)
+    monkeypatch.setattr(environment, "allow_open_files", lambda *_: None)
     return environment._check_loader(config, FOUR_RANKS)
 
 

@@ -2,6 +2,8 @@
 
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,18 @@ import pytest
 
 from distributed.health import connections
 from distributed.health.connections import Connections
-from distributed.health.messages import Ack, Heartbeat, Hello, LogTail, Message
+from distributed.health.messages import (
+    Ack,
+    Heartbeat,
+    Hello,
+    JobDone,
+    LogTail,
+    Message,
+    RankDone,
+    StopRequest,
+    StopWanted,
+)
+from runtime.checkout import CHECKOUT
 from tests.helpers.monitor_ranks import TOKEN, Rank, started_monitors
 
 
@@ -141,3 +154,36 @@ def test_the_end_of_a_ranks_connection_is_reported_once(two: Connections) -> Non
     rank.leave()
     assert receive_until(two, lambda: 1 not in two.ranks) == [(1, None)]
     assert list(two.receive(0.05)) == []
+
+
+def test_1536_ranks_connect_under_a_login_shells_limit(monitor: Any) -> None:
+    """The soft limit of open files is 1,024 when rank 0 starts the monitor, as in a login shell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        process, port = monitor(1536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+        ranks = [Rank(port, rank) for rank in range(1536)]
+        ranks[-1].send(StopRequest("SIGUSR1"))
+        assert {rank.receive(StopWanted).reason for rank in ranks} == {"SIGUSR1"}
+        for rank in ranks:
+            rank.send(RankDone())
+        for rank in ranks:
+            rank.receive(JobDone)
+            rank.leave()
+        assert process.wait(20) == 0
+    finally:
+        while Rank.connected:
+            Rank.connected.pop().leave()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_few_open_files_are_refused_with_the_limit_to_set() -> None:
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        "from distributed.health.monitor_process import MonitorSettings, start_monitor\n"
+        "start_monitor(MonitorSettings('127.0.0.1', 'here', 'x', 1536, None))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    expected = "a process may open 256 files, and needs 1568 for the connections of 1536 ranks. Fix: ulimit -n 1632"
+    assert expected in done.stderr.splitlines()[-1]
