@@ -44,14 +44,15 @@ def train(world: World, folder: Path, clips: Path, *overrides: str, rank_variabl
 def assert_refused(ended: Ended, world: World, exit_code: int, *words: str) -> None:
     """Assert that ranks log the words, that the exit code does not requeue, and that no process remains.
 
-    horovodrun ends the other processes as soon as one has failed, so a slower rank may not log anything.
+    torchrun and horovodrun end the other processes as soon as one has failed, so a slower rank may not log anything.
     """
     assert ended.left_running == []
     assert ended.exit_code not in (0, 75), ended.output
-    if world.launcher != "horovodrun":
+    own = world.launcher in ("none", "local")
+    if own:
         assert ended.exit_code == exit_code, ended.output
     ranks = [rank for rank in range(world.size) if f"rank {rank} of {world.size}" in ended.output]
-    assert len(ranks) == world.size or (ranks and world.launcher == "horovodrun"), ended.output
+    assert len(ranks) == world.size or (ranks and not own), ended.output
     for word in words:
         assert word in ended.output, ended.output
 
@@ -160,14 +161,14 @@ def test_a_world_that_contradicts_its_launcher(world: World, tmp_path: Path, cli
 def test_ctrl_c(world: World, tmp_path: Path, clips: Path) -> None:
     """Exit within 10 s with code 130, no process left, and a checkpoint from which the same command resumes.
 
-    horovodrun takes longer to exit, and forwards the signal as SIGTERM: the outcome is 75. Its own exit code is 1, or 0 if of
+    Launchers take longer to exit. horovodrun forwards the signal as SIGTERM: the outcome is 75. Its own exit code is 1, or 0 if of
     two of its threads that wait for the same child one loses, and takes the exit code for 0.
     """
     arguments = [*SMALL, f"data.root={clips}", f"outputs={tmp_path}", "run_id=stopped", "schedule.epochs=4000"]
     job = start_training(world, tmp_path / "log.txt", *arguments)
     wait_for_record(tmp_path / "stopped" / "metrics.jsonl", "train", LIMIT_S)
     job.interrupt()
-    ended = job.wait(limit_s=20 if world.launcher == "horovodrun" else 10)
+    ended = job.wait(limit_s=10 if world.launcher == "none" else 20)
     assert ended.left_running == []
     outcome = json.loads((tmp_path / "stopped" / "outcome.json").read_text())
     assert outcome["exit_code"] in ((75, 130) if world.launcher == "horovodrun" else (130,))
