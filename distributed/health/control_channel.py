@@ -163,8 +163,10 @@ class ControlChannel:
     def _end(self, failure: Failure) -> None:
         """Log the failure and exit at once: the main thread may be blocked in a collective that never finishes."""
         self._verdict = failure
-        if not self._failed_here:
+        if not self._failed_here or failure.rank != self.rank:
+            # The cause of an error here may be another rank's death.
             self.log.info(f"error ({self.where}): {failure}")
+        if not self._failed_here:
             report_error(self.where, str(failure))
         self._send(messages.LogTail(self.rank, self.log.tail()))
         if self._failed_here:
