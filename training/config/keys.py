@@ -44,6 +44,10 @@ def is_optional(key: str) -> bool:
     return type(None) in get_args(KEYS[key])
 
 
+NUMBER_OR_WORD = ("batch.micro_batch",)
+"""Keys of type text whose values are numbers or a word, so that a number needs no quotes in YAML."""
+
+
 def type_of(key: str) -> Any:
     """Return the key's type, without None."""
     kinds = [kind for kind in get_args(KEYS[key]) if kind is not type(None)]

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training.errors import ConfigError
 
-from .keys import EXPERIMENT, GROUPS, KEYS, type_of
+from .keys import EXPERIMENT, GROUPS, KEYS, NUMBER_OR_WORD, type_of
 
 
 def check_files(choices: Mapping[str, Any], folders: Sequence[Path]) -> None:
@@ -39,6 +39,8 @@ def check_text(loaded: DictConfig | dict[Any, Any], file: str) -> None:
     plain = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else loaded
     assert isinstance(plain, dict)
     for key, value in _leaves(plain, ""):
+        if key in NUMBER_OR_WORD and type(value) is int:
+            continue
         if key in KEYS and type_of(key) is str and value is not None and not isinstance(value, str):
             name = key.rpartition(".")[2]
             raise ConfigError(f'{file}: {key} is text, and YAML reads {value!r} there. Fix: quote it, {name}: "..."')

@@ -156,6 +156,16 @@ def test_a_folder_without_a_configuration_is_named(text: str | None, tmp_path: P
         read_config(tmp_path)
 
 
+def test_an_older_config_has_the_micro_batch_as_a_number(tmp_path: Path) -> None:
+    """The key has become text, for the sake of auto."""
+    folder = RunFolder(tmp_path)
+    folder.write_config(with_value("batch.micro_batch", "8"))
+    text = folder.config.read_text()
+    folder.config.write_text(text.replace("micro_batch: '8'", "micro_batch: 8"))
+    assert folder.config.read_text() != text
+    assert read_config(tmp_path).batch.micro_batch_limit == 8
+
+
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 BAD_VALUES: list[tuple[str, Any]] = [
