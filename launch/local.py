@@ -68,8 +68,8 @@ def run(command: list[str], size: int, folder: Path) -> int:
                 rank.send_signal(number)
 
     for number in _FORWARDED:
-        # nohup ignores SIGHUP, and ranks inherit that.
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        # nohup ignores SIGHUP, and ranks inherit that. Shells ignore SIGINT for a command in the background.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
     for rank in range(size):
         ranks.append(_start(command, rank, size, folder))

@@ -23,7 +23,10 @@ def start(folder: Path, text: str, *arguments: str, processes: int = 2) -> "subp
     program = folder / "program.py"
     program.write_text("import os, signal, sys, time\nrank = int(os.environ['TSM_LOCAL_RANK'])\n" + text)
     command = [sys.executable, "launch/local.py", "--processes", str(processes), str(program), *arguments]
-    return subprocess.Popen(command, cwd=CHECKOUT, start_new_session=True)
+    # The tests may run under nohup.
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )
 
 
 def wait_for(path: Path) -> None:
