@@ -167,7 +167,11 @@ class Manifest:
     def rows_of(self, most: int, **values: Any) -> list[int]:
         """List the first rows whose fields have these values, at most `most`."""
         table = self._with_defaults(values)
-        matches = [pc.equal(table.column(name), value) for name, value in values.items()]
+        columns = {name: table.column(name) for name in values}
+        matches = [
+            pc.is_null(columns[name]) if value is None else pc.equal(columns[name], value)
+            for name, value in values.items()
+        ]
         return pc.indices_nonzero(reduce(pc.and_, matches))[:most].to_pylist()
 
     def _with_defaults(self, names: Iterable[str]) -> pa.Table:

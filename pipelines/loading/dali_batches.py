@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     colour_space: str
     colour_range: str
     mirrored: bool
-    fast_seek: bool
+    fast_seek: bool | None
 
 
 def why_on_host(clip: ManifestRow | Kind) -> str | None:
