@@ -467,7 +467,7 @@ def long(tmp_path: Path) -> Path:
         for number in range(count):
             path = tmp_path / "data" / split / "a" / f"{number}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(clip, path)
+            shutil.copy(clip, path)
     return tmp_path / "data"
 
 
