@@ -5,6 +5,7 @@ A bad clip is replaced and counted. Nothing is known about a clip that cannot be
 
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -84,8 +85,11 @@ def _extents(root: Path, row: ManifestRow) -> Iterator[tuple[Path, int, int]]:
 
 def _read(path: Path, offset: int, length: int) -> None:
     """Read bytes and forget them. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Not to wait for the writer of a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
         end = offset + length
         while offset < end and (part := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
             offset += len(part)

@@ -1,5 +1,6 @@
 """A file system that fails is waited for, and never makes a clip bad. The kernel raises the errors here (EIO)."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,13 @@ def test_a_bad_clip_stays_one_and_is_not_waited_for(manifest: Path, name: str, d
             path.write_bytes(b"" if damage == "empty" else b"x" * length)
     batch = clips_of(manifest, retry_s=3600)[BATCH]
     assert [record.row for record in batch.bad_clips] == [CLIPS.index(name)]
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for(manifest: Path) -> None:
+    path = manifest.parent / "video.mp4"
+    path.unlink()
+    os.mkfifo(path)
+    assert [record.row for record in clips_of(manifest, retry_s=3600)[BATCH].bad_clips] == [0]
 
 
 @pytest.mark.slow
