@@ -13,7 +13,7 @@ from pipelines.errors import BadClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
 
 from .shard_reader import open_shard
-from .staged_copies import candidates
+from .staged_copies import NoCandidateError, candidates
 from .video import EncodedVideo, video_stream
 
 
@@ -25,7 +25,7 @@ def clip_bytes(root: Path, row: ManifestRow) -> NDArray[np.uint8]:
     for candidate in candidates(root, row):
         with candidate as path:
             return _opened_bytes(video_at(path, row), row)
-    raise candidate.error
+    raise NoCandidateError
 
 
 def _opened_bytes(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
@@ -44,7 +44,7 @@ def frame_bytes(root: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
     for candidate in candidates(root, row):
         with candidate as path:
             return frame_at(path, row, index)
-    raise candidate.error
+    raise NoCandidateError
 
 
 def encoded_video(root: Path, row: ManifestRow) -> EncodedVideo:
@@ -52,7 +52,7 @@ def encoded_video(root: Path, row: ManifestRow) -> EncodedVideo:
     for candidate in candidates(root, row):
         with candidate as path:
             return video_at(path, row)
-    raise candidate.error
+    raise NoCandidateError
 
 
 def video_at(path: Path, row: ManifestRow) -> EncodedVideo:

@@ -19,7 +19,7 @@ from pipelines.manifest import JPEG_FRAMES, ManifestRow
 from .clip_bytes import frame_at, video_at
 from .jpeg import check_image_size, decode_jpeg_bytes, jpeg_size
 from .orientation import upright
-from .staged_copies import candidates
+from .staged_copies import NoCandidateError, candidates
 from .video import EncodedVideo, usable_frames, video_stream
 
 # (video, its row, frame indices (T,)) -> uint8 (T, 3, H, W), upright
@@ -35,7 +35,7 @@ def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.
     for candidate in candidates(root, row):
         with candidate as path:
             return _decode_at(path, decoder, row, frame_T)
-    raise candidate.error
+    raise NoCandidateError
 
 
 def _decode_at(path: Path, decoder: str, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:

@@ -19,19 +19,21 @@ _given_up: set[Path] = set()
 
 
 class Candidate:
-    """A path to read a clip from. As a context manager it yields the path and suppresses BadClip, for a loop over candidates:
+    """A path to read a clip from. As a context manager it yields the path, and suppresses BadClip if another path follows:
 
     for candidate in candidates(root, row):
         with candidate as path:
             return read(path)
-    raise candidate.error
+    raise NoCandidateError
     """
 
-    error: BadClip
-    """The suppressed error."""
+    reason = ""
+    """The text of the suppressed error. The error itself holds its frames, and with them the batch being read, until the cyclic
+    garbage collector runs."""
 
-    def __init__(self, path: Path, staged: "Candidate | None" = None) -> None:
+    def __init__(self, path: Path, is_staged: bool = False, staged: "Candidate | None" = None) -> None:
         self.path = path
+        self._is_staged = is_staged
         self._staged = staged
         """The bad staged copy that this path replaces."""
 
@@ -41,13 +43,17 @@ class Candidate:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if isinstance(error, BadClip):
-            self.error = error
+        if isinstance(error, BadClip) and self._is_staged:
+            self.reason = str(error)
             return True
         # Only a good shared file proves that the staged copy is to blame.
         if error is None and self._staged is not None:
-            _give_up(self._staged.path, f"{self._staged.error}; reading {self.path}")
+            _give_up(self._staged.path, f"{self._staged.reason}; reading {self.path}")
         return False
+
+
+class NoCandidateError(AssertionError):
+    """The error of the last candidate was suppressed: a fault of the program."""
 
 
 def candidates(root: Path, row: ManifestRow) -> list[Candidate]:
@@ -56,8 +62,8 @@ def candidates(root: Path, row: ManifestRow) -> list[Candidate]:
     copy = find_copy(root, row)
     if copy is None:
         return [Candidate(path)]
-    staged = Candidate(copy)
-    return [staged, Candidate(path, staged)]
+    staged = Candidate(copy, is_staged=True)
+    return [staged, Candidate(path, staged=staged)]
 
 
 def find_copy(root: Path, row: ManifestRow) -> Path | None:

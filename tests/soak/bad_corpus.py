@@ -70,8 +70,7 @@ RSS_MIB, RSS_FROM = 12.0, 5000
 # Limit on the growth of a scanning process's peak memory by the damage, which includes images of 96 MB.
 RSS_GROWTH_MIB = 200.0
 # Limits for workers and for DALI: data that workers read ahead is in shared memory, one file each.
-# Batches on their way to the training process have up to 4 files each; a leak of one per batch would be hundreds.
-FILES_GROWTH, THREADS_GROWTH = (40, 40), 0
+FILES_GROWTH, THREADS_GROWTH = (2, 40), 0
 DALI = "dali"
 
 WHOLE, BROKEN, EITHER = "whole", "broken", "either"

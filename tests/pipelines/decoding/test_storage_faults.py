@@ -1,7 +1,10 @@
 """A file system that fails is waited for, and never makes a clip bad. The kernel raises the errors here (EIO)."""
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines.decoding import storage_faults
+from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip, StorageFault
 from pipelines.loading.clips import ClipSource, EvaluationClips, TrainingClips
 from pipelines.loading.worker_loader import ClipLoader
@@ -103,6 +107,36 @@ def test_a_bad_clip_stays_one_and_is_not_waited_for(manifest: Path, name: str, d
             path.write_bytes(b"" if damage == "empty" else b"x" * length)
     batch = clips_of(manifest, retry_s=3600)[BATCH]
     assert [record.row for record in batch.bad_clips] == [CLIPS.index(name)]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_bad_clips_error_is_freed_without_the_garbage_collector(manifest: Path, name: str) -> None:
+    """Its traceback leads to the frames of its readers, whose tensors would stay in shared memory."""
+    for path in files_of(manifest.parent / name):
+        path.write_bytes(b"x" * path.stat().st_size)
+    source, row = clips_of(manifest, retry_s=0).source, Manifest.open(manifest).row(CLIPS.index(name))
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(BadClip):
+            read_and_hold(source, row)
+        assert held.pop()() is None
+    finally:
+        gc.enable()
+
+
+held: list[weakref.ref[BadClip]] = []
+
+
+def read_and_hold(source: ClipSource, row: ManifestRow) -> None:
+    """Read a clip, and keep a weak reference to its error."""
+    try:
+        storage_faults.read_patiently(
+            lambda: decode_clip(source.decoder, source.manifest.root, row, np.arange(8)), source.manifest.root, row, 0
+        )
+    except BadClip as error:
+        held.append(weakref.ref(error))
+        raise
 
 
 def test_a_pipe_without_a_writer_is_not_waited_for(manifest: Path) -> None:
