@@ -1,6 +1,6 @@
 """The known keys of the configuration, their types, and the key or word nearest to a misspelt one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from itertools import takewhile
@@ -37,6 +37,15 @@ RENAMED_KEYS = {
 """Old and new names of renamed keys. Overrides and run folders may still use the old ones."""
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def leaves(nested: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each value that is no mapping itself."""
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def is_optional(key: str) -> bool:

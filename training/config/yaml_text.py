@@ -1,7 +1,7 @@
 """Refuse text that YAML reads as a number or a truth value, because it would change: run_id: 2024_01 is 202401 to YAML."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training.errors import ConfigError
 
-from .keys import EXPERIMENT, GROUPS, KEYS, NUMBER_OR_WORD, type_of
+from .keys import EXPERIMENT, GROUPS, KEYS, NUMBER_OR_WORD, leaves, type_of
 
 
 def check_files(choices: Mapping[str, Any], folders: Sequence[Path]) -> None:
@@ -38,17 +38,9 @@ def check_text(loaded: DictConfig | dict[Any, Any], file: str) -> None:
     """Raise ConfigError for a key of type text whose value is none in the file as YAML reads it."""
     plain = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else loaded
     assert isinstance(plain, dict)
-    for key, value in _leaves(plain, ""):
+    for key, value in leaves(plain):
         if key in NUMBER_OR_WORD and type(value) is int:
             continue
         if key in KEYS and type_of(key) is str and value is not None and not isinstance(value, str):
             name = key.rpartition(".")[2]
             raise ConfigError(f'{file}: {key} is text, and YAML reads {value!r} there. Fix: quote it, {name}: "..."')
-
-
-def _leaves(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -16,6 +16,7 @@ from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
 from training.build.class_names import UNNAMED, checkpoint_classes, first_difference
 from training.build.init_weights import InitialWeights, find_initial_weights
+from training.config.keys import leaves
 from training.config.schema import CheckpointConfig, ModelConfig
 from training.errors import ConfigError, StorageError
 from training.optim.ema import EMA, PREFIX
@@ -35,7 +36,7 @@ READ_RETRIES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 def check_agreement(backend: Backend, settings: dict[str, Any]) -> None:
     """Raise ConfigError on all ranks if their settings differ; the message names ranks and keys. Collective."""
-    mine = _flat(settings)
+    mine = dict(leaves(settings))
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     digests = backend.all_gather_objects(digest)
     if len(set(digests)) == 1:
@@ -55,13 +56,6 @@ def check_agreement(backend: Backend, settings: dict[str, Any]) -> None:
         f"ranks {odd} of {len(digests)} were started with another configuration or other data than the rest ({shown}). "
         "Fix: start all ranks with the same command, and give every node the same data"
     )
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def state_tensors(network: TemporalNetwork, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, Tensor]:
@@ -121,7 +115,7 @@ def check_same(
     checkpoint: Checkpoint,
 ) -> None:
     """On rank 0: raise ConfigError if recipe or code differ from the checkpoint's, unless the configuration allows it."""
-    before, now = _flat(checkpoint.state["recipe"]), _flat(recipe.as_dict())
+    before, now = dict(leaves(checkpoint.state["recipe"])), dict(leaves(recipe.as_dict()))
     differing = [key for key in now if now[key] != before.get(key)]
     if differing and not settings.allow_recipe_change:
         shown = "; ".join(f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in differing[:8])
