@@ -4,10 +4,11 @@ Restarts that make no progress end after three (training/runs/restarts.py), so a
 costs two restarts.
 """
 
-import errno
 import re
 
 import torch.distributed as dist
+
+from runtime.server_faults import SERVER_FAULTS
 
 _NETWORK = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
@@ -25,18 +26,11 @@ _DEVICE = re.compile(
     re.IGNORECASE,
 )
 
-_SYSTEM = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EIO ESTALE EREMOTEIO ETIMEDOUT ENOTCONN ECONNRESET ECONNABORTED ECONNREFUSED EHOSTUNREACH EHOSTDOWN ENETUNREACH ENETDOWN"
-    ).split()
-)
-
 
 def is_transient(error: BaseException) -> bool:
     """Return whether a restart, perhaps on other nodes, may succeed after this error."""
     if isinstance(error, _NETWORK) or type(error).__name__ == "HorovodInternalError":
         return True
     if isinstance(error, OSError):
-        return error.errno in _SYSTEM
+        return error.errno in SERVER_FAULTS
     return isinstance(error, RuntimeError) and bool(_DEVICE.search(str(error)) or _GLOO.search(str(error)))

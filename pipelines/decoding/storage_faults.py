@@ -14,16 +14,13 @@ from typing import TypeVar
 
 from pipelines.errors import BadClip, StorageFault
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
+from runtime.server_faults import SERVER_FAULTS
 
 from .shard_reader import close_shards
 
-_FAULTS = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EIO ESTALE ETIMEDOUT ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
-        "EREMOTEIO ENODEV ENXIO EMFILE ENFILE ENOMEM ENOLCK EAGAIN EBUSY"
-    ).split()
-)
+_FAULTS = SERVER_FAULTS | {
+    *(errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.EAGAIN, errno.EBUSY)
+}
 """Errors that say nothing about a file."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
