@@ -125,15 +125,23 @@ def load_initial_weights(
 
 def saved_classes(path: Path) -> list[str] | None:
     """Return the class names of a checkpoint, or of the network's file in one; None: unknown, as for any other file."""
-    folder = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name != _NETWORK_FILE:
         return None
+    state = saved_state(path)
+    # CHECKPOINTS/step-XXXXXXXX in the run folder; `best` is a link to such a folder.
+    return None if state is None else checkpoint_classes(state, _folder_of(path).resolve().parent.parent)
+
+
+def saved_state(path: Path) -> dict[str, Any] | None:
+    """Return the state beside a file of weights, or in a checkpoint's folder; None if there is none."""
     try:
-        state = dict(json.loads((folder / STATE_FILE).read_text()))
+        return dict(json.loads((_folder_of(path) / STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    # CHECKPOINTS/step-XXXXXXXX in the run folder; `best` is a link to such a folder.
-    return checkpoint_classes(state, folder.resolve().parent.parent)
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _by_class_name(

@@ -8,13 +8,14 @@ One rule for `evaluate.py --run FOLDER` and for `evaluate.py experiment=... run_
 - unread: only training reads the key, so another value changes no score. With --run it is refused, because it has no effect.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from training.build.init_weights import saved_state
+from training.config.keys import leaves
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.telemetry.metrics_log import read_metrics
@@ -114,12 +115,10 @@ def differing_from_checkpoint(weights: Path, config: Config) -> list[Difference]
 
     Such weights are never the EMA, so that is stated if the run has one. Raises ConfigError as `differing_views` does.
     """
-    folder = weights if weights.is_dir() else weights.parent
-    try:
-        recipe = json.loads((folder / "state.json").read_text())["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+    state = saved_state(weights)
+    if state is None or "recipe" not in state:
         return []
-    trained = settings_of(recipe)
+    trained = settings_of(state["recipe"])
     ema_decay = trained.pop("optimizer.ema_decay", None)
     without_ema = [] if ema_decay is None else [Difference("optimizer.ema_decay", None, ema_decay)]
     return differing_views(str(weights), trained, config) + without_ema
@@ -156,10 +155,7 @@ def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[st
 
 def flat(config: Config) -> dict[str, Any]:
     """Return every setting by its dotted key."""
-    settings: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        settings |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-    return settings
+    return dict(leaves(asdict(config)))
 
 
 def _shown(value: Any) -> str:
