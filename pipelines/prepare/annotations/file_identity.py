@@ -23,11 +23,12 @@ def real_path(path: Path) -> Path:
     """Return the path with the links of its folders resolved, but not of its last part: the same for every spelling."""
     if path.name in ("", ".."):
         return path.resolve()
-    return _real_folder(path.parent) / path.name
+    return real_folder(path.parent) / path.name
 
 
 @lru_cache(maxsize=4096)
-def _real_folder(path: Path) -> Path:
+def real_folder(path: Path) -> Path:
+    """Return a folder with all links resolved; remembers the answer."""
     return path.resolve()
 
 

@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 
 from pipelines.errors import BadClip, MissingClip
 from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
 from pipelines.prepare.annotations.base import Annotations, Clip, check_annotations
+from pipelines.prepare.annotations.file_identity import real_folder, real_path
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, check_fraction, refuse_bad, write_bad_files
@@ -62,13 +62,8 @@ def row_path(root: Path, path: Path) -> str:
     lexical, lexical_root = (Path(os.path.normpath(each.absolute())) for each in (path, root))
     if lexical.is_relative_to(lexical_root):
         return str(lexical.relative_to(lexical_root))
-    real, real_root = _real_folder(lexical.parent) / lexical.name, _real_folder(lexical_root)
+    real, real_root = real_path(lexical), real_folder(lexical_root)
     return str(real) if os.path.commonpath([real, real_root]) == os.sep else os.path.relpath(real, real_root)
-
-
-@lru_cache(maxsize=4096)
-def _real_folder(path: Path) -> Path:
-    return path.resolve()
 
 
 def _scan_all(root: Path, annotations: Annotations, workers: int) -> tuple[dict[str, Scanned], set[str]]:
