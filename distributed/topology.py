@@ -71,8 +71,7 @@ _JSRUN = _Launcher(
 
 
 def find_topology(environ: Mapping[str, str] = os.environ) -> Topology:
-    """Return this process' place, from the environment of launch/local.py, torchrun, horovodrun (Gloo
-    or MPI), mpirun, jsrun, srun, or none.
+    """Return this process' place, from the environment of the launcher that started it, if any.
 
     Where srun starts another launcher once on each node, that launcher's variables take precedence.
 

@@ -35,15 +35,11 @@ class TorchBackend:
             dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
             return
         timeout = timedelta(seconds=timeout_s)
-        if topology.launcher.startswith("srun"):
-            host, port = rendezvous()
-            where = f"tcp://{host}:{port}"
-            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
-        elif topology.launcher == "local":
-            where = f"file://{os.environ['TSM_LOCAL_STORE']}"
-            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
-        else:
+        if topology.launcher == "torchrun":
             dist.init_process_group(transport, timeout=timeout)
+        else:
+            where = _meeting_place(topology)
+            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(
                 f"{topology.launcher} set rank {topology.rank} of {topology.size}, but torch.distributed has rank "
@@ -82,6 +78,14 @@ class TorchBackend:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _meeting_place(topology: Topology) -> str:
+    """Return the URL at which ranks meet: launch/local.py's file, or a port of the node of rank 0."""
+    if topology.launcher == "local":
+        return f"file://{os.environ['TSM_LOCAL_STORE']}"
+    host, port = rendezvous()
+    return f"tcp://{host}:{port}"
 
 
 def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:
