@@ -1,4 +1,4 @@
-"""What the loader's workers need of the machine, against what is there."""
+"""Compare what the loader's workers need with what the machine has."""
 
 from dataclasses import replace
 

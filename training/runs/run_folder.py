@@ -62,7 +62,7 @@ class RunFolder:
             ) from error
 
     def write_classes(self, classes: Sequence[str]) -> None:
-        """Write classes.txt, so that whoever uses the weights knows the name of each output. Atomic."""
+        """Write classes.txt, the name of each output, for users of the weights. Atomic."""
         with atomic_write(self.path / run_layout.CLASSES) as file:
             file.write(lines_of(classes))
 

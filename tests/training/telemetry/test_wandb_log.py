@@ -1,4 +1,4 @@
-"""wandb out of reach, refusing, hanging or dying: training continues, and the log says once what became of its records."""
+"""Faults of wandb (out of reach, refusing, hanging, dying): training continues, and the log names the fault once."""
 
 import os
 import signal
