@@ -68,10 +68,10 @@ class ControlChannel:
             served = (settings, port)
         settings, port = backend.broadcast_object(served)
         self._monitor_host = settings.host
-        self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_TIMEOUT_S)
+        hello = messages.Hello(self.rank, self._host, os.getpid(), settings.token)
+        self._connection = _connect((settings.address, port), hello)
         _allow_tracing()
         self._received_s = time.monotonic()
-        self._send(messages.Hello(self.rank, self._host, os.getpid(), settings.token))
         threading.Thread(target=self._run, name="control", daemon=True).start()
 
     @property
@@ -240,6 +240,25 @@ class ControlChannel:
         self.log.close()
         if self._monitor is not None:
             self._monitor.wait(_VERDICT_TIMEOUT_S)
+
+
+def _connect(address: tuple[str, int], hello: messages.Hello) -> socket.socket:
+    """Return a connection to the monitor that it has accepted as this rank's.
+
+    A flood of strangers at the start makes the monitor close connections, perhaps before it has read this rank's hello: try again.
+    """
+    deadline_s = time.monotonic() + _CONNECT_TIMEOUT_S
+    while True:
+        connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        with suppress(OSError):
+            connection.sendall(hello.to_line() + messages.Heartbeat(0, "start", 0).to_line())
+            # The answer to the heartbeat, which the control channel's thread reads.
+            if connection.recv(1, socket.MSG_PEEK):
+                return connection
+        if time.monotonic() > deadline_s:
+            return connection
+        connection.close()
+        time.sleep(0.1)
 
 
 def _allow_tracing() -> None:

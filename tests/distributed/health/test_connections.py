@@ -14,6 +14,7 @@ import pytest
 
 from distributed.health import connections
 from distributed.health.connections import Connections, Peer
+from distributed.health.control_channel import _connect
 from distributed.health.messages import (
     FAILURE_CHARACTERS,
     Ack,
@@ -176,6 +177,25 @@ def test_a_rank_that_never_reads_is_closed_before_it_uses_up_the_memory(two: Con
         assert len(peer.unsent) < 2 * connections._UNSENT_BYTES
         list(two.receive(0))
     rank.leave()
+
+
+def test_a_rank_whose_connection_is_closed_for_strangers_connects_again(two: Connections) -> None:
+    """A flood: the monitor closes the oldest connection before it has read the hello."""
+    connected: list[socket.socket] = []
+    hello = Hello(1, "here", 4711, TOKEN)
+    connecting = threading.Thread(target=lambda: connected.append(_connect(("127.0.0.1", two.port), hello)))
+    connecting.start()
+    first, _ = two._listener.accept() if two._selector.select(20) else (None, None)
+    assert first is not None
+    first.close()
+    received = receive_until(two, lambda: 1 in two.ranks)
+    while not received:
+        received = [(peer.rank, message) for peer, message in two.receive(0.05)]
+    assert received == [(1, Heartbeat(0, "start", 0))]
+    two.send(two.ranks[1], Ack())
+    connecting.join(20)
+    assert connected[0].recv(100) == Ack().to_line()
+    connected[0].close()
 
 
 def test_a_connection_without_a_hello_is_closed_in_time(two: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
