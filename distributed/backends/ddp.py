@@ -18,6 +18,7 @@ from distributed.topology import Topology, TopologyError, rendezvous
 
 from .base import Group, Reducer, ReducerOptions
 from .fp16_compression import fp16_share
+from .gloo_listeners import sealed_afterwards
 
 
 class TorchBackend:
@@ -34,16 +35,8 @@ class TorchBackend:
         if topology.launcher == "none":
             dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
             return
-        timeout = timedelta(seconds=timeout_s)
-        if topology.launcher.startswith("srun"):
-            host, port = rendezvous()
-            where = f"tcp://{host}:{port}"
-            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
-        elif topology.launcher == "local":
-            where = f"file://{os.environ['TSM_LOCAL_STORE']}"
-            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
-        else:
-            dist.init_process_group(transport, timeout=timeout)
+        with sealed_afterwards():
+            _join(topology, transport, timedelta(seconds=timeout_s))
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(
                 f"{topology.launcher} set rank {topology.rank} of {topology.size}, but torch.distributed has rank "
@@ -72,7 +65,8 @@ class TorchBackend:
         mine = None
         # Every rank must create every group.
         for ranks in rank_groups:
-            handle = dist.new_group(list(ranks))
+            with sealed_afterwards():
+                handle = dist.new_group(list(ranks))
             if self.topology.rank in ranks:
                 mine = Group(tuple(ranks), handle)
         return mine
@@ -82,6 +76,18 @@ class TorchBackend:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _join(topology: Topology, transport: str, timeout: timedelta) -> None:
+    if topology.launcher.startswith("srun"):
+        host, port = rendezvous()
+        where = f"tcp://{host}:{port}"
+        dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+    elif topology.launcher == "local":
+        where = f"file://{os.environ['TSM_LOCAL_STORE']}"
+        dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+    else:
+        dist.init_process_group(transport, timeout=timeout)
 
 
 def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:
