@@ -45,7 +45,7 @@ class Peer:
         return f"rank {self.rank} on {self.host}"
 
     def add(self, part: bytes) -> list[bytes]:
-        """Add received bytes, and return the lines that they end. Raises MessageError for a line that is too long."""
+        """Add received bytes, and return the lines that they end."""
         # Only the new part can have the end of a line.
         if b"\n" not in part:
             self.buffer += part
@@ -54,8 +54,6 @@ class Peer:
             first, *others, rest = part.split(b"\n")
             lines = [bytes(self.buffer + first), *others]
             self.buffer = bytearray(rest)
-        if len(self.buffer) > (_HELLO_BYTES if self.rank < 0 else _LINE_BYTES):
-            raise MessageError(f"a line of more than {len(self.buffer)} bytes")
         return lines
 
 
@@ -154,6 +152,9 @@ class Connections:
                     yield peer, message
                 if peer.connection.fileno() < 0:
                     return
+            # After the lines: a rank's first message may have come in one part with its hello.
+            if len(peer.buffer) > (_HELLO_BYTES if peer.rank < 0 else _LINE_BYTES):
+                raise MessageError(f"a line of more than {len(peer.buffer)} bytes")
         # No bytes from outside end the monitor: the peer is no rank of this job, or a broken one.
         except Exception:
             part = b""

@@ -26,7 +26,7 @@ from . import messages
 from .hang_detection import Place, heartbeat_interval_s, heartbeat_timeout_s, own_pause_s, phase_timeout_s
 from .messages import Failure, Message, parse_message
 from .monitor_process import MonitorSettings, start_monitor
-from .rank_log import RankLog, node_log, read_tail
+from .rank_log import RankLog, read_node_log, remove_old_logs
 from .stack_dump import descendants, own_stacks, stacks_of
 from .stop_agreement import StopAgreement
 
@@ -48,6 +48,7 @@ class ControlChannel:
         self.rank, self.world_size, self._host = topology.rank, topology.size, topology.host
         self._hang_timeout_s = hang_timeout_s
         self.log = RankLog(topology.rank, topology.host)
+        self._is_first_on_node = topology.local_rank == 0
         self._place, self._progress_s = Place(), time.monotonic()
         self._monitor: subprocess.Popen[str] | None = None
         self._verdict: Failure | None = None
@@ -88,6 +89,8 @@ class ControlChannel:
     def open_log(self, folder: Path) -> None:
         """Write the logs of this rank and of the monitor to the run folder from now on."""
         self.log.open_in(folder)
+        if self._is_first_on_node:
+            remove_old_logs(folder.name)
         if self.rank == 0:
             self._send(messages.OpenLog(str(folder)))
 
@@ -133,7 +136,7 @@ class ControlChannel:
         elif isinstance(message, messages.JobFailed):
             failure = message.failure()
             if message.send_log and failure.host == self._host and self.log.folder is not None:
-                text = read_tail(node_log(self.log.folder.name, failure.rank))
+                text = read_node_log(self.log.folder.name, failure.rank)
                 self._send(messages.LogTail(failure.rank, text))
             self._end(failure)
             return True

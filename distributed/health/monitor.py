@@ -24,7 +24,7 @@ from .connections import Connections, Peer
 from .hang_detection import RankState, heartbeat_timeout_s, own_pause_s, phase_timeout_s, stuck_ranks
 from .messages import FAILURE_CHARACTERS, Failure, Message
 from .monitor_process import MonitorSettings
-from .rank_log import RankLog, node_log, read_tail
+from .rank_log import RankLog, read_node_log
 from .stack_dump import stacks_of
 from .stop_agreement import StopRelay
 
@@ -271,7 +271,7 @@ class Monitor:
         self._log.write_outcome(failure.exit_code, str(failure))
         cannot_send_log = failure.rank not in self._peers or self._is_silent(self._peers[failure.rank])
         if cannot_send_log and failure.host == self._host and self._log.folder is not None:
-            self._write_rank_log(failure.rank, read_tail(node_log(self._log.folder.name, failure.rank)))
+            self._write_rank_log(failure.rank, read_node_log(self._log.folder.name, failure.rank))
         send_log = cannot_send_log and failure.host != self._host
         self._send_all(messages.JobFailed(**asdict(failure), send_log=send_log))
 

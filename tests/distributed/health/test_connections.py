@@ -30,7 +30,7 @@ from distributed.health.messages import (
     StopWanted,
 )
 from runtime.checkout import CHECKOUT
-from tests.helpers.monitor_ranks import TOKEN, Rank, started_monitors
+from tests.helpers.monitor_ranks import NO_PROCESS, TOKEN, Rank, started_monitors
 
 
 @pytest.fixture
@@ -55,6 +55,14 @@ def two() -> Iterator[Connections]:
 def is_served(rank: Rank) -> None:
     rank.send(Heartbeat(1, "step", 1))
     rank.receive(Ack)
+
+
+def next_of(listening: Connections) -> list[tuple[int, Message | None]]:
+    """Return the next messages that ranks send, each with its rank."""
+    deadline_s = time.monotonic() + 20
+    while not (received := [(peer.rank, message) for peer, message in listening.receive(0.05)]):
+        assert time.monotonic() < deadline_s
+    return received
 
 
 def receive_until(listening: Connections, done: Callable[[], bool]) -> list[tuple[int, Message | None]]:
@@ -95,8 +103,9 @@ def test_garbage_and_forgeries_leave_the_ranks_alone(monitor: Any) -> None:
             # The monitor may close the connection before all is sent.
             with suppress(OSError):
                 stranger.sendall(garbage)
+            deadline_s = time.monotonic() + 20
             while not is_closed(stranger):
-                pass
+                assert time.monotonic() < deadline_s
     for rank in ranks:
         is_served(rank)
     assert process.poll() is None
@@ -124,9 +133,7 @@ def test_a_rank_that_is_taken_or_does_not_exist_is_refused(two: Connections, ran
     receive_until(two, lambda: is_closed(other.connection))
     assert set(two.ranks) == {0} and two.num_connected == 1
     taken.send(Heartbeat(1, "step", 1))
-    while not (received := list(two.receive(0.05))):
-        pass
-    assert [(peer.rank, message) for peer, message in received] == [(0, Heartbeat(1, "step", 1))]
+    assert next_of(two) == [(0, Heartbeat(1, "step", 1))]
 
 
 @pytest.mark.parametrize("pid", [0, -1])
@@ -215,10 +222,16 @@ def test_a_long_message_of_a_rank_arrives_whole(two: Connections) -> None:
     rank, text = Rank(two.port, 1), "line\n" * 200_000
     sending = threading.Thread(target=rank.send, args=(LogTail(1, text),))
     sending.start()
-    while not (received := list(two.receive(0.05))):
-        pass
+    received = next_of(two)
     sending.join()
-    assert [(peer.rank, message) for peer, message in received] == [(1, LogTail(1, text))]
+    assert received == [(1, LogTail(1, text))]
+
+
+def test_a_large_message_may_come_in_one_part_with_the_hello(two: Connections) -> None:
+    message = LogTail(1, "x" * 200_000)
+    with socket.create_connection(("127.0.0.1", two.port), timeout=20) as connection:
+        connection.sendall(Hello(1, "here", NO_PROCESS, TOKEN).to_line() + message.to_line())
+        assert next_of(two) == [(1, message)]
 
 
 def test_the_end_of_a_ranks_connection_is_reported_once(two: Connections) -> None:
