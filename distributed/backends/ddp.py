@@ -19,6 +19,7 @@ from distributed.topology import Topology, TopologyError, rendezvous
 from .base import Group, Reducer, ReducerOptions
 from .fp16_compression import fp16_share
 from .gloo_listeners import sealed_afterwards
+from .objects import broadcast_json, decode, encode
 
 
 class TorchBackend:
@@ -52,14 +53,18 @@ class TorchBackend:
         dist.broadcast(x, src=0)
 
     def broadcast_object(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        return broadcast_json(self, value)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.topology.size
-        dist.all_gather_object(values, value)
-        return values
+        text = encode(value)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.topology.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)]))
+        # Gloo gathers tensors of one size.
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(texts, padded)
+        return [decode(other[:length]) for other, length in zip(texts, lengths, strict=True)]
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
         mine = None

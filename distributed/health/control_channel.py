@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from distributed.backends.base import Backend
@@ -66,8 +67,10 @@ class ControlChannel:
             address = "127.0.0.1" if topology.local_size == self.world_size else _own_address()
             settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s)
             self._monitor, port = start_monitor(settings)
-            served = (settings, port)
-        settings, port = backend.broadcast_object(served)
+            served = asdict(settings) | {"port": port}
+        served = backend.broadcast_object(served)
+        port = served.pop("port")
+        settings = MonitorSettings(**served)
         self._monitor_host = settings.host
         hello = messages.Hello(self.rank, self._host, os.getpid(), settings.token)
         self._connection = _connect((settings.address, port), hello)
