@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.loading.clips import ClipSource, TrainingClips
 from pipelines.stream.augmentation import dropout_seeds
+from tests.helpers.processes import LISTENING
 from tests.helpers.worlds import WORLDS, Results, World, available, launch
 from tests.world_cases.bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config, narrowed
 from training.build.data import augmentation_of
@@ -185,6 +186,11 @@ def test_collectives(results: Results, world: World) -> None:
         # A tuple is no JSON value. A pickle would take it.
         assert result["refused"] == f"JSON does not hold ({rank},) as it is"
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
+
+
+def test_a_job_listens_where_docs_say(results: Results, world: World) -> None:
+    found = {(kind, address) for kind, address in results.of("listening_sockets")[0]}
+    assert found == LISTENING[world.launcher]
 
 
 def test_running_statistics_follow_all_groups_of_a_step(results: Results) -> None:
