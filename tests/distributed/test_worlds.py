@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.loading.clips import ClipSource, TrainingClips
 from pipelines.stream.augmentation import dropout_seeds
+from tests.helpers.processes import LISTENING
 from tests.helpers.worlds import WORLDS, Results, World, available, launch
 from tests.world_cases.bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config, narrowed
 from training.build.data import augmentation_of
@@ -181,8 +182,15 @@ def test_collectives(results: Results, world: World) -> None:
         ranks, total = result["group"]
         assert rank in ranks and len(ranks) == max(1, size // 2)
         assert total == sum(member + 1 for member in ranks)
-        assert result["object"] == {"from": 0}
+        assert result["object"] == {"from": 0, "loss": [0.1, math.inf]}
+        # A tuple is no JSON value. A pickle would take it.
+        assert result["refused"] == f"JSON does not hold ({rank},) as it is"
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
+
+
+def test_a_job_listens_where_docs_say(results: Results, world: World) -> None:
+    found = {(kind, address) for kind, address in results.of("listening_sockets")[0]}
+    assert found == LISTENING[world.launcher]
 
 
 def test_running_statistics_follow_all_groups_of_a_step(results: Results) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from distributed.checkpoint.store import load_newest
 from training.telemetry.metrics_log import read_metrics
 
-from .worlds import CHECKOUT, World
-
-_MARK = "TSM_TEST_JOB"
+from .processes import processes_with
+from .worlds import CHECKOUT, MARK, World
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class RunningJob:
             self.process = subprocess.Popen(
                 command,
                 cwd=CHECKOUT,
-                env=environment | {_MARK: self._mark},
+                env=environment | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -56,7 +55,7 @@ class RunningJob:
     def ranks(self) -> dict[int, int]:
         """Return the pid of the process of each rank that runs train.py now."""
         found = {}
-        for pid, command in self._processes():
+        for pid, command in self.processes().items():
             words = command.split()
             if "python" not in words[0] or "train.py" not in words[1:3]:
                 continue
@@ -73,7 +72,7 @@ class RunningJob:
 
     def loader_workers(self, rank: int) -> list[int]:
         """Return the decoding processes of a rank, which are children of its fork server."""
-        parents = {pid: _parent(pid) for pid, _ in self._processes()}
+        parents = {pid: _parent(pid) for pid in self.processes()}
         servers = {pid for pid, parent in parents.items() if parent == self.ranks()[rank]}
         return sorted(pid for pid, parent in parents.items() if parent in servers)
 
@@ -89,30 +88,22 @@ class RunningJob:
         # The fork server of the loader workers notices the end of its job only after importing torch, seconds later on
         # a busy machine.
         deadline_s = time.monotonic() + 30
-        while self._processes() and time.monotonic() < deadline_s:
+        while self.processes() and time.monotonic() < deadline_s:
             time.sleep(0.1)
-        left = [command for _, command in self._processes()]
+        left = list(self.processes().values())
         self.kill()
         return Ended(exit_code, self.log.read_text(), duration_s, left)
 
     def kill(self) -> None:
-        for pid, _ in self._processes():
+        for pid in self.processes():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
 
-    def _processes(self) -> list[tuple[int, str]]:
-        """Return (pid, command line) of every living process that carries the job's mark."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{_MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
-                    found.append((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")))
-            except OSError:
-                # The process has ended meanwhile.
-                continue
-        return found
+    def processes(self) -> dict[int, str]:
+        """Return the command line of every living process of the job, by pid."""
+        return processes_with(MARK, self._mark)
 
 
 def _parent(pid: int) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import uuid
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
+MARK = "TSM_TEST_JOB"
+"""A variable that a test gives to the job that it starts, and that all processes of the job inherit."""
+
 LAUNCH_LIMIT_S = 600
 
 
@@ -110,11 +114,10 @@ def launch(world: World, folder: Path) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     command = world.command(str(Path(__file__)), str(folder))
     log = folder / "launch.log"
+    environment = world.environment | {MARK: uuid.uuid4().hex}
     with log.open("w") as output:
         try:
-            subprocess.run(
-                command, cwd=CHECKOUT, env=world.environment, stdout=output, stderr=output, timeout=LAUNCH_LIMIT_S
-            )
+            subprocess.run(command, cwd=CHECKOUT, env=environment, stdout=output, stderr=output, timeout=LAUNCH_LIMIT_S)
         except subprocess.TimeoutExpired:
             output.write(f"\nended after {LAUNCH_LIMIT_S} s\n")
     paths = [folder / f"rank-{rank}.json" for rank in range(world.size)]

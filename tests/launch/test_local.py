@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.jobs import make_clips, start_training, wait_for_record
+from tests.helpers.processes import LISTENING, listening
 from tests.helpers.worlds import CHECKOUT, World
 
 pytestmark = pytest.mark.slow
@@ -112,14 +113,6 @@ time.sleep(600)
         time.sleep(0.02)
 
 
-def listening(marked: list[int]) -> set[str]:
-    """Return the addresses on which these processes listen."""
-    shown = subprocess.run(["ss", "-Htlnp"], capture_output=True, text=True, check=True).stdout
-    return {
-        line.split()[3].rsplit(":", 1)[0] for line in shown.splitlines() if any(f"pid={pid}," in line for pid in marked)
-    }
-
-
 def test_a_job_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     arguments = (
         "experiment=smoke logger=disabled logger.every_steps=1 pipeline.size=32 model.num_frames=4 pipeline.decoder=pyav "
@@ -128,8 +121,8 @@ def test_a_job_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "clips")
     job = start_training(World("local", 2), tmp_path / "log", *arguments, f"data.root={clips}", f"outputs={tmp_path}")
     wait_for_record(tmp_path / "listening" / "metrics.jsonl", "train", 180)
-    addresses = listening([pid for pid, _ in job._processes()])
+    addresses = listening(job.processes())
     job.process.send_signal(signal.SIGTERM)
     ended = job.wait(LIMIT_S)
-    assert addresses == {"127.0.0.1"}, addresses
+    assert addresses == LISTENING["local"], addresses
     assert ended.exit_code == 75 and ended.left_running == [], ended.output

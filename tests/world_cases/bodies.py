@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from distributed.health.control_channel import ControlChannel
 from distributed.topology import find_topology
 from pipelines.loading.clips import ClipBatch
 from pipelines.stream.augmentation import dropout_seeds
+from tests.helpers.processes import listening, processes_with
+from tests.helpers.worlds import MARK
 from training.config.compose import compose
 from training.config.schema import Config
 from training.errors import ConfigError, DivergedError
@@ -221,13 +224,26 @@ def collectives(context: Context) -> dict[str, Any]:
     assert group is not None
     within = torch.ones(1) * (rank + 1)
     backend.all_reduce_(within, "test.group", group)
+    try:
+        backend.all_gather_objects((rank,))
+        refused = ""
+    except TypeError as error:
+        refused = str(error)
     return {
         "sum": total.tolist(),
         "broadcast": sent.tolist(),
         "group": [list(group.ranks), within.item()],
-        "object": backend.broadcast_object({"from": rank}),
+        "object": backend.broadcast_object({"from": rank, "loss": [0.1, math.inf]}),
+        "refused": refused,
         "objects": backend.all_gather_objects([rank, "x" * rank]),
     }
+
+
+def listening_sockets(context: Context) -> list[tuple[str, str]]:
+    """The addresses on which the whole job listens, seen by rank 0 while all ranks run."""
+    found = listening(processes_with(MARK, os.environ[MARK])) if context.backend.topology.rank == 0 else set()
+    wait_for_all(context.backend)
+    return sorted(found)
 
 
 def running_statistics(context: Context) -> list[float]:
@@ -461,6 +477,7 @@ def no_leftovers(context: Context) -> bool:
 
 BODIES: list[Callable[[Context], Any]] = [
     collectives,
+    listening_sockets,
     running_statistics,
     batch_norm_over_ranks,
     disagreement,
