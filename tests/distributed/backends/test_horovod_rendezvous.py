@@ -34,9 +34,12 @@ def port() -> Iterator[int]:
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
-def answer(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+def answer(
+    port: int, method: str, path: str, body: bytes | None = None, length: str | None = None
+) -> tuple[int, bytes]:
+    """Return status and body of the answer to a request; `length`: what it claims as its Content-Length."""
     connection = HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request(method, path, body, headers)
+    connection.request(method, path, body, {} if length is None else {"Content-Length": length})
     response = connection.getresponse()
     return response.status, response.read()
 
@@ -52,9 +55,9 @@ def test_it_keeps_values_and_tells_no_files(port: int) -> None:
 
 
 def test_its_memory_is_limited(port: int) -> None:
-    assert answer(port, "PUT", "/global/0", **{"Content-Length": str(TWO_RANKS_BYTES + 1)})[0] == 413
+    assert answer(port, "PUT", "/global/0", length=str(TWO_RANKS_BYTES + 1))[0] == 413
     for wrong in ("", "-1", "1e3", "9" * 5000):
-        assert answer(port, "PUT", "/global/0", **{"Content-Length": wrong})[0] == 413, wrong
+        assert answer(port, "PUT", "/global/0", length=wrong)[0] == 413, wrong
     for key in range(2):
         assert answer(port, "PUT", f"/global/{key}", bytes(TWO_RANKS_BYTES))[0] == 200
     assert answer(port, "PUT", "/global/2", b"one more")[0] == 413
