@@ -350,6 +350,7 @@ def test_a_file_system_that_blocks_is_named(run: Path, stalling: tuple[Path, Pat
     marker.unlink()
     stacks = assert_hang_is_named(run, job.wait(END_S), 1, 0, "phase input")
     assert "request_wait_answer" in stacks and "decode_clip" in stacks, stacks
+    assert re.search(r"phase input, process \d+ waits for a disk or file server \([SD], in ", log_of(run)), log_of(run)
 
 
 def test_a_slow_file_system_is_hidden_by_what_is_read_ahead_or_named_with_the_remedy(
