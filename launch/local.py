@@ -5,7 +5,7 @@ python launch/local.py evaluate.py --run outputs/NAME                       one 
 
 Unlike `torchrun --standalone` it opens no port: ranks meet through a file in a folder that only their user can read, and the torch
 backend listens on the loopback interface. A signal to this process reaches every rank once. If this process is killed, the
-kernel kills the ranks. The exit code is the job's (docs/operating.md).
+kernel asks the ranks to stop, and kills those that do not handle stop signals yet. The exit code is the job's (docs/operating.md).
 """
 
 import argparse
@@ -93,7 +93,10 @@ def _start(command: list[str], rank: int, size: int, folder: Path) -> "subproces
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """Return what a rank does before it starts: ask the kernel to kill it when the launcher ends."""
+    """Return what a rank does before it starts: ask the kernel to kill it when the launcher ends.
+
+    runtime.stop_signals replaces this by SIGTERM.
+    """
     prctl = ctypes.CDLL(None).prctl
 
     def ask() -> None:

@@ -5,6 +5,7 @@ instructions, so one call that waits in C (MPI's or torch's start-up, a missing 
 signal also wakes a thread, which ends the process. That thread's work changes with the phase (`set_action`).
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -18,6 +19,11 @@ from .exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 EXIT_CODES = {"SIGINT": EXIT_INTERRUPTED, "SIGTERM": EXIT_REQUEUE, "SIGUSR1": EXIT_REQUEUE}
 """The signals that ask for a stop, and the exit code of a process that stops for each."""
+
+_ENDS_WITH = ("TORCHELASTIC_RUN_ID", "TSM_LOCAL_RANK")
+"""Variables of the launchers whose ranks would outlive them: torchrun and launch/local.py."""
+
+_PR_SET_PDEATHSIG = 1
 
 NUMBERS = tuple(getattr(signal, name) for name in EXIT_CODES)
 
@@ -42,6 +48,9 @@ class _State:
 def handle_stop_signals() -> None:
     """Install the handlers: until `set_action`, a stop signal ends the process at once with its code. Call it first.
 
+    A rank of torchrun or launch/local.py also gets SIGTERM when its launcher is killed. A launcher that was killed before this
+    call leaves ranks that cannot find each other.
+
     For entry points only, under `if __name__ == "__main__"`: loader workers import those files too.
     """
     reader, writer = os.pipe()
@@ -51,6 +60,9 @@ def handle_stop_signals() -> None:
         signal.signal(number, _note)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
+    if any(name in os.environ for name in _ENDS_WITH):
+        # Their main thread starts the ranks: the kernel sends this signal when the thread that started a process ends.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def set_action(action: Action | None) -> None:

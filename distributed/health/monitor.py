@@ -25,7 +25,7 @@ from .hang_detection import RankState, heartbeat_timeout_s, own_pause_s, phase_t
 from .messages import FAILURE_CHARACTERS, Failure, Message
 from .monitor_process import MonitorSettings
 from .rank_log import RankLog, read_node_log
-from .stack_dump import stacks_of
+from .stack_dump import stacks_of, storage_wait
 from .stop_agreement import StopRelay
 
 _POLL_S = 0.25
@@ -221,10 +221,11 @@ class Monitor:
         return time.monotonic() - peer.state.heartbeat_s > self._silent_after_s
 
     def _describe(self, peer: Peer) -> str:
-        """Return a rank's place, and for how long it has sent no heartbeat."""
-        if not self._is_silent(peer):
-            return str(peer.state.place)
-        return f"{peer.state.place}, no heartbeat for {time.monotonic() - peer.state.heartbeat_s:.0f} s"
+        """Return a rank's place, for how long it has sent no heartbeat, and on this node whether it waits for storage."""
+        place = str(peer.state.place)
+        if self._is_silent(peer):
+            place += f", no heartbeat for {time.monotonic() - peer.state.heartbeat_s:.0f} s"
+        return place + (storage_wait(peer.pid) if peer.host == self._host else "")
 
     def _collect_stacks(self, stuck: list[int]) -> str:
         """Ask every rank for its stacks, and a neighbour for those of each silent rank; returns the file of the answers."""

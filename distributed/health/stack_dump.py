@@ -10,6 +10,9 @@ from pathlib import Path
 
 _PY_SPY_TIMEOUT_S = 10.0
 
+_FUSE_WAIT = "request_wait_answer"
+"""Kernel function in which a read from a FUSE file system sleeps, interruptibly: its state is S, not D."""
+
 # Child processes of a rank to run py-spy on: each takes a second.
 _MAX_DUMPED = 3
 
@@ -56,6 +59,24 @@ def _kernel_state(pid: int) -> str:
         return f"process {pid}: {state}, in {Path(f'/proc/{pid}/wchan').read_text() or 'nothing'}"
     except (OSError, StopIteration):
         return f"process {pid}: has ended"
+
+
+def storage_wait(pid: int) -> str:
+    """Return a clause for the first process, of this one on this node and its children, that waits for storage; else "".
+
+    A thread waits for storage in state D, or for a FUSE file system. A driver can cause state D, too.
+    """
+    for process in (pid, *descendants(pid)):
+        for task in Path(f"/proc/{process}/task").glob("*"):
+            try:
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                function = (task / "wchan").read_text()
+            except OSError:
+                # The thread has ended meanwhile.
+                continue
+            if state == "D" or function == _FUSE_WAIT:
+                return f", process {process} waits for a disk or file server ({state}, in {function})"
+    return ""
 
 
 def _py_spy_stacks(pid: int) -> str:

@@ -104,6 +104,17 @@ def test_a_killed_rank_ends_the_job_and_is_named_by_all_that_can(
         assert "step      1" in gathered(run, f"rank-{victim:05d}.log")
 
 
+@pytest.mark.parametrize("world", [World("torchrun", 2), World("local", 2)], ids=name_of)
+def test_ranks_whose_launcher_is_killed_save_and_end(world: World, run: Path, clips: Path) -> None:
+    job = start(world, run, clips)
+    job.process.kill()
+    ended = job.wait(END_S)
+    assert ended.left_running == []
+    assert outcome_of(run) | {"time_s": 0} == {"exit_code": 75, "reason": "stopped in good order", "time_s": 0}
+    assert "stopped by SIGTERM after step" in log_of(run)
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+
+
 def test_a_killed_loader_worker_ends_the_job_with_its_reason(run: Path, clips: Path) -> None:
     world = World("torchrun", 2)
     job = start(world, run, clips)
@@ -339,6 +350,7 @@ def test_a_file_system_that_blocks_is_named(run: Path, stalling: tuple[Path, Pat
     marker.unlink()
     stacks = assert_hang_is_named(run, job.wait(END_S), 1, 0, "phase input")
     assert "request_wait_answer" in stacks and "decode_clip" in stacks, stacks
+    assert re.search(r"phase input, process \d+ waits for a disk or file server \([SD], in ", log_of(run)), log_of(run)
 
 
 def test_a_slow_file_system_is_hidden_by_what_is_read_ahead_or_named_with_the_remedy(

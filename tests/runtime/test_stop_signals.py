@@ -76,6 +76,24 @@ def test_a_signal_ends_a_process_that_waits_in_a_library(run_script: Callable[[s
     assert errors == f"error (start-up): stopped by {name} before anything was done. Fix: run the same command again\n"
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "TSM_LOCAL_RANK"])
+def test_a_rank_is_stopped_when_its_launcher_is_killed(variable: str) -> None:
+    launcher = start(
+        "-c",
+        f"""
+import os, subprocess, sys
+text = "import time; from runtime.stop_signals import handle_stop_signals; handle_stop_signals();"
+rank = [sys.executable, "-c", text + "print('now', flush=True); time.sleep(300)"]
+subprocess.run(rank, env=os.environ | {{"{variable}": "0"}})
+""",
+    )
+    assert launcher.stdout is not None and launcher.stdout.readline() == "now\n"
+    launcher.kill()
+    # Returns when the rank has ended too, because it has the same pipes.
+    _, errors = launcher.communicate(timeout=LIMIT_S)
+    assert errors.startswith("error (start-up): stopped by SIGTERM")
+
+
 @pytest.mark.parametrize("name", EXIT_CODES)
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plan.py"])
 def test_a_signal_while_an_entry_point_imports(start: Callable[..., Process], program: str, name: str) -> None:
