@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.topology import Topology, TopologyError, rendezvous
+from distributed.addresses import correct_torchrun, rendezvous_address, set_interfaces
+from distributed.topology import Topology, TopologyError
 
 from .base import Group, Reducer, ReducerOptions
 from .fp16_compression import fp16_share
@@ -35,14 +36,16 @@ class TorchBackend:
             dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
             return
         timeout = timedelta(seconds=timeout_s)
+        set_interfaces(topology)
         if topology.launcher.startswith("srun"):
-            host, port = rendezvous()
-            where = f"tcp://{host}:{port}"
+            host, port = rendezvous_address(topology)
+            where = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
             dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
         elif topology.launcher == "local":
             where = f"file://{os.environ['TSM_LOCAL_STORE']}"
             dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
         else:
+            correct_torchrun(topology)
             dist.init_process_group(transport, timeout=timeout)
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(

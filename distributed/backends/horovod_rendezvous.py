@@ -12,7 +12,8 @@ import time
 from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-from distributed.topology import Topology, TopologyError, rendezvous, tasks_of_nodes
+from distributed.addresses import rendezvous_address
+from distributed.topology import Topology, TopologyError, tasks_of_nodes
 
 
 class _Server(RendezvousHTTPServer):  # type: ignore[misc]  # horovod has no types
@@ -28,8 +29,7 @@ def prepare_gloo(topology: Topology, timeout_s: float) -> RendezvousHTTPServer |
 
     Raises TopologyError when the port is in use, or the store does not answer within `timeout_s`.
     """
-    host, port = rendezvous()
-    address = _look_up(host, topology)
+    address, port = rendezvous_address(topology)
     tasks_per_node = tasks_of_nodes(os.environ["SLURM_STEP_TASKS_PER_NODE"])
     os.environ |= {
         "HOROVOD_RANK": str(topology.rank),
@@ -52,16 +52,6 @@ def prepare_gloo(topology: Topology, timeout_s: float) -> RendezvousHTTPServer |
 def _node_name(node: int) -> str:
     """Return a unique name: Horovod's store distinguishes nodes by name only."""
     return f"node{node}"
-
-
-def _look_up(host: str, topology: Topology) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError as error:
-        raise TopologyError(
-            f"rank {topology.rank} on {topology.host} cannot look up {host}, the host of rank 0: {error}. "
-            "Fix: MASTER_ADDR=ADDRESS for all tasks"
-        ) from None
 
 
 def _serve(address: str, port: int, tasks_per_node: list[int]) -> RendezvousHTTPServer:

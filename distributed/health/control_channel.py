@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from distributed.addresses import own_address
 from distributed.backends.base import Backend
 from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_REQUEUE
@@ -62,8 +63,9 @@ class ControlChannel:
         self._stop = StopAgreement(topology.rank, self._send)
         served = None
         if self.rank == 0:
-            address = "127.0.0.1" if topology.local_size == self.world_size else _own_address()
-            settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s)
+            settings = MonitorSettings(
+                own_address(topology), self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s
+            )
             self._monitor, port = start_monitor(settings)
             served = (settings, port)
         settings, port = backend.broadcast_object(served)
@@ -247,8 +249,3 @@ def _allow_tracing() -> None:
     pr_set_ptracer, pr_set_ptracer_any = 0x59616D61, ctypes.c_ulong(-1)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_ptracer, pr_set_ptracer_any, 0, 0, 0)
-
-
-def _own_address() -> str:
-    """Return the address of this host's name, by which other nodes reach this process."""
-    return socket.gethostbyname(socket.gethostname())
