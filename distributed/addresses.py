@@ -97,22 +97,6 @@ def rendezvous_address(
     return own_address(topology, environ, network), port
 
 
-def correct_torchrun(
-    topology: Topology, environ: MutableMapping[str, str] = os.environ, network: Network = _HERE
-) -> None:
-    """Check MASTER_ADDR, the name that torchrun found for rank 0's host. torch would wait for one that does not resolve.
-
-    On one node it becomes the loopback address if it does not resolve.
-    """
-    if topology.local_size < topology.size:
-        rendezvous_address(topology, environ, network)
-        return
-    try:
-        network.look_up(environ["MASTER_ADDR"])
-    except OSError:
-        environ["MASTER_ADDR"] = LOOPBACK
-
-
 def check_own_name(topology: Topology, environ: Mapping[str, str] = os.environ, network: Network = _HERE) -> None:
     """Check that this host's own name leads to an address for the other nodes, where Horovod runs over Gloo.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.addresses import correct_torchrun, rendezvous_address, set_interfaces
+from distributed.addresses import rendezvous_address, set_interfaces
 from distributed.topology import Topology, TopologyError
 
 from .base import Group, Reducer, ReducerOptions
@@ -45,7 +45,8 @@ class TorchBackend:
             where = f"file://{os.environ['TSM_LOCAL_STORE']}"
             dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
         else:
-            correct_torchrun(topology)
+            # torch would wait for a MASTER_ADDR that does not resolve.
+            rendezvous_address(topology)
             dist.init_process_group(transport, timeout=timeout)
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(

@@ -9,7 +9,6 @@ from distributed.addresses import (
     LOOPBACK,
     Network,
     check_own_name,
-    correct_torchrun,
     look_up,
     own_address,
     rendezvous_address,
@@ -129,16 +128,6 @@ def test_a_host_of_rank_0_without_an_address_is_refused() -> None:
     for place in (FIRST, SECOND):
         with pytest.raises(TopologyError, match="cannot look up n1.*Fix: MASTER_ADDR"):
             rendezvous_address(place, SRUN, network({}))
-
-
-def test_torchrun_on_a_host_without_a_name_uses_the_loopback_address() -> None:
-    environ = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-    correct_torchrun(ONE_NODE, environ, network(RIGHT))
-    assert environ["MASTER_ADDR"] == "n1"
-    correct_torchrun(ONE_NODE, environ, network({}))
-    assert environ["MASTER_ADDR"] == LOOPBACK
-    with pytest.raises(TopologyError, match="cannot look up n1"):
-        correct_torchrun(FIRST, {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, network({}))
 
 
 # --- Interfaces -------------------------------------------------------------------------------------------------------
