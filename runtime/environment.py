@@ -13,6 +13,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from .private_folder import can_be_replaced, private_folder
+
 SHARED_MEMORY = "/dev/shm"
 
 # An address of a Unix socket has 107 bytes. multiprocessing appends /pymp-XXXXXXXX/listener-XXXXXXXX to the temporary folder.
@@ -68,7 +70,7 @@ def repair() -> list[str]:
     """Repair what can be repaired for this process and its children; returns notes. Raises EnvironmentFault."""
     # First, because the others use them.
     notes = [*_find_temporary_folder(), *_name_user()]
-    return [*notes, *_shorten_socket_folder(), *_find_home()]
+    return [*notes, *_shorten_socket_folder(), *_place_caches()]
 
 
 def _find_temporary_folder() -> list[str]:
@@ -124,20 +126,42 @@ def _shorten_socket_folder() -> list[str]:
     )
 
 
-def _find_home() -> list[str]:
-    """Keep caches of compiled kernels elsewhere if the home folder cannot be written to."""
-    private = private_folder()
+def _place_caches() -> list[str]:
+    """Keep caches of compiled kernels on the node if the home folder cannot be written to, or in a Slurm job.
+
+    Those of a Slurm job would otherwise write the home folder on all nodes at once.
+    """
     try:
         home = Path.home()
     except RuntimeError:
         # No HOME, and no entry in the password database.
-        private.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ["HOME"] = str(private)
-        return [f"environment: this user has no home folder; HOME={private} is used"]
-    if home.is_dir() and os.access(home, os.W_OK | os.X_OK):
+        folder, notes = _folder_for_code()
+        os.environ["HOME"] = str(folder)
+        return [f"environment: this user has no home folder; HOME={folder} is used", *notes]
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        folder, notes = _folder_for_code()
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+        return [f"environment: the home folder {home} cannot be written to; caches are in {folder}", *notes]
+    if "TSM_LOCAL_DISK" not in os.environ or "TRITON_CACHE_DIR" in os.environ:
         return []
-    os.environ.setdefault("TRITON_CACHE_DIR", str(private / "triton"))
-    return [f"environment: the home folder {home} cannot be written to; caches are in {private}"]
+    try:
+        folder, notes = _folder_for_code()
+    except EnvironmentFault as error:
+        return [f"environment: Triton's cache stays in the home folder: {error}"]
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    return notes
+
+
+def _folder_for_code() -> tuple[Path, list[str]]:
+    """Return the private folder, for files that are executed, and notes. Raises EnvironmentFault where others could replace it."""
+    temporary = Path(tempfile.gettempdir())
+    if can_be_replaced(temporary):
+        raise EnvironmentFault(
+            f"other users can replace folders in {temporary} (no sticky bit). "
+            f"Fix: chmod +t {temporary}, or TMPDIR=FOLDER (TSM_LOCAL_DISK in Slurm jobs) that only you can write to"
+        )
+    folder, note = private_folder()
+    return folder, [f"environment: {note}"] if note else []
 
 
 def explain(error: Exception) -> str | None:
@@ -150,11 +174,6 @@ def explain(error: Exception) -> str | None:
     frame = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" ({Path(frame[0].filename).name}:{frame[0].lineno})" if frame else ""
     return f"{error}{where}. Fix: {_FIXES[number]}"
-
-
-def private_folder() -> Path:
-    """Return this user's folder in the temporary folder. Thousands of ranks keep their logs there, not in the run folder."""
-    return Path(tempfile.gettempdir()) / f"tsm-{getpass.getuser()}"
 
 
 def allow_open_files(wanted: int, least: int, use: str, otherwise: str = "") -> None:

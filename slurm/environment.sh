@@ -18,10 +18,8 @@ set_environment() {
     export PYTHONUNBUFFERED=1
     # Otherwise 1,536 ranks would write the same .pyc files to a shared file system at once.
     export PYTHONDONTWRITEBYTECODE=1
-    # Temporary files and logs of ranks stay on the node.
+    # Temporary files, logs of ranks and Triton's cache (runtime/environment.py) stay on the node.
     export TMPDIR=$TSM_LOCAL_DISK
-    # Triton compiles its kernels once per node. Its default cache is in the home folder, which all ranks would write at once.
-    export TRITON_CACHE_DIR=$TSM_LOCAL_DISK/triton
 
     if [[ -n $TSM_NETWORK_INTERFACE ]]; then
         # Otherwise NCCL, Gloo, Horovod and MPI each choose an interface, possibly one of the slow management network.

@@ -14,7 +14,8 @@ conclude() {
         code=$(sed -n 's/.*"exit_code": \([1-9][0-9]\{0,2\}\|0\),.*/\1/p' "$outcome")
     fi
     if [[ $code =~ ^[0-9]+$ ]]; then
-        reason=$(sed -n 's/.*"reason": "\(.*\)", "time_s".*/\1/p' "$outcome")
+        # A log is read on terminals, which obey control characters. JSON has none of its own.
+        reason=$(sed -n 's/.*"reason": "\(.*\)", "time_s".*/\1/p' "$outcome" | tr --delete '[:cntrl:]')
         rm -f "$in_vain"
     elif ((srun_code >= 2 && srun_code <= 5)); then
         # train.py refused to start, before it could write an outcome.

@@ -62,10 +62,10 @@ class Backend(Protocol):
         """Copy rank 0's contiguous tensor to all ranks, in place."""
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's small picklable object."""
+        """Return rank 0's small object, which is a JSON value (distributed.backends.objects)."""
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Return every rank's small picklable object, by rank."""
+        """Return every rank's small object, by rank; each is a JSON value."""
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
         """Return this rank's group among several disjoint ones; all ranks call it with the same list.

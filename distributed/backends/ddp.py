@@ -19,6 +19,8 @@ from distributed.topology import Topology, TopologyError
 
 from .base import Group, Reducer, ReducerOptions
 from .fp16_compression import fp16_share
+from .gloo_listeners import sealed_afterwards
+from .objects import broadcast_json, decode, encode
 
 
 class TorchBackend:
@@ -35,19 +37,9 @@ class TorchBackend:
         if topology.launcher == "none":
             dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
             return
-        timeout = timedelta(seconds=timeout_s)
         set_interfaces(topology)
-        if topology.launcher.startswith("srun"):
-            host, port = rendezvous_address(topology)
-            where = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
-        elif topology.launcher == "local":
-            where = f"file://{os.environ['TSM_LOCAL_STORE']}"
-            dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
-        else:
-            # torch would wait for a MASTER_ADDR that does not resolve.
-            rendezvous_address(topology)
-            dist.init_process_group(transport, timeout=timeout)
+        with sealed_afterwards():
+            _join(topology, transport, timedelta(seconds=timeout_s))
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
             raise TopologyError(
                 f"{topology.launcher} set rank {topology.rank} of {topology.size}, but torch.distributed has rank "
@@ -63,20 +55,25 @@ class TorchBackend:
         dist.broadcast(x, src=0)
 
     def broadcast_object(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        return broadcast_json(self, value)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.topology.size
-        dist.all_gather_object(values, value)
-        return values
+        text = encode(value)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.topology.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)]))
+        # Gloo gathers tensors of one size.
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(texts, padded)
+        return [decode(other[:length]) for other, length in zip(texts, lengths, strict=True)]
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
         mine = None
         # Every rank must create every group.
         for ranks in rank_groups:
-            handle = dist.new_group(list(ranks))
+            with sealed_afterwards():
+                handle = dist.new_group(list(ranks))
             if self.topology.rank in ranks:
                 mine = Group(tuple(ranks), handle)
         return mine
@@ -86,6 +83,20 @@ class TorchBackend:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _join(topology: Topology, transport: str, timeout: timedelta) -> None:
+    if topology.launcher.startswith("srun"):
+        host, port = rendezvous_address(topology)
+        where = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+    elif topology.launcher == "local":
+        where = f"file://{os.environ['TSM_LOCAL_STORE']}"
+        dist.init_process_group(transport, where, timeout, world_size=topology.size, rank=topology.rank)
+    else:
+        # torch would wait for a MASTER_ADDR that does not resolve.
+        rendezvous_address(topology)
+        dist.init_process_group(transport, timeout=timeout)
 
 
 def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:

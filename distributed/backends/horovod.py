@@ -23,6 +23,7 @@ from runtime.exit_codes import EXIT_CONFIG
 from .base import Group, Reducer, ReducerOptions
 from .fp16_compression import fp16_share
 from .horovod_rendezvous import prepare_gloo
+from .objects import broadcast_json, decode, encode
 
 # An installation without the compiled extension imports, but has no functions.
 if not hasattr(hvd, "init"):
@@ -85,12 +86,13 @@ class HorovodBackend:
         hvd.broadcast_(x, root_rank=0, name=name)
 
     def broadcast_object(self, value: Any) -> Any:
-        # Without a name Horovod uses the value's type as the name. Where only rank 0 has a value, the types differ: a deadlock.
-        return hvd.broadcast_object(value, root_rank=0, name="object")
+        return broadcast_json(self, value)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        values: list[Any] = hvd.allgather_object(value, name="objects")
-        return values
+        text = encode(value)
+        lengths = hvd.allgather(torch.tensor([len(text)]), name="objects.lengths")
+        texts = hvd.allgather(text, name="objects.texts")
+        return [decode(each) for each in texts.split(lengths.tolist())]
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:
         unknown = [ranks for ranks in map(tuple, rank_groups) if ranks not in self._process_sets]

@@ -19,7 +19,8 @@ _HELLO_BYTES = 4096
 # Stacks of a rank with many threads, and of its neighbours, are the largest lines.
 _LINE_BYTES = 32 << 20
 
-_SEND_TIMEOUT_S = 1.0
+# Unsent bytes of a rank that does not read. The longest message is a failure's, a few times FAILURE_CHARACTERS.
+_UNSENT_BYTES = 4 << 20
 
 
 @dataclass
@@ -37,17 +38,14 @@ class Peer:
     connected_s: float = field(default_factory=time.monotonic)
     buffer: bytearray = field(default_factory=bytearray)
     """The start of a line, whose end has not been received."""
+    unsent: bytearray = field(default_factory=bytearray)
+    """What the kernel has not taken yet, because the rank reads slowly or its node is lost."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
-    def send(self, message: Message) -> None:
-        # `Connections.receive` notices a connection that has ended.
-        with suppress(OSError):
-            self.connection.sendall(message.to_line())
-
     def add(self, part: bytes) -> list[bytes]:
-        """Add received bytes, and return the lines that they end. Raises MessageError for a line that is too long."""
+        """Add received bytes, and return the lines that they end."""
         # Only the new part can have the end of a line.
         if b"\n" not in part:
             self.buffer += part
@@ -56,8 +54,6 @@ class Peer:
             first, *others, rest = part.split(b"\n")
             lines = [bytes(self.buffer + first), *others]
             self.buffer = bytearray(rest)
-        if len(self.buffer) > (_HELLO_BYTES if self.rank < 0 else _LINE_BYTES):
-            raise MessageError(f"a line of more than {len(self.buffer)} bytes")
         return lines
 
 
@@ -81,15 +77,40 @@ class Connections:
 
     def receive(self, wait_s: float) -> Iterator[tuple[Peer, Message | None]]:
         """Wait for messages, and yield each with its rank; None: the rank's connection has ended, and is closed."""
-        for key, _ in self._selector.select(wait_s):
+        for key, events in self._selector.select(wait_s):
             if key.fileobj is self._listener:
                 self._accept()
-            elif key.data.connection.fileno() >= 0:
+                continue
+            if events & selectors.EVENT_WRITE:
+                self._flush(key.data)
+            if events & selectors.EVENT_READ and key.data.connection.fileno() >= 0:
                 yield from self._read(key.data)
         now_s = time.monotonic()
         for stranger in list(self._strangers.values()):
-            if now_s - stranger.connected_s > _HELLO_TIMEOUT_S:
-                self.close(stranger)
+            if now_s - stranger.connected_s <= _HELLO_TIMEOUT_S:
+                break
+            self.close(stranger)
+
+    def send(self, peer: Peer, message: Message) -> None:
+        """Send a message to a rank without waiting for the rank; `receive` sends the rest of what the kernel does not take."""
+        peer.unsent += message.to_line()
+        self._flush(peer)
+        if len(peer.unsent) > _UNSENT_BYTES:
+            # A part of a line must not reach the rank: `receive` then finds the end of the connection.
+            with suppress(OSError):
+                peer.connection.shutdown(socket.SHUT_RDWR)
+
+    def _flush(self, peer: Peer) -> None:
+        try:
+            del peer.unsent[: peer.connection.send(peer.unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            # `receive` notices a connection that has ended.
+            peer.unsent.clear()
+        with suppress(KeyError, ValueError):
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
+            self._selector.modify(peer.connection, events, peer)
 
     def close(self, peer: Peer) -> bool:
         """Close a connection; returns whether it was a rank's."""
@@ -106,7 +127,7 @@ class Connections:
             # Gone already, or too many open files: make room for the next one.
             self._close_oldest_stranger()
             return
-        connection.settimeout(_SEND_TIMEOUT_S)
+        connection.setblocking(False)
         if len(self._strangers) >= self._world_size + SPARE_CONNECTIONS:
             self._close_oldest_stranger()
         self._strangers[connection] = peer = Peer(connection)
@@ -119,6 +140,8 @@ class Connections:
     def _read(self, peer: Peer) -> Iterator[tuple[Peer, Message | None]]:
         try:
             part = peer.connection.recv(1 << 16)
+        except BlockingIOError:
+            return
         except OSError:
             part = b""
         try:
@@ -130,6 +153,9 @@ class Connections:
                     yield peer, message
                 if peer.connection.fileno() < 0:
                     return
+            # After the lines: a rank's first message may have come in one part with its hello.
+            if len(peer.buffer) > (_HELLO_BYTES if peer.rank < 0 else _LINE_BYTES):
+                raise MessageError(f"a line of more than {len(peer.buffer)} bytes")
         # No bytes from outside end the monitor: the peer is no rank of this job, or a broken one.
         except Exception:
             part = b""
@@ -140,7 +166,8 @@ class Connections:
         """Make a connection a rank's. Raises PermissionError for one that is no rank of this job."""
         if not isinstance(message, Hello) or not _same_text(message.token, self._token):
             raise PermissionError
-        if not 0 <= message.rank < self._world_size or message.rank in self.ranks:
+        # The monitor kills a rank that does not exit: process ids below 1 stand for groups of processes.
+        if not 0 <= message.rank < self._world_size or message.rank in self.ranks or message.pid < 1:
             raise PermissionError
         peer.rank, peer.host, peer.pid = message.rank, message.host, message.pid
         del self._strangers[peer.connection]

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from distributed.addresses import own_address
@@ -27,7 +28,7 @@ from . import messages
 from .hang_detection import Place, heartbeat_interval_s, heartbeat_timeout_s, own_pause_s, phase_timeout_s
 from .messages import Failure, Message, parse_message
 from .monitor_process import MonitorSettings, start_monitor
-from .rank_log import RankLog, node_log, read_tail
+from .rank_log import RankLog, read_node_log, remove_old_logs
 from .stack_dump import descendants, own_stacks, stacks_of
 from .stop_agreement import StopAgreement
 
@@ -49,6 +50,7 @@ class ControlChannel:
         self.rank, self.world_size, self._host = topology.rank, topology.size, topology.host
         self._hang_timeout_s = hang_timeout_s
         self.log = RankLog(topology.rank, topology.host)
+        self._is_first_on_node = topology.local_rank == 0
         self._place, self._progress_s = Place(), time.monotonic()
         self._monitor: subprocess.Popen[str] | None = None
         self._verdict: Failure | None = None
@@ -67,13 +69,15 @@ class ControlChannel:
                 own_address(topology), self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s
             )
             self._monitor, port = start_monitor(settings)
-            served = (settings, port)
-        settings, port = backend.broadcast_object(served)
+            served = asdict(settings) | {"port": port}
+        served = backend.broadcast_object(served)
+        port = served.pop("port")
+        settings = MonitorSettings(**served)
         self._monitor_host = settings.host
-        self._connection = socket.create_connection((settings.address, port), timeout=_CONNECT_TIMEOUT_S)
+        hello = messages.Hello(self.rank, self._host, os.getpid(), settings.token)
+        self._connection = _connect((settings.address, port), hello)
         _allow_tracing()
         self._received_s = time.monotonic()
-        self._send(messages.Hello(self.rank, self._host, os.getpid(), settings.token))
         threading.Thread(target=self._run, name="control", daemon=True).start()
 
     @property
@@ -90,6 +94,8 @@ class ControlChannel:
     def open_log(self, folder: Path) -> None:
         """Write the logs of this rank and of the monitor to the run folder from now on."""
         self.log.open_in(folder)
+        if self._is_first_on_node:
+            remove_old_logs(folder.name)
         if self.rank == 0:
             self._send(messages.OpenLog(str(folder)))
 
@@ -135,7 +141,7 @@ class ControlChannel:
         elif isinstance(message, messages.JobFailed):
             failure = message.failure()
             if message.send_log and failure.host == self._host and self.log.folder is not None:
-                text = read_tail(node_log(self.log.folder.name, failure.rank))
+                text = read_node_log(self.log.folder.name, failure.rank)
                 self._send(messages.LogTail(failure.rank, text))
             self._end(failure)
             return True
@@ -242,6 +248,25 @@ class ControlChannel:
         self.log.close()
         if self._monitor is not None:
             self._monitor.wait(_VERDICT_TIMEOUT_S)
+
+
+def _connect(address: tuple[str, int], hello: messages.Hello) -> socket.socket:
+    """Return a connection to the monitor that it has accepted as this rank's.
+
+    A flood of strangers at the start makes the monitor close connections, perhaps before it has read this rank's hello: try again.
+    """
+    deadline_s = time.monotonic() + _CONNECT_TIMEOUT_S
+    while True:
+        connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        with suppress(OSError):
+            connection.sendall(hello.to_line() + messages.Heartbeat(0, "start", 0).to_line())
+            # The answer to the heartbeat, which the control channel's thread reads.
+            if connection.recv(1, socket.MSG_PEEK):
+                return connection
+        if time.monotonic() > deadline_s:
+            return connection
+        connection.close()
+        time.sleep(0.1)
 
 
 def _allow_tracing() -> None:

@@ -9,6 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .hang_detection import Place
 
+FAILURE_CHARACTERS = 1 << 16
+"""Of a rank's failure, at most: the monitor sends it to all ranks."""
+
 
 @dataclass(frozen=True)
 class Failure:

@@ -22,9 +22,9 @@ from runtime.exit_codes import EXIT_FAILURE, EXIT_REQUEUE
 from . import messages
 from .connections import Connections, Peer
 from .hang_detection import RankState, heartbeat_timeout_s, own_pause_s, phase_timeout_s, stuck_ranks
-from .messages import Failure, Message
+from .messages import FAILURE_CHARACTERS, Failure, Message
 from .monitor_process import MonitorSettings
-from .rank_log import RankLog, node_log, read_tail
+from .rank_log import RankLog, read_node_log
 from .stack_dump import stacks_of
 from .stop_agreement import StopRelay
 
@@ -136,10 +136,11 @@ class Monitor:
             place, before = message.place(), peer.state
             has_progress = place.progress_count != before.place.progress_count
             peer.state = RankState(place, now_s if has_progress else before.progress_s, now_s)
-            peer.send(messages.Ack())
+            self._connections.send(peer, messages.Ack())
         elif isinstance(message, messages.RankFailed):
             peer.leaving = True
-            failure = Failure(peer.rank, peer.host, message.message, message.exit_code)
+            text = message.message[:FAILURE_CHARACTERS]
+            failure = Failure(peer.rank, peer.host, text, message.exit_code)
             self._failures.append((now_s + _GRACE_S, failure))
             self._failed_ranks.add(peer.rank)
         elif isinstance(message, messages.Stacks):
@@ -155,7 +156,7 @@ class Monitor:
                 self._send_all(messages.JobDone())
         else:
             for rank, reply in self._stop.replies(peer.rank, message, set(self._peers)):
-                self._peers[rank].send(reply)
+                self._connections.send(self._peers[rank], reply)
 
     def _rank_is_gone(self, peer: Peer) -> None:
         if peer.leaving or self._verdict or self._all_done:
@@ -165,7 +166,7 @@ class Monitor:
 
     def _send_all(self, message: Message) -> None:
         for peer in self._peers.values():
-            peer.send(message)
+            self._connections.send(peer, message)
 
     # --- Decisions ----------------------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class Monitor:
         neighbours = [self._peers[rank] for rank in silent if self._peers[rank].host == peer.host]
         is_asked_for_neighbours = is_first_on_node and peer.host != self._host
         pids = {neighbour.rank: neighbour.pid for neighbour in neighbours if is_asked_for_neighbours}
-        peer.send(messages.StacksRequest(pids))
+        self._connections.send(peer, messages.StacksRequest(pids))
 
     def _write_rank_log(self, rank: int, text: str) -> None:
         # Rank 0's log is in the run folder already.
@@ -270,7 +271,7 @@ class Monitor:
         self._log.write_outcome(failure.exit_code, str(failure))
         cannot_send_log = failure.rank not in self._peers or self._is_silent(self._peers[failure.rank])
         if cannot_send_log and failure.host == self._host and self._log.folder is not None:
-            self._write_rank_log(failure.rank, read_tail(node_log(self._log.folder.name, failure.rank)))
+            self._write_rank_log(failure.rank, read_node_log(self._log.folder.name, failure.rank))
         send_log = cannot_send_log and failure.host != self._host
         self._send_all(messages.JobFailed(**asdict(failure), send_log=send_log))
 

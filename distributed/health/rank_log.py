@@ -3,22 +3,29 @@
 A line is `TIME  HOST  rank R  TEXT` (or `monitor`), so that `sort` merges the logs of many ranks.
 """
 
+import errno
 import faulthandler
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from io import TextIOWrapper
+from itertools import islice
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from runtime import run_layout
 from runtime.atomic_write import write_text
-from runtime.environment import private_folder
+from runtime.private_folder import open_private_file, private_folder, private_folders
 
 _TAIL_BYTES = 64 << 10
+
+_OLD_S = 14 * 86400.0
+_OLD_LOGS_LOOKED_AT = 10_000
 
 
 class RankLog:
@@ -41,12 +48,16 @@ class RankLog:
         """Write to the run's log from now on, starting with the lines in memory. A job continues without its log if it must."""
         self.folder = folder
         on_node = isinstance(self._who, int) and self._who > 0
-        path = node_log(folder.name, int(self._who)) if on_node else folder / run_layout.LOG
+        note = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+            if on_node:
+                private, note = private_folder()
+                file = _LogFile(private / _name_on_node(folder.name, int(self._who)), open_private_file)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = _LogFile(folder / run_layout.LOG)
         except OSError as error:
-            _print_error(f"no log in {path}: {error.strerror}")
+            _print_error(f"no log in {error.filename or folder}: {error.strerror}")
             return
         file.setFormatter(self._formatter)
         self._file = file
@@ -57,6 +68,8 @@ class RankLog:
         assert file.stream is not None
         faulthandler.enable(file.stream)
         self.info(f"process {os.getpid()} logs here from now on")
+        if note:
+            self.warning(f"log: {note}")
 
     @property
     def path(self) -> Path | None:
@@ -127,6 +140,13 @@ class _LogFile(logging.FileHandler):
 
     _has_failed = False
 
+    def __init__(self, path: Path, opener: Callable[[str, int], int] | None = None) -> None:
+        self._opener = opener
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=self._opener)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._has_failed:
             self._has_failed = True
@@ -134,8 +154,48 @@ class _LogFile(logging.FileHandler):
 
 
 def node_log(run_id: str, rank: int) -> Path:
-    """Return the log file of a rank other than 0, on its node: thousands of files would overload a shared file system."""
-    return private_folder() / run_id / f"rank-{rank:05d}.log"
+    """Return the log file of a rank other than 0, on its node: thousands of files would overload a shared file system.
+
+    It is the newest, if an earlier start had to use another private folder. Raises FileNotFoundError if there is none.
+    """
+    name = _name_on_node(run_id, rank)
+    found = [folder / name for folder in private_folders() if (folder / name).exists()]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no log on this node", str(name))
+    return max(found, key=_modified_s)
+
+
+def read_node_log(run_id: str, rank: int) -> str:
+    """Return the end of the log of a rank other than 0, on its node, or a line that says why there is none."""
+    try:
+        return read_tail(node_log(run_id, rank))
+    except OSError as error:
+        return f"(no log: {error})\n"
+
+
+def remove_old_logs(run_id: str) -> None:
+    """Remove this user's logs of other runs on this node that nothing was written to for 14 days. Never raises OSError."""
+    with suppress(OSError):
+        logs = (log for folder in private_folders() for log in folder.glob("*/rank-*.log"))
+        for log in islice(logs, _OLD_LOGS_LOOKED_AT):
+            if log.parent.name == run_id or time.time() - _modified_s(log) < _OLD_S:
+                continue
+            # Other processes may do the same now; a folder goes with its last log.
+            with suppress(OSError):
+                log.unlink()
+                log.parent.rmdir()
+
+
+def _name_on_node(run_id: str, rank: int) -> Path:
+    return Path(run_id) / f"rank-{rank:05d}.log"
+
+
+def _modified_s(path: Path) -> float:
+    """Return when a file was written to; 0 for a file that does not exist."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def read_tail(path: Path) -> str:

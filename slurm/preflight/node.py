@@ -18,6 +18,7 @@ import socketserver
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,22 +131,19 @@ def clock_offset(host: str, port: int, limit_s: float) -> dict[str, float]:
 def try_disk(folder: Path) -> dict[str, float]:
     """Measure a disk's free space and write speed: write a file, sync it, read it back and remove it."""
     free_gib = shutil.disk_usage(folder).free / 2**30
-    file = folder / f".preflight-{node_name()}-{os.getpid()}"
     block = os.urandom(1 << 20)
-    try:
+    # A file without a name: another user cannot have made a link of that name, and nothing is left of it.
+    with tempfile.TemporaryFile(dir=folder) as file:
         started_s = time.perf_counter()
-        with file.open("wb") as written:
-            for _ in range(_TEST_FILE_MIB):
-                written.write(block)
-            written.flush()
-            os.fsync(written.fileno())
+        for _ in range(_TEST_FILE_MIB):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
         write_s = time.perf_counter() - started_s
-        with file.open("rb") as read:
-            # Drop the page cache, so that the file is read from the disk.
-            os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            digest = hashlib.file_digest(read, "sha256").digest()
-    finally:
-        file.unlink(missing_ok=True)
+        # Drop the page cache, so that the file is read from the disk.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").digest()
     if digest != hashlib.sha256(block * _TEST_FILE_MIB).digest():
         raise OSError(f"{folder}: a file read back differs from what was written")
     return {"free_gib": free_gib, "write_mb_s": _TEST_FILE_MIB * 2**20 / 1e6 / write_s}

@@ -182,7 +182,9 @@ def test_collectives(results: Results, world: World) -> None:
         ranks, total = result["group"]
         assert rank in ranks and len(ranks) == max(1, size // 2)
         assert total == sum(member + 1 for member in ranks)
-        assert result["object"] == {"from": 0}
+        assert result["object"] == {"from": 0, "loss": [0.1, math.inf]}
+        # A tuple is no JSON value. A pickle would take it.
+        assert result["refused"] == f"JSON does not hold ({rank},) as it is"
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
 
 

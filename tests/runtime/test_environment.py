@@ -17,6 +17,7 @@ import pytest
 
 from runtime import environment
 from runtime.environment import EnvironmentFault, explain, repair
+from tests.helpers.stranger import as_stranger, needs_root, shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,6 +160,39 @@ def test_a_home_that_is_missing_keeps_no_cache(tmp_path: Path, monkeypatch: pyte
     (note,) = repair()
     assert f"home folder {tmp_path / 'missing'} cannot be written to" in note
     assert Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(tempfile.gettempdir())
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    with shared_folder() as folder:
+        yield folder
+
+
+@needs_root
+def test_kernels_are_loaded_from_no_strangers_folder(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
+    monkeypatch.setenv("LOGNAME", "victim")
+    monkeypatch.setenv("HOME", str(shared.parent))
+    monkeypatch.setenv("TSM_LOCAL_DISK", str(shared))
+    monkeypatch.setenv("TMPDIR", str(shared))
+    # setenv first, so that what the repair sets is undone too.
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    as_stranger('mkdir -p "$1/triton" "$1/tsm-victim/triton"', shared)
+    (note,) = repair()
+    assert "tsm-victim belongs to nobody" in note
+    cache = Path(os.environ.pop("TRITON_CACHE_DIR"))
+    assert cache.name == "triton" and cache.parent.parent == shared
+    assert cache.parent.stat().st_uid == os.geteuid() and stat.S_IMODE(cache.parent.stat().st_mode) == 0o700
+
+    # A folder in which the stranger can rename ours.
+    shared.chmod(0o777)
+    (note,) = repair()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert "Triton's cache stays in the home folder: other users can replace folders in" in note and "Fix:" in note
+    monkeypatch.setenv("HOME", str(shared / "missing"))
+    with pytest.raises(EnvironmentFault, match=r"other users can replace folders in .*Fix: chmod \+t"):
+        repair()
 
 
 # --- Limits -----------------------------------------------------------------------------------------------------------

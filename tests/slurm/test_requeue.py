@@ -39,6 +39,13 @@ def test_a_start_ends_with_its_outcome(tmp_path: Path, exit_code: int) -> None:
     assert ("requeued" in ended.stdout) == (exit_code == 75)
 
 
+def test_a_reason_cannot_command_the_terminal_that_shows_the_log(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text('{"exit_code": 3, "reason": "\x1b]0;owned\x07bad \rclip \u00e9", "time_s": 1}\n')
+    ended = conclude(tmp_path)
+    assert ended.returncode == 3
+    assert ended.stdout == "this start ended with 3: ]0;ownedbad clip \u00e9\n"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -317,7 +317,9 @@ def test_what_is_staged_is_whole_or_not_there(
     filler.unlink()
     text = (tmp_path / "log").read_text()
     assert ended["JobState"] == "COMPLETED", text
-    prefix = f"/mnt/local/tsm-staged-{number}"
+    found = re.search(rf"/mnt/local/tsm-staged-{number}-[0-9a-f]{{16}}(?=/environment)", text)
+    assert found, text
+    prefix = found[0]
     for node in slurm_cluster.nodes:
         assert f"{node}: {prefix}/environment {files if node != 'n3' else 0}\n" in text, text
         assert f"{node} left: \n" in text

@@ -18,7 +18,7 @@ from runtime.environment import EnvironmentFault
 from slurm.preflight import environment
 from slurm.preflight.environment import try_folder
 from slurm.preflight.judge import judge
-from slurm.preflight.node import kernel_list, near_cores, try_disk
+from slurm.preflight.node import kernel_list, near_cores, node_name, try_disk
 from slurm.preflight.node_faults import gpu_faults, is_near
 from slurm.preflight.pairs import Floors, Measured, judge_pairs, retrial, rounds
 from slurm.preflight.reports import Expected, Judgement, Reports
@@ -243,6 +243,17 @@ def test_cores_near_a_gpu(tmp_path: Path) -> None:
     assert is_near("0-41", "")
     assert not is_near("18-24", "0-20,42-62")
     assert kernel_list({0, 1, 2, 5, 8, 9}) == "0-2,5,8-9"
+
+
+def test_the_disk_is_not_tried_through_a_strangers_link(tmp_path: Path) -> None:
+    """A name of host and process id can be guessed by another user of the disk."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / f".preflight-{node_name()}-{os.getpid()}").symlink_to(victim)
+    try_disk(disk)
+    assert victim.read_text() == "mine"
 
 
 def test_a_disk_that_takes_no_file_is_an_error(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.slurm_cluster import SlurmCluster, why_no_cluster
+from tests.helpers.stranger import STRANGER, needs_root
 
 pytestmark = pytest.mark.slow
 
@@ -238,6 +239,18 @@ def refusing_links(folder: Path, times: int) -> str:
         esac
         exec {shutil.which("ip")} "$@"
     """
+
+
+@needs_root
+def test_a_strangers_settings_are_not_sourced(tmp_path: Path) -> None:
+    """The default folder is in /tmp, where another user may have made it."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "settings").write_text("echo sourced\n")
+    os.chown(tmp_path, STRANGER, STRANGER)
+    environment = os.environ | {"TSM_CLUSTER": str(tmp_path)}
+    ended = subprocess.run(["tools/slurm_emulator/cluster.sh", "env"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1 and "sourced" not in ended.stdout
+    assert "belongs to user id 65534. Fix: TSM_CLUSTER=FOLDER" in ended.stderr
 
 
 def test_a_link_that_was_refused_is_tried_again(tmp_path: Path) -> None:

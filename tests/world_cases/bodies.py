@@ -224,11 +224,17 @@ def collectives(context: Context) -> dict[str, Any]:
     assert group is not None
     within = torch.ones(1) * (rank + 1)
     backend.all_reduce_(within, "test.group", group)
+    try:
+        backend.all_gather_objects((rank,))
+        refused = ""
+    except TypeError as error:
+        refused = str(error)
     return {
         "sum": total.tolist(),
         "broadcast": sent.tolist(),
         "group": [list(group.ranks), within.item()],
-        "object": backend.broadcast_object({"from": rank}),
+        "object": backend.broadcast_object({"from": rank, "loss": [0.1, math.inf]}),
+        "refused": refused,
         "objects": backend.all_gather_objects([rank, "x" * rank]),
     }
 

@@ -304,6 +304,9 @@ status() {
 
 command=${1:-}
 [[ $# == 0 ]] || shift
+# Its settings are sourced, as root.
+owner=$(stat --format=%u "$folder" 2>/dev/null || echo 0)
+[[ $owner == 0 || $owner == "$EUID" ]] || die "$folder belongs to user id $owner. Fix: TSM_CLUSTER=FOLDER"
 case $command in
     up | down | status) "$command" "$@" ;;
     boot | crash | rate | disk) "$command" "${1:?which node?}" "${@:2}" ;;

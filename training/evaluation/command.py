@@ -65,7 +65,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         weights.differing.extend(differing_clips(folder.metrics, validation.digest))
         return weights
 
-    weights = backend.broadcast_object(load() if backend.topology.rank == 0 else None)
+    fields = backend.broadcast_object(asdict(load()) if backend.topology.rank == 0 else None)
+    weights = Weights(**fields | {"differing": [Difference(**each) for each in fields["differing"]]})
     broadcast_network(backend, network)
 
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)

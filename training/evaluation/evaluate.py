@@ -58,9 +58,11 @@ def evaluate(
     network.train(was_training)
     stop_together(backend, part.stopped)
     clip_logits = _gather(part, clips, backend)
-    scores = scores_of(clip_logits, clips.source.manifest.order_groups) if backend.topology.rank == 0 else None
-    missing = [record for records in backend.all_gather_objects(part.missing) for record in records]
-    return Evaluation(backend.broadcast_object(scores), clip_logits, missing)
+    order_groups = clips.source.manifest.order_groups
+    scores = vars(scores_of(clip_logits, order_groups)) if backend.topology.rank == 0 else None
+    missing_by_rank = backend.all_gather_objects([vars(record) for record in part.missing])
+    missing = [BadClipRecord(**fields) for records in missing_by_rank for fields in records]
+    return Evaluation(Scores(**backend.broadcast_object(scores)), clip_logits, missing)
 
 
 def stop_together(backend: Backend, stop_wanted: bool) -> None:

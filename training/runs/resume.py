@@ -35,16 +35,16 @@ READ_RETRIES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 def check_agreement(backend: Backend, settings: dict[str, Any]) -> None:
     """Raise ConfigError on all ranks if their settings differ; the message names ranks and keys. Collective."""
-    mine = _flat(settings)
-    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(_flat(settings), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     digests = backend.all_gather_objects(digest)
     if len(set(digests)) == 1:
         return
     usual = max(sorted(set(digests)), key=digests.count)
     odd = [rank for rank, digest in enumerate(digests) if digest != usual]
-    others = backend.all_gather_objects(mine)
+    others = backend.all_gather_objects(json.loads(text))
     reference = others[digests.index(usual)]
-    differing = sorted({key for rank in odd for key in mine if others[rank][key] != reference[key]})
+    differing = sorted({key for rank in odd for key in reference if others[rank][key] != reference[key]})
     shown = "; ".join(
         f"{key}: {reference[key]!r} but on rank {rank} {others[rank][key]!r}"
         for key in differing[:5]

@@ -33,16 +33,17 @@ class BadClips:
     def report(self, log: MetricsLog) -> None:
         """Log the clips of all ranks since the last report; collective. Raises DataError if too many were replaced."""
         job = self._job
-        all_ranks = [pair for part in job.backend.all_gather_objects(self._noted) for pair in part]
+        noted_by_rank = job.backend.all_gather_objects([[step, vars(record)] for step, record in self._noted])
+        all_ranks = [pair for noted in noted_by_rank for pair in noted]
         for step, record in all_ranks:
-            log.bad_clip(job.folder, split="train", step=step, **vars(record))
+            log.bad_clip(job.folder, split="train", step=step, **record)
         self._total += len(all_ranks)
         self._noted.clear()
         log.info(
             f"bad clips: {self._total} undecodable training clips replaced so far, see {job.folder.bad_clips.name}"
         )
         if self._total > job.config.data.max_bad_clips:
-            bad = [record for _, record in all_ranks]
+            bad = [BadClipRecord(**record) for _, record in all_ranks]
             raise too_many_bad_clips(job.config.data, f"{self._total} training clips could not be decoded", bad)
 
 

@@ -56,7 +56,7 @@ class SkippedSteps:
 
     def _log(self, skipped: list[TakenStep], log: MetricsLog) -> str:
         """Write a line for each step to the run folder. Returns, in words, on which ranks losses were not finite."""
-        by_rank = self._job.backend.all_gather_objects([(step.rows, step.loss) for step in skipped])
+        by_rank = self._job.backend.all_gather_objects([[step.rows, step.loss] for step in skipped])
         all_ranks = set()
         for number, step in enumerate(skipped):
             ranks = [rank for rank, parts in enumerate(by_rank) if not math.isfinite(parts[number][1])]

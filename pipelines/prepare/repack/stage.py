@@ -23,6 +23,7 @@ from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
 from pipelines.stream.order import StreamOrder
 from runtime.atomic_write import atomic_write
+from runtime.private_folder import check_private
 
 from .open_manifests import open_manifests
 from .shard_index import INDEX_NAME, ShardFacts, read_shard_index
@@ -86,7 +87,8 @@ def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: S
     tasks = list(_tasks(root, target, manifests, shards, steps))
     staged = Staged(len(tasks))
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_target(target)
         chosen = list(_fitting(target, tasks, staged))
     except OSError as error:
         raise DataSetError(cannot_write(target, error, "--to")) from error
@@ -101,6 +103,16 @@ def stage(root: Path, target: Path, workers: int, shards: slice | None, steps: S
         else:
             staged.bad.append(reason)
     return staged
+
+
+def _check_target(target: Path) -> None:
+    """Raise DataSetError if another user could change what training reads, or make links here that a copy would follow."""
+    try:
+        check_private(target)
+    except PermissionError as error:
+        raise DataSetError(
+            f"--to: {target} {error.strerror}. Fix: give a folder that only you can write to, for example a new one"
+        ) from error
 
 
 def _tasks(
@@ -180,7 +192,10 @@ def _fitting(target: Path, tasks: Iterable[CopyTask], staged: Staged) -> Iterato
 
 
 def _is_complete(task: CopyTask) -> bool:
-    """Return whether the files exist with the right size. A file gets its final name only after it was checked."""
+    """Return whether the files exist with the right size, which is enough.
+
+    A file gets its final name only after it was checked, and no other user can write in the folder.
+    """
     try:
         return sum(os.stat(path).st_size for path in task.targets) == task.size_bytes
     except OSError:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipelines.prepare.repack.stage import CopyTask, copy_files, parse_range
 from pipelines.stream.order import StreamOrder
 from tests.helpers.clips import write_both_kinds
 from tests.helpers.small_disk import mounted
+from tests.helpers.stranger import as_stranger, needs_root, shared_folder
 
 KINDS = ("files", "shards", "elsewhere")
 
@@ -233,6 +235,7 @@ def test_the_clips_of_some_steps(shared: Path, local: Path, kind: str, capsys: p
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with mounted(tmp_path / "disk", "200k") as disk:
+        disk.chmod(0o700)
         monkeypatch.setenv(staged_copies.VARIABLE, str(disk))
         yield disk
         shard_reader.close_shards()
@@ -309,6 +312,34 @@ def test_a_disk_that_is_none(made: Path, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").touch()
     assert stage(made / "shards", tmp_path / "file" / "local") == 2
     assert "file/local: Not a directory. Fix: choose another folder with --to" in capsys.readouterr().err
+
+
+def test_only_this_user_can_change_the_copies(made: Path, local: Path) -> None:
+    assert stage(made / "shards", local) == 0
+    assert stat.S_IMODE(local.stat().st_mode) == 0o700
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("plant", "says"),
+    [
+        ('mkdir "$1/local"', "belongs to nobody (user id 65534)"),
+        ('ln -s "$2" "$1/local"', "belongs to nobody (user id 65534)"),
+        (None, "can be changed by other users (mode 777)"),
+    ],
+)
+def test_a_folder_that_a_stranger_can_change_takes_no_copies(
+    made: Path, tmp_path: Path, plant: str | None, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with shared_folder() as folder:
+        if plant is not None:
+            as_stranger(plant, folder, tmp_path)
+        else:
+            (folder / "local").mkdir()
+            (folder / "local").chmod(0o777)
+        assert stage(made / "shards", folder / "local") == 2
+        assert f"--to: {folder}/local {says}. Fix: give a folder" in capsys.readouterr().err
+        assert list((folder / "local").iterdir()) == []
 
 
 def test_ranges() -> None:
