@@ -3,7 +3,7 @@
 import atexit
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
 
 import horovod.torch as hvd
 import torch
-from horovod.runner.http.http_server import RendezvousHTTPServer
 from torch import Tensor, nn
 
 from distributed.addresses import check_own_name, set_interfaces
@@ -49,7 +48,7 @@ class HorovodBackend:
     ) -> None:
         self.topology = topology
         self.device = device
-        self._rendezvous = _prepare_start(topology, device, timeout_s, controller)
+        stop_rendezvous = _prepare_start(topology, device, timeout_s, controller)
         whole_world = tuple(range(topology.size))
         self._process_sets = {
             ranks: hvd.ProcessSet(list(ranks)) for ranks in map(tuple, rank_groups) if ranks != whole_world
@@ -65,6 +64,9 @@ class HorovodBackend:
                 "installed for mpirun. If process sets mismatch, the ranks have different batch-norm groups. "
                 "Fix: one configuration for all ranks"
             ) from error
+        # Until all ranks are here, some may still read the store.
+        hvd.barrier()
+        stop_rendezvous()
         self._process_sets[whole_world] = hvd.global_process_set
         if (hvd.rank(), hvd.size()) != (topology.rank, topology.size):
             raise TopologyError(
@@ -110,14 +112,10 @@ class HorovodBackend:
         # Under MPI the other ranks fail if one leaves while they still reduce.
         hvd.barrier()
         hvd.shutdown()
-        if self._rendezvous is not None:
-            self._rendezvous.shutdown()
 
 
-def _prepare_start(
-    topology: Topology, device: torch.device, timeout_s: float, controller: str
-) -> RendezvousHTTPServer | None:
-    """Set the environment that hvd.init() reads; returns the rendezvous server where this rank serves one."""
+def _prepare_start(topology: Topology, device: torch.device, timeout_s: float, controller: str) -> Callable[[], None]:
+    """Set the environment that hvd.init() reads; returns the function that stops what only the start needs."""
     chosen = choose_controller(controller, topology)
     if chosen is not None:
         # Under srun both work, and Horovod takes MPI wherever it was built with it.
@@ -135,7 +133,7 @@ def _prepare_start(
     if chosen == "gloo" or topology.launcher == "horovodrun":
         check_own_name(topology)
         set_interfaces(topology)
-    return prepare_gloo(topology, timeout_s) if chosen == "gloo" else None
+    return prepare_gloo(topology, timeout_s) if chosen == "gloo" else lambda: None
 
 
 def _check_placement(topology: Topology) -> None:
