@@ -21,6 +21,7 @@ from pathlib import Path
 
 from distributed.addresses import own_address
 from distributed.backends.base import Backend
+from distributed.topology import TopologyError
 from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_REQUEUE
 
@@ -254,10 +255,20 @@ def _connect(address: tuple[str, int], hello: messages.Hello) -> socket.socket:
     """Return a connection to the monitor that it has accepted as this rank's.
 
     A flood of strangers at the start makes the monitor close connections, perhaps before it has read this rank's hello: try again.
+    Raises TopologyError if the network does not lead there.
     """
     deadline_s = time.monotonic() + _CONNECT_TIMEOUT_S
     while True:
-        connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        try:
+            connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        except ConnectionRefusedError:
+            # Its node is reached, but the monitor has ended.
+            raise
+        except OSError as error:
+            raise TopologyError(
+                f"rank {hello.rank} on {hello.host} cannot reach the monitor, on rank 0's node, at {address[0]} port {address[1]}: "
+                f"{error}. Fix: TSM_NETWORK_INTERFACE=NAME of the interface between the nodes, or open ports between them"
+            ) from None
         with suppress(OSError):
             connection.sendall(hello.to_line() + messages.Heartbeat(0, "start", 0).to_line())
             # The answer to the heartbeat, which the control channel's thread reads.

@@ -15,6 +15,8 @@ from distributed.addresses import (
     set_interfaces,
     source_address,
 )
+from distributed.health.control_channel import _connect
+from distributed.health.messages import Hello
 from distributed.topology import Topology, TopologyError
 from runtime.interfaces import interface_addresses
 
@@ -168,6 +170,20 @@ def test_horovod_needs_the_hosts_own_name(place: Topology, names: Mapping[str, s
         return
     with pytest.raises(TopologyError, match=f"on n1: .*own name, which {refused} in /etc/hosts"):
         check_own_name(place, SRUN, network(names))
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), OSError(113, "No route to host")])
+def test_a_monitor_that_the_network_does_not_lead_to_is_refused(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_connection(address: tuple[str, int], timeout: float) -> socket.socket:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    with pytest.raises(
+        TopologyError, match=r"rank 1 on n2 .*10\.1\.0\.1 port 4000: .*(timed out|No route).*Fix: TSM_NETWORK_INTERFACE"
+    ):
+        _connect(("10.1.0.1", 4000), Hello(1, "n2", 1, "token"))
 
 
 def test_this_machines_own_answers() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.processes import LISTENING
 from tests.helpers.slurm_cluster import why_no_cluster
-from tests.helpers.worlds import CHECKOUT, World, available
+from tests.helpers.worlds import CHECKOUT, MARK, World, available
 
 pytestmark = pytest.mark.slow
 
@@ -84,11 +85,11 @@ def start(node: str, number: int, folder: Path, names: list[str]) -> "subprocess
             rank = {"RANK": str(number), "GROUP_RANK": str(number)}
         environment = variables | rank | {"MASTER_PORT": str(20_000 + position)}
         cases.append({"name": name, "backend": backend, "hosts": files[number], "environment": environment})
-    enter = f'hostname n{number + 1} && mount --bind "$1" /etc/hosts && exec "$2" -m tests.world_cases.two_nodes "$1" "$3" "$4"'
+    enter = f'hostname n{number + 1} && mount --bind "$1" /etc/hosts && exec "$2" tests/world_cases/two_nodes.py "$1" "$3" "$4"'
     command = ["nsenter", f"--net=/run/netns/{node}", "unshare", "--mount", "--uts", "sh", "-c", enter, "sh"]
     arguments = [str(hosts), sys.executable, json.dumps(cases), str(folder / f"results-{number}")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    environment |= {"OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT), MARK: str(folder)}
     with (folder / f"log-{number}").open("w") as log:
         return subprocess.Popen([*command, *arguments], cwd=CHECKOUT, env=environment, stderr=log)
 
@@ -112,9 +113,13 @@ def results(nodes: list[str], folder: Path, names: list[str]) -> list[dict[str, 
 
 def test_two_nodes_meet_whatever_their_own_names_are(nodes: list[str], tmp_path: Path) -> None:
     available(World("horovodrun", 2))
-    for number, found in enumerate(results(nodes, tmp_path, list(CASES)), 1):
+    found = results(nodes, tmp_path, list(CASES))
+    for number, on_node in enumerate(found, 1):
         # Horovod refuses what it cannot do.
-        refused = found.pop("debian, horovod")
+        refused = on_node.pop("debian, horovod")
         fix = rf"rank {number - 1} on n{number}: .* is 127.0.1.1, .*Fix: the line `10.83.0.{number} n{number}` in /etc/hosts"
         assert re.match(f"TopologyError: {fix}", refused), refused
-        assert found == {name: [2.0, "10.83.0.1"] for name in CASES if name != "debian, horovod"}
+        assert {name: result[0] for name, result in on_node.items()} == dict.fromkeys(on_node, 2.0)
+    for name, (_, addresses) in found[0].items():
+        seen = {(kind, re.sub(r"^10\.83\.0\.[12]$", "node", address)) for kind, address in addresses}
+        assert seen == LISTENING["srun, horovod_gloo" if "horovod" in name else "srun, torch"], name

@@ -1,7 +1,7 @@
 """Join a world of two nodes in several ways, in one process per node: tests/distributed/test_two_nodes.py starts both.
 
 Each case sets the node's hosts file and environment, joins, starts the control channel, adds 1 over all ranks, and leaves. The
-result of a case is the sum and the monitor's address, or the error. Ends at the first error.
+result of a case is the sum, and on rank 0 the addresses on which the whole job listens; or the error. Ends at the first error.
 """
 
 import json
@@ -15,6 +15,8 @@ import torch
 from distributed.backends.make import make_backend
 from distributed.health.control_channel import ControlChannel
 from distributed.topology import TopologyError, find_topology
+from tests.helpers.processes import listening, processes_with
+from tests.helpers.worlds import MARK
 
 
 def main(hosts: Path, cases: list[dict[str, Any]], results: Path) -> None:
@@ -35,16 +37,17 @@ def main(hosts: Path, cases: list[dict[str, Any]], results: Path) -> None:
             os._exit(0)
 
 
-def join(name: str) -> list[Any]:
+def join(name: str) -> tuple[float, list[tuple[str, str]]]:
     topology = find_topology()
     backend = make_backend(name, topology, torch.device("cpu"), 60.0, "gloo")
     control = ControlChannel(backend)
+    found = listening(processes_with(MARK, os.environ[MARK])) if topology.rank == 0 else set()
+    # The other rank waits here.
     x = torch.ones(1)
     backend.all_reduce_(x, "x")
-    address = control._connection.getpeername()[0]
     control.close()
     backend.close()
-    return [x.item(), address]
+    return x.item(), sorted(found)
 
 
 if __name__ == "__main__":
