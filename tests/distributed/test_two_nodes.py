@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import LISTENING
+from tests.helpers.processes import LISTENING_ON_TWO_NODES
 from tests.helpers.slurm_cluster import why_no_cluster
 from tests.helpers.worlds import CHECKOUT, MARK, World, available
 
@@ -122,4 +122,4 @@ def test_two_nodes_meet_whatever_their_own_names_are(nodes: list[str], tmp_path:
         assert {name: result[0] for name, result in on_node.items()} == dict.fromkeys(on_node, 2.0)
     for name, (_, addresses) in found[0].items():
         seen = {(kind, re.sub(r"^10\.83\.0\.[12]$", "node", address)) for kind, address in addresses}
-        assert seen == LISTENING["srun, horovod_gloo" if "horovod" in name else "srun, torch"], name
+        assert seen == LISTENING_ON_TWO_NODES[CASES[name][0]], name

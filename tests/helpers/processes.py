@@ -9,12 +9,15 @@ LISTENING = {
     "local": {("monitor", "loopback"), ("rank", "loopback")},
     "torchrun": {("launcher", "any"), ("monitor", "loopback"), ("rank", "loopback")},
     "horovodrun": {("launcher", "any"), ("monitor", "loopback")},
-    "srun, torch": {("monitor", "node"), ("rank", "any"), ("rank", "node")},
-    "srun, horovod_gloo": {("monitor", "node")},
     "mpirun": {("launcher", "any"), ("launcher", "loopback"), ("monitor", "loopback"), ("rank", "any")},
 }
-"""(kind of process, address) of each launcher's job: the table of docs/security.md. With srun on two nodes, else on one machine.
-`node`: the address by which other nodes reach it."""
+"""(kind of process, address) of each launcher's job on one machine: the table of docs/security.md."""
+
+LISTENING_ON_TWO_NODES = {
+    "torch": {("monitor", "node"), ("rank", "any"), ("rank", "node")},
+    "horovod": {("monitor", "node")},
+}
+"""The same of srun's jobs over Gloo, by backend. `node`: the address by which other nodes reach it; `any`: torch's store."""
 
 _LAUNCHERS = ("launch/local.py", "torch.distributed.run", "horovodrun", "mpirun", "srun", "slurmstepd:")
 
