@@ -3,10 +3,11 @@
 Imports without torch.
 """
 
+import itertools
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -142,10 +143,21 @@ def tasks_of_nodes(text: str) -> list[int]:
     return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
 
 
-def first_host(node_list: str) -> str:
-    """Return the first host of Slurm's node list, as `scontrol show hostnames` would: `rack1n[003-010,12]` -> `rack1n003`."""
-    bare = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", bare.group() if bare else "")
+def hosts_of(node_list: str) -> Iterator[str]:
+    """Yield the hosts of Slurm's node list, as `scontrol show hostnames`: `r1n[03-04,7]` -> r1n03, r1n04, r1n7."""
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):
+        text_and_numbers = re.split(r"\[([^\]]*)\]", part)
+        choices = [_expanded(piece) if i % 2 else [piece] for i, piece in enumerate(text_and_numbers)]
+        yield from map("".join, itertools.product(*choices))
+
+
+def _expanded(numbers: str) -> list[str]:
+    """Expand Slurm's `003-005,12` to 003, 004, 005, 12."""
+    found = []
+    for part in numbers.split(","):
+        first, _, last = part.partition("-")
+        found += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def rendezvous(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -154,7 +166,7 @@ def rendezvous(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
     Task 0 runs on the first node of the step. The port is derived from job and step, so that two jobs on a node do not collide,
     and is below the kernel's ephemeral ports. MASTER_ADDR and MASTER_PORT, as for torchrun, override both.
     """
-    host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    host = environ.get("MASTER_ADDR") or next(hosts_of(environ.get("SLURM_STEP_NODELIST", "")), None)
     job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
     port = environ.get("MASTER_PORT") or str(20_000 + (7 * job + step) % 10_000)
     if not host or not port.isdecimal():

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.topology import Topology, TopologyError, rendezvous
+from distributed.addresses import rendezvous_address, set_interfaces
+from distributed.topology import Topology, TopologyError
 
 from .base import Group, Reducer, ReducerOptions
 from .fp16_compression import fp16_share
@@ -36,6 +37,7 @@ class TorchBackend:
         if topology.launcher == "none":
             dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
             return
+        set_interfaces(topology)
         with sealed_afterwards():
             _join(topology, transport, timedelta(seconds=timeout_s))
         if (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.size):
@@ -85,6 +87,8 @@ class TorchBackend:
 
 def _join(topology: Topology, transport: str, timeout: timedelta) -> None:
     if topology.launcher == "torchrun":
+        # torch would wait for a MASTER_ADDR that does not resolve.
+        rendezvous_address(topology)
         dist.init_process_group(transport, timeout=timeout)
     else:
         where = _meeting_place(topology)
@@ -95,8 +99,8 @@ def _meeting_place(topology: Topology) -> str:
     """Return the URL at which ranks meet: launch/local.py's file, or a port of the node of rank 0."""
     if topology.launcher == "local":
         return f"file://{os.environ['TSM_LOCAL_STORE']}"
-    host, port = rendezvous()
-    return f"tcp://{host}:{port}"
+    host, port = rendezvous_address(topology)
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def without_buffer_sync(ddp: Callable[..., Any] = DistributedDataParallel.__init__) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
+from distributed.addresses import check_own_name, set_interfaces
 from distributed.topology import Topology, TopologyError, choose_controller
 from runtime.exit_codes import EXIT_CONFIG
 
@@ -128,6 +129,10 @@ def _prepare_start(topology: Topology, device: torch.device, timeout_s: float, c
         # The host returns as soon as a reduction is queued, and torch's stream waits for it on the GPU. Without this the host
         # waits for each reduction, and cannot queue work ahead. Horovod waits on the default stream, the only one we use.
         os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
+    # MPI chooses its own interfaces.
+    if chosen == "gloo" or topology.launcher == "horovodrun":
+        check_own_name(topology)
+        set_interfaces(topology)
     return prepare_gloo(topology, timeout_s) if chosen == "gloo" else lambda: None
 
 

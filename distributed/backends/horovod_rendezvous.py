@@ -15,7 +15,8 @@ from collections.abc import Callable
 from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-from distributed.topology import Topology, TopologyError, rendezvous, tasks_of_nodes
+from distributed.addresses import rendezvous_address
+from distributed.topology import Topology, TopologyError, tasks_of_nodes
 
 # A value is the addresses of one rank for each other rank, 150 bytes each.
 _VALUE_BYTES = 64 << 10
@@ -60,8 +61,7 @@ def prepare_gloo(topology: Topology, timeout_s: float) -> Callable[[], None]:
     Returns the function that stops it, to be called when all ranks have started: later Horovod does not use the store.
     Raises TopologyError when the port is in use, or the store does not answer within `timeout_s`.
     """
-    host, port = rendezvous()
-    address = "127.0.0.1" if topology.local_size == topology.size else _look_up(host, topology)
+    address, port = rendezvous_address(topology)
     tasks_per_node = tasks_of_nodes(os.environ["SLURM_STEP_TASKS_PER_NODE"])
     os.environ |= {
         "HOROVOD_RANK": str(topology.rank),
@@ -84,16 +84,6 @@ def prepare_gloo(topology: Topology, timeout_s: float) -> Callable[[], None]:
 def _node_name(node: int) -> str:
     """Return a unique name: Horovod's store distinguishes nodes by name only."""
     return f"node{node}"
-
-
-def _look_up(host: str, topology: Topology) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError as error:
-        raise TopologyError(
-            f"rank {topology.rank} on {topology.host} cannot look up {host}, the host of rank 0: {error}. "
-            "Fix: MASTER_ADDR=ADDRESS for all tasks"
-        ) from None
 
 
 def _serve(address: str, port: int, tasks_per_node: list[int]) -> Callable[[], None]:

@@ -61,7 +61,8 @@ class Connections:
     """The monitor's listening socket and all connections. Only ranks appear in `ranks`."""
 
     def __init__(self, address: str, token: str, world_size: int) -> None:
-        self._listener = socket.create_server((address, 0), backlog=4096)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = socket.create_server((address, 0), family=family, backlog=4096)
         # Another process of the node may have taken the connection back before `accept`.
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]

@@ -19,7 +19,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from distributed.addresses import own_address
 from distributed.backends.base import Backend
+from distributed.topology import TopologyError
 from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_REQUEUE
 
@@ -64,8 +66,9 @@ class ControlChannel:
         self._stop = StopAgreement(topology.rank, self._send)
         served = None
         if self.rank == 0:
-            address = "127.0.0.1" if topology.local_size == self.world_size else _own_address()
-            settings = MonitorSettings(address, self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s)
+            settings = MonitorSettings(
+                own_address(topology), self._host, uuid.uuid4().hex, self.world_size, hang_timeout_s
+            )
             self._monitor, port = start_monitor(settings)
             served = asdict(settings) | {"port": port}
         served = backend.broadcast_object(served)
@@ -254,10 +257,20 @@ def _connect(address: tuple[str, int], hello: messages.Hello) -> socket.socket:
     """Return a connection to the monitor that it has accepted as this rank's.
 
     A flood of strangers at the start makes the monitor close connections, perhaps before it has read this rank's hello: try again.
+    Raises TopologyError if the network does not lead there.
     """
     deadline_s = time.monotonic() + _CONNECT_TIMEOUT_S
     while True:
-        connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        try:
+            connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
+        except ConnectionRefusedError:
+            # Its node is reached, but the monitor has ended.
+            raise
+        except OSError as error:
+            raise TopologyError(
+                f"rank {hello.rank} on {hello.host} cannot reach the monitor, on rank 0's node, at {address[0]} port {address[1]}: "
+                f"{error}. Fix: TSM_NETWORK_INTERFACE=NAME of the interface between the nodes, or open ports between them"
+            ) from None
         with suppress(OSError):
             connection.sendall(hello.to_line() + messages.Heartbeat(0, "start", 0).to_line())
             # The answer to the heartbeat, which the control channel's thread reads.
@@ -274,8 +287,3 @@ def _allow_tracing() -> None:
     pr_set_ptracer, pr_set_ptracer_any = 0x59616D61, ctypes.c_ulong(-1)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_ptracer, pr_set_ptracer_any, 0, 0, 0)
-
-
-def _own_address() -> str:
-    """Return the address of this host's name, by which other nodes reach this process."""
-    return socket.gethostbyname(socket.gethostname())

@@ -19,7 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distributed.topology import Topology, find_topology, rendezvous
+from distributed.addresses import rendezvous_address, set_interfaces
+from distributed.topology import Topology, TopologyError, find_topology
 
 from .node import node_name, report
 from .pairs import Floors, Measured, Pair, judge_pairs, retrial, rounds
@@ -46,7 +47,7 @@ class Plan:
 
 
 def open_store(place: Topology, limit_s: float) -> dist.TCPStore:
-    host, port = rendezvous() if place.size > 1 else ("127.0.0.1", 0)
+    host, port = rendezvous_address(place) if place.size > 1 else ("127.0.0.1", 0)
     limit = timedelta(seconds=limit_s)
     return dist.TCPStore(host, port, None, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
 
@@ -187,7 +188,12 @@ def main() -> None:
     place = find_topology()
     # Ranks that load torch from a busy file system arrive minutes apart; each later step takes about a second.
     come_s, step_s = options.limit_s / 2, max(10.0, options.limit_s / 10)
-    store = open_store(place, options.limit_s)
+    try:
+        set_interfaces(place)
+        store = open_store(place, options.limit_s)
+    except (TopologyError, RuntimeError) as error:
+        report("failed", nodes=[node_name()], error=str(error)[:500])
+        sys.exit(1)
     plan = agree_on_plan(store, place, come_s)
     if place.rank in plan.members:
         try:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distributed.addresses import rendezvous_address
 from distributed.topology import Topology, find_topology, rendezvous
 from runtime.environment import EnvironmentFault
 
@@ -220,7 +221,7 @@ def check_node(place: Topology, nodes: int, options: argparse.Namespace) -> None
         if place.rank == 0:
             report("clock", offset_s=0.0, round_trip_s=0.0)
         else:
-            report("clock", **clock_offset(*rendezvous(), options.limit_s))
+            report("clock", **clock_offset(*rendezvous_address(place), options.limit_s))
 
     def every_gpu() -> None:
         count = 0

@@ -16,7 +16,7 @@ from distributed.topology import (
     choose_controller,
     choose_gpu,
     find_topology,
-    first_host,
+    hosts_of,
     rendezvous,
     tasks_of_nodes,
 )
@@ -118,15 +118,21 @@ def test_tasks_of_nodes_are_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "node_list",
-    ["n1", "n[1-4]", "n[003,007-009],m[1-2]", "login", "r1n[3-4],r2n7", "r[1-2]n[05-06]", "a-b[10-12]", "x.y.z,q"],
+    ("node_list", "hosts"),
+    [
+        ("n1", "n1"),
+        ("n[1-4]", "n1 n2 n3 n4"),
+        ("n[003,007-009],m[1-2]", "n003 n007 n008 n009 m1 m2"),
+        ("n[8-11]", "n8 n9 n10 n11"),
+        ("r1n[3-4],r2n7", "r1n3 r1n4 r2n7"),
+        ("r[1-2]n[05-06]", "r1n05 r1n06 r2n05 r2n06"),
+        ("a-b[10-12]", "a-b10 a-b11 a-b12"),
+        ("x.y.z,q", "x.y.z q"),
+        ("", ""),
+    ],
 )
-def test_the_first_host_is_scontrols(node_list: str) -> None:
-    expected = {
-        "n1": "n1", "n[1-4]": "n1", "n[003,007-009],m[1-2]": "n003", "login": "login", "r1n[3-4],r2n7": "r1n3",
-        "r[1-2]n[05-06]": "r1n05", "a-b[10-12]": "a-b10", "x.y.z,q": "x.y.z",
-    }  # fmt: skip
-    assert first_host(node_list) == expected[node_list]
+def test_the_hosts_are_scontrols(node_list: str, hosts: str) -> None:
+    assert list(hosts_of(node_list)) == hosts.split()
 
 
 def test_the_rendezvous_follows_from_job_and_step() -> None:

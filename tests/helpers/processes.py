@@ -13,6 +13,12 @@ LISTENING = {
 }
 """(kind of process, address) of each launcher's job on one machine: the table of docs/security.md."""
 
+LISTENING_ON_TWO_NODES = {
+    "torch": {("monitor", "node"), ("rank", "any"), ("rank", "node")},
+    "horovod": {("monitor", "node")},
+}
+"""The same of srun's jobs over Gloo, by backend. `node`: the address by which other nodes reach it; `any`: torch's store."""
+
 _LAUNCHERS = ("launch/local.py", "torch.distributed.run", "horovodrun", "mpirun", "srun", "slurmstepd:")
 
 

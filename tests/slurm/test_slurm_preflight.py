@@ -275,6 +275,7 @@ def all_reduce(nodes: int, absent: set[int], port: int, limit_s: float) -> Judge
         place = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "TSM_NETWORK_INTERFACE": "lo",
             "SLURMD_NODENAME": f"n{rank + 1}",
             "OMP_NUM_THREADS": 1,
         }
