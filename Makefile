@@ -12,9 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# A stamp's name contains a hash of the pinned versions and of the project's requirements: a change of either installs again, and a
-# second call does nothing. The tool settings in pyproject.toml are not hashed.
-PINS := $(shell { cat constraints.txt; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
+# A stamp's name contains a hash of the pinned versions, their files' hashes and the project's requirements: a change of any installs
+# again, and a second call does nothing. The tool settings in pyproject.toml are not hashed.
+PINS := $(shell { cat constraints.txt requirements.lock; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
 BASE := $(VENV)/.base-$(PINS)
 DEV := $(VENV)/.dev-$(PINS)
 
@@ -33,7 +33,7 @@ help:  ## list the targets
 
 setup: $(BASE)  ## .venv with the pinned dependencies: no root, no Horovod, no DALI, no system FFmpeg
 
-$(BASE): | constraints.txt pyproject.toml
+$(BASE): | constraints.txt requirements.lock pyproject.toml
 	tools/setup_venv.sh $(VENV) core
 	@rm -f $(VENV)/.base-*
 	@touch $@

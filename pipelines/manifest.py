@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from runtime.atomic_write import atomic_write
 
-from .manifest_digest import content_digest, evidence_digest
+from .manifest_digest import content_digest, evidence_digest, older_digest
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18
@@ -116,14 +116,17 @@ class Manifest:
         self.digest: str = meta["digest"]
         """sha256 of the header and every row, but for the columns EVIDENCE, computed when the manifest was written."""
         self.evidence: str = meta.get("evidence", "")
-        """sha256 of the columns EVIDENCE; empty in older manifests."""
+        """sha256 of the columns EVIDENCE; empty in older manifests, whose `digest` is of all columns."""
         self._table = table
         self._blocks = table.to_batches()
         self._starts = np.cumsum([0, *(block.num_rows for block in self._blocks)])
 
     @classmethod
     def open(cls, path: str | Path) -> "Manifest":
-        """Map the file and validate all rows, vectorized: no row becomes a Python object."""
+        """Map the file and validate all rows, vectorized: no row becomes a Python object.
+
+        No damage to the file crashes a later reader. `require_as_written` also finds damage that leaves valid rows.
+        """
         path = Path(path)
         try:
             file = pa.memory_map(str(path))
@@ -134,7 +137,10 @@ class Manifest:
         try:
             # Zero-copy: the columns point into the mapped file.
             table = pa.ipc.open_file(file).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
+            # First of all: a damaged offset or length crashes whatever reads the column. In full: also each string's bytes.
+            table.validate(full=True)
+        # ValueError: a column's name that is no UTF-8.
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise ManifestError(f"{path}: not an Arrow file, or truncated ({error}); {HINT}") from error
         manifest = cls(path, table, _read_meta(path, table.schema))
         manifest.validate()
@@ -194,10 +200,19 @@ class Manifest:
         return fast, len(values) - fast - values.null_count, values.null_count
 
     def is_as_written(self) -> bool:
-        """Tell whether the rows still have the digest that was computed when they were written."""
+        """Tell whether header and rows still have the digests that were computed when they were written."""
         header = {"version": VERSION, "classes": self.classes, "order_groups": self.order_groups, "split": self.split}
-        found = content_digest(header, self._blocks), self.evidence and evidence_digest(self._blocks)
+        if not self.evidence:
+            return older_digest(header, self._blocks) == self.digest
+        found = content_digest(header, self._blocks), evidence_digest(self._blocks)
         return found == (self.digest, self.evidence)
+
+    def require_as_written(self) -> None:
+        """Raise ManifestError unless `is_as_written`."""
+        if not self.is_as_written():
+            raise ManifestError(
+                f"{self.path}: its content does not match its digest: the file was changed, or damaged, after it was written"
+            )
 
     def validate(self) -> None:
         """Raise ManifestError unless columns, classes and values are valid."""
@@ -247,6 +262,10 @@ def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
     missing = [key for key in ("classes", "order_groups", "split", "digest") if key not in meta]
     if missing:
         raise ManifestError(f"{path}: its metadata has no {', '.join(missing)}; {HINT}")
+    kinds = {"classes": list, "order_groups": list | None, "split": str | None, "digest": str, "evidence": str}
+    wrong = [key for key, kind in kinds.items() if key in meta and not isinstance(meta[key], kind)]
+    if wrong or not all(isinstance(name, str) for name in meta["classes"]):
+        raise ManifestError(f"{path}: its metadata has a wrong {', '.join(wrong) or 'class name'}; {HINT}")
     return meta
 
 

@@ -4,6 +4,11 @@
 
 pip can install an extra only together with the project, and the project is never installed. `core` selects the core
 requirements together with extras. `--without NAME` omits a requirement (tools/horovod builds Horovod).
+
+    python tools/requirements.py --locked dev mpi | pip install --require-hashes --no-deps -r /dev/stdin
+
+`--locked` prints the entries of requirements.lock instead: everything that the groups need, in the pinned versions, with the
+hashes of their files. pip then refuses any other file before it runs or unpacks any of it.
 """
 
 import argparse
@@ -11,7 +16,10 @@ import re
 import tomllib
 from pathlib import Path
 
-PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = ROOT / "pyproject.toml"
+CONSTRAINTS = ROOT / "constraints.txt"
+LOCK = ROOT / "requirements.lock"
 
 
 def normalized(name: str) -> str:
@@ -37,15 +45,24 @@ def requirements(groups: list[str], pyproject: Path = PYPROJECT) -> list[str]:
     return [line for group in groups for line in known[group]]
 
 
+def locked(groups: list[str], lock: Path = LOCK) -> list[str]:
+    """Return the entries of requirements.lock that the groups need: packages with versions and hashes."""
+    requirements(groups)
+    # A comment with the groups, then the entry.
+    blocks = (block.partition("\n") for block in lock.read_text().strip().split("\n\n")[1:])
+    return [entry for comment, _, entry in blocks if not set(groups).isdisjoint(comment.split())]
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=["core"])
     parser.add_argument("--without", action="append", default=[], metavar="NAME")
+    parser.add_argument("--locked", action="store_true", help="print entries with hashes, of all that the groups need")
     args = parser.parse_args()
     left_out = {normalized(name) for name in args.without}
     try:
-        lines = requirements(args.groups)
+        lines = locked(args.groups) if args.locked else requirements(args.groups)
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(line for line in lines if name_of(line) not in left_out))

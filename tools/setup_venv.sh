@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # usage: tools/setup_venv.sh VENV GROUP...
 # Create the virtual environment if it is missing, and install the groups of pyproject.toml in the versions that
-# constraints.txt pins. PYTHON names the interpreter (default: python3.11, else a python3 that is new enough).
+# constraints.txt pins. pip refuses a file whose hash is not in requirements.lock.
+#   PYTHON  the interpreter (default: python3.11, else a python3 that is new enough)
+#   HASHES  off: let pip choose the files, and so torch's build for another CUDA from an index of your choice
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -50,6 +52,21 @@ elif ! new_enough "$venv/bin/python"; then
     exit 1
 fi
 
-echo "setup: installing $* (pinned by constraints.txt)"
-"$venv/bin/python" tools/requirements.py "$@" --without horovod |
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement /dev/stdin
+packages() {
+    "$venv/bin/python" tools/requirements.py "$@"
+}
+
+install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin "$@"
+}
+
+# Pipes, and no files: an error of the first command ends the script too (pipefail).
+if [[ ${HASHES:-on} == off ]]; then
+    echo "setup: installing $* (pinned by constraints.txt; HASHES=off: pip takes any file of these versions)"
+    packages "$@" --without horovod | install --constraint constraints.txt
+else
+    echo "setup: installing $* (pinned by constraints.txt; files checked by requirements.lock)"
+    # An environment that pip makes for the build of a source package would get unchecked build tools: install checked ones first.
+    packages --locked sdist | install --require-hashes --no-deps
+    packages --locked "$@" | install --require-hashes --no-deps --no-build-isolation
+fi

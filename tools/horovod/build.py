@@ -8,34 +8,36 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 from runtime.file_lock import file_lock
-from tools.requirements import name_of, requirements
+from tools.requirements import CONSTRAINTS, locked, name_of, requirements
 
 from .choose import CacheKey, Plan
 from .commands import BuildError, failure_text, pip, run_logged
 from .recipe import BUILD_SETTINGS, CPU_ONLY_EDIT, HOROVOD_VERSION, SDIST_SHA256, SOURCE_EDITS
 from .toolkits import cuda_home, nccl_home
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 # --- Source and environment of the build ------------------------------------------------------------------------------
 
 
-def pinned(*groups: str) -> list[str]:
-    """List the requirements of the groups, without Horovod itself."""
-    return [line for line in requirements(list(groups)) if name_of(line) != "horovod"]
+def pip_install(group: str, folder: Path) -> list[str | Path]:
+    """Return the command that installs what a group needs, without Horovod itself. `folder`: where to write its packages."""
+    if os.environ.get("HASHES") == "off":
+        pinned = [line for line in requirements([group]) if name_of(line) != "horovod"]
+        return [*pip("install"), "--constraint", CONSTRAINTS, *pinned]
+    path = folder / f"{group}.txt"
+    path.write_text("\n".join(locked([group])))
+    return [*pip("install"), "--require-hashes", "--no-deps", "--no-build-isolation", "--requirement", path]
 
 
 def install_build_requirements(log: Path) -> None:
     """Install CMake and the other build tools in their pinned versions."""
-    command = [*pip("install"), "--constraint", ROOT / "constraints.txt", *pinned("horovod-build")]
-    run_logged(command, log, dict(os.environ))
+    run_logged(pip_install("horovod-build", log.parent), log, dict(os.environ))
 
 
 def fetch_source(work: Path, log: Path) -> Path:
@@ -176,10 +178,11 @@ def wheel_for(plan: Plan) -> Path:
 
 def install(wheel: Path) -> None:
     """Install the pinned dependencies, then the wheel without its own, which would bring other versions."""
-    needed = [*pip("install"), "--quiet", "--constraint", ROOT / "constraints.txt", *pinned("horovod")]
-    for command in (needed, [*pip("install"), "--quiet", "--no-deps", "--force-reinstall", wheel]):
-        if subprocess.run(command, check=False).returncode:
-            raise BuildError(f"pip could not install into {sys.prefix}; the wheel itself is good: {wheel}")
+    with tempfile.TemporaryDirectory() as folder:
+        needed = [*pip_install("horovod", Path(folder)), "--quiet"]
+        for command in (needed, [*pip("install"), "--quiet", "--no-deps", "--force-reinstall", wheel]):
+            if subprocess.run(command, check=False).returncode:
+                raise BuildError(f"pip could not install into {sys.prefix}; the wheel itself is good: {wheel}")
 
 
 def stamp_of(key: CacheKey) -> Path:

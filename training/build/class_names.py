@@ -92,7 +92,7 @@ def checkpoint_classes(state: Mapping[str, Any], run: Path, training_manifest: P
             manifest = Manifest.open(path)
         except ManifestError:
             continue
-        if manifest.digest == digest:
+        if manifest.digest == digest and manifest.is_as_written():
             return manifest.classes
     return None
 

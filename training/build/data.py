@@ -28,10 +28,12 @@ Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
 def open_manifest(data: DataConfig, split: str) -> Manifest:
-    """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing or has other classes."""
+    """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing, changed, or has other classes."""
     path = CHECKOUT / data.root / getattr(data, split)
     try:
         manifest = Manifest.open(path)
+        # On every rank, because a node may have a copy of its own: 0.2 s for 240,000 clips.
+        manifest.require_as_written()
     except ManifestError as error:
         fix = data.prepare or "prepare.py (docs/data.md), or data.root=FOLDER of the manifests"
         raise DataError(f"{error}. Fix: {fix}") from error

@@ -3,12 +3,15 @@
 from functools import lru_cache
 from pathlib import Path
 
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, ManifestError
 from pipelines.prepare.errors import DataSetError
 
 
-def open_manifests(root: Path) -> dict[str, Manifest]:
-    """Open every manifest in a folder; keys are file stems (`train`)."""
+def open_manifests(root: Path, checked: bool = True) -> dict[str, Manifest]:
+    """Open every manifest in a folder; keys are file stems (`train`).
+
+    `checked`: raise DataSetError if one does not match its digest: manifests made from it would match theirs.
+    """
     if not root.is_dir():
         raise DataSetError(f"{root}: no such folder. Fix: give the folder of the manifests with --root")
     paths = sorted(root.glob("*.arrow"))
@@ -16,7 +19,13 @@ def open_manifests(root: Path) -> dict[str, Manifest]:
         raise DataSetError(
             f"{root}: contains no manifest (*.arrow). Fix: make one first, for example with prepare.py kinetics"
         )
-    return {path.stem: Manifest.open(path) for path in paths}
+    manifests = {path.stem: Manifest.open(path) for path in paths}
+    for manifest in manifests.values() if checked else ():
+        try:
+            manifest.require_as_written()
+        except ManifestError as error:
+            raise DataSetError(f"{error}. Fix: make the manifest again") from error
+    return manifests
 
 
 @lru_cache(maxsize=4)

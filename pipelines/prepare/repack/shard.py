@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.decoding.tar import member_space
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
+from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestError, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -137,8 +137,17 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
 
 
 def _has_evidence(target: Path, manifests: dict[str, Manifest]) -> bool:
-    """Tell whether the shards' manifests say how to decode the clips as the source's do, which may be of a newer scan."""
-    return all(Manifest.open(target / f"{name}.arrow").evidence == each.evidence for name, each in manifests.items())
+    """Tell whether the shards' manifests say how to decode the clips as the source's do, which may be of a newer scan.
+
+    A missing or damaged one does not, so the same command writes it again.
+    """
+    try:
+        written = {name: Manifest.open(target / f"{name}.arrow") for name in manifests}
+    except ManifestError:
+        return False
+    return all(
+        written[name].is_as_written() and written[name].evidence == manifests[name].evidence for name in manifests
+    )
 
 
 def _rows(manifest: Manifest, shards: list[tuple[ShardTask, ShardRecord]]) -> Iterator[ManifestRow]:

@@ -52,7 +52,7 @@ class RowsCheck:
 
 def verify(root: Path, workers: int, decode: bool) -> Verified:
     """Check every shard and every clip of the manifests in `root`. Raises DataSetError if there is no manifest."""
-    manifests, index = open_manifests(root), read_shard_index(root)
+    manifests, index = open_manifests(root, checked=False), read_shard_index(root)
     bad = [
         f"{each.path}: its rows do not match its digest. Fix: make the manifest again"
         for each in manifests.values()

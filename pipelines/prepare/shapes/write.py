@@ -167,6 +167,7 @@ def _find_finished(root: Path, config: ShapesConfig) -> Written | None:
             # A manifest of an older version does not say that the fast decoder may decode the clips.
             if len(manifest) != config.clips(split) or manifest.fast_seek()[0] < len(manifest):
                 return None
+            manifest.require_as_written()
             for row in map(manifest.row, range(len(manifest))):
                 if os.stat(root / row.path).st_size != row.length:
                     return None

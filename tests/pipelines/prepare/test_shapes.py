@@ -217,6 +217,15 @@ def test_what_was_harmed_is_mended(root: Path, finished: Path) -> None:
     assert contents(root) == contents(finished)
 
 
+def test_a_changed_manifest_is_written_again(root: Path, finished: Path) -> None:
+    path = root / "train.arrow"
+    content, labels = path.read_bytes(), Manifest.open(path).labels()
+    path.write_bytes(content.replace(labels.tobytes(), labels[::-1].tobytes()))
+    assert path.read_bytes() != content
+    assert write_shapes(root, SMALL).new_clips == 0
+    assert contents(root) == contents(finished)
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     arguments = ["--train-clips", "240", "--val-clips", "10", "--size", "32", "--frames", "8", "--workers", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

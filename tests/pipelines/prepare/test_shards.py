@@ -270,6 +270,29 @@ def test_a_new_scan_of_the_source_reaches_the_shards(files: Path, spoiled: Path)
     assert any(expected) and Manifest.open(manifest.path).digest == manifest.digest
 
 
+@pytest.mark.parametrize("change", ["bit", "gone"])
+def test_a_damaged_manifest_is_written_again(files: Path, spoiled: Path, change: str) -> None:
+    path = spoiled / "train.arrow"
+    content = path.read_bytes()
+    labels = Manifest.open(path).labels().tobytes()
+    path.write_bytes(content.replace(labels, labels[4:] + labels[:4]))
+    if change == "gone":
+        path.unlink()
+    assert shard(files, spoiled) == 0
+    assert path.read_bytes() == content
+
+
+def test_shards_of_a_damaged_manifest_are_refused(
+    spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = spoiled / "train.arrow"
+    labels = Manifest.open(path).labels().tobytes()
+    path.write_bytes(path.read_bytes().replace(labels, labels[4:] + labels[:4]))
+    assert shard(spoiled, tmp_path / "to") == 2
+    assert "train.arrow: its content does not match its digest" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_lost_shard_is_made_again(files: Path, spoiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tars(spoiled)
     (spoiled / "train-000001.tar").unlink()

@@ -1,0 +1,47 @@
+"""Refuse a manifest whose content changed after prepare.py wrote it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.manifest import Manifest, ManifestRow, write_manifest
+from runtime.exit_codes import EXIT_DATA
+from training.build.class_names import checkpoint_classes
+from training.build.data import open_manifest
+from training.config.schema import DataConfig
+from training.errors import DataError
+
+
+def change_labels(path: Path) -> None:
+    """Move all labels by one row, and keep the rest of the file."""
+    content = path.read_bytes()
+    labels = Manifest.open(path).labels()
+    assert content.count(labels.tobytes()) == 1
+    path.write_bytes(content.replace(labels.tobytes(), np.roll(labels, 1).tobytes()))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    rows = [ManifestRow(f"{number}.mp4", 0, 10, number % 3, 8, "h264", 64, 48, 0) for number in range(9)]
+    write_manifest(tmp_path / "train.arrow", rows, ["a", "b", "c"], split="train")
+    return DataConfig(root=str(tmp_path), train="train.arrow", num_classes=3, prepare="python prepare.py folder")
+
+
+def test_a_changed_manifest_is_refused(data: DataConfig) -> None:
+    open_manifest(data, "train")
+    change_labels(Path(data.root) / "train.arrow")
+    with pytest.raises(
+        DataError, match=r"train\.arrow: its content does not match its digest.*Fix: python prepare"
+    ) as caught:
+        open_manifest(data, "train")
+    assert caught.value.exit_code == EXIT_DATA
+
+
+def test_a_changed_manifest_names_no_classes_of_an_old_checkpoint(data: DataConfig, tmp_path: Path) -> None:
+    path = Path(data.root) / "train.arrow"
+    state = {"recipe": {"manifest_digest": Manifest.open(path).digest}}
+    assert checkpoint_classes(state, tmp_path, path) == ["a", "b", "c"]
+    path.write_bytes(path.read_bytes().replace(b'["a", "b", "c"]', b'["b", "a", "c"]'))
+    assert Manifest.open(path).classes == ["b", "a", "c"]
+    assert checkpoint_classes(state, tmp_path, path) is None
