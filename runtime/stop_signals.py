@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from .console import open_closed_streams
 from .error_report import report_error
 from .exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
@@ -44,6 +45,8 @@ def handle_stop_signals() -> None:
 
     For entry points only, under `if __name__ == "__main__"`: loader workers import those files too.
     """
+    # The pipe must not get the number of a closed stream.
+    open_closed_streams()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _State.installed, _State.action = True, _exit_at_once
