@@ -26,7 +26,9 @@ class Checkpointer:
         self._job, self._records = job, records
         self._writer: CheckpointWriter | None = None
         if job.backend.topology.rank == 0:
-            self._writer = CheckpointWriter(job.folder.checkpoints, job.config.checkpoint.keep)
+            self._writer = CheckpointWriter(
+                job.folder.checkpoints, job.config.checkpoint.keep, job.control.check_run_lock
+            )
             job.control.before_end = self._wait_briefly
         self._newest_s = time.monotonic()
         self._newest_step = job.first_step

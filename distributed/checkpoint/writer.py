@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,11 @@ class Written:
 class CheckpointWriter:
     """Writes one checkpoint at a time into a folder. Call it from one thread of one process only.
 
-    `keep` and `best` are those of `write_snapshot`.
+    `keep`, `best` and `check`, which a thread calls, are those of `write_snapshot`.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, check: Callable[[], object] = lambda: None) -> None:
+        self._folder, self._keep, self._check = folder, keep, check
         self._snapshot = Snapshot()
         self._best = False
         self._thread: threading.Thread | None = None
@@ -74,7 +75,7 @@ class CheckpointWriter:
     def _write(self, folder: Path, called_s: float, stall_s: float, waited_s: float) -> None:
         failed = None
         try:
-            write_snapshot(folder, self._snapshot, self._keep, self._best)
+            write_snapshot(folder, self._snapshot, self._keep, self._best, self._check)
         except CheckpointError as error:
             failed = str(error)
         except Exception as error:
