@@ -10,6 +10,7 @@ With --run the ranks compose nothing: the batch script does so once, before they
 
 import sys
 
+from runtime.console import ignore_write_errors
 from runtime.environment import start_program
 from runtime.gc_freeze import frozen_imports
 from runtime.stop_signals import handle_stop_signals
@@ -31,4 +32,5 @@ def main() -> None:
 if __name__ == "__main__":
     handle_stop_signals()
     start_program()
+    ignore_write_errors()
     main()

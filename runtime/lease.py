@@ -95,6 +95,15 @@ def take_lease(
     return release
 
 
+def other_holder(path: Path, ours: str) -> str | None:
+    """Describe the process that has taken over a lease with the text `ours`; None if none has, or the file cannot be read."""
+    with suppress(OSError):
+        found = _read(path)
+        if found is not None and found[0] != ours:
+            return describe(found[0])
+    return None
+
+
 def _create(path: Path, text: str) -> bool:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

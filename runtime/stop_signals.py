@@ -1,8 +1,9 @@
 """Handle the signals that ask a process to stop, from the first line of a program on.
 
-By default Python dies of SIGTERM and SIGUSR1 without a word. Its own handlers run in the main thread only between two Python
-instructions, so one call that waits in C (MPI's or torch's start-up, a missing file server) would hold them up. So the kernel's
-signal also wakes a thread, which ends the process. That thread's work changes with the phase (`set_action`).
+By default Python dies of SIGTERM, SIGUSR1, SIGHUP (its terminal is gone) and SIGXCPU (a limit of CPU time) without a word.
+Its own handlers run in the main thread only between two Python instructions, so one call that waits in C (MPI's or torch's
+start-up, a missing file server) would hold them up. So the kernel's signal also wakes a thread, which ends the process. That
+thread's work changes with the phase (`set_action`).
 """
 
 import ctypes
@@ -13,11 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
+from .console import open_closed_streams
 from .error_report import report_error
 from .exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
-EXIT_CODES = {"SIGINT": EXIT_INTERRUPTED, "SIGTERM": EXIT_REQUEUE, "SIGUSR1": EXIT_REQUEUE}
+EXIT_CODES = {
+    "SIGINT": EXIT_INTERRUPTED,
+    "SIGTERM": EXIT_REQUEUE,
+    "SIGUSR1": EXIT_REQUEUE,
+    "SIGHUP": EXIT_REQUEUE,
+    "SIGXCPU": EXIT_REQUEUE,
+}
 """The signals that ask for a stop, and the exit code of a process that stops for each."""
 
 _ENDS_WITH = ("TORCHELASTIC_RUN_ID", "TSM_LOCAL_RANK")
@@ -26,6 +35,8 @@ _ENDS_WITH = ("TORCHELASTIC_RUN_ID", "TSM_LOCAL_RANK")
 _PR_SET_PDEATHSIG = 1
 
 NUMBERS = tuple(getattr(signal, name) for name in EXIT_CODES)
+
+_REPORT_S = 1.0
 
 Action = Callable[[str], None]
 
@@ -43,6 +54,7 @@ class _State:
     received: str | None = None
     action: Action | None = None
     acting = False
+    before_exit: Callable[[], None] | None = None
 
 
 def handle_stop_signals() -> None:
@@ -53,16 +65,23 @@ def handle_stop_signals() -> None:
 
     For entry points only, under `if __name__ == "__main__"`: loader workers import those files too.
     """
+    # The pipe must not get the number of a closed stream.
+    open_closed_streams()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _State.installed, _State.action = True, _exit_at_once
-    for number in NUMBERS:
+    for number in handled():
         signal.signal(number, _note)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
     if any(name in os.environ for name in _ENDS_WITH):
         # Their main thread starts the ranks: the kernel sends this signal when the thread that started a process ends.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def handled() -> list[int]:
+    """Return the numbers of the signals to handle: all but a SIGHUP that nohup made this process ignore."""
+    return [number for number in NUMBERS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def set_action(action: Action | None) -> None:
@@ -73,6 +92,21 @@ def set_action(action: Action | None) -> None:
 def received() -> str | None:
     """Return the name of the newest stop signal that this process has received, if any."""
     return _State.received
+
+
+def set_before_exit(report: Callable[[], None]) -> None:
+    """Call `report`, for a second at most, before a second Ctrl-C ends the process."""
+    _State.before_exit = report
+
+
+def exit_interrupted() -> NoReturn:
+    """Exit for a second Ctrl-C."""
+    if _State.before_exit is not None:
+        # In a thread, because this handler may have interrupted the main thread with a lock in its hands that `report` needs.
+        reporting = threading.Thread(target=_State.before_exit, daemon=True)
+        reporting.start()
+        reporting.join(_REPORT_S)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def wait_for_action() -> None:
@@ -90,7 +124,7 @@ def raise_in_main_thread() -> None:
         raise Stopped(signal.Signals(number).name)
 
     _State.action = None
-    for number in NUMBERS:
+    for number in handled():
         signal.signal(number, stop)
 
 
@@ -110,7 +144,7 @@ def hidden_from_children() -> Iterator[None]:
 def _note(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     if name == "SIGINT" and _State.received == "SIGINT":
-        os._exit(EXIT_INTERRUPTED)
+        exit_interrupted()
     _State.received = name
 
 

@@ -12,6 +12,7 @@ run_job() {
     srun_pid='' received=''
     trap 'receive USR1' USR1
     trap 'receive TERM' TERM
+    trap '' PIPE
     load_site
     name_folder "$@"
     # A requeued job keeps its overrides.
@@ -33,8 +34,9 @@ run_job() {
     conclude
 }
 
+# Print a line. A full disk, or a closed pipe, must not end this script before it forwards a signal or queues the job again.
 say() {
-    echo "[$(date +%FT%T) $(hostname)] $*"
+    echo "[$(date +%FT%T) $(hostname)] $*" || true
 }
 
 # Exit with 2: the run cannot continue, and a restart would not help.

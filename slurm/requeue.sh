@@ -16,7 +16,7 @@ conclude() {
     if [[ $code =~ ^[0-9]+$ ]]; then
         # A log is read on terminals, which obey control characters. JSON has none of its own.
         reason=$(sed -n 's/.*"reason": "\(.*\)", "time_s".*/\1/p' "$outcome" | tr --delete '[:cntrl:]')
-        rm -f "$in_vain"
+        rm -f "$in_vain" || true
     elif ((srun_code >= 2 && srun_code <= 5)); then
         # train.py refused to start, before it could write an outcome.
         code=$srun_code reason="see above"
@@ -26,9 +26,9 @@ conclude() {
     else
         # The outcome was lost with the batch script's node, or the ranks never started: Slurm cannot start ranks on a node, or
         # the environment is broken.
-        say "start $((restarts + 1)) left no word; srun ended with $srun_code" >>"$in_vain"
+        say "start $((restarts + 1)) left no word; srun ended with $srun_code" >>"$in_vain" || true
         code=75 reason="nobody was left to say why; srun ended with $srun_code"
-        if (($(wc -l <"$in_vain") > 2)); then
+        if (($(wc -l <"$in_vain" || echo 0) > 2)); then
             code=5 reason="no word from three starts: see above, and $in_vain"
         fi
     fi

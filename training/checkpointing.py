@@ -1,10 +1,11 @@
 """Decide when a run saves, collect what a checkpoint holds, and log each write. Rank 0 writes in the background."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from distributed.batch_norm.running_statistics import averaged_running_statistics, running_statistics_by_rank
-from distributed.checkpoint.store import Checkpoint, CheckpointError
+from distributed.checkpoint.store import Checkpoint
 from distributed.checkpoint.writer import CheckpointWriter, Written
 from training.build.class_names import digest_of
 from training.optim.optimizers import step_counts
@@ -12,6 +13,7 @@ from training.runs.resume import STATISTICS_BY_RANK, state_tensors
 from training.telemetry.metrics_log import MetricsLog
 
 from .job import Job
+from .last_checkpoint import LastCheckpoint, LastWrite, wait_for_all
 
 _LAST_WRITE_LIMIT_S = 10.0
 """Time that a failed run waits for its last write. Less than the other ranks are given to end."""
@@ -24,9 +26,10 @@ class Checkpointer:
         self._job, self._records = job, records
         self._writer: CheckpointWriter | None = None
         if job.backend.topology.rank == 0:
-            writer = CheckpointWriter(job.folder.checkpoints, job.config.checkpoint.keep)
-            self._writer = writer
-            job.control.before_end = lambda: writer.wait(_LAST_WRITE_LIMIT_S)
+            self._writer = CheckpointWriter(
+                job.folder.checkpoints, job.config.checkpoint.keep, job.control.check_run_lock
+            )
+            job.control.before_end = self._wait_briefly
         self._newest_s = time.monotonic()
         self._newest_step = job.first_step
         self._failed: str | None = None
@@ -79,19 +82,22 @@ class Checkpointer:
         self._writer.save(Checkpoint(network.state_dict() | statistics, tensors, state), is_best)
         self._newest_s = time.monotonic()
 
-    def report(self) -> None:
-        """Log the writes that have ended since the last call."""
+    def report(self) -> str | None:
+        """Log the writes that have ended since the last call. Returns why the newest one failed, if it did."""
         for written in self._writer.ended() if self._writer is not None else ():
             self._record(written)
+        return self._failed
 
-    def finish(self) -> str | None:
-        """Wait on all ranks for the last write, and return why it failed, if it did. No other write follows."""
-        self._finishing = True
+    def finish(self, step: int, stopped: bool, stop_wanted: Callable[[], bool]) -> LastWrite:
+        """Wait on all ranks for the last write, which is tried again if it fails. No other write follows. Collective.
+
+        `stopped`: the run was stopped by a signal. `stop_wanted` returns whether any rank got a stop signal.
+        """
+        self._finishing, updates = True, None
         if self._writer is not None:
-            self._writer.wait()
-            self.report()
-        failed: str | None = self._job.backend.broadcast_object(self._failed)
-        return failed
+            last = LastCheckpoint(self._job, self._writer, self._records.info, self.report)
+            updates = last.updates(stopped, stop_wanted)
+        return wait_for_all(self._job, step, updates, stop_wanted)
 
     @property
     def newest_step(self) -> int:
@@ -105,6 +111,9 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """On failure, wait briefly for the checkpoint being written: it is from an earlier, healthy step."""
+        self._wait_briefly()
+
+    def _wait_briefly(self) -> None:
         if self._writer is not None:
             self._writer.wait(_LAST_WRITE_LIMIT_S)
 
@@ -122,12 +131,3 @@ class Checkpointer:
             f"NO CHECKPOINT at step {written.step}: {written.failed}{'' if self._finishing else '. Training continues'}"
         )
         self._records.write("checkpoint", written.step, **times, failed=written.failed)
-
-
-def check_finished(failed: str | None, step: int) -> None:
-    """Raise CheckpointError if a finished run's last checkpoint could not be written: without it the result is lost."""
-    if failed is not None:
-        raise CheckpointError(
-            f"the run has ended at step {step}, and its last checkpoint could not be written: {failed}. "
-            "Fix: make room, or bring the folder back, then start the run again: it resumes from the checkpoint before"
-        )

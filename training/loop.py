@@ -12,8 +12,9 @@ from training.optim.gradient_diagnostics import GradientDiagnostics
 from training.telemetry.interval import LogInterval
 from training.telemetry.metrics_log import MetricsLog
 
-from .checkpointing import Checkpointer, check_finished
+from .checkpointing import Checkpointer
 from .job import Job
+from .last_checkpoint import check_finished
 from .signals import StopSignal
 
 STEPS_IN_FLIGHT = 2
@@ -123,11 +124,14 @@ class _Loop:
     def finish(self) -> int:
         """Wait for the last checkpoint, and log why the loop ended. Returns the exit code."""
         self._interval.close(self.taken, self.log)
-        failed = self.checkpointer.finish()
+        control = self.job.control
+        last = self.checkpointer.finish(
+            self.taken - 1, self.stop_reason is not None, lambda: control.stop_wanted(self.signal.received)
+        )
         if self.stop_reason is None:
-            check_finished(failed, self.taken)
+            check_finished(last, self.taken, self.job.folder.checkpoints)
             return EXIT_DONE
-        saved = "with a checkpoint" if failed is None else f"with none after step {self.checkpointer.newest_step}"
+        saved = "with a checkpoint" if last.failed is None else f"with none after step {self.checkpointer.newest_step}"
         owed = ", evaluation still owed" if self.evaluation_owed else ""
         self.log.info(
             f"stopped by {self.stop_reason} after step {self.taken}, {saved}{owed}: the same command with "

@@ -16,8 +16,8 @@ from pipelines.errors import BadClip, StorageFault
 from pipelines.loading.worker_loader import HandOverError, WorkerLostError, start_worker_server
 from runtime.environment import EnvironmentFault, explain
 from runtime.error_report import report_error, tell_torchrun
-from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE
-from runtime.stop_signals import EXIT_CODES, set_action, wait_for_action
+from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
+from runtime.stop_signals import EXIT_CODES, set_action, set_before_exit, wait_for_action
 from training.build.numerics import check_device, set_numerics
 from training.config.schema import BatchConfig, Config
 from training.planning.summary import describe_job
@@ -60,6 +60,7 @@ def run(read: Callable[[], Config], task: Task) -> int:
         backend = join_world(config, topology)
         control = ControlChannel(backend, config.distributed.hang_timeout_s)
         set_action(partial(_stop, control, 0.0))
+        set_before_exit(partial(_report_interrupt, control))
         for note in notes:
             # One line on the terminal, not one per rank.
             (control.log.warning if topology.rank == 0 else control.log.info)(note)
@@ -138,6 +139,15 @@ def _stop(control: ControlChannel, wait_s: float, name: str) -> None:
         control.log.write_outcome(verdict.exit_code, str(verdict))
     control.at_exit()
     os._exit(verdict.exit_code)
+
+
+def _report_interrupt(control: ControlChannel) -> None:
+    """Report the end by a second Ctrl-C, which a process that just disappears would look like a crash."""
+    reason = "stopped by a second Ctrl-C, without a checkpoint of the newest steps"
+    verdict = control.report_failure(reason, EXIT_INTERRUPTED, 0.0)
+    if control.rank == 0:
+        control.log.write_outcome(verdict.exit_code, str(verdict))
+    control.at_exit()
 
 
 def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequence[int]] | None = None) -> Backend:

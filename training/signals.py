@@ -1,11 +1,9 @@
 """Catch the signals that ask a job to stop after a checkpoint."""
 
-import os
 import signal
 from types import FrameType, TracebackType
 
 from runtime import stop_signals
-from runtime.exit_codes import EXIT_INTERRUPTED
 
 
 class StopSignal:
@@ -18,7 +16,7 @@ class StopSignal:
         self.received: str | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._note) for number in stop_signals.NUMBERS}
+        self._previous = {number: signal.signal(number, self._note) for number in stop_signals.handled()}
         stop_signals.set_action(None)
         self.received = self.received or stop_signals.received()
         return self
@@ -32,5 +30,5 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if name == "SIGINT" and self.received == "SIGINT":
-            os._exit(EXIT_INTERRUPTED)
+            stop_signals.exit_interrupted()
         self.received = name

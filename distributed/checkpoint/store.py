@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,22 +83,28 @@ class Snapshot:
         }
 
 
-def write_snapshot(folder: Path, snapshot: Snapshot, keep: int, best: bool = False) -> Path:
+def write_snapshot(
+    folder: Path, snapshot: Snapshot, keep: int, best: bool = False, check: Callable[[], object] = lambda: None
+) -> Path:
     """Write `folder/step-XXXXXXXX`, then remove all checkpoints up to it but the `keep` newest and the best. One process calls it.
 
     `best`: point the link `best` to it. Checkpoints of later steps stay: the run restarted from an earlier step because it
     could not read them. The folder must exist: if its file system was unmounted, a new folder would hide the checkpoints.
+    `check` is called before the folder is changed, and again before the checkpoint is put in place; it may raise.
 
     Raises CheckpointError, with the reason, when it cannot be written; an earlier checkpoint is then still there.
     """
     final = folder / f"step-{snapshot.step:08d}"
     temporary = _part(folder, final.name)
+    check()
     try:
         _remove_parts(folder)
         temporary.mkdir()
         digests = {name: _write_file(temporary / name, parts) for name, parts in snapshot.files().items()}
         _write_file(temporary / _CHECKSUMS, [memoryview(json.dumps(digests, indent=1).encode())])
         sync_folder(temporary)
+        # Writing takes most of the time, so most likely a job is suspended here.
+        check()
         _put_in_place(temporary, final)
         if best:
             _link_best(folder, final)

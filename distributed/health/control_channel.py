@@ -59,6 +59,10 @@ class ControlChannel:
         """Called when another rank's failure ends the job, before this process exits; may take seconds at most."""
         self.at_exit: Callable[[], None] = lambda: None
         """Called last where this process ends without leaving its task: for another rank's failure, or a stop signal."""
+        self.run_lock = ""
+        """On rank 0: content of the run's lock file while it is this job's."""
+        self.check_run_lock: Callable[[], None] = lambda: None
+        """On rank 0: ends the job, from any thread, if another job has taken its run over."""
         self._over = threading.Event()
         """The monitor has sent that the job is over, with or without a failure."""
         self._failed_here = False
@@ -94,11 +98,11 @@ class ControlChannel:
 
     def open_log(self, folder: Path) -> None:
         """Write the logs of this rank and of the monitor to the run folder from now on."""
-        self.log.open_in(folder)
+        self.log.open_in(folder, self.run_lock)
         if self._is_first_on_node:
             remove_old_logs(folder.name)
         if self.rank == 0:
-            self._send(messages.OpenLog(str(folder)))
+            self._send(messages.OpenLog(str(folder), self.run_lock))
 
     def progress(self, step: int, phase: str) -> None:
         """Record that this rank makes progress, and its place; sends nothing."""

@@ -52,9 +52,10 @@ class Hello(Message):
 
 @dataclass(frozen=True)
 class OpenLog(Message):
-    """The run folder is known: the monitor writes its log there."""
+    """The run folder is known: the monitor writes its log there. `lock`: as in RankLog.open_in."""
 
     folder: str
+    lock: str
 
 
 @dataclass(frozen=True)

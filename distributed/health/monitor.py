@@ -131,7 +131,7 @@ class Monitor:
     def _handle(self, peer: Peer, message: Message) -> None:
         now_s = time.monotonic()
         if isinstance(message, messages.OpenLog):
-            self._log.open_in(Path(message.folder))
+            self._log.open_in(Path(message.folder), message.lock)
         elif isinstance(message, messages.Heartbeat):
             place, before = message.place(), peer.state
             has_progress = place.progress_count != before.place.progress_count

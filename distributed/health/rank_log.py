@@ -20,6 +20,7 @@ from pathlib import Path
 
 from runtime import run_layout
 from runtime.atomic_write import write_text
+from runtime.lease import other_holder
 from runtime.private_folder import open_private_file, private_folder, private_folders
 
 _TAIL_BYTES = 64 << 10
@@ -43,10 +44,14 @@ class RankLog:
         self._file: _LogFile | None = None
         self.folder: Path | None = None
         """The run folder, once it is known."""
+        self._lock = ""
 
-    def open_in(self, folder: Path) -> None:
-        """Write to the run's log from now on, starting with the lines in memory. A job continues without its log if it must."""
-        self.folder = folder
+    def open_in(self, folder: Path, lock: str = "") -> None:
+        """Write to the run's log from now on, starting with the lines in memory. A job continues without its log if it must.
+
+        `lock`: content of the run's lock file while this job holds it; empty: there is none.
+        """
+        self.folder, self._lock = folder, lock
         on_node = isinstance(self._who, int) and self._who > 0
         note = None
         try:
@@ -97,8 +102,13 @@ class RankLog:
         _print_error(text)
 
     def write_outcome(self, exit_code: int, reason: str) -> None:
-        """Write how this start ended into the run folder: launchers report an exit code of their own."""
-        if self.folder is not None:
+        """Write how this start ended into the run folder: launchers report an exit code of their own.
+
+        A job that another one has replaced leaves the other's outcome alone.
+        """
+        if self.folder is not None and (
+            not self._lock or other_holder(self.folder / run_layout.LOCK, self._lock) is None
+        ):
             text = json.dumps({"exit_code": exit_code, "reason": reason, "time_s": round(time.time(), 3)})
             with suppress(OSError):
                 write_text(self.folder / run_layout.OUTCOME, text + "\n")

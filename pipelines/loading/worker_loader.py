@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines.errors import StorageFault
 from runtime import stop_signals
 from runtime.child_processes import exit_with_parent
+from runtime.console import ignore_write_errors
 
 from .hand_over import Delivery, hand_over
 
@@ -171,8 +172,12 @@ def _identity(batch: _Batch) -> _Batch:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Make a worker ignore stop signals and end with the training process, even if that process is killed."""
+    """Make a worker ignore stop signals and end with the training process, even if that process is killed.
+
+    A message that it cannot print does not end it either.
+    """
     # torch installs a handler of its own for one of the signals.
     for number in stop_signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+    ignore_write_errors()
     exit_with_parent()

@@ -21,3 +21,17 @@ def mounted(disk: Path, size: str) -> Iterator[Path]:
     finally:
         # Lazy, because a loaded tensor may still map one of its files.
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def resize(disk: Path, size: str) -> None:
+    """Change the size of a mounted file system."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def make_read_only(folder: Path, read_only: bool = True) -> None:
+    """Mount a folder on itself, read-only; or undo that."""
+    if not read_only:
+        subprocess.run(["umount", str(folder)], check=True)
+        return
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)

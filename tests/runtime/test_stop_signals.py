@@ -1,5 +1,6 @@
 """Stop signals in each phase of a process: their codes, a last line that says so, and within seconds."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import stop_signals
 from runtime.stop_signals import EXIT_CODES
 from tests.helpers.worlds import CHECKOUT
 
@@ -77,7 +79,7 @@ def test_a_signal_ends_a_process_that_waits_in_a_library(run_script: Callable[[s
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "TSM_LOCAL_RANK"])
-def test_a_rank_is_stopped_when_its_launcher_is_killed(variable: str) -> None:
+def test_a_rank_is_stopped_when_its_launcher_is_killed(start: Callable[..., Process], variable: str) -> None:
     launcher = start(
         "-c",
         f"""
@@ -98,7 +100,7 @@ subprocess.run(rank, env=os.environ | {{"{variable}": "0"}})
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plan.py"])
 def test_a_signal_while_an_entry_point_imports(start: Callable[..., Process], program: str, name: str) -> None:
     process = start(program, "experiment=smoke")
-    wait_for_handler(process.pid, signal.SIGUSR1)
+    wait_for_handler(process.pid, stop_signals.NUMBERS[-1])
     process.send_signal(signal.Signals[name])
     _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_CODES[name], errors
@@ -147,6 +149,86 @@ sys.exit(stop_signals.received() not in ("SIGUSR1", "SIGTERM"))
     for _ in range(200):
         process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_a_second_ctrl_c_is_reported_even_if_the_main_thread_holds_a_lock_that_the_report_needs(
+    run_script: Callable[[str], Process],
+) -> None:
+    """As the control channel's lock: the report then has to be given up."""
+    text = """
+import os, signal, threading, time
+from training.signals import StopSignal
+lock = threading.Lock()
+def report():
+    os.write(2, b"reporting ")
+    with lock:
+        os.write(2, b"reported")
+stop_signals.set_before_exit(report)
+print("now", flush=True)
+with StopSignal():
+    {}os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(300)
+"""
+    for held, errors in (("", "reporting reported"), ("lock.acquire(); ", "reporting ")):
+        process = run_script(text.format(held))
+        assert (process.communicate(timeout=LIMIT_S)[1], process.returncode) == (errors, 130)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_is_the_outcome_of_a_job_and_no_crash(start: Callable[..., Process], tmp_path: Path) -> None:
+    text = f"""
+import os, signal, sys, time
+from functools import partial
+from pathlib import Path
+from distributed.backends.single import SingleBackend
+from distributed.health.control_channel import ControlChannel
+from distributed.topology import find_topology
+from training.main import _report_interrupt
+from training.signals import StopSignal
+control = ControlChannel(SingleBackend(find_topology(), "cpu"))
+control.open_log(Path({str(tmp_path)!r}))
+stop_signals.set_before_exit(partial(_report_interrupt, control))
+print("now", control._monitor.pid, flush=True)
+with StopSignal():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(300)
+"""
+    process = start("-c", f"from runtime import stop_signals\nstop_signals.handle_stop_signals()\n{text}")
+    # Importing torch takes a minute on a busy machine.
+    output, errors = process.communicate(timeout=4 * LIMIT_S)
+    assert process.returncode == 130, errors
+    monitor = Path("/proc") / output.split()[1]
+    deadline_s = time.monotonic() + LIMIT_S
+    while monitor.exists() and "(zombie)" not in (monitor / "status").read_text():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["exit_code"] == 130 and "stopped by a second Ctrl-C" in outcome["reason"]
+
+
+def test_a_process_under_nohup_ignores_the_end_of_its_terminal(start: Callable[..., Process]) -> None:
+    text = """
+import signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+program = '''
+import os, signal
+from runtime import stop_signals
+stop_signals.handle_stop_signals()
+os.kill(os.getpid(), signal.SIGHUP)
+from training.signals import StopSignal
+with StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received is None and stop_signals.received() is None
+    os.kill(os.getpid(), signal.SIGXCPU)
+    assert stop.received == "SIGXCPU"
+'''
+sys.exit(subprocess.call([sys.executable, "-c", program]))
+"""
+    process = start("-c", text)
     _, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (0, "")
 

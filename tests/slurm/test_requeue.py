@@ -78,3 +78,23 @@ def test_signals_before_the_first_step_are_no_starts_in_vain(tmp_path: Path) -> 
     ended = [conclude(tmp_path, srun_code=75, received="USR1") for _ in range(4)]
     assert [each.returncode for each in ended] == [75] * 4
     assert "this start ended with 75: SIGUSR1 came before the first step" in ended[0].stdout
+
+
+SAY = """
+source slurm/job.sh
+eval "$(declare -f run_job | grep "trap '' PIPE")"
+say on stdout
+say on stderr >&2
+srun_code=137 outcome_before= received= restarts=0 run_id=x folder=$1
+source slurm/requeue.sh
+slurm_ends_it() { false; }
+requeue() { exit 75; }
+conclude
+"""
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full 2>&1", "> >(exit 0) 2>&1"])
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_output_that_fails_does_not_end_the_batch_script(tmp_path: Path, redirection: str, folder: str) -> None:
+    command = ["bash", "-c", f'bash -c "$@" {redirection}', "bash", SAY, "bash", str(tmp_path / folder)]
+    assert subprocess.run(command, cwd=CHECKOUT, timeout=60, check=False).returncode == 75

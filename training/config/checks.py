@@ -46,6 +46,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "pipeline.workers", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
+    "checkpoint.last_retry_s",
     "schedule.warmup_epochs", "schedule.warmup_start", "schedule.factor", "schedule.end",
 )  # fmt: skip
 

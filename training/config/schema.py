@@ -222,6 +222,10 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
     """Save after each evaluation with the best top-1 so far, and keep that checkpoint: checkpoints/best links to it."""
+    last_retry_s: float = 900.0
+    """Time to keep trying to write a finished run's last checkpoint; then it is written to `second_place`."""
+    second_place: str | None = None
+    """Folder for a last checkpoint that the run folder cannot take; null: a new one in the temporary folder of rank 0's node."""
     allow_recipe_change: bool = False
     """Resume although the recipe differs from the checkpoint's."""
     allow_code_change: bool = False

@@ -60,6 +60,7 @@ _KEYS = {
         schedule.epochs schedule.decay schedule.warmup_epochs schedule.warmup_start schedule.milestones schedule.factor
         schedule.end numerics.amp numerics.max_bad_steps_in_a_row
         checkpoint.every_epochs checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
+        checkpoint.last_retry_s checkpoint.second_place
         checkpoint.allow_recipe_change checkpoint.allow_code_change checkpoint.allow_restart checkpoint.allow_no_progress
         evaluation.every_epochs
         plan.world_size plan.published_step_s plan.step_s plan.json plan.write_config plan.plot

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from distributed.backends.base import Backend
 from distributed.health.control_channel import ControlChannel
 from runtime.exit_codes import EXIT_CONFIG
-from runtime.lease import STALE_AFTER_S, LockHeld, take_lease
+from runtime.lease import STALE_AFTER_S, LockHeld, other_holder, take_lease
 from training.errors import ConfigError
 
 from .run_folder import RunFolder
@@ -53,8 +53,16 @@ def run_locked(folder: RunFolder, backend: Backend, control: ControlChannel) -> 
     if release is None:
         yield
         return
-    control.at_exit = release
+
+    def check() -> None:
+        # A job that was suspended may write before the lease's thread looks again.
+        holder = other_holder(folder.lock, control.run_lock)
+        if holder is not None:
+            lost(holder)
+
+    control.at_exit, control.check_run_lock = release, check
     try:
+        control.run_lock = folder.lock.read_text(encoding="utf-8")
         yield
     finally:
         release()

@@ -111,7 +111,7 @@ def test_somebody_is_named_exactly_when_nobody_moves_for_long_enough(
     "message",
     [
         Hello(3, "n1", 99, "token"),
-        OpenLog("/runs/\u00e9"),
+        OpenLog("/runs/\u00e9", "lock\n"),
         Heartbeat(7, "first step", 12),
         RankFailed("failed: two\nlines", 1),
         Stacks("mine", {2: "theirs", 10: ""}),
@@ -166,10 +166,24 @@ def monitor() -> Iterator[Callable[..., tuple["subprocess.Popen[str]", int]]]:
         yield start
 
 
+def test_a_job_that_was_replaced_leaves_the_outcome_of_the_other_alone(monitor: Any, tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text("another's")
+    for lock, outcome in (("another", "another's"), ("ours", None)):
+        (tmp_path / "train.lock").write_text(lock)
+        process, port = monitor(1)
+        (rank,) = [Rank(port, 0)]
+        rank.send(OpenLog(str(tmp_path), "ours"), RankFailed("failed: taken over", 2))
+        rank.receive(JobFailed)
+        rank.leave()
+        process.wait(10)
+        found = (tmp_path / "outcome.json").read_text()
+        assert found == outcome if outcome else json.loads(found)["exit_code"] == 2
+
+
 def test_all_ranks_hear_who_died(monitor: Any, tmp_path: Path) -> None:
     process, port = monitor(3)
     ranks = [Rank(port, rank) for rank in range(3)]
-    ranks[0].send(OpenLog(str(tmp_path)))
+    ranks[0].send(OpenLog(str(tmp_path), ""))
     ranks[2].send(Heartbeat(7, "input", 20))
     ranks[2].receive(Ack)
     ranks[2].leave()
@@ -259,7 +273,7 @@ def test_a_pause_of_the_whole_job_is_no_hang(monitor: Any, tmp_path: Path) -> No
     """As after `scontrol suspend` and `resume`, or on a paused virtual machine: monitor and ranks stop and continue together."""
     process, port = monitor(2, hang_timeout_s=5.0)
     ranks = [Rank(port, rank) for rank in range(2)]
-    ranks[0].send(OpenLog(str(tmp_path)))
+    ranks[0].send(OpenLog(str(tmp_path), ""))
     for rank in ranks:
         rank.send(Heartbeat(4, "step", 9))
         rank.receive(Ack)
@@ -286,7 +300,7 @@ def test_only_a_wait_that_takes_far_too_long_is_a_pause(pause_s: float, expected
 def test_stacks_of_all_are_kept_when_the_job_stands_still(monitor: Any, tmp_path: Path) -> None:
     _, port = monitor(2, hang_timeout_s=1.0)
     ranks = [Rank(port, rank) for rank in range(2)]
-    ranks[0].send(OpenLog(str(tmp_path)), Heartbeat(4, "step", 9))
+    ranks[0].send(OpenLog(str(tmp_path), ""), Heartbeat(4, "step", 9))
     ranks[1].send(Heartbeat(4, "input", 9))
     for rank, where in enumerate(("in a collective", "in a loader")):
         assert ranks[rank].receive(StacksRequest).neighbours == {}

@@ -248,6 +248,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("checkpoint.every_steps", 0),
     ("checkpoint.every_minutes", 0.0),
     ("checkpoint.keep", 0),
+    ("checkpoint.last_retry_s", -1.0),
     ("evaluation.checkpoint", "last"),
     ("evaluation.every_epochs", 0),
     ("evaluation.batch", 0),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distributed.backends.single import SingleBackend
-from distributed.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, load_newest
+from distributed.checkpoint.store import Checkpoint, load_checkpoint, load_newest
 from distributed.health.rank_log import RankLog
 from distributed.topology import find_topology
 from pipelines.manifest import Manifest
@@ -26,7 +26,7 @@ from tests.helpers.small_disk import mounted
 from tests.helpers.worlds import CHECKOUT, World, available
 from tests.world_cases.bodies import EQUIVALENCE, VARIANTS, Context, compose_config, job_of
 from training.config.load import register
-from training.errors import ConfigError
+from training.errors import ConfigError, StorageError
 from training.evaluation.evaluate import Evaluation
 from training.evaluation.metrics import Scores
 from training.job import Job
@@ -374,9 +374,14 @@ def test_saves_by_the_clock_come_with_training_records(
 
 
 def test_a_run_whose_last_checkpoint_failed_is_not_finished(alone: Context, clips: Path) -> None:
-    checkpoints = alone.folder / "run" / "checkpoints"
-    with pytest.raises(CheckpointError, match=r"its last checkpoint could not be written.*Fix: make room"):
-        run_with(alone, clips, {0: checkpoints.rmdir}, "max_steps=1")
+    checkpoints, kept = alone.folder / "run" / "checkpoints", alone.folder / "kept"
+    options = ["max_steps=1", "checkpoint.last_retry_s=0", f"checkpoint.second_place={kept}"]
+    with pytest.raises(StorageError, match=r"its last checkpoint could not be written.*Fix: make room"):
+        run_with(alone, clips, {0: checkpoints.rmdir}, *options)
+    # The fix that the error names: the next start has nothing left to do.
+    shutil.copytree(kept / "run" / "step-00000001", checkpoints / "step-00000001")
+    job = run_with(alone, clips, {}, *options)
+    assert job.first_step == 1 and steps_of(job, "checkpoint", "stall_s") == [1]
 
 
 def test_the_best_is_saved_when_it_is_found_and_kept(

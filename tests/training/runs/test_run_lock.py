@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from distributed.checkpoint.store import Checkpoint
+from distributed.checkpoint.writer import CheckpointWriter
 from runtime import lease
 from runtime.lease import identity
 from tests.training.config.test_config import compose, config_of
@@ -172,6 +174,45 @@ def test_every_rank_says_who_holds_the_run(folder: RunFolder) -> None:
         # A process that ends through the control channel leaves no lock either.
         control.at_exit()
         assert not folder.lock.exists()
+
+
+class Aborted(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_job_that_lost_its_run_writes_no_checkpoint_more(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a suspension: the thread that renews the lock has not run yet, and the checkpoint may be half written."""
+    monkeypatch.setattr(lease, "_RENEWED_EVERY_S", 600.0)
+
+    def abort(message: str, code: int) -> None:
+        assert code == 2 and message.startswith(f"{folder.path} was taken over by process 4711 on n17")
+        raise Aborted
+
+    control: Any = SimpleNamespace(log=SimpleNamespace(info=print), progress=lambda *_: None, abort=abort)
+    backend: Any = OneOfTwoRanks(0, [])
+    with run_locked(folder, backend, control):
+        folder.checkpoints.mkdir()
+        checks = []
+
+        def check() -> None:
+            checks.append(sorted(path.name for path in folder.checkpoints.iterdir()))
+            if len(checks) == 4:
+                write_lock(folder, machine="another")
+            control.check_run_lock()
+
+        writer = CheckpointWriter(folder.checkpoints, keep=1, check=check)
+        for step in (1, 2, 3):
+            writer.save(Checkpoint({}, {}, {"step": step}))
+            writer.wait()
+            if step == 1:
+                (written,) = writer.ended()
+                assert written.failed is None
+            else:
+                with pytest.raises(Aborted):
+                    writer.ended()
+        found = sorted(path.name for path in folder.checkpoints.iterdir())
+        assert found == ["step-00000001", ".step-00000002.part"][::-1]
+        assert checks[3:] == [found, found]
 
 
 def test_plan_does_not_replace_the_configuration_of_a_run_in_use(
