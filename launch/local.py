@@ -21,12 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime.leftovers import make_temporary_folder, remove_leftovers
+
 # After one rank has failed the others log why, finish a checkpoint and end by themselves. One that has not joined yet cannot.
 _GRACE_S = 30.0
 _KILL_AFTER_S = 10.0
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+_FOLDER_PREFIX = "tsm-local-"
 
 
 def main() -> int:
@@ -38,9 +43,10 @@ def main() -> int:
     size = count_gpus() or 2 if options.processes is None else options.processes
     if size < 1:
         parser.error(f"--processes is {size}. Fix: give 1 or more")
-    folder = Path(tempfile.mkdtemp(prefix="tsm-local-"))
+    remove_leftovers(Path(tempfile.gettempdir()), _FOLDER_PREFIX)
+    folder, held = make_temporary_folder(_FOLDER_PREFIX)
     try:
-        return run([sys.executable, options.program, *options.arguments], size, folder)
+        return run([sys.executable, options.program, *options.arguments], size, folder, held)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -56,8 +62,8 @@ def count_gpus() -> int:
     return len(listed.stdout.splitlines())
 
 
-def run(command: list[str], size: int, folder: Path) -> int:
-    """Run a command as `size` ranks that meet in `folder`; returns the job's exit code."""
+def run(command: list[str], size: int, folder: Path, held: int) -> int:
+    """Run a command as `size` ranks that meet in `folder`, and keep its descriptor open; returns the job's exit code."""
     ranks: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
@@ -72,20 +78,22 @@ def run(command: list[str], size: int, folder: Path) -> int:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
     for rank in range(size):
-        ranks.append(_start(command, rank, size, folder))
+        ranks.append(_start(command, rank, size, folder, held))
         # It came before this rank was in the list.
         if received:
             ranks[-1].send_signal(received[-1])
     return _exit_code(_wait(ranks))
 
 
-def _start(command: list[str], rank: int, size: int, folder: Path) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], rank: int, size: int, folder: Path, held: int) -> "subprocess.Popen[bytes]":
     place = {"TSM_LOCAL_RANK": str(rank), "TSM_LOCAL_SIZE": str(size), "TSM_LOCAL_STORE": str(folder / "store")}
     network = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
         command,
         env=network | os.environ | place,
         stdin=subprocess.DEVNULL,
+        # Ranks may outlive a killed launcher by a checkpoint.
+        pass_fds=[held],
         # In a session of its own, a rank gets a terminal's Ctrl-C from `forward` only, once.
         start_new_session=True,
         preexec_fn=_die_with(os.getpid()),

@@ -16,6 +16,7 @@ from pipelines.errors import StorageFault
 from runtime import stop_signals
 from runtime.child_processes import exit_with_parent
 from runtime.console import ignore_write_errors
+from runtime.leftovers import hold_socket_folder
 
 from .hand_over import Delivery, hand_over
 
@@ -34,6 +35,7 @@ def start_worker_server() -> None:
     The server imports what workers need, once. Stop signals, which reach every process of a terminal (Ctrl-C) or of a Slurm
     step, do not reach it: the training process decides when workers end.
     """
+    hold_socket_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.worker_server"])
     # The resource tracker unblocks signals when it starts, so start it first.
