@@ -29,6 +29,12 @@ lock(mutex)
 Process = subprocess.Popen[str]
 
 
+def _restore_signals() -> None:
+    """Undo what nohup, or a shell that runs the tests in the background, has made this process ignore."""
+    for number in stop_signals.NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
     """Start Python with these arguments. The process is killed when the test ends."""
@@ -36,7 +42,11 @@ def start() -> Iterator[Callable[..., Process]]:
 
     def run(*command: str) -> Process:
         pipe, command_line = subprocess.PIPE, [sys.executable, *command]
-        processes.append(subprocess.Popen(command_line, cwd=CHECKOUT, text=True, stdout=pipe, stderr=pipe))
+        processes.append(
+            subprocess.Popen(
+                command_line, cwd=CHECKOUT, text=True, stdout=pipe, stderr=pipe, preexec_fn=_restore_signals
+            )
+        )
         return processes[-1]
 
     yield run
