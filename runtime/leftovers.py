@@ -1,4 +1,4 @@
-"""Remove what a process left behind when it was killed with SIGKILL: its temporary folder, its semaphores in shared memory.
+"""Remove what a killed process (SIGKILL) did not: its temporary folder, its semaphores in shared memory.
 
 A process holds a lock on a file in its temporary folder, which the kernel releases when it ends. So the next start knows which
 folders belong to nobody. The semaphores of multiprocessing, whose names are random otherwise, are named after the folder.

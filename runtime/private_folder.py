@@ -64,7 +64,7 @@ def check_private(folder: Path) -> os.stat_result:
 
 
 def can_be_replaced(folder: Path) -> bool:
-    """Return whether other users can rename files and folders in `folder`, whoever owns them, and put theirs in place."""
+    """Return whether other users can replace files and folders in `folder`, also those of another owner."""
     mode = folder.stat().st_mode
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 

@@ -1,4 +1,4 @@
-"""Which address a node uses towards the others, with the answers of its resolver and kernel given."""
+"""The address that a node uses towards the others, with the answers of its resolver and kernel given."""
 
 import socket
 from collections.abc import Mapping

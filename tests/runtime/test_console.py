@@ -1,4 +1,4 @@
-"""A program whose standard streams fail, or are closed, goes on and ends with its own code."""
+"""A program whose standard streams fail, or are closed, continues and ends with its own code."""
 
 import os
 import subprocess
