@@ -131,7 +131,7 @@ class TemporalNetwork(nn.Module):
         # B = N * T, with T halved by temporal pooling.
         feature_BC = self.backbone(x_NTCHW.flatten(0, 1))
         feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
-        with _without_autocast(feature_NTC.device.type):
+        with without_autocast(feature_NTC.device.type):
             logit_NTK = self.classifier(self.dropout(feature_NTC.to(self.classifier.weight.dtype)))
             return logit_NTK.mean(1)
 
@@ -211,7 +211,7 @@ class _TemporalMaximum(torch.autograd.Function):
         return grad_NTCHW
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return a context that disables autocast; a null context if it is off, or on meta tensors, which have no autocast."""
     on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
