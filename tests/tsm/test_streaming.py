@@ -13,6 +13,7 @@ from tsm.official import from_official
 from tsm.streaming import Caches, StreamingNetwork, streaming_network
 
 CLASSES, FRAMES = 5, 64
+QUICK = ("resnet18", "mobilenet_v2")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,10 +63,12 @@ def error(actual: Tensor, expected: Tensor) -> float:
 # --- Equality ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "backbone", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES]
+)
 def test_streaming_is_the_offline_network(backbone: str) -> None:
     network = past(backbone)
-    x_NTCHW = clips(3 if backbone in ("resnet18", "mobilenet_v2") else 1)
+    x_NTCHW = clips(3 if backbone in QUICK else 1)
     expected_NTK = offline(network, x_NTCHW)
     # Frames differ from each other, so that a cache of a wrong place or frame would show.
     assert expected_NTK.std(1).min().item() > 0.01
