@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 from torch import Tensor
 
@@ -74,8 +75,9 @@ def trained_interval(config: Config, source_fps: float) -> tuple[float, str]:
     """
     pipeline = config.pipeline
     if pipeline.sampling == "stream":
-        low, high = vars(pipeline)["distances"]
-        distance, origin = (low + high) / 2, f"trained at distances of {low} to {high} frames"
+        distances = vars(pipeline)["distances"]
+        distance = median(distances)
+        origin = f"trained at distances of {min(distances)} to {max(distances)} frames"
     elif pipeline.sampling == "dense":
         distance = DENSE_WINDOW // config.model.num_frames
         origin = f"trained at a distance of {distance:g} frames"

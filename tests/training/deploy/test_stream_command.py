@@ -86,7 +86,7 @@ def test_the_distance_trained() -> None:
     dense = config_of("experiment=smoke", "pipeline.sampling=dense", "model.num_frames=8")
     assert trained_interval(dense, 32.0)[0] == DENSE_WINDOW // 8 / 32.0
     stream = config_of("experiment=smoke")
-    vars(stream.pipeline).update(sampling="stream", distances=[1, 5])
+    vars(stream.pipeline).update(sampling="stream", distances=[1, 2, 3, 4, 5])
     assert trained_interval(stream, 30.0)[0] == 3 / 30
     uniform, note = trained_interval(config_of("experiment=smoke"), 30.0)
     assert uniform == 2 / 30 and "--fps" in note
