@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import ClipDropout
 from .non_local import add_non_local_blocks
+from .relu6 import replace_relu6
 from .shift import Direction, check_fold_div, temporal_shift
 
 ShiftPlace = Literal["residual", "block", "none"]
@@ -63,6 +64,7 @@ def build_network(
         raise ValueError(f"zero_init_gamma is for ResNets alone, got backbone={backbone!r}")
     options = {"zero_init_residual": True} if zero_init_gamma else {}
     body = torchvision.models.get_model(backbone, weights=None, **options)
+    replace_relu6(body)
     for name in places:
         frames = _frames_in(name, num_frames, temporal_pool)
         body.get_submodule(name).register_forward_pre_hook(ShiftInput(frames, fold_div, direction))
@@ -130,8 +132,9 @@ class TemporalNetwork(nn.Module):
             raise ValueError(f"the network takes (N, {self.num_frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
         # B = N * T, with T halved by temporal pooling.
         feature_BC = self.backbone(x_NTCHW.flatten(0, 1))
-        feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
-        with _without_autocast(feature_NTC.device.type):
+        # Not len(), which would make the number of clips a constant in torch.export.
+        feature_NTC = feature_BC.unflatten(0, (x_NTCHW.shape[0], -1))
+        with without_autocast(feature_NTC.device.type):
             logit_NTK = self.classifier(self.dropout(feature_NTC.to(self.classifier.weight.dtype)))
             return logit_NTK.mean(1)
 
@@ -167,8 +170,20 @@ class PoolInput:
     num_frames: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        pooled_NTCHW: Tensor = _TemporalMaximum.apply(args[0].unflatten(0, (-1, self.num_frames)))  # type: ignore[no-untyped-call]
+        x_NTCHW = args[0].unflatten(0, (-1, self.num_frames))
+        if torch.compiler.is_exporting():
+            return (_exported_maximum(x_NTCHW).flatten(0, 1),)
+        pooled_NTCHW: Tensor = _TemporalMaximum.apply(x_NTCHW)  # type: ignore[no-untyped-call]
         return (pooled_NTCHW.flatten(0, 1),)
+
+
+def _exported_maximum(x_NTCHW: Tensor) -> Tensor:
+    """Compute the values of _TemporalMaximum by slices and few operators, for torch.export: runtimes have no `out=`."""
+    even_NTCHW, odd_NTCHW = x_NTCHW[:, ::2], x_NTCHW[:, 1::2]
+    # A frame outside the clip counts as the window's own frame 2j.
+    earlier_NTCHW = torch.cat((even_NTCHW[:, :1], odd_NTCHW[:, : even_NTCHW.shape[1] - 1]), 1)
+    later_NTCHW = torch.cat((odd_NTCHW, even_NTCHW[:, odd_NTCHW.shape[1] :]), 1)
+    return torch.maximum(torch.maximum(earlier_NTCHW, even_NTCHW), later_NTCHW)
 
 
 class _TemporalMaximum(torch.autograd.Function):
@@ -211,7 +226,7 @@ class _TemporalMaximum(torch.autograd.Function):
         return grad_NTCHW
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return a context that disables autocast; a null context if it is off, or on meta tensors, which have no autocast."""
     on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
