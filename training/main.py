@@ -182,6 +182,11 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
         raise ConfigError(
             "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, then evaluate the run"
         )
+    if config.evaluation.clips == "stream":
+        raise ConfigError(
+            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
+            "evaluation=stream"
+        )
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)
 

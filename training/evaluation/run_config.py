@@ -48,6 +48,7 @@ _KEYS = {
         distributed.timeout_s distributed.hang_timeout_s
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
         evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.ensemble evaluation.ensemble_weights
+        evaluation.distances evaluation.beside
         outputs run_id
     """,
     Kind.UNREAD: """
