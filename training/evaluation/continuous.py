@@ -6,6 +6,7 @@ are shown at once, one per stream, T frames, W frames of the longest reading, K 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def evaluate_stream(
     (pipelines/stream/continuous.py), and before it so many frames that caches and readings hold what they would in one endless
     stream: one frame for each cache, and those of the longest reading. So predictions depend neither on ranks nor on streams.
 
-    An undecodable clip is shown as black frames, and is missing.
+    An undecodable clip is shown as black frames, and is missing. `progress` receives the number of finished clips and frames.
     """
     manifest, rank, size = clips.source.manifest, backend.topology.rank, backend.topology.size
     burn_in = len(network.initial_caches(1)) + LONGEST_READING - 1
@@ -76,9 +77,15 @@ def evaluate_stream(
     predicted_NDPR = torch.zeros(shape, dtype=torch.int32, device=backend.device)
     times_seen_N = torch.zeros(len(manifest), dtype=torch.int32, device=backend.device)
     missing: list[BadClipRecord] = []
-    for shown_A, clips_A, bad_clips in _loaded(rounds_of(lanes), manifest, loader, progress):
+    done = count(1)
+
+    def report() -> None:
+        progress(next(done))
+
+    for shown_A, clips_A, bad_clips in _loaded(rounds_of(lanes), manifest, loader, report):
         for number, (distance, of_distance) in enumerate(zip(settings.distances, streams, strict=True)):
-            predicted_ATR = of_distance.show([shown.lane for shown in shown_A], [clip[::distance] for clip in clips_A])
+            lane_A = [shown.lane for shown in shown_A]
+            predicted_ATR = of_distance.show(lane_A, [clip[::distance] for clip in clips_A], report)
             for shown, clip, predicted_TR in zip(shown_A, clips_A, predicted_ATR, strict=True):
                 if shown.counted:
                     predicted_NDPR[shown.row, number] = predicted_TR[_latest_frames(len(clip), distance)]
@@ -99,11 +106,10 @@ def _latest_frames(num_frames: int, distance: int) -> list[int]:
 
 
 def _loaded(
-    rounds: list[list[Shown]], manifest: Manifest, loader: Loader, progress: Callable[[int], None]
+    rounds: list[list[Shown]], manifest: Manifest, loader: Loader, report: Callable[[], None]
 ) -> Iterator[tuple[list[Shown], list[Tensor], list[BadClipRecord]]]:
     """Yield each round with the frames of its clips, uint8 (T, 3, H, W), and those that could not be decoded."""
     batches = loader.batches((np.array([shown.row]), np.array([True])) for shown_A in rounds for shown in shown_A)
-    done = 0
     for shown_A in rounds:
         clips_A: list[Tensor] = []
         bad_clips: list[BadClipRecord] = []
@@ -113,8 +119,7 @@ def _loaded(
                 video_TCHW = video_TCHW[:1].expand(manifest.row(shown.row).num_frames, -1, -1, -1)
                 bad_clips.extend(batch.bad_clips)
             clips_A.append(video_TCHW)
-            done += 1
-            progress(done)
+            report()
         yield shown_A, clips_A, bad_clips
 
 
@@ -136,14 +141,18 @@ class _Streams:
         dtype = dtype_of_logits(network)
         self._latest_SWK = torch.zeros(count, LONGEST_READING, classes, dtype=dtype, device=device)
 
-    def show(self, stream_A: list[int], clips_A: list[Tensor]) -> Tensor:
-        """Show a clip to each of these streams. Returns the classes predicted after each frame, (A, T, R); 0 after a clip's end."""
+    def show(self, stream_A: list[int], clips_A: list[Tensor], report: Callable[[], None]) -> Tensor:
+        """Show a clip to each of these streams, and `report` each frame.
+
+        Returns the classes predicted after each frame, (A, T, R); 0 after a clip's end.
+        """
         longest = max(map(len, clips_A))
         predicted_ATR = torch.zeros(len(clips_A), longest, len(READINGS), dtype=torch.int32, device=self._device)
         for frame in range(longest):
             showing = [number for number, clip in enumerate(clips_A) if frame < len(clip)]
             frames_ACHW = torch.stack([clips_A[number][frame] for number in showing])
             predicted_ATR[showing, frame] = self._next([stream_A[number] for number in showing], frames_ACHW)
+            report()
         return predicted_ATR
 
     def _next(self, stream_A: list[int], frames_ACHW: Tensor) -> Tensor:

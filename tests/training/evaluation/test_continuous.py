@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,18 @@ class OneOf(SingleBackend):
         pass
 
 
-def stream(folder: Path, batch: int, distances: list[int], rank: int = 0, size: int = 1) -> StreamAnswers:
+def stream(
+    folder: Path,
+    batch: int,
+    distances: list[int],
+    rank: int = 0,
+    size: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> StreamAnswers:
     clips = EvaluationClips(ClipSource(folder / "val.arrow", "pyav"), EvalProtocol(8, 28, "stream"))
     settings = EvaluationConfig(batch=batch, distances=distances)
     network: Any = ByHand()
-    return evaluate_stream(network, lambda x: x, clips, ClipLoader(clips, 0, 2), OneOf(rank, size), settings)
+    return evaluate_stream(network, lambda x: x, clips, ClipLoader(clips, 0, 2), OneOf(rank, size), settings, progress)
 
 
 def expected(distance: int, black: tuple[int, ...] = ()) -> Tensor:
@@ -123,6 +131,16 @@ def test_predictions_are_those_of_one_endless_stream(made: Path, batch: int, siz
         assert found_NDPR[:, number].equal(expected(distance)), distance
 
 
+def test_each_clip_and_frame_is_progress(made: Path) -> None:
+    """A long clip must not look like a hang: one stream of five clips of 25 frames, and of burn-in before them."""
+    calls: list[int] = []
+    stream(made, 1, [1, 2], progress=calls.append)
+    # Before clip 0, at distance 2, nine frames: clips 2, 1 and 3 have 5 + 1 + 2, and clip 4 has 3 more.
+    clips = [4, 3, 1, 2, *CIRCLE]
+    frames = sum(LENGTHS[row] + -(-LENGTHS[row] // 2) for row in clips)
+    assert calls == list(range(1, 1 + len(clips) + frames))
+
+
 def test_the_readings_differ() -> None:
     """Otherwise the test above could not tell them apart, nor distances, nor parts of a clip."""
     assert (
@@ -143,7 +161,7 @@ def test_a_clip_of_one_frame_is_read_with_the_clips_before_it(made: Path) -> Non
         torch.stack(logits[-4:]).mean(0).argmax(),
         torch.stack(logits).mean(0).argmax(),
     ]
-    # After any part of it that one frame was seen.
+    # One frame is seen after any part of it.
     assert (answers.predicted_NDPR[1, 0] == answers.predicted_NDPR[1, 0, 0]).all()
 
 
