@@ -59,7 +59,10 @@ def early_curves(record: Record) -> list[tuple[str, list[float]]]:
     own, *_ = record["early"]["curves"]
     label = f"{own['source']} ({own['network']}), stream, distance {row['distance']}, {_TITLES[_DRAWN]}"
     return [(label, row["early_percent"][_DRAWN])] + [
-        (f"{curve['source']} ({curve['network']}), {curve['num_frames']} frames of the part", curve["top1_percent"])
+        (
+            f"{curve['source']} ({curve['network']}), {curve['num_frames']} frames of what was seen",
+            curve["top1_percent"],
+        )
         for curve in record["early"]["curves"]
     ]
 

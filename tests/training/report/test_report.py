@@ -303,8 +303,8 @@ def test_continuous_stream(run: Run) -> None:
     at = page.texts.index("100%") + 1
     label = "mine (online TSM), stream, distance 3, mean of 4"
     assert page.texts[at : at + 11] == [label, *(f"{10.0 * part + 3:.1f}" for part in range(10))]
-    assert page.texts[at + 11 : at + 22] == ["mine (online TSM), 8 frames of the part"] + ["11.5"] * 10
-    assert page.texts[at + 22 : at + 33] == ["<other> (TSN), 8 frames of the part"] + ["12.5"] * 10
+    assert page.texts[at + 11 : at + 22] == ["mine (online TSM), 8 frames of what was seen"] + ["11.5"] * 10
+    assert page.texts[at + 22 : at + 33] == ["<other> (TSN), 8 frames of what was seen"] + ["12.5"] * 10
     # In the legend too.
     assert page.texts.count(label) == 2
     assert "differs from the run: pipeline.size=64 (trained: 32)" in page.texts
