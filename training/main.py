@@ -183,6 +183,11 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
             "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
             "Fix: train without them, then evaluate the run"
         )
+    if config.evaluation.clips == "stream":
+        raise ConfigError(
+            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
+            "evaluation=stream"
+        )
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)
 

@@ -10,7 +10,7 @@ from runtime.run_names import why_no_folder_name
 from training.errors import ConfigError
 
 from .keys import KEYS, default_of, is_optional, nearest
-from .schema import Config, ModelConfig, OptimizerConfig, PipelineConfig
+from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from .wandb_names import check_wandb_names
 
 _CHOICES = {
@@ -21,7 +21,7 @@ _CHOICES = {
     "pipeline.decoder": ("auto", "torchcodec", "pyav"),
     "pipeline.sampling": ("uniform", "dense"),
     "pipeline.flip": ("off", "on", "relabel"),
-    "evaluation.clips": ("validation", "uniform", "twice", "dense"),
+    "evaluation.clips": ("validation", "uniform", "twice", "dense", "stream"),
     "evaluation.crops": (1, 3, 5, 10),
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
@@ -80,6 +80,7 @@ def check(config: Config) -> None:
     for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
         _check_sampling(key, rule, config.model.num_frames)
     _check_mirror(config.data.mirrored_words, config.pipeline.flip)
+    _check_stream(config.evaluation)
     warmup, epochs = config.schedule.warmup_epochs, config.schedule.epochs
     if warmup > epochs:
         raise ConfigError(
@@ -190,6 +191,30 @@ def _check_sampling(key: str, rule: str, num_frames: int) -> None:
     if rule == "dense" and num_frames > 64:
         raise ConfigError(
             f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={num_frames}. Fix: model.num_frames=64 or less"
+        )
+
+
+def _check_stream(evaluation: EvaluationConfig) -> None:
+    """Check the settings of evaluation=stream."""
+    distances = evaluation.distances
+    if not distances or min(distances) < 1 or len(set(distances)) < len(distances):
+        raise ConfigError(
+            f"evaluation.distances must be different numbers of 1 or more, got {distances}. Fix: evaluation.distances=[1,2,3,4,5]"
+        )
+    if evaluation.clips != "stream":
+        if evaluation.beside:
+            raise ConfigError(
+                f"evaluation.beside={evaluation.beside} is only for evaluation=stream. Fix: evaluation=stream, or leave it out"
+            )
+        return
+    if evaluation.crops != 1:
+        raise ConfigError(
+            f"evaluation=stream has one view, got evaluation.crops={evaluation.crops}. Fix: evaluation.crops=1"
+        )
+    if evaluation.save_logits:
+        raise ConfigError(
+            "evaluation.save_logits=true has no meaning for evaluation=stream, where a clip has logits for each frame. "
+            "Fix: evaluation.save_logits=false; stream.json of the run folder has all accuracies"
         )
 
 

@@ -248,7 +248,8 @@ class EvaluationConfig:
     checkpoint: str = "newest"
     """Checkpoint of a run that evaluate.py loads: newest, best, or the name of one (step-00001200)."""
     clips: str = "validation"
-    """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10)."""
+    """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10). Or stream: all
+    clips as one stream, without resetting the caches of a past-only network."""
     crops: int = 1
     """Spatial views: 1 (centre), 3 (left, right, centre), 5 (corners, centre) or 10 (these, mirrored too)."""
     full_resolution: bool = False
@@ -263,6 +264,10 @@ class EvaluationConfig:
     """evaluate.py averages these files of saved logits instead of evaluating a run."""
     ensemble_weights: list[float] = field(default_factory=list)
     """A weight for each file of the ensemble; empty: equal ones."""
+    distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """Frame distances of evaluation=stream: every frame, every second one ..."""
+    beside: list[str] = field(default_factory=list)
+    """Other runs whose early recognition evaluation=stream shows beside the run's: folders, as --run takes them."""
 
 
 @dataclass

@@ -47,7 +47,7 @@ _KEYS = {
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
-        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain
+        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
         evaluation.ensemble evaluation.ensemble_weights outputs run_id
     """,
     Kind.UNREAD: """
