@@ -166,29 +166,33 @@ class TrainingClips(Dataset[ClipBatch]):
         """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes, after its burn-in."""
         augmentation, seed = self.augmentation, self.seed
         video_TCHW, label, used = self._read(
-            epoch, row, lambda row, *clip: sample_training_params(augmentation, *clip, seed, epoch, row), bad_clips
+            epoch,
+            row,
+            lambda row, clip: sample_training_params(
+                augmentation, clip.num_frames, *clip.upright_size, seed, epoch, row
+            ),
+            bad_clips,
         )
         if not augmentation.burn_in:
             return video_TCHW, label, used
         before_TCHW, _, _ = self._read(
             epoch,
             burn_in_row(len(self.source.manifest), seed, epoch, used),
-            lambda row, *clip: sample_burn_in_params(augmentation, *clip, seed, epoch, used, row),
+            lambda row, clip: sample_burn_in_params(
+                augmentation, clip.num_frames, *clip.upright_size, seed, epoch, used, row
+            ),
             bad_clips,
         )
         return torch.cat([before_TCHW, video_TCHW]), label, used
 
     def _read(
-        self, epoch: int, row: int, sample: Callable[..., SampleParams], bad_clips: list[BadClipRecord]
+        self, epoch: int, row: int, sample: Callable[[int, ManifestRow], SampleParams], bad_clips: list[BadClipRecord]
     ) -> tuple[Any, int, int]:
-        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes.
-
-        `sample(row, num_frames, width, height)` returns the sample parameters.
-        """
+        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes, with the parameters of `sample`."""
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
-            params = sample(candidate, entry.num_frames, *entry.upright_size)
+            params = sample(candidate, entry)
             try:
                 video_TCHW = read_patiently(
                     partial(source.pixels, entry, params, self.augmentation.size),
