@@ -16,9 +16,8 @@ class StreamSampling:
 
     burn_in: int
     """Frames of another clip before each clip."""
-    min_distance: int
-    max_distance: int
-    """Bounds of the sampled distance between neighbouring frames, in frames of the clip."""
+    distances: tuple[int, ...]
+    """Distances between neighbouring frames, in frames of the clip, one of which is sampled."""
     loss_from: int
     """First frame of the clip, counted from 1, whose logits the loss takes."""
 
@@ -29,7 +28,7 @@ class StreamSampling:
 
     def distance(self, uniform: float) -> int:
         """Return the distance that a random number in [0, 1) selects."""
-        return self.min_distance + int(uniform * (self.max_distance - self.min_distance + 1))
+        return self.distances[int(uniform * len(self.distances))]
 
 
 def stream_training(num_frames: int, count: int, distance: int, uniform: float) -> NDArray[np.int64]:

@@ -66,7 +66,7 @@ STREAM = [
     "model.direction=past",
     "pipeline.sampling=stream",
     "pipeline.burn_in=3",
-    "pipeline.distances=[1,3]",
+    "pipeline.distances=[1,2,3]",
     "pipeline.loss_from=2",
 ]
 # Name -> overrides. Every variant is trained in every world: the first with the published ResNet-18, the others with a

@@ -168,10 +168,9 @@ def _check_crops(pipeline: PipelineConfig) -> None:
 def _check_stream(pipeline: PipelineConfig, num_frames: int) -> None:
     """Check the numbers of stream sampling. Whether the network can be trained so: training/build/stream.py."""
     distances = pipeline.distances
-    if len(distances) != 2 or not 1 <= distances[0] <= distances[1]:
+    if not distances or min(distances) < 1:
         raise ConfigError(
-            f"pipeline.distances must be the smallest and the largest distance, 1 or more, got {distances}. "
-            "Fix: pipeline.distances=[1,5]"
+            f"pipeline.distances must be numbers of frames, each 1 or more, got {distances}. Fix: pipeline.distances=[1,2,3,4,5]"
         )
     if pipeline.sampling == "stream" and pipeline.loss_from > num_frames:
         raise ConfigError(

@@ -76,8 +76,8 @@ class PipelineConfig:
     a sampled distance, after frames of another clip, with a loss on each frame; only past-only networks)."""
     burn_in: int = 8
     """sampling=stream: frames of another clip before each training clip."""
-    distances: list[int] = field(default_factory=lambda: [1, 5])
-    """sampling=stream: smallest and largest distance between neighbouring frames."""
+    distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """sampling=stream: distances between neighbouring frames, one of which is sampled for each clip."""
     loss_from: int = 3
     """sampling=stream: first frame of a clip, counted from 1, whose logits the loss takes."""
     crop_scales: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.66])

@@ -54,8 +54,8 @@ def _describe_stream(recipe: Recipe) -> list[str]:
     if stream is None:
         return []
     return [
-        f"stream     {stream['burn_in']} frames of another clip before each clip, frame distance {stream['min_distance']} to "
-        f"{stream['max_distance']}; loss on each frame of the clip from number {stream['loss_from']} on"
+        f"stream     {stream['burn_in']} frames of another clip before each clip, frame distances "
+        f"{', '.join(map(str, stream['distances']))}; loss on each frame of the clip from number {stream['loss_from']} on"
     ]
 
 

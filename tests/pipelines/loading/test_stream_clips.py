@@ -29,7 +29,7 @@ AUGMENTATION = Augmentation(
     size=32,
     sampling="stream",
     flip="on",
-    stream=StreamSampling(burn_in=BURN_IN, min_distance=1, max_distance=3, loss_from=2),
+    stream=StreamSampling(burn_in=BURN_IN, distances=(1, 2, 3), loss_from=2),
 )
 
 

@@ -15,7 +15,7 @@ from pipelines.stream.augmentation import (
 )
 from pipelines.stream.burn_in import StreamSampling, other_row, stream_training
 
-STREAM = StreamSampling(burn_in=8, min_distance=1, max_distance=5, loss_from=3)
+STREAM = StreamSampling(burn_in=8, distances=(1, 2, 3, 4, 5), loss_from=3)
 AUGMENTATION = Augmentation(num_frames=8, size=224, sampling="stream", flip="on", stream=STREAM)
 UNIFORM = st.floats(0, 1, exclude_max=True)
 
@@ -89,7 +89,7 @@ def test_every_other_clip_may_be_the_burn_in() -> None:
 def test_seed_epoch_and_row_each_matter() -> None:
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert len({burn_in_row(1 << 40, *key) for key in keys}) == 4
-    augmentation = replace(AUGMENTATION, stream=replace(STREAM, max_distance=1000))
+    augmentation = replace(AUGMENTATION, stream=replace(STREAM, distances=tuple(range(1, 1001))))
     frames = {tuple(sample_training_params(augmentation, 100_000, 340, 256, *key).frame_T.tolist()) for key in keys}
     assert len(frames) == 4
 

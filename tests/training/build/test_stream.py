@@ -66,7 +66,7 @@ def test_loss_from_a_frame_that_is_not_there() -> None:
     ("key", "value"),
     [
         ("pipeline__burn_in", 4),
-        ("pipeline__distances", [2, 5]),
+        ("pipeline__distances", [2, 3, 4, 5]),
         ("pipeline__loss_from", 1),
         ("pipeline__sampling", "uniform"),
     ],
