@@ -147,7 +147,6 @@ def _build_trainer(
     ema = None if config.optimizer.ema_decay is None else EMA(network, config.optimizer.ema_decay)
     if state:
         restore(backend, network, state_tensors(network, optimizer, ema), resumed)
-    stream = stream_sampling_of(config.pipeline)
     compress = config.distributed.gradient_dtype == "float16"
     trainer = Trainer(
         recipe=recipe,
@@ -164,7 +163,7 @@ def _build_trainer(
         clip_norm=config.optimizer.clip_norm,
         label_smoothing=config.optimizer.label_smoothing,
         ema=ema,
-        scored_from=stream.scored_from if stream else None,
+        stream=stream_sampling_of(config.pipeline),
     )
     if state:
         trainer.scaler.load_state_dict(state["scaler"])

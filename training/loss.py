@@ -5,22 +5,35 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pipelines.stream.burn_in import StreamSampling
+
 
 def clip_loss(
     network: Callable[..., Tensor],
     video_NTCHW: Tensor,
     label_N: Tensor,
-    scored_from: int | None = None,
+    burn_in_label_N: Tensor | None = None,
+    stream: StreamSampling | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run the network, and return the mean cross-entropy and each clip's logits (N, K).
 
-    `scored_from`: the first frame whose logits the loss takes (pipelines/stream/burn_in.py); every frame from there on counts
-    alike, and the clip's logits are their mean. None: the loss takes the mean over all frames, as TSN and TSM are trained.
+    Without `stream` the loss takes the mean of the logits over all frames, as TSN and TSM are trained. With it every scored frame
+    counts alike, and the clip's logits are their mean. If the burn-in is scored too, it counts as much as the clip.
     """
-    if scored_from is None:
+    if stream is None:
         logit_NK = network(video_NTCHW)
         return cross_entropy(logit_NK, label_N, label_smoothing=label_smoothing), logit_NK
-    logit_NTK = network(video_NTCHW, per_frame=True)[:, scored_from:]
+    logit_NTK = network(video_NTCHW, per_frame=True)
+    scored_NTK = logit_NTK[:, stream.scored]
+    loss = _frame_loss(scored_NTK, label_N, label_smoothing)
+    if stream.scored_burn_in is not None:
+        assert burn_in_label_N is not None
+        before = _frame_loss(logit_NTK[:, stream.scored_burn_in], burn_in_label_N, label_smoothing)
+        loss = (loss + before) / 2
+    return loss, scored_NTK.mean(1)
+
+
+def _frame_loss(logit_NTK: Tensor, label_N: Tensor, label_smoothing: float) -> Tensor:
     label_B = label_N.repeat_interleave(logit_NTK.shape[1])
-    return cross_entropy(logit_NTK.flatten(0, 1), label_B, label_smoothing=label_smoothing), logit_NTK.mean(1)
+    return cross_entropy(logit_NTK.flatten(0, 1), label_B, label_smoothing=label_smoothing)

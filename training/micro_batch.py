@@ -78,7 +78,7 @@ def _try_step(config: Config, num_classes: int, clips: int, device: torch.device
     video_NTCHW = Normaliser(device, numerics)(torch.zeros(shape, dtype=torch.uint8))
     label_N = torch.zeros(clips, dtype=torch.int64, device=device)
     with autocast(device, numerics.amp):
-        loss, _ = clip_loss(network, video_NTCHW, label_N, stream.scored_from if stream else None)
+        loss, _ = clip_loss(network, video_NTCHW, label_N, label_N, stream)
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from distributed.backends.base import Reducer
 from pipelines.loading.clips import ClipBatch
 from pipelines.stream.augmentation import dropout_seeds
+from pipelines.stream.burn_in import StreamSampling
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast
 from training.optim.ema import EMA
@@ -37,8 +38,8 @@ class Trainer:
     clip_norm: float | None
     label_smoothing: float
     ema: EMA | None
-    scored_from: int | None = None
-    """The first frame whose logits the loss takes; None: it takes their mean over all frames (training/loss.py)."""
+    stream: StreamSampling | None = None
+    """Which frames the loss takes; None: it takes the mean of the logits over all frames (training/loss.py)."""
     guard: NonFiniteGuard = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,11 +77,15 @@ class Trainer:
     def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
         """Run forward and backward of one micro-batch. Gradients add up to the mean over all micro-steps."""
         video_NTCHW = self.normalise(batch.video_NTCHW)
-        label_N = batch.label_N.to(video_NTCHW.device, non_blocking=True)
+        device = video_NTCHW.device
+        label_N = batch.label_N.to(device, non_blocking=True)
+        burn_in_label_N = batch.burn_in_label_N
+        if burn_in_label_N is not None:
+            burn_in_label_N = burn_in_label_N.to(device, non_blocking=True)
         with self.reducer.micro_step(last):
             with self.autocast():
                 loss, logit_NK = clip_loss(
-                    self.reducer.network, video_NTCHW, label_N, self.scored_from, self.label_smoothing
+                    self.reducer.network, video_NTCHW, label_N, burn_in_label_N, self.stream, self.label_smoothing
                 )
             if last:
                 loss = self.guard.checked(loss)

@@ -20,11 +20,18 @@ class StreamSampling:
     """Distances between neighbouring frames, in frames of the clip, one of which is sampled."""
     loss_from: int
     """First frame of the clip, counted from 1, whose logits the loss takes."""
+    score_burn_in: bool = False
+    """The loss takes the burn-in's frames too, from the same number on."""
 
     @property
-    def scored_from(self) -> int:
-        """Index of that frame in the training sample, which begins with the burn-in."""
-        return self.burn_in + self.loss_from - 1
+    def scored(self) -> slice:
+        """The frames of a training sample, which begins with the burn-in, that are scored as the clip's."""
+        return slice(self.burn_in + self.loss_from - 1, None)
+
+    @property
+    def scored_burn_in(self) -> slice | None:
+        """The frames that are scored as the burn-in's; None: the loss takes none of them."""
+        return slice(self.loss_from - 1, self.burn_in) if self.score_burn_in else None
 
     def distance(self, uniform: float) -> int:
         """Return the distance that a random number in [0, 1) selects."""

@@ -9,7 +9,7 @@ def stream_sampling_of(pipeline: PipelineConfig) -> StreamSampling | None:
     """Return the settings of stream sampling; None for clips by themselves."""
     if pipeline.sampling != "stream":
         return None
-    return StreamSampling(pipeline.burn_in, tuple(pipeline.distances), pipeline.loss_from)
+    return StreamSampling(pipeline.burn_in, tuple(pipeline.distances), pipeline.loss_from, pipeline.score_burn_in)
 
 
 def check_stream(model: ModelConfig, pipeline: PipelineConfig) -> None:

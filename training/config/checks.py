@@ -177,6 +177,11 @@ def _check_stream(pipeline: PipelineConfig, num_frames: int) -> None:
             f"pipeline.loss_from={pipeline.loss_from} leaves no frame of a clip of model.num_frames={num_frames} to the loss. "
             f"Fix: pipeline.loss_from={num_frames} or less"
         )
+    if pipeline.sampling == "stream" and pipeline.score_burn_in and pipeline.loss_from > pipeline.burn_in:
+        raise ConfigError(
+            f"pipeline.score_burn_in=true, but pipeline.loss_from={pipeline.loss_from} leaves no frame of a burn-in of "
+            f"pipeline.burn_in={pipeline.burn_in} to the loss. Fix: pipeline.score_burn_in=false, or more pipeline.burn_in"
+        )
 
 
 def _check_initial_weights(model: ModelConfig) -> None:

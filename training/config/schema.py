@@ -80,6 +80,8 @@ class PipelineConfig:
     """sampling=stream: distances between neighbouring frames, one of which is sampled for each clip."""
     loss_from: int = 3
     """sampling=stream: first frame of a clip, counted from 1, whose logits the loss takes."""
+    score_burn_in: bool = True
+    """sampling=stream: the loss takes the frames of the burn-in too, as those of its own clip."""
     crop_scales: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.66])
     """Sides of the random training crop, as fractions of the frame's shorter side."""
     flip: str = "off"

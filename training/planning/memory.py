@@ -90,7 +90,7 @@ def step_costs(
                 parameter.grad = torch.empty_like(parameter)
         frames = model.num_frames + (stream.burn_in if stream else 0)
         video_NTCHW = torch.empty(execution.micro_batch, frames, 3, size, size, dtype=torch.uint8)
-        _forward_and_backward(network, video_NTCHW, numerics, stream.scored_from if stream else None)
+        _forward_and_backward(network, video_NTCHW, numerics, stream)
         saved = [*network.state_dict().values(), *state_tensors(network, optimizer, average).values()]
         checkpoint_bytes = sum(tensor.nbytes for tensor in saved)
         # On GPUs the buffer of LARS holds a second copy of the gradients.
@@ -120,14 +120,14 @@ class _MessageCounter(SingleBackend):
 
 
 def _forward_and_backward(
-    network: TemporalNetwork, video_NTCHW: Tensor, numerics: NumericsConfig, scored_from: int | None = None
+    network: TemporalNetwork, video_NTCHW: Tensor, numerics: NumericsConfig, stream: StreamSampling | None = None
 ) -> None:
     """Do what training.step does with a micro-batch, without dropout's masks, which are small."""
     cpu = torch.device("cpu")
     label_N = torch.zeros(len(video_NTCHW), dtype=torch.int64)
     x_NTCHW = Normaliser(cpu, numerics)(video_NTCHW)
     with autocast(cpu, numerics.amp):
-        loss, _ = clip_loss(network, x_NTCHW, label_N, scored_from)
+        loss, _ = clip_loss(network, x_NTCHW, label_N, label_N, stream)
     loss.backward()
 
 

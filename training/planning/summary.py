@@ -53,9 +53,10 @@ def _describe_stream(recipe: Recipe) -> list[str]:
     stream = recipe.augmentation.get("stream")
     if stream is None:
         return []
+    distances, scored = ", ".join(map(str, stream["distances"])), "both" if stream["score_burn_in"] else "the clip"
     return [
-        f"stream     {stream['burn_in']} frames of another clip before each clip, frame distances "
-        f"{', '.join(map(str, stream['distances']))}; loss on each frame of the clip from number {stream['loss_from']} on"
+        f"stream     {stream['burn_in']} frames of another clip before each clip, frame distances {distances}; loss on each frame "
+        f"of {scored} from number {stream['loss_from']} on"
     ]
 
 

@@ -73,6 +73,7 @@ def pixels(folder: Path, row: int, params: SampleParams) -> torch.Tensor:
 def test_frames_of_another_clip_come_before_those_of_the_clip(made: Path) -> None:
     video_NTCHW = torch.cat([batch.video_NTCHW for batch in batches(made)])
     label_N = torch.cat([batch.label_N for batch in batches(made)])
+    burn_in_label_N = torch.cat([batch.burn_in_label_N for batch in batches(made) if batch.burn_in_label_N is not None])
     row_N = torch.cat([batch.row_N for batch in batches(made)])
     assert video_NTCHW.shape == (2 * CLIPS, BURN_IN + 4, 3, 32, 32)
     for (epoch, row), video_TCHW in zip(slots(), video_NTCHW, strict=True):
@@ -83,6 +84,7 @@ def test_frames_of_another_clip_come_before_those_of_the_clip(made: Path) -> Non
         assert torch.equal(video_TCHW[BURN_IN:], pixels(made, row, sample_training_params(AUGMENTATION, *clip)))
     assert row_N.tolist() == [row for _, row in slots()]
     assert label_N.tolist() == [row % 3 for _, row in slots()]
+    assert burn_in_label_N.tolist() == [burn_in_row(CLIPS, SEED, epoch, row) % 3 for epoch, row in slots()]
 
 
 def test_workers_give_the_batches_that_this_process_gives(made: Path) -> None:

@@ -60,6 +60,8 @@ def test_a_network_without_a_shift_can() -> None:
 def test_loss_from_a_frame_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.loss_from=9.*Fix: pipeline\.loss_from=8 or less"):
         check(online(pipeline__loss_from=9))
+    with pytest.raises(ConfigError, match=r"pipeline\.loss_from=3 leaves no frame.*Fix: pipeline\.score_burn_in=false"):
+        check(online(pipeline__burn_in=2))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,7 @@ def test_loss_from_a_frame_that_is_not_there() -> None:
         ("pipeline__burn_in", 4),
         ("pipeline__distances", [2, 3, 4, 5]),
         ("pipeline__loss_from", 1),
+        ("pipeline__score_burn_in", False),
         ("pipeline__sampling", "uniform"),
     ],
 )
