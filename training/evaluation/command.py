@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from distributed.backends.base import Backend, broadcast_network
-from distributed.checkpoint.store import BEST, Checkpoint, CheckpointError, load_checkpoint
 from distributed.health.control_channel import ControlChannel
 from pipelines.loading.clips import EvaluationClips
 from pipelines.manifest import Manifest
@@ -23,12 +22,11 @@ from training.build.numerics import place_network
 from training.config.load import read_config
 from training.config.schema import Config, EvaluationConfig
 from training.errors import ConfigError
-from training.optim.ema import PREFIX
 from training.recipe import fingerprint_of
-from training.runs.resume import check_agreement, newest_checkpoint
+from training.runs.resume import check_agreement
 from training.runs.run_folder import RunFolder
+from training.runs.trained_weights import load_into, read_trained_weights
 from tsm.networks import TemporalNetwork
-from tsm.official import WeightsError, check_keys
 
 from .evaluate import Evaluation, describe_mirrored_views, evaluate
 from .run_config import Difference, by_key, differing_clips, differing_from_checkpoint, differing_views, settings_of
@@ -113,40 +111,15 @@ def _load_file(config: Config, validation: Manifest, network: TemporalNetwork) -
 def _load_run(folder: RunFolder, config: Config, validation: Manifest, network: TemporalNetwork) -> Weights:
     """Load a checkpoint of a run into the network: the EMA of the weights if the checkpoint has one."""
     run_id = folder.path.name
-    checkpoint = _checkpoint(folder, config.evaluation.checkpoint)
-    recipe = checkpoint.state["recipe"]
+    found = read_trained_weights(folder, config.evaluation.checkpoint)
+    recipe = found.state["recipe"]
     # A checkpoint that was copied without the run's configuration has at least its recipe.
     trained = settings_of(recipe, read_config(folder.path) if folder.config.exists() else None)
     differing = differing_views(run_id, trained, config)
-    ema = {
-        name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
-    }
-    theirs = checkpoint_classes(checkpoint.state, folder.path, CHECKOUT / config.data.root / config.data.train)
-    tensors, note = matched(checkpoint.network | ema, theirs, f"the run {run_id}", validation)
-    try:
-        check_keys(tensors, network.state_dict())
-    except WeightsError as error:
-        raise ConfigError(
-            f"the checkpoint of {run_id} is of another network: {error}. Fix: give the overrides that it was trained with"
-        ) from error
-    network.load_state_dict(tensors)
-    return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe), differing, note)
-
-
-def _checkpoint(folder: RunFolder, which: str) -> Checkpoint:
-    """Load a run's checkpoint: the newest whole one, or exactly the best or the one of this name."""
-    if which == "newest":
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
-            raise ConfigError(
-                f"{folder.checkpoints} holds no whole checkpoint. Fix: --run outputs/NAME of a run that has one"
-            )
-        return checkpoint
-    try:
-        return load_checkpoint(folder.checkpoints / which)
-    except CheckpointError as error:
-        why = ": the run was not evaluated yet, or had checkpoint.keep_best=false" if which == BEST else ""
-        raise ConfigError(f"{error}{why}. Fix: evaluation.checkpoint=newest") from error
+    theirs = checkpoint_classes(found.state, folder.path, CHECKOUT / config.data.root / config.data.train)
+    tensors, note = matched(found.tensors, theirs, f"the run {run_id}", validation)
+    load_into(network, tensors, run_id)
+    return Weights(run_id, found.step, fingerprint_of(recipe), differing, note)
 
 
 def _print_scores(evaluation: Evaluation, weights: Weights, clips: EvaluationClips, amp: str) -> None:

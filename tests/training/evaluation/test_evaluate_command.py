@@ -166,7 +166,7 @@ def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:
     ("overrides", "says"),
     [
         (["run_id=null"], "no weights to evaluate. Fix: --run outputs/NAME"),
-        (["run_id=other"], "holds no whole checkpoint. Fix: --run outputs/NAME"),
+        (["run_id=other"], "holds no whole checkpoint. Fix: name the folder of a run that has one"),
         (["model.shift=none"], "run was trained with model.shift=residual, not none. Fix: model.shift=residual"),
     ],
 )
