@@ -1,0 +1,179 @@
+"""Exported files compute what PyTorch computes, and a file that does not is never left behind."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.tiny_run import write_run
+from training.deploy.export import command, formats
+from training.deploy.export.check import ExportError, largest_difference
+from training.deploy.export.formats import find_format
+from training.deploy.export.forms import exportable
+from training.deploy.load import load_trained
+from training.errors import ConfigError
+from training.runs.run_folder import RunFolder
+from tsm import streaming
+from tsm.networks import TemporalNetwork, build_network
+from tsm.streaming import streaming_network
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = ["move left", "move right", "stay"]
+ACCURACY = {"protocol": "4x32-uniform_validation-1crop", "top1_percent": 87.5, "clips": 8}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A past-only run whose data are gone, with two evaluations, of which the second is of its checkpoint."""
+    folder = tmp_path_factory.mktemp("outputs") / "mine"
+    write_run(folder, CLASSES, "model.direction=past", "data.root=/gone")
+    records = [{"kind": "evaluation", "time_s": 1.0, "step": step, "epoch": 0.5, **ACCURACY} for step in (4, 5)]
+    RunFolder(folder).metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def export(run: Path, *settings: str) -> int:
+    return command.run_export([str(run), *settings], "")
+
+
+def frames_of(batch: int, count: int) -> Tensor:
+    return 2 * torch.rand(batch, count, 3, 32, 32, generator=torch.Generator().manual_seed(3)) - 1
+
+
+def network_of(run: Path) -> TemporalNetwork:
+    return load_trained(str(run), ["distributed.device=cpu"]).network
+
+
+def session_of(run: Path, name: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(run / "export" / name / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def test_an_onnx_stream_equals_pytorch_over_64_frames(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(run) == 0
+    assert "checked against PyTorch: 64 frames" in capsys.readouterr().out
+    session, network = session_of(run, "onnx-fp32-stream"), streaming_network(network_of(run))
+    for batch, count in ((1, 64), (3, 8)):
+        caches = network.initial_caches(batch)
+        fed = {
+            value.name: np.zeros((batch, *value.shape[1:]), np.float32)
+            for value in session.get_inputs()
+            if value.name != "frame"
+        }
+        for frame_NCHW in frames_of(batch, count).unbind(1):
+            logit_NK, caches = network.stream(frame_NCHW, caches)
+            got_NK, *kept = session.run(None, {"frame": frame_NCHW.numpy(), **fed})
+            fed = dict(zip(fed, kept, strict=True))
+            assert np.abs(got_NK - logit_NK.numpy()).max() <= 1e-4 * logit_NK.abs().max()
+
+
+@torch.no_grad()
+def test_an_onnx_clip_takes_any_number_of_clips(run: Path) -> None:
+    assert export(run, "form=clip") == 0
+    session, network = session_of(run, "onnx-fp32-clip"), network_of(run)
+    for batch in (1, 2, 3, 5):
+        clips_NTCHW = frames_of(batch, 4)
+        expected_NK = network(clips_NTCHW)
+        got_NK = session.run(["logits"], {"clip": clips_NTCHW.numpy()})[0]
+        assert np.abs(got_NK - expected_NK.numpy()).max() <= 1e-4 * expected_NK.abs().max()
+
+
+def test_the_card_has_what_an_application_needs(run: Path) -> None:
+    assert export(run, "format=torch") == 0
+    folder = run / "export" / "torch-fp32-stream"
+    card = json.loads((folder / "model.json").read_text())
+    data = (folder / "model.pt2").read_bytes()
+    assert card["files"] == {"model.pt2": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    assert (card["schema"], card["format"], card["precision"], card["form"]) == (
+        "tsm-model-card/1",
+        "torch",
+        "fp32",
+        "stream",
+    )
+    assert card["classes"] == CLASSES
+    assert card["classes_sha256"] == hashlib.sha256(b"move left\nmove right\nstay\n").hexdigest()
+    assert card["pixels"]["mean"] == [123.675, 116.28, 103.53] and card["pixels"]["colour"] == "RGB"
+    assert card["pixels"]["resize"]["shorter_side"] == 36 and card["pixels"]["size"] == 32
+    assert card["inputs"][0] == {"name": "frame", "shape": ["N", 3, 32, 32], "dtype": "float32"}
+    assert card["caches"][0] == {
+        "input": "cache_0",
+        "output": "next_cache_0",
+        "initial": 0.0,
+        "module": "layer1.0.conv1",
+    }
+    assert len(card["caches"]) == 8 and card["outputs"][0]["shape"] == ["N", 3]
+    assert card["accuracy"] == [{"step": 5, **ACCURACY}]
+    assert card["check"]["frames"] == 64 and card["check"]["largest_difference"] <= 1e-4
+    assert card["frames"] == {"num_frames": 4, "sampling": "uniform", "distance": None}
+
+    module = torch.export.load(folder / "model.pt2").module()
+    caches = [torch.zeros(2, *value["shape"][1:]) for value in card["inputs"][1:]]
+    with torch.no_grad():
+        network = streaming_network(network_of(run))
+        frame_NCHW = frames_of(2, 1)[:, 0]
+        logit_NK, _ = network.stream(frame_NCHW, network.initial_caches(2))
+        torch.testing.assert_close(module(frame_NCHW, *caches)[0], logit_NK)
+
+
+class Unshifted(streaming._CachedShift):
+    """A shift that the tracer sees without its cache."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (shifted_NCHW,) = super().__call__(module, args)
+        return (args[0] if torch.compiler.is_exporting() else shifted_NCHW,)
+
+
+def test_a_wrong_operator_is_refused_and_leaves_no_file(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run / "export" / "torch-fp32-stream"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.pt2").write_bytes(b"of an earlier export")
+    monkeypatch.setattr(streaming, "_CachedShift", Unshifted)
+    assert export(run, "format=torch") == 1
+    assert "differs from PyTorch" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_clip_that_is_shifted_the_wrong_way_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tsm import shift
+
+    right = shift.shift_by_cat
+    monkeypatch.setattr(shift, "shift_by_cat", lambda x, fold, offsets: right(x, fold, [-each for each in offsets]))
+    assert export(run, "format=torch", "form=clip") == 1
+    assert "differs from PyTorch" in capsys.readouterr().err
+    assert not (run / "export" / "torch-fp32-clip").exists()
+
+
+def test_a_file_that_takes_one_batch_only_is_refused() -> None:
+    network = exportable(build_network("resnet18", 3, 4, direction="past"), "stream", 32)
+    module = network.program(batch=1).module()
+    with pytest.raises(ExportError, match="does not run with a batch of 2"):
+        largest_difference(network, lambda inputs: list(module(*inputs)), None)
+    assert largest_difference(network, lambda inputs: list(module(*inputs)), 1) == 0
+    with pytest.raises(ExportError, match="not finite"):
+        largest_difference(network, lambda inputs: [output / 0 for output in network.run(inputs)], 1)
+
+
+def test_what_cannot_be_exported_is_refused_before_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting, fix in (("format=tflite", "Fix: format=onnx or"), ("form=video", "Fix: form=stream or form=clip")):
+        assert export(run, setting) == 2
+        assert fix in capsys.readouterr().err
+    write_run(tmp_path / "offline", CLASSES)
+    assert export(tmp_path / "offline") == 2
+    assert "form=clip" in capsys.readouterr().err
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs onnx, .*Fix: tools/setup_venv\.sh \.venv onnx"):
+        find_format("onnx")
