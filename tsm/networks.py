@@ -130,7 +130,8 @@ class TemporalNetwork(nn.Module):
             raise ValueError(f"the network takes (N, {self.num_frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
         # B = N * T, with T halved by temporal pooling.
         feature_BC = self.backbone(x_NTCHW.flatten(0, 1))
-        feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
+        # Not len(), which would make the number of clips a constant in torch.export.
+        feature_NTC = feature_BC.unflatten(0, (x_NTCHW.shape[0], -1))
         with without_autocast(feature_NTC.device.type):
             logit_NTK = self.classifier(self.dropout(feature_NTC.to(self.classifier.weight.dtype)))
             return logit_NTK.mean(1)
@@ -167,8 +168,20 @@ class PoolInput:
     num_frames: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        pooled_NTCHW: Tensor = _TemporalMaximum.apply(args[0].unflatten(0, (-1, self.num_frames)))  # type: ignore[no-untyped-call]
+        x_NTCHW = args[0].unflatten(0, (-1, self.num_frames))
+        if torch.compiler.is_exporting():
+            return (_exported_maximum(x_NTCHW).flatten(0, 1),)
+        pooled_NTCHW: Tensor = _TemporalMaximum.apply(x_NTCHW)  # type: ignore[no-untyped-call]
         return (pooled_NTCHW.flatten(0, 1),)
+
+
+def _exported_maximum(x_NTCHW: Tensor) -> Tensor:
+    """Compute the values of _TemporalMaximum by slices and few operators, for torch.export: runtimes have no `out=`."""
+    even_NTCHW, odd_NTCHW = x_NTCHW[:, ::2], x_NTCHW[:, 1::2]
+    # A frame outside the clip counts as the window's own frame 2j.
+    earlier_NTCHW = torch.cat((even_NTCHW[:, :1], odd_NTCHW[:, : even_NTCHW.shape[1] - 1]), 1)
+    later_NTCHW = torch.cat((odd_NTCHW, even_NTCHW[:, odd_NTCHW.shape[1] :]), 1)
+    return torch.maximum(torch.maximum(earlier_NTCHW, even_NTCHW), later_NTCHW)
 
 
 class _TemporalMaximum(torch.autograd.Function):
