@@ -178,9 +178,10 @@ def _batch_norm_groups(batch: BatchConfig, size: int) -> list[list[int]]:
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Train to the end, or resume an earlier start of the same run. Returns the exit code."""
-    if config.evaluation.save_logits or config.evaluation.ensemble:
+    if config.evaluation.save_logits or config.evaluation.ensemble or config.evaluation.explain:
         raise ConfigError(
-            "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, then evaluate the run"
+            "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
+            "Fix: train without them, then evaluate the run"
         )
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)

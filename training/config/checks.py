@@ -46,7 +46,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "pipeline.workers", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
-    "checkpoint.last_retry_s",
+    "checkpoint.last_retry_s", "evaluation.explain",
     "schedule.warmup_epochs", "schedule.warmup_start", "schedule.factor", "schedule.end",
 )  # fmt: skip
 

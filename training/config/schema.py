@@ -257,6 +257,8 @@ class EvaluationConfig:
     """Place 3 crops side by side in portrait clips too, as the official code does; false: one below the other."""
     save_logits: bool = False
     """evaluate.py writes each clip's logits to the run folder, for ensembles."""
+    explain: int = 0
+    """evaluate.py writes explain.html to the run folder: so many clips, with the logits for reversed and shuffled frames."""
     ensemble: list[str] = field(default_factory=list)
     """evaluate.py averages these files of saved logits instead of evaluating a run."""
     ensemble_weights: list[float] = field(default_factory=list)

@@ -29,6 +29,7 @@ from training.runs.trained_weights import load_into, read_trained_weights
 from tsm.networks import TemporalNetwork
 
 from .evaluate import Evaluation, describe_mirrored_views, evaluate
+from .explain import explain_evaluation
 from .run_config import Difference, by_key, differing_clips, differing_from_checkpoint, differing_views, settings_of
 from .saved_logits import Origin, save_logits
 
@@ -84,6 +85,11 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         if config.evaluation.save_logits:
             folder = CHECKOUT / config.outputs / weights.name / run_layout.LOGITS
             _save(folder, evaluation, weights, validation, protocol.name, config.evaluation)
+        if config.evaluation.explain:
+            page = CHECKOUT / config.outputs / weights.name / run_layout.EXPLAIN
+            title = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol.name}")
+            explain_evaluation(page, title, network, clips, evaluation.clip_logits, backend.device, config)
+            print(f"explained: {page}", flush=True)
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
 
 

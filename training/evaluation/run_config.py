@@ -47,8 +47,8 @@ _KEYS = {
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
-        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.ensemble evaluation.ensemble_weights
-        outputs run_id
+        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain
+        evaluation.ensemble evaluation.ensemble_weights outputs run_id
     """,
     Kind.UNREAD: """
         model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256

@@ -254,6 +254,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("evaluation.batch", 0),
     ("evaluation.clips", "thrice"),
     ("evaluation.crops", 4),
+    ("evaluation.explain", -1),
 ]
 
 
