@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from tests.helpers.clips import smooth_video, write_clips
+from tests.helpers.official_reference import randomise
 from tests.helpers.tiny_run import write_run
+from tests.helpers.worlds import CHECKOUT
 from training.deploy.export import command, formats
-from training.deploy.export.check import ExportError, largest_difference
-from training.deploy.export.formats import find_format
-from training.deploy.export.forms import exportable
+from training.deploy.export.check import ExportError, Run, largest_difference
+from training.deploy.export.formats import Files, Format, find_format
+from training.deploy.export.forms import Exportable, exportable
 from training.deploy.load import load_trained
-from training.errors import ConfigError
+from training.errors import ConfigError, DataError
 from training.runs.run_folder import RunFolder
 from tsm import streaming
 from tsm.networks import TemporalNetwork, build_network
@@ -177,3 +181,74 @@ def test_what_cannot_be_exported_is_refused_before_work(
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs onnx, .*Fix: tools/setup_venv\.sh \.venv onnx"):
         find_format("onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tsm_mobilenet_v2", "tsm_resnet50_nonlocal"])
+def test_clips_in_onnx_have_no_scatter(model: str) -> None:
+    """tests/tsm/test_export.py has the other networks, as torch.export traces them."""
+    import onnx
+
+    options: Any = OmegaConf.to_container(OmegaConf.load(CHECKOUT / f"conf/model/{model}.yaml"))
+    del options["defaults"]
+    network = build_network(num_classes=3, **{"num_frames": 4} | options)
+    randomise(network)
+    onnx_format, clips = find_format("onnx"), exportable(network, "clip", 32)
+    files = onnx_format.make(clips)
+    operators = {node.op_type for node in onnx.load_from_string(files["model.onnx"]).graph.node}
+    assert not any("Scatter" in operator for operator in operators), operators
+    assert largest_difference(clips, onnx_format.open(files, clips), None) <= 1e-4
+
+
+# --- int8 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_with_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A past-only run with its data: the classes have another order in the manifests than in the run."""
+    folder = tmp_path_factory.mktemp("with_data")
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        write_clips(folder / split / "clips.arrow", [smooth_video(seed=seed) for seed in range(6)])
+    data = (f"data.root={folder}", "data.train=train/clips.arrow", "data.val=val/clips.arrow")
+    write_run(folder / "mine", ["c", "a", "b"], "model.direction=past", *data)
+    return folder / "mine"
+
+
+def test_int8_has_a_scale_per_channel_and_is_scored_on_validation_clips(run_with_data: Path) -> None:
+    import onnx
+
+    run = load_trained(str(run_with_data), ["distributed.device=cpu"])
+    with torch.no_grad():
+        # Sure of one class: int8 is not to be judged on random weights.
+        run.network.classifier.bias.copy_(torch.tensor([0.0, 100.0, 0.0]))
+    folder = command.export(run, command.Kind(precision="int8"), find_format("onnx"))
+    check = json.loads((folder / "model.json").read_text())["check"]
+    assert check["largest_difference"] <= 1e-4
+    # Every third clip is of class a, in the manifest's order the first and in the run's the second.
+    assert (check["clips"], check["agreement_percent"]) == (6, 100)
+    assert check["top1_percent"] == check["fp32_top1_percent"] == pytest.approx(100 / 3)
+    model = onnx.load(folder / "model.onnx")
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    scales = [shapes[node.input[1]] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert (64,) in scales and (512,) in scales
+    assert (folder / "model.onnx").stat().st_size < 13e6
+
+
+def test_int8_that_answers_otherwise_is_refused(run_with_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_(files: Files, network: Exportable) -> Run:
+        negative = files["model"] == b"int8"
+        return lambda inputs: [-value if negative else value for value in network.run(inputs)]
+
+    monkeypatch.setattr(command, "quantize", lambda files, network, clips: {"model": b"int8"})
+    fake = Format(lambda network: {"model": b"fp32"}, open_)
+    run = load_trained(str(run_with_data), ["distributed.device=cpu"])
+    with pytest.raises(ExportError, match=r"int8 answers 0\.0 % of 6 validation clips.*no file is kept"):
+        command.export(run, command.Kind("fake", "int8"), fake)
+    assert not (run_with_data / "export" / "fake-int8-stream").exists()
+
+
+def test_int8_without_the_data_set_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Format(lambda network: {"model": b""}, lambda files, network: network.run)
+    with pytest.raises(DataError, match=r"int8 needs clips of the run's data set.*Fix: .*or precision=fp32"):
+        command.export(load_trained(str(run), ["distributed.device=cpu"]), command.Kind("fake", "int8"), fake)

@@ -19,8 +19,9 @@ from .card import CARD, card_of
 from .check import FP32_LIMIT, FRAMES, ExportError, largest_difference
 from .formats import Files, Format, find_format, versions_of
 from .forms import FORMS, Exportable, exportable
+from .int8 import AGREEMENT_PERCENT, LOSS_PERCENT, ClipSet, agreement_of, open_clips, quantize
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ def run_export(arguments: Sequence[str], description: str) -> int:
         kind = _kind(kind_arguments)
         # Before the run is loaded, which takes time.
         found = find_format(kind.format)
+        if kind.precision == "int8" and not found.int8:
+            raise ConfigError(
+                f"precision=int8 is not offered for format={kind.format}. Fix: format=onnx, or precision=fp32"
+            )
         run = load_trained(named, overrides)
         for line in (f"{run.name} step {run.step}", *run.notes):
             print(line, flush=True)
@@ -59,9 +64,14 @@ def export(run: TrainedRun, kind: Kind, found: Format) -> Path:
     """Export a run, and return the folder of the export. Raises ExportError if the file differs from PyTorch: none is left."""
     folder = run.folder / run_layout.EXPORT / kind.name
     network = exportable(run.network, kind.form, run.config.pipeline.size)
+    # First, because the data may be gone.
+    clips = open_clips(run) if kind.precision == "int8" else None
     try:
         files = found.make(network)
         check = _checked(network, files, found)
+        if clips is not None:
+            files = quantize(files, network, clips.calibration)
+            check |= _agreed(network, files, found, clips.validation)
     except ExportError:
         # An export of an earlier checkpoint would be taken for this one.
         shutil.rmtree(folder, ignore_errors=True)
@@ -85,6 +95,22 @@ def _checked(network: Exportable, files: Files, found: Format) -> dict[str, Any]
             "no file is kept. Fix: another format, or the versions of constraints.txt, which are tested"
         )
     return {"frames": FRAMES, "largest_difference": difference, "limit": FP32_LIMIT}
+
+
+def _agreed(network: Exportable, files: Files, found: Format, validation: ClipSet) -> dict[str, Any]:
+    """Compare the answers of int8 files with PyTorch's, and return the result for the card. Raises ExportError if they differ."""
+    agreement = agreement_of(network, found.open(files, network), validation)
+    line = (
+        f"int8 answers {agreement.agreement_percent:.1f} % of {agreement.clips} validation clips as PyTorch does: top-1 "
+        f"{agreement.top1_percent:.1f} %, float32 {agreement.fp32_top1_percent:.1f} %"
+    )
+    print(line, flush=True)
+    if not agreement.good:
+        raise ExportError(
+            f"{line}. At least {AGREEMENT_PERCENT:g} % must agree, and {LOSS_PERCENT:g} points may be lost: no file is kept. "
+            "Fix: precision=fp32, or train longer (int8 changes answers of which the network is not sure)"
+        )
+    return vars(agreement)
 
 
 def _write(folder: Path, files: Files, card: dict[str, Any]) -> None:

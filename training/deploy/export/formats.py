@@ -37,6 +37,8 @@ class Format:
     """What is imported, by the names to import."""
     batch: int | None = None
     """The only batch that its files take; None: any."""
+    int8: bool = False
+    """Its files can be quantized (int8.py)."""
 
 
 def find_format(name: str) -> Format:
@@ -116,6 +118,6 @@ def _open_onnx(files: Files, network: Exportable) -> Run:
 
 
 FORMATS = {
-    "onnx": Format(_make_onnx, _open_onnx, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": Format(_make_onnx, _open_onnx, "onnx", ("onnx", "onnxscript", "onnxruntime"), int8=True),
     "torch": Format(_make_torch, _open_torch),
 }
