@@ -143,7 +143,7 @@ class Manifest:
         except (pa.ArrowException, ValueError, OSError) as error:
             raise ManifestError(f"{path}: not an Arrow file, or truncated ({error}); {HINT}") from error
         manifest = cls(path, table, _read_meta(path, table.schema))
-        manifest.validate()
+        _check(str(path), table, manifest.classes, manifest.order_groups)
         return manifest
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -214,10 +214,6 @@ class Manifest:
                 f"{self.path}: its content does not match its digest: the file was changed, or damaged, after it was written"
             )
 
-    def validate(self) -> None:
-        """Raise ManifestError unless columns, classes and values are valid."""
-        _check(str(self.path), self._table, self.classes, self.order_groups)
-
 
 def write_manifest(
     path: str | Path,
@@ -270,6 +266,7 @@ def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
 
 
 def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[int] | None) -> None:
+    """Raise ManifestError unless columns, classes and values are valid."""
     _check_columns(where, table)
     if not classes or len(set(classes)) != len(classes):
         raise ManifestError(f"{where}: {len(classes)} classes with {len(set(classes))} different names")

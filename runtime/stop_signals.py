@@ -70,9 +70,10 @@ def handle_stop_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _State.installed, _State.action = True, _exit_at_once
+    # Before the handlers, so that the thread acts on the first signal that they catch.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in handled():
         signal.signal(number, _note)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="stop-signals", daemon=True).start()
     if any(name in os.environ for name in _ENDS_WITH):
         # Their main thread starts the ranks: the kernel sends this signal when the thread that started a process ends.
@@ -123,9 +124,10 @@ def raise_in_main_thread() -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
 
-    _State.action = None
     for number in handled():
         signal.signal(number, stop)
+    # After the handlers: until then the thread acts.
+    _State.action = None
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def run(read: Callable[[], Config], task: Task) -> int:
             phase = control.phase if task is train_task else "evaluation"
             message = out_of_memory_message(error, config.batch, config.evaluation.batch, control.world_size, phase)
             return _report(message, EXIT_CONFIG, topology, control)
-        return _report(*_describe(error, control), topology, control)
+        return _report(*describe_error(error, control), topology, control)
 
 
 def _report(message: str, code: int, topology: Topology | None, control: ControlChannel | None) -> int:
@@ -93,7 +93,7 @@ def _report(message: str, code: int, topology: Topology | None, control: Control
     return verdict.exit_code
 
 
-def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, int]:
+def describe_error(error: Exception, control: ControlChannel | None = None) -> tuple[str, int]:
     """Return message and exit code of an error. If no user can fix it, log its traceback, and say where that is."""
     if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError, StorageError)):
         return str(error), error.exit_code

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import ClipDropout
 from .non_local import add_non_local_blocks
+from .relu6 import replace_relu6
 from .shift import Direction, check_fold_div, temporal_shift
 
 ShiftPlace = Literal["residual", "block", "none"]
@@ -63,6 +64,7 @@ def build_network(
         raise ValueError(f"zero_init_gamma is for ResNets alone, got backbone={backbone!r}")
     options = {"zero_init_residual": True} if zero_init_gamma else {}
     body = torchvision.models.get_model(backbone, weights=None, **options)
+    replace_relu6(body)
     for name in places:
         frames = _frames_in(name, num_frames, temporal_pool)
         body.get_submodule(name).register_forward_pre_hook(ShiftInput(frames, fold_div, direction))

@@ -3,15 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from distributed.backends.single import SingleBackend
 from distributed.checkpoint.store import Checkpoint, Snapshot, write_snapshot
+from distributed.topology import Topology
 from tests.training.config.test_config import config_of
 from training.build.class_names import digest_of
 from training.build.model import network_of
 from training.build.numerics import parameter_dtype
+from training.config.load import from_composed
 from training.config.schema import Config
+from training.evaluation.command import evaluate_task
+from training.evaluation.run_argument import config_of_run
 from training.optim.ema import PREFIX
 from training.runs.run_folder import RunFolder
 
@@ -44,3 +51,11 @@ def write_run(folder: Path, classes: Sequence[str], *overrides: str, step: int =
     run.checkpoints.mkdir(exist_ok=True)
     write_snapshot(run.checkpoints, Snapshot().take(Checkpoint(network.state_dict(), ema, state)), keep=9, best=True)
     return config
+
+
+def evaluate_here(run: Path, *overrides: str) -> int:
+    """Evaluate a run in this process as `evaluate.py --run` does; return the exit code."""
+    config = from_composed(config_of_run(overrides, str(run)))
+    backend = SingleBackend(Topology("none", 0, 1, 0, 1, 0, "here"), torch.device("cpu"))
+    control: Any = SimpleNamespace(progress=lambda *_: None)
+    return evaluate_task(config, backend, control)

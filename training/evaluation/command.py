@@ -88,7 +88,16 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         if config.evaluation.explain:
             page = CHECKOUT / config.outputs / weights.name / run_layout.EXPLAIN
             title = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol.name}")
-            explain_evaluation(page, title, network, clips, evaluation.clip_logits, backend.device, config)
+            explain_evaluation(
+                page,
+                title,
+                network,
+                clips,
+                evaluation.clip_logits,
+                backend.device,
+                config,
+                progress=lambda: control.progress(weights.step, "evaluation"),
+            )
             print(f"explained: {page}", flush=True)
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
 

@@ -33,11 +33,12 @@ def explain_evaluation(
     clip_logits: ClipLogits,
     device: torch.device,
     config: Config,
+    progress: Callable[[], None],
 ) -> None:
     """Write a page with some of the clips that were evaluated (`choose_rows`). `scores`: a line about all of them."""
     rows = choose_rows(clip_logits, config.evaluation.explain)
     normalise = Normaliser(device, config.numerics)
-    shown = list(explain_clips(network, normalise, clips, rows, device, config.evaluation))
+    shown = list(explain_clips(network, normalise, clips, rows, device, config.evaluation, progress))
     write_explain_page(
         page, f"{page.parent.name}: frames in order, reversed, shuffled", scores, shown, clips.source.manifest.classes
     )
@@ -51,11 +52,12 @@ def explain_clips(
     rows: Sequence[int],
     device: torch.device,
     settings: EvaluationConfig,
+    progress: Callable[[], None] = lambda: None,
 ) -> Iterator[ShownClip]:
     """Explain the clips of these rows, leaving out those that cannot be decoded. Decodes in this process.
 
     Logits are means over a clip's views, each with its frames in the same order. The shuffles are the same for every clip.
-    Leaves the network in evaluation mode.
+    Leaves the network in evaluation mode. `progress` is called before each order of a clip's frames.
     """
     network.eval()
     manifest = clips.source.manifest
@@ -66,6 +68,7 @@ def explain_clips(
             continue
 
         def logits_of(order_T: NDArray[np.int64], video_VTCHW: Tensor = video_VTCHW) -> Tensor:
+            progress()
             parts = video_VTCHW[:, order_T].split(settings.batch)
             with autocast(device, settings.amp):
                 logit_VK = torch.cat([network(normalise(part_VTCHW)).float() for part_VTCHW in parts])

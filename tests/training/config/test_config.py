@@ -293,7 +293,8 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 
 FREE_TEXT = {
     "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.prepare", "logger.project",
-    "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "name", "outputs", "run_id",
+    "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "checkpoint.second_place",
+    "name", "outputs", "run_id",
 }  # fmt: skip
 
 

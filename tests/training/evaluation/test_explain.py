@@ -51,7 +51,12 @@ def test_only_a_temporal_network_depends_on_the_order(clips: EvaluationClips, sh
     network = build_network("resnet18", 3, num_frames=5, shift=shift)  # type: ignore[arg-type]
     normalise = Normaliser(CPU, NumericsConfig())
     # One view at a time: a clip has two.
-    shown = list(explain_clips(network, normalise, clips, [0, 1, 2], CPU, EvaluationConfig(batch=1)))
+    calls: list[None] = []
+    shown = list(
+        explain_clips(network, normalise, clips, [0, 1, 2], CPU, EvaluationConfig(batch=1), lambda: calls.append(None))
+    )
+    # The monitor hears of each forward pass: as it is, reversed, 8 shuffles.
+    assert len(calls) == 2 * 10
     assert [(clip.name, clip.true_class) for clip in shown] == [("0.mp4", "a"), ("2.mp4", "c")]
     (video_VTCHW, *_), *_ = clips.clips((np.array([0]), np.array([True])))[0]
     with torch.inference_mode():

@@ -245,6 +245,9 @@ class NobodyElse:
     def stop_reason(self) -> str:
         return self.name
 
+    def check_run_lock(self) -> None:
+        """Do nothing: nobody else writes to the run folder."""
+
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Context:
