@@ -58,6 +58,14 @@ smoke-horovod: horovod data/shapes
 smoke-single: data/shapes
 	$(BIN)/python train.py experiment=$(EXPERIMENT) $(ARGS)
 
+# smoke_online starts from the weights of smoke_past.
+ifeq ($(EXPERIMENT),smoke_online)
+smoke-torch smoke-horovod smoke-single: outputs/smoke_past/SUCCESS
+
+outputs/smoke_past/SUCCESS: | data/shapes
+	$(MAKE) smoke EXPERIMENT=smoke_past ARGS=run_id=smoke_past
+endif
+
 # Always run prepare.py: it keeps a complete data set.
 .PHONY: data/shapes
 data/shapes: $(BASE)

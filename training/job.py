@@ -24,6 +24,7 @@ from training.build.init_weights import InitialWeights
 from training.build.model import training_network_of
 from training.build.normalise import Normaliser
 from training.build.recipe import recipe_of
+from training.build.stream import stream_sampling_of
 from training.config.schema import Config
 from training.optim.ema import EMA
 from training.optim.optimizers import make_optimizer, set_step_counts
@@ -146,6 +147,7 @@ def _build_trainer(
     ema = None if config.optimizer.ema_decay is None else EMA(network, config.optimizer.ema_decay)
     if state:
         restore(backend, network, state_tensors(network, optimizer, ema), resumed)
+    stream = stream_sampling_of(config.pipeline)
     compress = config.distributed.gradient_dtype == "float16"
     trainer = Trainer(
         recipe=recipe,
@@ -162,6 +164,7 @@ def _build_trainer(
         clip_norm=config.optimizer.clip_norm,
         label_smoothing=config.optimizer.label_smoothing,
         ema=ema,
+        scored_from=stream.scored_from if stream else None,
     )
     if state:
         trainer.scaler.load_state_dict(state["scaler"])

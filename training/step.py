@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed.backends.base import Reducer
 from pipelines.loading.clips import ClipBatch
@@ -17,6 +17,7 @@ from training.optim.nonfinite_guard import NonFiniteGuard, clip_, gradient_norms
 from training.optim.optimizers import set_learning_rate
 from tsm.networks import TemporalNetwork
 
+from .loss import clip_loss
 from .recipe import Execution, Recipe
 
 
@@ -36,6 +37,8 @@ class Trainer:
     clip_norm: float | None
     label_smoothing: float
     ema: EMA | None
+    scored_from: int | None = None
+    """The first frame whose logits the loss takes; None: it takes their mean over all frames (training/loss.py)."""
     guard: NonFiniteGuard = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,8 +79,9 @@ class Trainer:
         label_N = batch.label_N.to(video_NTCHW.device, non_blocking=True)
         with self.reducer.micro_step(last):
             with self.autocast():
-                logit_NK = self.reducer.network(video_NTCHW)
-                loss = nn.functional.cross_entropy(logit_NK, label_N, label_smoothing=self.label_smoothing)
+                loss, logit_NK = clip_loss(
+                    self.reducer.network, video_NTCHW, label_N, self.scored_from, self.label_smoothing
+                )
             if last:
                 loss = self.guard.checked(loss)
             self.scaler.scale(loss / self.execution.accumulation).backward()

@@ -1,5 +1,6 @@
 """Datasets of training and evaluation clips: one index is a batch of decoded, cropped clips."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,14 @@ from pipelines.decoding.decode import decode_clip
 from pipelines.decoding.storage_faults import read_patiently
 from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestRow
-from pipelines.stream.augmentation import Augmentation, SampleParams, replacement_row, sample_training_params
+from pipelines.stream.augmentation import (
+    Augmentation,
+    SampleParams,
+    burn_in_row,
+    replacement_row,
+    sample_burn_in_params,
+    sample_training_params,
+)
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.mirror_labels import Mirror, find_mirror, mirrored_labels
 from pipelines.stream.order import StreamOrder
@@ -126,6 +134,7 @@ def resize_frames(video_TCHW: Tensor, width: int, height: int) -> Tensor:
 class TrainingClips(Dataset[ClipBatch]):
     """Maps stream positions (N,) to a ClipBatch; replaces and reports clips that cannot be decoded.
 
+    With `augmentation.stream`, frames of another clip precede each clip in its video, and label and row are the clip's own.
     Raises ValueError if flip=relabel and a class has no mirrored class (pipelines/stream/mirror_labels.py).
     """
 
@@ -154,13 +163,36 @@ class TrainingClips(Dataset[ClipBatch]):
         return clips, np.ones(len(clips), dtype=np.bool_), bad_clips
 
     def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> tuple[Any, int, int]:
-        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes."""
+        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes, after its burn-in."""
+        augmentation, seed = self.augmentation, self.seed
+        video_TCHW, label, used = self._read(
+            epoch,
+            row,
+            lambda row, clip: sample_training_params(
+                augmentation, clip.num_frames, *clip.upright_size, seed, epoch, row
+            ),
+            bad_clips,
+        )
+        if not augmentation.burn_in:
+            return video_TCHW, label, used
+        before_TCHW, _, _ = self._read(
+            epoch,
+            burn_in_row(len(self.source.manifest), seed, epoch, used),
+            lambda row, clip: sample_burn_in_params(
+                augmentation, clip.num_frames, *clip.upright_size, seed, epoch, used, row
+            ),
+            bad_clips,
+        )
+        return torch.cat([before_TCHW, video_TCHW]), label, used
+
+    def _read(
+        self, epoch: int, row: int, sample: Callable[[int, ManifestRow], SampleParams], bad_clips: list[BadClipRecord]
+    ) -> tuple[Any, int, int]:
+        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes, with the parameters of `sample`."""
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
-            params = sample_training_params(
-                self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate
-            )
+            params = sample(candidate, entry)
             try:
                 video_TCHW = read_patiently(
                     partial(source.pixels, entry, params, self.augmentation.size),

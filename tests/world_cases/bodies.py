@@ -62,11 +62,26 @@ EQUIVALENCE = [
 
 LARS = ["optimizer.name=lars", "optimizer.lr=4", "optimizer.label_smoothing=0.1"]
 AVERAGE = "optimizer.ema_decay=0.8"
+STREAM = [
+    "model.direction=past",
+    "pipeline.sampling=stream",
+    "pipeline.burn_in=3",
+    "pipeline.distances=[1,2,3]",
+    "pipeline.loss_from=2",
+]
 # Name -> overrides. Every variant is trained in every world: the first with the published ResNet-18, the others with a
 # narrow one.
 VARIANTS = {
     "whole_world": ["numerics.channels_last=true"],
     "groups_of_4": [*LARS, "batch.bn_group=4", "batch.precise_bn_steps=2"],
+    "stream": [
+        *LARS,
+        *STREAM,
+        "batch.bn_group=4",
+        "batch.micro_batch=4",
+        "batch.precise_bn_steps=1",
+        "schedule.epochs=2",
+    ],
     "groups_of_2_accumulated": [*LARS, "batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=1", AVERAGE],
 }
 
@@ -195,13 +210,13 @@ def resumed(context: Context) -> bool:
 def deterministic(context: Context) -> list[str]:
     """Return the tensors that differ in any bit, in deterministic mode, between an uninterrupted and a resumed run.
 
-    Each run has 7 steps, once with batch norm over all ranks and once within each rank. The uninterrupted run saves
-    only at its end. The other also saves after steps 2, 4 and 6, and its first start ends after step 3, within an
-    epoch.
+    Each run has 7 steps, once with batch norm over all ranks and once, on clips after a burn-in, within each rank. The
+    uninterrupted run saves only at its end. The other also saves after steps 2, 4 and 6, and its first start ends after
+    step 3, within an epoch.
     """
     options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
     differing = []
-    for kind, group in (("whole", []), ("local", ["batch.bn_group=2"])):
+    for kind, group in (("whole", []), ("local", ["batch.bn_group=2", *STREAM])):
         run_id, left_alone = f"deterministic-{kind}", f"deterministic-{kind}-alone"
         expected = state_of(trained(context, left_alone, *options, *group, "max_steps=7", narrow=True))
         for stop in ("max_steps=3", "max_steps=7"):

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distributed.checkpoint.store import STATE_FILE, CheckpointError, load_checkpoint
+from runtime import run_layout
+from training.config.overrides import CONF
 from training.config.schema import ModelConfig
 from training.errors import ConfigError
 from tsm.networks import TemporalNetwork
@@ -201,9 +203,16 @@ def _not_there(model: ModelConfig, path: Path) -> str:
         steps = sorted([*path.glob("step-*"), *path.glob("checkpoints/step-*")])
         hint = f"model.init={steps[-1]}" if steps else "model.init=outputs/RUN/checkpoints/step-XXXXXXXX"
         return f"model.init={model.init}: {path} is not a checkpoint, it has no {_NETWORK_FILE}. Fix: {hint}, or {alternatives}"
-    return (
-        f"model.init={model.init}: {path} does not exist. Fix: {alternatives}; a relative path starts in the checkout"
-    )
+    first = _training_of(path)
+    return f"model.init={model.init}: {path} does not exist. Fix: {first}{alternatives}; a relative path starts in the checkout"
+
+
+def _training_of(checkpoint: Path) -> str:
+    """Return the command that trains the run of a checkpoint that does not exist, if the run is named like an experiment."""
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != run_layout.CHECKPOINTS or not (CONF / "experiment" / f"{run.name}.yaml").is_file():
+        return ""
+    return f"python train.py experiment={run.name} run_id={run.name} first; or "
 
 
 def _check_digest(model: ModelConfig, file: Path, digest: str) -> None:

@@ -19,7 +19,7 @@ _CHOICES = {
     "model.direction": ("both", "past"),
     "pipeline.loader": ("torch", "dali"),
     "pipeline.decoder": ("auto", "torchcodec", "pyav"),
-    "pipeline.sampling": ("uniform", "dense"),
+    "pipeline.sampling": ("uniform", "dense", "stream"),
     "pipeline.flip": ("off", "on", "relabel"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense"),
     "evaluation.crops": (1, 3, 5, 10),
@@ -37,7 +37,7 @@ _CHOICES = {
 }
 
 _POSITIVE = (
-    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size",
+    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size", "pipeline.loss_from",
     "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "numerics.max_bad_steps_in_a_row",
     "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "optimizer.trust_coefficient",
     "schedule.epochs", "distributed.timeout_s",
@@ -45,8 +45,8 @@ _POSITIVE = (
 )  # fmt: skip
 
 _NOT_NEGATIVE = (
-    "pipeline.workers", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
-    "checkpoint.last_retry_s", "evaluation.explain",
+    "pipeline.workers", "pipeline.burn_in", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps",
+    "optimizer.weight_decay", "optimizer.eps", "checkpoint.last_retry_s", "evaluation.explain",
     "schedule.warmup_epochs", "schedule.warmup_start", "schedule.factor", "schedule.end",
 )  # fmt: skip
 
@@ -77,6 +77,7 @@ def check(config: Config) -> None:
     _check_initial_weights(config.model)
     _check_optimizer(config.optimizer)
     _check_crops(config.pipeline)
+    _check_stream(config.pipeline, config.model.num_frames)
     for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
         _check_sampling(key, rule, config.model.num_frames)
     _check_mirror(config.data.mirrored_words, config.pipeline.flip)
@@ -161,6 +162,20 @@ def _check_crops(pipeline: PipelineConfig) -> None:
     if not scales or not all(0 < scale <= 1 for scale in scales):
         raise ConfigError(
             f"pipeline.crop_scales must be numbers in (0, 1], got {scales}. Fix: pipeline.crop_scales=[1.0,0.875,0.75,0.66]"
+        )
+
+
+def _check_stream(pipeline: PipelineConfig, num_frames: int) -> None:
+    """Check the numbers of stream sampling. Whether the network can be trained so: training/build/stream.py."""
+    distances = pipeline.distances
+    if not distances or min(distances) < 1:
+        raise ConfigError(
+            f"pipeline.distances must be numbers of frames, each 1 or more, got {distances}. Fix: pipeline.distances=[1,2,3,4,5]"
+        )
+    if pipeline.sampling == "stream" and pipeline.loss_from > num_frames:
+        raise ConfigError(
+            f"pipeline.loss_from={pipeline.loss_from} leaves no frame of a clip of model.num_frames={num_frames} to the loss. "
+            f"Fix: pipeline.loss_from={num_frames} or less"
         )
 
 

@@ -72,7 +72,14 @@ class PipelineConfig:
     size: int = 224
     """Width and height of the network's input, in pixels."""
     sampling: str = "uniform"
-    """Frames of a training clip: uniform (one from each equal segment) or dense (at a fixed stride in a window of 64)."""
+    """Frames of a training clip: uniform (one from each equal segment), dense (at a fixed stride in a window of 64) or stream (at
+    a sampled distance, after frames of another clip, with a loss on each frame; only past-only networks)."""
+    burn_in: int = 8
+    """sampling=stream: frames of another clip before each training clip."""
+    distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """sampling=stream: distances between neighbouring frames, one of which is sampled for each clip."""
+    loss_from: int = 3
+    """sampling=stream: first frame of a clip, counted from 1, whose logits the loss takes."""
     crop_scales: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.66])
     """Sides of the random training crop, as fractions of the frame's shorter side."""
     flip: str = "off"

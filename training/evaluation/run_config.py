@@ -52,7 +52,7 @@ _KEYS = {
     """,
     Kind.UNREAD: """
         model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256
-        pipeline.crop_scales pipeline.flip
+        pipeline.crop_scales pipeline.flip pipeline.burn_in pipeline.distances pipeline.loss_from
         batch.global_batch batch.bn_group batch.micro_batch batch.precise_bn_steps
         optimizer.name optimizer.lr optimizer.base_batch optimizer.scaling optimizer.momentum optimizer.beta2
         optimizer.trust_coefficient optimizer.eps optimizer.weight_decay optimizer.nesterov optimizer.bias_lr_multiplier

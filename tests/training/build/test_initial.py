@@ -355,6 +355,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.pth", r"none\.pth does not exist.*Fix: model\.init=FILE")
 
 
+def test_a_missing_checkpoint_of_an_experiment_names_the_run_that_writes_it(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "smoke_past" / "checkpoints" / "best"
+    refused(checkpoint, r"Fix: python train\.py experiment=smoke_past run_id=smoke_past first; or model\.init=FILE")
+
+
 def test_a_folder_that_is_no_checkpoint_names_the_one_inside(tmp_path: Path) -> None:
     refused(tmp_path, r"is not a checkpoint.*Fix: model\.init=outputs/RUN/checkpoints/step-XXXXXXXX")
     (tmp_path / "checkpoints").mkdir()
