@@ -15,7 +15,9 @@ from tests.helpers.clips import smooth_video, write_clips
 from tests.helpers.official_reference import randomise
 from tests.helpers.tiny_run import write_run
 from tests.helpers.worlds import CHECKOUT
+from tests.training.config.test_config import config_of
 from training.deploy.export import command, formats
+from training.deploy.export.card import frames_of as frames_of_run
 from training.deploy.export.check import ExportError, Run, largest_difference
 from training.deploy.export.formats import Files, Format, find_format
 from training.deploy.export.forms import Exportable, exportable
@@ -116,7 +118,9 @@ def test_the_card_has_what_an_application_needs(run: Path) -> None:
     assert len(card["caches"]) == 8 and card["outputs"][0]["shape"] == ["N", 3]
     assert card["accuracy"] == [{"step": 5, **ACCURACY}]
     assert card["check"]["frames"] == 64 and card["check"]["largest_difference"] <= 1e-4
-    assert card["frames"] == {"num_frames": 4, "sampling": "uniform", "distance": None}
+    assert card["frames"] == {"num_frames": 4, "sampling": "uniform", "distances": None}
+    live = config_of("experiment=smoke_online", "pipeline.distances=[2,3]")
+    assert frames_of_run(live) == {"num_frames": 8, "sampling": "stream", "distances": [2, 3]}
 
     module = torch.export.load(folder / "model.pt2").module()
     caches = [torch.zeros(2, *value["shape"][1:]) for value in card["inputs"][1:]]
@@ -215,6 +219,7 @@ def run_with_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mine"
 
 
+@pytest.mark.slow
 def test_int8_has_a_scale_per_channel_and_is_scored_on_validation_clips(run_with_data: Path) -> None:
     import onnx
 

@@ -67,15 +67,17 @@ def card_of(
 
 
 def frames_of(config: Config) -> dict[str, Any]:
-    """Return how training chose frames. `distance`: frames of the video from one to the next, [least, most]; None: not fixed.
+    """Return how training chose frames. `distances`: frames of the video from one to the next; None: not fixed.
 
     Uniform sampling divides each video into equal parts, so its distance is the video's length over `num_frames`.
     """
     frames, sampling = config.model.num_frames, config.pipeline.sampling
-    distance = None
-    if sampling == "dense":
-        distance = [DENSE_WINDOW // frames] * 2
-    return {"num_frames": frames, "sampling": sampling, "distance": distance}
+    distances = None
+    if sampling == "stream":
+        distances = list(config.pipeline.distances)
+    elif sampling == "dense":
+        distances = [DENSE_WINDOW // frames]
+    return {"num_frames": frames, "sampling": sampling, "distances": distances}
 
 
 def accuracy_of(folder: RunFolder, step: int) -> list[dict[str, Any]]:
