@@ -19,8 +19,8 @@ from tests.training.config.test_config import config_of
 from training.deploy.export import command, formats
 from training.deploy.export.card import frames_of as frames_of_run
 from training.deploy.export.check import ExportError, Run, largest_difference
-from training.deploy.export.formats import Files, Format, find_format
-from training.deploy.export.forms import Exportable, exportable
+from training.deploy.export.formats import Format, find_format
+from training.deploy.export.forms import Exportable, Files, exportable
 from training.deploy.load import load_trained
 from training.errors import ConfigError, DataError
 from training.runs.run_folder import RunFolder
@@ -44,6 +44,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def onnx_packages() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is of the extra onnx: make dev installs it")
+
+
 def export(run: Path, *settings: str) -> int:
     return command.run_export([str(run), *settings], "")
 
@@ -62,6 +68,7 @@ def session_of(run: Path, name: str) -> Any:
     return onnxruntime.InferenceSession(run / "export" / name / "model.onnx", providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.usefixtures("onnx_packages")
 @torch.no_grad()
 def test_an_onnx_stream_equals_pytorch_over_64_frames(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(run) == 0
@@ -81,6 +88,7 @@ def test_an_onnx_stream_equals_pytorch_over_64_frames(run: Path, capsys: pytest.
             assert np.abs(got_NK - logit_NK.numpy()).max() <= 1e-4 * logit_NK.abs().max()
 
 
+@pytest.mark.usefixtures("onnx_packages")
 @torch.no_grad()
 def test_an_onnx_clip_takes_any_number_of_clips(run: Path) -> None:
     assert export(run, "form=clip") == 0
@@ -180,7 +188,7 @@ def test_what_cannot_be_exported_is_refused_before_work(
         assert export(run, setting) == 2
         assert fix in capsys.readouterr().err
     write_run(tmp_path / "offline", CLASSES)
-    assert export(tmp_path / "offline") == 2
+    assert export(tmp_path / "offline", "format=torch") == 2
     assert "form=clip" in capsys.readouterr().err
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs onnx, .*Fix: tools/setup_venv\.sh \.venv onnx"):
@@ -188,6 +196,7 @@ def test_what_cannot_be_exported_is_refused_before_work(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_packages")
 @pytest.mark.parametrize("model", ["tsm_mobilenet_v2", "tsm_resnet50_nonlocal"])
 def test_clips_in_onnx_have_no_scatter(model: str) -> None:
     """tests/tsm/test_export.py has the other networks, as torch.export traces them."""
@@ -220,6 +229,7 @@ def run_with_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_packages")
 def test_int8_has_a_scale_per_channel_and_is_scored_on_validation_clips(run_with_data: Path) -> None:
     import onnx
 
@@ -240,20 +250,21 @@ def test_int8_has_a_scale_per_channel_and_is_scored_on_validation_clips(run_with
     assert (folder / "model.onnx").stat().st_size < 13e6
 
 
-def test_int8_that_answers_otherwise_is_refused(run_with_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_that_answers_otherwise_is_refused(run_with_data: Path) -> None:
     def open_(files: Files, network: Exportable) -> Run:
         negative = files["model"] == b"int8"
         return lambda inputs: [-value if negative else value for value in network.run(inputs)]
 
-    monkeypatch.setattr(command, "quantize", lambda files, network, clips: {"model": b"int8"})
-    fake = Format(lambda network: {"model": b"fp32"}, open_)
+    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, clips: {"model": b"int8"})
     run = load_trained(str(run_with_data), ["distributed.device=cpu"])
     with pytest.raises(ExportError, match=r"int8 answers 0\.0 % of 6 validation clips.*no file is kept"):
         command.export(run, command.Kind("fake", "int8"), fake)
     assert not (run_with_data / "export" / "fake-int8-stream").exists()
 
 
-def test_int8_without_the_data_set_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Format(lambda network: {"model": b""}, lambda files, network: network.run)
+def test_int8_without_the_data_set_is_refused(run: Path) -> None:
+    fake = Format(
+        lambda network: {"model": b""}, lambda files, network: network.run, lambda files, network, clips: files
+    )
     with pytest.raises(DataError, match=r"int8 needs clips of the run's data set.*Fix: .*or precision=fp32"):
         command.export(load_trained(str(run), ["distributed.device=cpu"]), command.Kind("fake", "int8"), fake)

@@ -17,9 +17,9 @@ from training.errors import ConfigError, DataError, StorageError
 
 from .card import CARD, card_of
 from .check import FP32_LIMIT, FRAMES, ExportError, largest_difference
-from .formats import Files, Format, find_format, versions_of
-from .forms import FORMS, Exportable, exportable
-from .int8 import AGREEMENT_PERCENT, LOSS_PERCENT, ClipSet, agreement_of, open_clips, quantize
+from .formats import Format, find_format, versions_of
+from .forms import FORMS, Exportable, Files, exportable
+from .int8 import AGREEMENT_PERCENT, LOSS_PERCENT, ClipSet, agreement_of, open_clips
 
 PRECISIONS = ("fp32", "int8")
 
@@ -45,9 +45,9 @@ def run_export(arguments: Sequence[str], description: str) -> int:
         kind = _kind(kind_arguments)
         # Before the run is loaded, which takes time.
         found = find_format(kind.format)
-        if kind.precision == "int8" and not found.int8:
+        if kind.precision == "int8" and found.quantize is None:
             raise ConfigError(
-                f"precision=int8 is not offered for format={kind.format}. Fix: format=onnx, or precision=fp32"
+                f"precision=int8 is not offered for format={kind.format}. Fix: format=onnx or format=executorch, or precision=fp32"
             )
         run = load_trained(named, overrides)
         for line in (f"{run.name} step {run.step}", *run.notes):
@@ -69,8 +69,8 @@ def export(run: TrainedRun, kind: Kind, found: Format) -> Path:
     try:
         files = found.make(network)
         check = _checked(network, files, found)
-        if clips is not None:
-            files = quantize(files, network, clips.calibration)
+        if clips is not None and found.quantize is not None:
+            files = found.quantize(files, network, clips.calibration)
             check |= _agreed(network, files, found, clips.validation)
     except ExportError:
         # An export of an earlier checkpoint would be taken for this one.
@@ -99,7 +99,7 @@ def _checked(network: Exportable, files: Files, found: Format) -> dict[str, Any]
 
 def _agreed(network: Exportable, files: Files, found: Format, validation: ClipSet) -> dict[str, Any]:
     """Compare the answers of int8 files with PyTorch's, and return the result for the card. Raises ExportError if they differ."""
-    agreement = agreement_of(network, found.open(files, network), validation)
+    agreement = agreement_of(network, found.open(files, network), validation, found.batch)
     line = (
         f"int8 answers {agreement.agreement_percent:.1f} % of {agreement.clips} validation clips as PyTorch does: top-1 "
         f"{agreement.top1_percent:.1f} %, float32 {agreement.fp32_top1_percent:.1f} %"

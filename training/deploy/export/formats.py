@@ -3,7 +3,7 @@
 Everything happens in memory, so nothing is written before a file has been run.
 """
 
-import importlib
+import importlib.metadata
 import io
 import warnings
 from collections.abc import Callable
@@ -17,10 +17,9 @@ from torch import Tensor
 from training.errors import ConfigError
 
 from .check import Run
-from .forms import Exportable
-
-Files = dict[str, bytes]
-"""Content of each file by name."""
+from .executorch import make_executorch, open_executorch, quantize_executorch
+from .forms import Exportable, Files
+from .int8 import ClipSet, quantize_onnx
 
 ONNX_OPSET = 20
 
@@ -31,14 +30,14 @@ class Format:
 
     make: Callable[[Exportable], Files]
     open: Callable[[Files, Exportable], Run]
+    quantize: Callable[[Files, Exportable, ClipSet], Files] | None = None
+    """Makes the int8 files from those of float32 and calibration clips; None: there is no int8."""
     extra: str = ""
     """The extra of pyproject.toml that installs `packages`; empty: torch is enough."""
     packages: tuple[str, ...] = ()
     """What is imported, by the names to import."""
     batch: int | None = None
     """The only batch that its files take; None: any."""
-    int8: bool = False
-    """Its files can be quantized (int8.py)."""
 
 
 def find_format(name: str) -> Format:
@@ -58,7 +57,7 @@ def find_format(name: str) -> Format:
 def versions_of(name: str) -> dict[str, str]:
     """Return the versions of the packages that made a file."""
     packages = ("torch", *FORMATS[name].packages)
-    return {package: str(getattr(importlib.import_module(package), "__version__", "")) for package in packages}
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 # --- torch: a program of torch.export ---------------------------------------------------------------------------------
@@ -118,6 +117,9 @@ def _open_onnx(files: Files, network: Exportable) -> Run:
 
 
 FORMATS = {
-    "onnx": Format(_make_onnx, _open_onnx, "onnx", ("onnx", "onnxscript", "onnxruntime"), int8=True),
+    "onnx": Format(_make_onnx, _open_onnx, quantize_onnx, "onnx", ("onnx", "onnxscript", "onnxruntime")),
     "torch": Format(_make_torch, _open_torch),
+    "executorch": Format(
+        make_executorch, open_executorch, quantize_executorch, "executorch", ("executorch", "torchao"), batch=1
+    ),
 }

@@ -16,6 +16,9 @@ from tsm.streaming import StreamingNetwork, streaming_network
 
 FORMS = ("stream", "clip")
 
+Files = dict[str, bytes]
+"""Content of each file of an export by name."""
+
 
 @dataclass(frozen=True)
 class Exportable:

@@ -1,4 +1,4 @@
-"""Quantize an exported ONNX file to int8, with ranges from training clips, and score it on validation clips."""
+"""Quantize to int8 with ranges from training clips, and score the result on validation clips."""
 
 import logging
 import tempfile
@@ -18,8 +18,7 @@ from training.deploy.load import TrainedRun
 from training.errors import DataError
 
 from .check import Run, logits_over
-from .formats import Files
-from .forms import Exportable
+from .forms import Exportable, Files
 
 CALIBRATION_CLIPS = 20
 VALIDATION_CLIPS = 500
@@ -85,7 +84,7 @@ def _clip_set(run: TrainedRun, split: str, most: int) -> ClipSet:
     return ClipSet(EvaluationClips(source, protocol), row_N, label_K, run.normaliser)
 
 
-def quantize(files: Files, network: Exportable, clips: ClipSet) -> Files:
+def quantize_onnx(files: Files, network: Exportable, clips: ClipSet) -> Files:
     """Return the ONNX file with 8-bit weights, in a scale per channel, and 8-bit activations (static QDQ, MinMax).
 
     Ranges are those of training clips. A stream's caches are carried from clip to clip, as in use.
@@ -104,7 +103,7 @@ def quantize(files: Files, network: Exportable, clips: ClipSet) -> Files:
             quantize_static(
                 prepared,
                 quantized,
-                _Reader(network, _calls(network, clips)),
+                _Reader(network, calls_of(network, clips)),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 weight_type=QuantType.QInt8,
@@ -127,7 +126,7 @@ class _Reader:
         return None if call is None else dict(zip(self._names, (tensor.numpy() for tensor in call), strict=True))
 
 
-def _calls(network: Exportable, clips: ClipSet) -> Iterator[list[Tensor]]:
+def calls_of(network: Exportable, clips: ClipSet) -> Iterator[list[Tensor]]:
     """Yield the inputs of each call that shows the clips one after another."""
     caches = network.zeros(1)[1:]
     for video_NTCHW, _ in clips.batches(1):
@@ -155,10 +154,13 @@ class Agreement:
 
 
 @torch.no_grad()
-def agreement_of(network: Exportable, run: Run, validation: ClipSet) -> Agreement:
-    """Answer clips with the file and with PyTorch: by the mean of the logits over a clip's frames, from zero caches."""
+def agreement_of(network: Exportable, run: Run, validation: ClipSet, batch: int | None) -> Agreement:
+    """Answer clips with the file and with PyTorch: by the mean of the logits over a clip's frames, from zero caches.
+
+    `batch`: the only batch that the file takes; None: any.
+    """
     right = right_fp32 = same = count = 0
-    for video_NTCHW, label_N in validation.batches(_BATCH):
+    for video_NTCHW, label_N in validation.batches(batch or _BATCH):
         answer_N, expected_N = (
             logits_over(network, each, video_NTCHW).mean(1).argmax(1) for each in (run, network.run)
         )
