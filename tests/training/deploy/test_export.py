@@ -181,6 +181,12 @@ def test_a_file_that_takes_one_batch_only_is_refused() -> None:
         largest_difference(network, lambda inputs: [output / 0 for output in network.run(inputs)], 1)
 
 
+def test_a_network_without_caches_streams_too() -> None:
+    network = exportable(build_network("resnet18", 3, 4, shift="none"), "stream", 32)
+    module = network.program(batch=None).module()
+    assert largest_difference(network, lambda inputs: list(module(*inputs)), None) <= 1e-4
+
+
 def test_what_cannot_be_exported_is_refused_before_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

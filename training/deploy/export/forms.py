@@ -6,6 +6,7 @@ dimension of every input and output is N, the number of streams or clips.
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,10 @@ class Exportable:
     def program(self, batch: int | None) -> torch.export.ExportedProgram:
         """Trace the module with torch.export; `batch`: the only N that the program takes, None: any."""
         dims = None if batch else {0: torch.export.Dim("N", min=1)}
-        first, *caches = (dims for _ in self.inputs)
-        shapes = {"frame": first, "caches": tuple(caches)} if self.form == "stream" else {"x_NTCHW": first}
+        shapes: dict[str, Any] = {"x_NTCHW": dims}
+        if self.form == "stream":
+            # Without caches (TSN) torch.export knows no argument of this name.
+            shapes = {"frame": dims} | ({"caches": (dims,) * len(self.cache_modules)} if self.cache_modules else {})
         # Traced with a batch of 2: torch.export takes sizes of 1 for constants.
         arguments = tuple(self.zeros(batch or 2))
         return torch.export.export(self.module, arguments, dynamic_shapes=shapes)
