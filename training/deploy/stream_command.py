@@ -75,7 +75,7 @@ def trained_interval(config: Config, source_fps: float) -> tuple[float, str]:
     """
     pipeline = config.pipeline
     if pipeline.sampling == "stream":
-        distances = vars(pipeline)["distances"]
+        distances = pipeline.distances
         distance = median(distances)
         origin = f"trained at distances of {min(distances)} to {max(distances)} frames"
     elif pipeline.sampling == "dense":
