@@ -81,7 +81,7 @@ def check(config: Config) -> None:
     for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
         _check_sampling(key, rule, config.model.num_frames)
     _check_mirror(config.data.mirrored_words, config.pipeline.flip)
-    _check_stream(config.evaluation)
+    _check_continuous(config.evaluation)
     warmup, epochs = config.schedule.warmup_epochs, config.schedule.epochs
     if warmup > epochs:
         raise ConfigError(
@@ -214,7 +214,7 @@ def _check_sampling(key: str, rule: str, num_frames: int) -> None:
         )
 
 
-def _check_stream(evaluation: EvaluationConfig) -> None:
+def _check_continuous(evaluation: EvaluationConfig) -> None:
     """Check the settings of evaluation=stream."""
     distances = evaluation.distances
     if not distances or min(distances) < 1 or len(set(distances)) < len(distances):

@@ -63,11 +63,11 @@ def explain_clips(
     manifest = clips.source.manifest
     shuffles = shuffled_orders(clips.protocol.num_frames)
     for row in rows:
-        ((video_VTCHW, label, _),), real_N, _ = clips.clips((np.array([row]), np.array([True])))
+        (clip,), real_N, _ = clips.clips((np.array([row]), np.array([True])))
         if not real_N[0]:
             continue
 
-        def logits_of(order_T: NDArray[np.int64], video_VTCHW: Tensor = video_VTCHW) -> Tensor:
+        def logits_of(order_T: NDArray[np.int64], video_VTCHW: Tensor = clip.content) -> Tensor:
             progress()
             parts = video_VTCHW[:, order_T].split(settings.batch)
             with autocast(device, settings.amp):
@@ -78,8 +78,8 @@ def explain_clips(
         as_is_K = logits_of(forward_T)
         yield ShownClip(
             name=manifest.row(row).path,
-            true_class=manifest.classes[label],
-            frame_TCHW=video_VTCHW[0],
+            true_class=manifest.classes[clip.label],
+            frame_TCHW=clip.content[0],
             as_is_K=as_is_K,
             reversed_K=logits_of(forward_T[::-1].copy()),
             shuffled_SK=torch.stack(list(map(logits_of, shuffles))) if shuffles else as_is_K.new_empty(0, len(as_is_K)),
