@@ -72,8 +72,7 @@ class PipelineConfig:
     size: int = 224
     """Width and height of the network's input, in pixels."""
     sampling: str = "uniform"
-    """Frames of a training clip: uniform (one from each equal segment), dense (at a fixed stride in a window of 64) or stream (at
-    a sampled distance, after frames of another clip, with a loss on each frame; only past-only networks)."""
+    """Frames of a training clip: uniform (one per equal segment), dense (fixed stride in 64) or stream (for cameras)."""
     burn_in: int = 8
     """sampling=stream: frames of another clip before each training clip."""
     distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
@@ -238,8 +237,7 @@ class CheckpointConfig:
     allow_recipe_change: bool = False
     """Resume although the recipe differs from the checkpoint's."""
     allow_code_change: bool = False
-    """Resume although code that decides numbers differs from the checkpoint's (deterministic mode: any code). Comments and
-    docstrings do not count."""
+    """Resume although code that decides numbers (deterministic mode: any code) differs. Comments and docstrings do not count."""
     allow_restart: bool = False
     """Train from step 0 although the run has checkpoints, if none of them is whole."""
     allow_no_progress: bool = False
@@ -257,8 +255,7 @@ class EvaluationConfig:
     checkpoint: str = "newest"
     """Checkpoint of a run that evaluate.py loads: newest, best, or the name of one (step-00001200)."""
     clips: str = "validation"
-    """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10). Or stream: all
-    clips as one stream, without resetting the caches of a past-only network."""
+    """Temporal views: validation (1, by pipeline.sampling), uniform (1), twice (2), dense (10); or stream: without resets."""
     crops: int = 1
     """Spatial views: 1 (centre), 3 (left, right, centre), 5 (corners, centre) or 10 (these, mirrored too)."""
     full_resolution: bool = False
