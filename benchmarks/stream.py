@@ -80,17 +80,17 @@ class Candidate:
         self._calls = _WINDOWS if network.form == "clip" else _FRAMES
         self._caches = network.zeros(1)[1:]
 
-    def turn(self) -> list[float]:
-        """Return the seconds of each call of a turn, after one call that is not measured: its caches were evicted."""
+    def turn(self) -> list[common.Clock]:
+        """Return the time of each call of a turn, after one call that is not measured: its caches were evicted."""
         time.sleep(_PAUSE_S)
         self._call()
         return [self._call() for _ in range(self._calls)]
 
-    def _call(self) -> float:
+    def _call(self) -> common.Clock:
         frame = next(self._inputs)
-        start = time.perf_counter()
+        start = common.Clock.now()
         _, *self._caches = self._run([frame, *self._caches])
-        return time.perf_counter() - start
+        return common.Clock.now().since(start, 1)
 
 
 def make_files(kinds: Sequence[Key], exported: dict[str, Exportable]) -> dict[Key, Files]:
@@ -129,7 +129,8 @@ def open_candidates(
             candidate.turn()
         # Each runtime has errors of its own.
         except Exception as error:
-            failed[key] = f"it does not run: {error}"
+            # The longest name a dozen source files.
+            failed[key] = f"it does not run: {' '.join(str(error).split())[:300]}"
             continue
         if key.precision == "fp32" and not (difference := difference_of(network, run)) <= FP32_LIMIT:
             raise ExportError(f"{' '.join(key)} differs from PyTorch by {difference:.1e} of the largest logit")
@@ -145,43 +146,47 @@ def difference_of(network: Exportable, run: Run) -> float:
     return float((expected - got).abs().max() / expected.abs().max())
 
 
-def take_turns(candidates: dict[Key, Candidate], rounds: int) -> dict[Key, list[list[float]]]:
-    """Return the seconds of each call, by round. The order rotates."""
+def take_turns(candidates: dict[Key, Candidate], rounds: int) -> dict[Key, list[list[common.Clock]]]:
+    """Return the time of each call, by round. The order rotates."""
     keys = list(candidates)
-    seconds: dict[Key, list[list[float]]] = {key: [] for key in keys}
+    clocks: dict[Key, list[list[common.Clock]]] = {key: [] for key in keys}
     for number in range(rounds):
         first = number % len(keys)
         for key in keys[first:] + keys[:first]:
-            seconds[key].append(candidates[key].turn())
-    return seconds
+            clocks[key].append(candidates[key].turn())
+    return clocks
 
 
-def rows_of(seconds: dict[Key, list[list[float]]], setting: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(clocks: dict[Key, list[list[common.Clock]]], setting: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each candidate. `relative_to_NAME`: its time over that of NAME, in the same runtime and precision."""
-    by_round = {key: [median(turn) for turn in turns] for key, turns in seconds.items()}
+    wall_s = {key: [median(call.wall_s for call in turn) for turn in turns] for key, turns in clocks.items()}
+    cpu_s = {key: [median(call.cpu_s for call in turn) for turn in turns] for key, turns in clocks.items()}
 
-    def ratio(key: Key, base: Key) -> common.Interval | None:
-        measured = key != base and key in by_round and base in by_round
-        return common.ratio_interval(by_round[key], by_round[base]) if measured else None
-
-    rows = []
-    for key, turns in seconds.items():
-        calls = [call for turn in turns for call in turn]
+    def ratios(key: Key, seconds: dict[Key, list[float]], prefix: str) -> dict[str, common.Interval | None]:
         eager = Key("eager", "fp32", key.network)
-        rows.append(
-            {
-                "benchmark": "stream",
-                **setting,
-                **key._asdict(),
-                "call_s": common.median_interval(by_round[key]),
-                "p95_s": quantiles(calls, n=20)[-1],
-                "times_as_fast_as_eager": ratio(eager, key),
-                **{
-                    f"relative_to_{name}": ratio(key, key._replace(network=name)) for name in ("stream", "plain", "TSN")
-                },
-            }
-        )
-    return rows
+        pairs = {"times_as_fast_as_eager": (eager, key)} | {
+            f"relative_to_{name}": (key, key._replace(network=name)) for name in ("stream", "plain", "TSN")
+        }
+        return {
+            prefix + name: common.ratio_interval(seconds[above], seconds[below])
+            if above != below and above in seconds and below in seconds
+            else None
+            for name, (above, below) in pairs.items()
+        }
+
+    return [
+        {
+            "benchmark": "stream",
+            **setting,
+            **key._asdict(),
+            "call_s": common.median_interval(wall_s[key]),
+            "p95_s": quantiles([call.wall_s for turn in turns for call in turn], n=20)[-1],
+            "cpu_s": common.median_interval(cpu_s[key]),
+            **ratios(key, wall_s, ""),
+            **ratios(key, cpu_s, "cpu_"),
+        }
+        for key, turns in clocks.items()
+    ]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -209,7 +214,9 @@ def main() -> int:
         for network in ("stream", "plain", "window", "TSN")
         if not RUNTIMES[name].streams_only or network in ("stream", "plain")
     ]
-    facts = common.machine_facts(max(options.threads))
+    facts = common.machine_facts(threads=0)
+    # Each row has its own.
+    del facts["threads"]
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         exported = networks(options.backbone, options.size, options.window)
@@ -240,38 +247,34 @@ def print_results(rows: list[dict[str, Any]], options: argparse.Namespace, facts
     print(
         f"\n{options.backbone}, batch 1, {options.size} px, windows of {options.window} frames; {options.rounds} rounds"
         f"\n{facts['cpu']}, {facts['cores']} cores, load {facts['load']} to {facts['load_after']}; torch {facts['torch']}; "
-        f"{facts['date']}\nmedian [its 95% interval] of a call: a frame, or a whole window; ratios within a round\n"
+        f"{facts['date']}\nmedian [its 95% interval] of a call: a frame, or a whole window; ratios within a round"
     )
-    titles = ("threads, runtime", "network", "ms", "p95", "eager / this", "/ plain", "/ stream", "/ TSN")
-    ratios = ("times_as_fast_as_eager", "relative_to_plain", "relative_to_stream", "relative_to_TSN")
-    lines = [
-        [
-            f"{row['threads']} {row['runtime']} {row['precision']}",
-            row["network"],
-            row["call_s"].show(1000, 2),
-            f"{1000 * row['p95_s']:.2f}",
-            *(
-                "" if row[name] is None or not shown(row["network"], name) else row[name].show(digits=2)
-                for name in ratios
-            ),
-        ]
-        for row in rows
-    ]
-    common.print_table(titles, lines)
+    for prefix, what in (("", "wall time"), ("cpu_", "CPU time, which other programs on the machine affect less")):
+        print(f"\nratios of {what}")
+        print_ratios(rows, prefix)
     print("\npublished, on other devices:")
     for each in PUBLISHED:
         print(f"  {each['network']} on {each['device']}: {each['ms']} ms, {each['fps']} frames/s; {each['published']}")
 
 
-def shown(network: str, ratio: str) -> bool:
-    """Return False for ratios of a frame to a window, and the like."""
+def print_ratios(rows: list[dict[str, Any]], prefix: str) -> None:
+    """Print a line for each row, without ratios of a frame to a window, and the like."""
     against = {
         "stream": ("relative_to_plain",),
         "window": ("relative_to_stream", "relative_to_TSN"),
         "plain": (),
         "TSN": (),
     }
-    return ratio == "times_as_fast_as_eager" or ratio in against[network]
+    names = ("times_as_fast_as_eager", "relative_to_plain", "relative_to_stream", "relative_to_TSN")
+    lines = []
+    for row in rows:
+        kept = ("times_as_fast_as_eager", *against[row["network"]])
+        cells = [row[prefix + name].show(digits=2) if name in kept and row[prefix + name] else "" for name in names]
+        time_s = row["cpu_s" if prefix else "call_s"].show(1000, 2)
+        what = f"{row['threads']} {row['runtime']} {row['precision']}"
+        lines.append([what, row["network"], time_s, f"{1000 * row['p95_s']:.2f}", *cells])
+    titles = ("threads, runtime", "network", "ms", "p95 (wall)", "eager / this", "/ plain", "/ stream", "/ TSN")
+    common.print_table(titles, lines)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import stream, stream_runtimes
+from benchmarks.common import Clock
 from benchmarks.stream import Candidate, Key, rows_of
 from benchmarks.stream_runtimes import RUNTIMES, calls_without_end
 from training.deploy.export.check import ExportError
@@ -45,15 +46,18 @@ def test_eager_gets_channels_last_frames_of_the_same_values() -> None:
 def test_ratios_are_paired_within_rounds() -> None:
     # The machine is 10 times slower in every second round.
     slow = [1.0, 10.0] * 4
-    seconds = {
-        Key("eager", "fp32", "stream"): [[4.0 * each] for each in slow],
-        Key("onnx", "fp32", "stream"): [[2.0 * each] for each in slow],
-        Key("onnx", "fp32", "plain"): [[1.0 * each] for each in slow],
-    }
-    _, row, plain = rows_of(seconds, {})
+
+    def clocks(seconds: float) -> list[list[Clock]]:
+        return [[Clock(seconds * each, 3.0 * seconds)] for each in slow]
+
+    stream_key, plain_key = Key("onnx", "fp32", "stream"), Key("onnx", "fp32", "plain")
+    eager_key = Key("eager", "fp32", "stream")
+    _, row, plain = rows_of({eager_key: clocks(4), stream_key: clocks(2), plain_key: clocks(1)}, {})
     assert row["times_as_fast_as_eager"].low == row["times_as_fast_as_eager"].high == 2
-    assert row["relative_to_plain"].median == 2 and row["relative_to_TSN"] is None
-    assert plain["times_as_fast_as_eager"] is None and row["p95_s"] >= 20
+    assert (
+        row["relative_to_plain"].median == row["cpu_relative_to_plain"].median == 2 and row["relative_to_TSN"] is None
+    )
+    assert plain["times_as_fast_as_eager"] is None and row["p95_s"] >= 20 and row["cpu_s"].high == 6
 
 
 def test_a_file_that_computes_something_else_is_not_measured() -> None:
@@ -91,7 +95,7 @@ def test_the_program_measures_and_lists_what_it_cannot(
     measured = [row for row in rows if "published" not in row]
     assert [row["network"] for row in measured] == ["stream", "plain", "window", "TSN"]
     for row in measured:
-        assert row["runtime"] == "eager" and row["p95_s"] >= row["call_s"]["low"] > 0
+        assert (row["runtime"], row["threads"]) == ("eager", 1) and row["p95_s"] >= row["call_s"]["low"] > 0
         assert "openvino" in row["not_measured"] and row["cpu"]
     # Figures of other devices carry no facts of this machine.
     published = [row for row in rows if "published" in row]
