@@ -38,6 +38,7 @@ async function useModel(card, bytes) {
   const { run, precision, classes, pixels } = card;
   element("model").textContent =
     `${run.name} step ${run.step}: ${run.backbone}, ${precision}, ${pixels.size} px, ${classes.length} classes`;
+  element("camera").disabled = false;
   say(precision === "int8" ? "ready; float32 is faster than int8 in browsers" : "ready");
 }
 
