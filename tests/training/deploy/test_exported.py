@@ -32,8 +32,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("form", ["stream", "clip"])
-@pytest.mark.parametrize("overrides", [(), ("evaluation=ten_crop", "evaluation.batch=3")], ids=["own", "ten_crop"])
+@pytest.mark.parametrize(
+    ("form", "overrides"), [("stream", ("evaluation=ten_crop", "evaluation.batch=3")), ("stream", ()), ("clip", ())]
+)
 def test_an_export_predicts_what_its_run_predicts(exports: Path, form: str, overrides: tuple[str, ...]) -> None:
     found = load(exports / form, *overrides)(exports / "a.mp4")
     wanted = load(exports / "mine", "distributed.device=cpu", *overrides)(exports / "a.mp4")
