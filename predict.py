@@ -3,6 +3,7 @@
     python predict.py outputs/NAME a.mp4 b.mp4
     python predict.py outputs/NAME FOLDER --top 1 --format csv
     python predict.py outputs/NAME/checkpoints/best FOLDER --format json evaluation=ten_crop
+    python predict.py outputs/NAME/export/onnx-fp32-stream FOLDER
 
 A folder stands for all videos and folders of JPEG frames in it. Overrides are those of evaluate.py --run. A video that
 prepare.py would leave out gets a line on standard error, and the exit code is 3 at the end. docs/predict.md has more.
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 
 
 def load(run: str | Path, *overrides: str) -> "Predictor":
-    """Load a run, to call with a video. `overrides`: as on the command line. Raises training.errors.ConfigError."""
+    """Load a run or an ONNX export, to call with a video. `overrides`: as on the command line.
+
+    Raises training.errors.ConfigError.
+    """
     # Late, so that importing this file takes no time.
-    from training.deploy.load import load_trained
+    from training.deploy.exported import load_run_or_export
     from training.deploy.predict import Predictor
 
-    return Predictor(load_trained(str(run), overrides))
+    return Predictor(load_run_or_export(str(run), overrides))
 
 
 def main() -> int:

@@ -6,9 +6,10 @@ The data that it was trained on may be gone.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
 from distributed.backends.make import pick_device
 from distributed.backends.single import SingleBackend
@@ -33,16 +34,18 @@ from tsm.networks import TemporalNetwork
 # about a grey level, and it may not be installed here.
 _HERE = {"distributed.device": "auto", "pipeline.loader": "torch", "pipeline.decoder": "auto"}
 
+Network = TypeVar("Network", bound=nn.Module, covariant=True)
+
 
 @dataclass(frozen=True)
-class TrainedRun:
+class TrainedRun(Generic[Network]):
     """A trained network, in evaluation mode on its device, and what its inputs and outputs are."""
 
     folder: Path
-    """The run folder."""
+    """The run folder, or that of an export."""
     config: Config
     """The run's configuration, with overrides. `model.num_frames` and `pipeline.size` describe the input."""
-    network: TemporalNetwork
+    network: Network
     classes: list[str]
     """The name of each output."""
     step: int
@@ -77,7 +80,7 @@ class TrainedRun:
         return Normaliser(self.device, self.config.numerics)
 
 
-def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun:
+def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun[TemporalNetwork]:
     """Load the run that `named` leads to, a run folder or one of its checkpoint folders, as `evaluate.py --run` does.
 
     `overrides`: those of evaluate.py, such as `evaluation=ten_crop`, `evaluation.checkpoint=best` or `distributed.device=cpu`.
@@ -93,19 +96,19 @@ def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun:
     notes = [f"differs from the run: {', '.join(map(str, differing))}"] if differing else []
     classes, note = _class_names(weights, folder, config)
 
-    device = pick_device(config.distributed.device, _ALONE)
+    device = pick_device(config.distributed.device, ALONE)
     check_device(config.numerics, config.evaluation, device)
     network = network_of(config.model, len(classes))
     # Before loading, which would round float64 weights to float32.
     place_network(network, device, config.numerics)
     load_into(network, weights.tensors, folder.path.name)
-    backend = SingleBackend(_ALONE, device)
+    backend = SingleBackend(ALONE, device)
     return TrainedRun(
         folder.path, config, network.eval(), classes, weights.step, recipe, backend, [*notes, *filter(None, [note])]
     )
 
 
-_ALONE = Topology("none", rank=0, size=1, local_rank=0, local_size=1, node=0, host="this machine")
+ALONE = Topology("none", rank=0, size=1, local_rank=0, local_size=1, node=0, host="this machine")
 
 
 def _class_names(weights: TrainedWeights, folder: RunFolder, config: Config) -> tuple[list[str], str]:

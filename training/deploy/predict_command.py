@@ -20,7 +20,8 @@ from training.build.numerics import set_numerics
 from training.main import describe_error
 from training.out_of_memory import is_out_of_memory, out_of_memory_message
 
-from .load import TrainedRun, load_trained
+from .exported import load_run_or_export
+from .load import TrainedRun
 from .predict import Prediction, Predictor, Refused
 
 # More videos than this are worth the start of worker processes, which import torch.
@@ -48,7 +49,7 @@ def run_predict(arguments: Sequence[str], description: str) -> int:
         if processes:
             # Before CUDA starts.
             start_worker_server()
-        run = load_trained(options.run, options.overrides)
+        run = load_run_or_export(options.run, options.overrides)
         set_numerics(run.config.numerics, run.config.seed)
         for line in (f"{run.name} step {run.step}  {run.protocol.name}  on {run.device}", *run.notes):
             print(line, file=sys.stderr, flush=True)
@@ -87,7 +88,7 @@ def _parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "predict.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder or one of its checkpoint folders")
+    parser.add_argument("run", metavar="RUN", help="a run folder, one of its checkpoint folders, or an ONNX export")
     parser.add_argument(
         "videos",
         metavar="VIDEO",

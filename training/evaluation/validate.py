@@ -98,5 +98,6 @@ def _recompute_statistics(job: Job, step: int, stop_wanted: Callable[[], bool]) 
 
     # The statistics must be those of the activations that the evaluation computes.
     with autocast(job.backend.device, job.config.evaluation.amp):
-        network, per_frame = job.trainer.network, job.trainer.stream is not None
-        recompute_running_statistics(network, job.backend, inputs(), partial(network, per_frame=per_frame))
+        network = job.trainer.network
+        forward = partial(network, per_frame=True) if job.trainer.stream else network
+        recompute_running_statistics(network, job.backend, inputs(), forward)
