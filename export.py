@@ -4,9 +4,10 @@
     python export.py outputs/NAME format=torch precision=fp32 form=clip
     python export.py outputs/NAME/checkpoints/best precision=int8
 
-format=onnx, torch (torch.export) or executorch; precision=fp32, or int8, which needs the run's data set; form=stream (one frame and
-caches, of past-only networks) or clip. Writes the model and its card model.json to outputs/NAME/export/FORMAT-PRECISION-FORM. The
-exit code is 1, and there is no file, if it computes something else than PyTorch. docs/export.md has more.
+format=onnx, torch (torch.export), executorch or openvino; precision=fp32, or int8, which needs the run's data set; form=stream (one
+frame and caches, of past-only networks) or clip. Writes the model and its card model.json to the run's folder, in
+export/FORMAT-PRECISION-FORM. The exit code is 1, and there is no file, if it computes something else than PyTorch. docs/export.md
+has more.
 """
 
 import sys

@@ -261,16 +261,30 @@ def test_int8_that_answers_otherwise_is_refused(run_with_data: Path) -> None:
         negative = files["model"] == b"int8"
         return lambda inputs: [-value if negative else value for value in network.run(inputs)]
 
-    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, clips: {"model": b"int8"})
+    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, calls: {"model": b"int8"})
     run = load_trained(str(run_with_data), ["distributed.device=cpu"])
     with pytest.raises(ExportError, match=r"int8 answers 0\.0 % of 6 validation clips.*no file is kept"):
         command.export(run, command.Kind("fake", "int8"), fake)
     assert not (run_with_data / "export" / "fake-int8-stream").exists()
 
 
+def test_int8_that_does_not_run_is_refused(run_with_data: Path) -> None:
+    def open_(files: Files, network: Exportable) -> Run:
+        def fail(inputs: list[Tensor]) -> list[Tensor]:
+            raise RuntimeError("Init failed for the backend")
+
+        return fail if files["model"] == b"int8" else network.run
+
+    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, calls: {"model": b"int8"})
+    run = load_trained(str(run_with_data), ["distributed.device=cpu"])
+    with pytest.raises(ExportError, match=r"int8 file does not run: Init failed for the backend\. Fix: precision=fp32"):
+        command.export(run, command.Kind("fake", "int8"), fake)
+    assert not (run_with_data / "export" / "fake-int8-stream").exists()
+
+
 def test_int8_without_the_data_set_is_refused(run: Path) -> None:
     fake = Format(
-        lambda network: {"model": b""}, lambda files, network: network.run, lambda files, network, clips: files
+        lambda network: {"model": b""}, lambda files, network: network.run, lambda files, network, calls: files
     )
     with pytest.raises(DataError, match=r"int8 needs clips of the run's data set.*Fix: .*or precision=fp32"):
         command.export(load_trained(str(run), ["distributed.device=cpu"]), command.Kind("fake", "int8"), fake)

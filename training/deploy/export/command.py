@@ -19,7 +19,7 @@ from .card import CARD, card_of
 from .check import FP32_LIMIT, FRAMES, ExportError, largest_difference
 from .formats import Format, find_format, versions_of
 from .forms import FORMS, Exportable, Files, exportable
-from .int8 import AGREEMENT_PERCENT, LOSS_PERCENT, ClipSet, agreement_of, open_clips
+from .int8 import AGREEMENT_PERCENT, LOSS_PERCENT, ClipSet, agreement_of, calls_of, open_clips
 
 PRECISIONS = ("fp32", "int8")
 
@@ -70,7 +70,7 @@ def export(run: TrainedRun, kind: Kind, found: Format) -> Path:
         files = found.make(network)
         check = _checked(network, files, found)
         if clips is not None and found.quantize is not None:
-            files = found.quantize(files, network, clips.calibration)
+            files = found.quantize(files, network, calls_of(network, clips.calibration))
             check |= _agreed(network, files, found, clips.validation)
     except ExportError:
         # An export of an earlier checkpoint would be taken for this one.
@@ -99,7 +99,13 @@ def _checked(network: Exportable, files: Files, found: Format) -> dict[str, Any]
 
 def _agreed(network: Exportable, files: Files, found: Format, validation: ClipSet) -> dict[str, Any]:
     """Compare the answers of int8 files with PyTorch's, and return the result for the card. Raises ExportError if they differ."""
-    agreement = agreement_of(network, found.open(files, network), validation, found.batch)
+    try:
+        agreement = agreement_of(network, found.open(files, network), validation, found.batch)
+    except DataError:
+        raise
+    # Each runtime has errors of its own.
+    except Exception as error:
+        raise ExportError(f"the int8 file does not run: {error}. Fix: precision=fp32, or another format") from error
     line = (
         f"int8 answers {agreement.agreement_percent:.1f} % of {agreement.clips} validation clips as PyTorch does: top-1 "
         f"{agreement.top1_percent:.1f} %, float32 {agreement.fp32_top1_percent:.1f} %"

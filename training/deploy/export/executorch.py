@@ -1,12 +1,12 @@
 """ExecuTorch programs on XNNPACK, for phones and small boards. They take one stream or clip at a time."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from .check import Run
 from .forms import Exportable, Files
-from .int8 import ClipSet, calls_of
 
 _FILE = "model.pte"
 
@@ -16,8 +16,8 @@ def make_executorch(network: Exportable) -> Files:
     return _lowered(network.program(batch=1))
 
 
-def quantize_executorch(files: Files, network: Exportable, clips: ClipSet) -> Files:
-    """Quantize by PT2E: 8-bit weights in a scale per channel, 8-bit activations with the ranges that the clips have."""
+def quantize_executorch(files: Files, network: Exportable, calls: Iterable[list[Tensor]]) -> Files:
+    """Quantize by PT2E: 8-bit weights in a scale per channel, 8-bit activations with the ranges of these calls."""
     import torch
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -28,7 +28,7 @@ def quantize_executorch(files: Files, network: Exportable, clips: ClipSet) -> Fi
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     module: Any = prepare_pt2e(network.program(batch=1).module(), quantizer)
     with torch.no_grad():
-        for inputs in calls_of(network, clips):
+        for inputs in calls:
             module(*inputs)
     return _lowered(torch.export.export(convert_pt2e(module), tuple(network.zeros(1))))
 

@@ -6,7 +6,7 @@ Everything happens in memory, so nothing is written before a file has been run.
 import importlib.metadata
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +19,8 @@ from training.errors import ConfigError
 from .check import Run
 from .executorch import make_executorch, open_executorch, quantize_executorch
 from .forms import Exportable, Files
-from .int8 import ClipSet, quantize_onnx
+from .int8 import quantize_onnx
+from .openvino import open_openvino, openvino_from_onnx
 
 ONNX_OPSET = 20
 
@@ -30,8 +31,8 @@ class Format:
 
     make: Callable[[Exportable], Files]
     open: Callable[[Files, Exportable], Run]
-    quantize: Callable[[Files, Exportable, ClipSet], Files] | None = None
-    """Makes the int8 files from those of float32 and calibration clips; None: there is no int8."""
+    quantize: Callable[[Files, Exportable, Iterable[list[Tensor]]], Files] | None = None
+    """Makes the int8 files from those of float32 and the inputs of calibration calls; None: there is no int8."""
     extra: str = ""
     """The extra of pyproject.toml that installs `packages`; empty: torch is enough."""
     packages: tuple[str, ...] = ()
@@ -116,10 +117,24 @@ def _open_onnx(files: Files, network: Exportable) -> Run:
     return run
 
 
+# --- openvino ---------------------------------------------------------------------------------------------------------
+
+
+def _make_openvino(network: Exportable) -> Files:
+    return openvino_from_onnx(_make_onnx(network))
+
+
+def _quantize_openvino(files: Files, network: Exportable, calls: Iterable[list[Tensor]]) -> Files:
+    return openvino_from_onnx(quantize_onnx(_make_onnx(network), network, calls))
+
+
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 FORMATS = {
-    "onnx": Format(_make_onnx, _open_onnx, quantize_onnx, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": Format(_make_onnx, _open_onnx, quantize_onnx, "onnx", _ONNX_PACKAGES),
     "torch": Format(_make_torch, _open_torch),
     "executorch": Format(
         make_executorch, open_executorch, quantize_executorch, "executorch", ("executorch", "torchao"), batch=1
     ),
+    "openvino": Format(_make_openvino, open_openvino, _quantize_openvino, "openvino", (*_ONNX_PACKAGES, "openvino")),
 }

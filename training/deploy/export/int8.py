@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,10 @@ def _clip_set(run: TrainedRun, split: str, most: int) -> ClipSet:
     return ClipSet(EvaluationClips(source, protocol), row_N, label_K, run.normaliser)
 
 
-def quantize_onnx(files: Files, network: Exportable, clips: ClipSet) -> Files:
+def quantize_onnx(files: Files, network: Exportable, calls: Iterable[list[Tensor]]) -> Files:
     """Return the ONNX file with 8-bit weights, in a scale per channel, and 8-bit activations (static QDQ, MinMax).
 
-    Ranges are those of training clips. A stream's caches are carried from clip to clip, as in use.
+    Ranges are those of these calls.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -103,7 +103,7 @@ def quantize_onnx(files: Files, network: Exportable, clips: ClipSet) -> Files:
             quantize_static(
                 prepared,
                 quantized,
-                _Reader(network, calls_of(network, clips)),
+                _Reader(network, calls),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 weight_type=QuantType.QInt8,
@@ -118,8 +118,8 @@ def quantize_onnx(files: Files, network: Exportable, clips: ClipSet) -> Files:
 class _Reader:
     """ONNX Runtime's CalibrationDataReader over calls: a `get_next` that returns None at the end."""
 
-    def __init__(self, network: Exportable, calls: Iterator[list[Tensor]]) -> None:
-        self._names, self._calls = list(network.inputs), calls
+    def __init__(self, network: Exportable, calls: Iterable[list[Tensor]]) -> None:
+        self._names, self._calls = list(network.inputs), iter(calls)
 
     def get_next(self) -> dict[str, Any] | None:
         call = next(self._calls, None)
@@ -127,7 +127,7 @@ class _Reader:
 
 
 def calls_of(network: Exportable, clips: ClipSet) -> Iterator[list[Tensor]]:
-    """Yield the inputs of each call that shows the clips one after another."""
+    """Yield the inputs of each call that shows the clips one after another, a stream's caches carried from clip to clip."""
     caches = network.zeros(1)[1:]
     for video_NTCHW, _ in clips.batches(1):
         if network.form == "clip":
