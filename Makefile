@@ -17,6 +17,8 @@ ARGS ?=
 PINS := $(shell { cat constraints.txt requirements.lock; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
 BASE := $(VENV)/.base-$(PINS)
 DEV := $(VENV)/.dev-$(PINS)
+# The same for the packages of web/, which package-lock.json pins, with their hashes.
+WEB := web/node_modules/.installed-$(shell sha256sum web/package-lock.json | cut -c1-16)
 
 # Options of `make smoke`: make smoke BACKEND=horovod ARGS='seed=1'
 BACKEND ?= torch
@@ -26,7 +28,7 @@ HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup dev smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu test-fake-gpu lint format faults bench cluster clean
+.PHONY: help setup dev web smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu test-fake-gpu lint format faults bench cluster clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,8 +43,16 @@ $(BASE): | constraints.txt requirements.lock pyproject.toml
 dev: $(DEV)  ## the same with what lint and tests need
 
 $(DEV): $(BASE)
-	tools/setup_venv.sh $(VENV) core mpi torchcodec dali dev lamb debug sweep
+	tools/setup_venv.sh $(VENV) core mpi torchcodec dali dev lamb debug sweep onnx
 	@rm -f $(VENV)/.dev-*
+	@touch $@
+
+web: $(WEB)  ## the browser demo's packages, in web/node_modules (needs npm)
+
+# No package's own script runs.
+$(WEB): | web/package-lock.json
+	@command -v npm >/dev/null || { echo "web: no npm. Fix: apt-get install npm" >&2; exit 1; }
+	npm ci --prefix web --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 smoke: smoke-$(BACKEND)  ## train a small model on generated clips with 2 processes; BACKEND=torch|horovod|single ARGS=...
@@ -83,6 +93,7 @@ check: lint  ## lint and the fast tests: minutes
 test:  ## everything but the GPU tests; installs system packages first where it may; FORBID_SKIPS=1 fails on a skipped test
 	tools/install_system_packages.sh
 	$(MAKE) lint
+	$(MAKE) web
 	$(MAKE) horovod
 	$(MAKE) test-fake-gpu
 	$(PYTEST) -m "not gpu and not fake_gpu" --durations=50
@@ -114,5 +125,5 @@ cluster:  ## a real Slurm of 4 nodes on this machine, to try launch/ on; needs r
 	tools/slurm_emulator/cluster.sh up 4
 
 clean:  ## remove .venv and tool caches; keeps data/, outputs/ and the Horovod wheel cache
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) web/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

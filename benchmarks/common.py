@@ -190,10 +190,18 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Write a JSON list of rows, each with the machine facts; an interval becomes {"median", "low", "high"}."""
-    plain = [
+def write_rows(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    published: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write a JSON list of rows, each with the machine facts; an interval becomes {"median", "low", "high"}.
+
+    `published`: rows of other people's figures, which have nothing to do with this machine.
+    """
+    plain: list[Mapping[str, Any]] = [
         {name: asdict(value) if isinstance(value, Interval) else value for name, value in row.items()} | dict(facts)
         for row in rows
     ]
-    write_text(path, json.dumps(plain, indent=1) + "\n")
+    write_text(path, json.dumps([*plain, *published], indent=1) + "\n")

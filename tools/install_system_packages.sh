@@ -13,6 +13,8 @@ fi
 
 missing=()
 for package in "${wanted[@]}"; do
+    # Node.js of another origin than Debian brings npm, and conflicts with Debian's.
+    [[ $package == npm ]] && command -v npm >/dev/null && continue
     status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
     [[ $status == installed ]] || missing+=("$package")
 done

@@ -9,7 +9,7 @@ from runtime.environment import (
     repair,
     shared_memory_bytes,
 )
-from training.build.data import protocol_of
+from training.build.data import augmentation_of, protocol_of
 from training.config.schema import Config
 
 from .errors import ConfigError
@@ -70,10 +70,10 @@ def loader_bytes(config: Config, world_size: int) -> int:
     except ConfigError:
         return 0
     protocol = protocol_of(config.model, pipeline, config.evaluation)
-    frame_bytes = 3 * config.model.num_frames
-    training = clips * frame_bytes * pipeline.size**2
+    frames = augmentation_of(config.model, config.data, pipeline).sample_frames
+    training = clips * 3 * frames * pipeline.size**2
     # A batch of an evaluation has at least one clip, with all its views.
-    evaluation = max(config.evaluation.batch, protocol.views) * frame_bytes * protocol.side**2
+    evaluation = max(config.evaluation.batch, protocol.views) * 3 * config.model.num_frames * protocol.side**2
     return pipeline.workers * pipeline.prefetch * (training + evaluation) + 2 * max(training, evaluation)
 
 

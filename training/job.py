@@ -24,6 +24,7 @@ from training.build.init_weights import InitialWeights
 from training.build.model import training_network_of
 from training.build.normalise import Normaliser
 from training.build.recipe import recipe_of
+from training.build.stream import stream_sampling_of
 from training.config.schema import Config
 from training.optim.ema import EMA
 from training.optim.optimizers import make_optimizer, set_step_counts
@@ -162,6 +163,7 @@ def _build_trainer(
         clip_norm=config.optimizer.clip_norm,
         label_smoothing=config.optimizer.label_smoothing,
         ema=ema,
+        stream=stream_sampling_of(config.pipeline),
     )
     if state:
         trainer.scaler.load_state_dict(state["scaler"])

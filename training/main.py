@@ -77,7 +77,7 @@ def run(read: Callable[[], Config], task: Task) -> int:
             phase = control.phase if task is train_task else "evaluation"
             message = out_of_memory_message(error, config.batch, config.evaluation.batch, control.world_size, phase)
             return _report(message, EXIT_CONFIG, topology, control)
-        return _report(*_describe(error, control), topology, control)
+        return _report(*describe_error(error, control), topology, control)
 
 
 def _report(message: str, code: int, topology: Topology | None, control: ControlChannel | None) -> int:
@@ -93,7 +93,7 @@ def _report(message: str, code: int, topology: Topology | None, control: Control
     return verdict.exit_code
 
 
-def _describe(error: Exception, control: ControlChannel | None) -> tuple[str, int]:
+def describe_error(error: Exception, control: ControlChannel | None = None) -> tuple[str, int]:
     """Return message and exit code of an error. If no user can fix it, log its traceback, and say where that is."""
     if isinstance(error, (ConfigError, DataError, DivergedError, NoProgressError, StorageError)):
         return str(error), error.exit_code
@@ -178,9 +178,15 @@ def _batch_norm_groups(batch: BatchConfig, size: int) -> list[list[int]]:
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Train to the end, or resume an earlier start of the same run. Returns the exit code."""
-    if config.evaluation.save_logits or config.evaluation.ensemble:
+    if config.evaluation.save_logits or config.evaluation.ensemble or config.evaluation.explain:
         raise ConfigError(
-            "evaluation.save_logits and evaluation.ensemble are for evaluate.py. Fix: train without them, then evaluate the run"
+            "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
+            "Fix: train without them, then evaluate the run"
+        )
+    if config.evaluation.clips == "stream":
+        raise ConfigError(
+            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
+            "evaluation=stream"
         )
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)

@@ -1,7 +1,6 @@
 """Find the largest micro-batch that a GPU's memory holds (`batch.micro_batch=auto`)."""
 
 import torch
-from torch import nn
 
 from distributed.backends.base import Backend
 from distributed.backends.single import SingleBackend
@@ -10,9 +9,11 @@ from distributed.topology import Topology
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast, place_network
+from training.build.stream import stream_sampling_of
 from training.config.schema import Config
 
 from .errors import ConfigError
+from .loss import clip_loss
 from .out_of_memory import is_out_of_memory, micro_batch_advice
 from .recipe import make_execution, micro_batches
 
@@ -71,10 +72,13 @@ def _try_step(config: Config, num_classes: int, clips: int, device: torch.device
     # Gradients of earlier micro-steps.
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    shape = (clips, model.num_frames, 3, config.pipeline.size, config.pipeline.size)
+    stream = stream_sampling_of(config.pipeline)
+    frames = model.num_frames + (stream.burn_in if stream else 0)
+    shape = (clips, frames, 3, config.pipeline.size, config.pipeline.size)
     video_NTCHW = Normaliser(device, numerics)(torch.zeros(shape, dtype=torch.uint8))
+    label_N = torch.zeros(clips, dtype=torch.int64, device=device)
     with autocast(device, numerics.amp):
-        loss = nn.functional.cross_entropy(network(video_NTCHW), torch.zeros(clips, dtype=torch.int64, device=device))
+        loss, _ = clip_loss(network, video_NTCHW, label_N, label_N, stream)
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

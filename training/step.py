@@ -4,11 +4,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed.backends.base import Reducer
 from pipelines.loading.clips import ClipBatch
 from pipelines.stream.augmentation import dropout_seeds
+from pipelines.stream.burn_in import StreamSampling
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast
 from training.optim.ema import EMA
@@ -17,6 +18,7 @@ from training.optim.nonfinite_guard import NonFiniteGuard, clip_, gradient_norms
 from training.optim.optimizers import set_learning_rate
 from tsm.networks import TemporalNetwork
 
+from .loss import clip_loss
 from .recipe import Execution, Recipe
 
 
@@ -36,6 +38,8 @@ class Trainer:
     clip_norm: float | None
     label_smoothing: float
     ema: EMA | None
+    stream: StreamSampling | None = None
+    """Which frames the loss takes; None: it takes the mean of the logits over all frames (training/loss.py)."""
     guard: NonFiniteGuard = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,11 +77,16 @@ class Trainer:
     def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
         """Run forward and backward of one micro-batch. Gradients add up to the mean over all micro-steps."""
         video_NTCHW = self.normalise(batch.video_NTCHW)
-        label_N = batch.label_N.to(video_NTCHW.device, non_blocking=True)
+        device = video_NTCHW.device
+        label_N = batch.label_N.to(device, non_blocking=True)
+        burn_in_label_N = batch.burn_in_label_N
+        if burn_in_label_N is not None:
+            burn_in_label_N = burn_in_label_N.to(device, non_blocking=True)
         with self.reducer.micro_step(last):
             with self.autocast():
-                logit_NK = self.reducer.network(video_NTCHW)
-                loss = nn.functional.cross_entropy(logit_NK, label_N, label_smoothing=self.label_smoothing)
+                loss, logit_NK = clip_loss(
+                    self.reducer.network, video_NTCHW, label_N, burn_in_label_N, self.stream, self.label_smoothing
+                )
             if last:
                 loss = self.guard.checked(loss)
             self.scaler.scale(loss / self.execution.accumulation).backward()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dropout import ClipDropout
-from .non_local import add_non_local_blocks
+from .non_local import NonLocalBlock, add_non_local_blocks
+from .relu6 import replace_relu6
 from .shift import Direction, check_fold_div, temporal_shift
 
 ShiftPlace = Literal["residual", "block", "none"]
@@ -63,6 +64,7 @@ def build_network(
         raise ValueError(f"zero_init_gamma is for ResNets alone, got backbone={backbone!r}")
     options = {"zero_init_residual": True} if zero_init_gamma else {}
     body = torchvision.models.get_model(backbone, weights=None, **options)
+    replace_relu6(body)
     for name in places:
         frames = _frames_in(name, num_frames, temporal_pool)
         body.get_submodule(name).register_forward_pre_hook(ShiftInput(frames, fold_div, direction))
@@ -100,9 +102,12 @@ def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
 class TemporalNetwork(nn.Module):
     """A 2D backbone and a linear classifier for each frame, with the mean of the logits over time.
 
-    `network(x_NTCHW)` -> logits (N, num_classes). Parameters keep torchvision's names, prefixed with `backbone.`. The classifier
-    computes in its parameters' dtype also under autocast: its cost is negligible next to the backbone's, logits in bfloat16
-    (8 bits) would tie, and its gradient is the first to overflow in float16.
+    `network(x_NTCHW)` -> logits (N, num_classes), for clips of `num_frames` frames. `network(x_NTCHW, per_frame=True)` -> logits of
+    each frame, (N, T, num_classes), also for clips of another length if no frame needs a later one (`is_past_only`).
+
+    Parameters keep torchvision's names, prefixed with `backbone.`. The classifier computes in its parameters' dtype also under
+    autocast: its cost is negligible next to the backbone's, logits in bfloat16 (8 bits) would tie, and its gradient is the
+    first to overflow in float16.
 
     With `partial_bn`, for fine-tuning from few clips (TSN, arXiv:1608.00859, section 3.3), all batch norms except the first
     are frozen also in training: they normalise by their running statistics, and these, weight and bias do not change. (The
@@ -119,21 +124,35 @@ class TemporalNetwork(nn.Module):
         self.num_frames = num_frames
         self.partial_bn = partial_bn
         self.backbone = body
+        hooks = [hook for module in body.modules() for hook in module._forward_pre_hooks.values()]
+        self._shifts = [hook for hook in hooks if isinstance(hook, ShiftInput)]
+        self.is_past_only = (
+            all(shift.direction == "past" for shift in self._shifts)
+            and not any(isinstance(hook, PoolInput) for hook in hooks)
+            and not any(isinstance(module, NonLocalBlock) for module in body.modules())
+        )
+        """No frame's logits depend on a later frame."""
         self.dropout = ClipDropout(dropout)
         self.classifier = nn.Linear(linear.in_features, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
         self.train()
 
-    def forward(self, x_NTCHW: Tensor) -> Tensor:
-        if x_NTCHW.dim() != 5 or x_NTCHW.shape[1] != self.num_frames or x_NTCHW.shape[2] != 3:
-            raise ValueError(f"the network takes (N, {self.num_frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
+    def forward(self, x_NTCHW: Tensor, per_frame: bool = False) -> Tensor:
+        any_length = per_frame and self.is_past_only
+        if x_NTCHW.dim() != 5 or x_NTCHW.shape[2] != 3 or not (any_length or x_NTCHW.shape[1] == self.num_frames):
+            frames = "T" if any_length else self.num_frames
+            raise ValueError(f"the network takes (N, {frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
+        if self.is_past_only and any(shift.num_frames != x_NTCHW.shape[1] for shift in self._shifts):
+            for shift in self._shifts:
+                shift.num_frames = x_NTCHW.shape[1]
         # B = N * T, with T halved by temporal pooling.
         feature_BC = self.backbone(x_NTCHW.flatten(0, 1))
-        feature_NTC = feature_BC.unflatten(0, (len(x_NTCHW), -1))
-        with _without_autocast(feature_NTC.device.type):
+        # Not len(), which would make the number of clips a constant in torch.export.
+        feature_NTC = feature_BC.unflatten(0, (x_NTCHW.shape[0], -1))
+        with without_autocast(feature_NTC.device.type):
             logit_NTK = self.classifier(self.dropout(feature_NTC.to(self.classifier.weight.dtype)))
-            return logit_NTK.mean(1)
+            return logit_NTK if per_frame else logit_NTK.mean(1)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; `partial_bn` keeps batch norms frozen, also ones converted since the last call."""
@@ -147,11 +166,12 @@ class TemporalNetwork(nn.Module):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShiftInput:
     """A forward pre-hook that shifts a module's input; unlike a wrapper module, it keeps the names of parameters."""
 
     num_frames: int
+    """Frames of each clip; in past-only networks the forward pass sets it."""
     fold_div: int
     direction: Direction
 
@@ -167,8 +187,20 @@ class PoolInput:
     num_frames: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        pooled_NTCHW: Tensor = _TemporalMaximum.apply(args[0].unflatten(0, (-1, self.num_frames)))  # type: ignore[no-untyped-call]
+        x_NTCHW = args[0].unflatten(0, (-1, self.num_frames))
+        if torch.compiler.is_exporting():
+            return (_exported_maximum(x_NTCHW).flatten(0, 1),)
+        pooled_NTCHW: Tensor = _TemporalMaximum.apply(x_NTCHW)  # type: ignore[no-untyped-call]
         return (pooled_NTCHW.flatten(0, 1),)
+
+
+def _exported_maximum(x_NTCHW: Tensor) -> Tensor:
+    """Compute the values of _TemporalMaximum by slices and few operators, for torch.export: runtimes have no `out=`."""
+    even_NTCHW, odd_NTCHW = x_NTCHW[:, ::2], x_NTCHW[:, 1::2]
+    # A frame outside the clip counts as the window's own frame 2j.
+    earlier_NTCHW = torch.cat((even_NTCHW[:, :1], odd_NTCHW[:, : even_NTCHW.shape[1] - 1]), 1)
+    later_NTCHW = torch.cat((odd_NTCHW, even_NTCHW[:, odd_NTCHW.shape[1] :]), 1)
+    return torch.maximum(torch.maximum(earlier_NTCHW, even_NTCHW), later_NTCHW)
 
 
 class _TemporalMaximum(torch.autograd.Function):
@@ -211,7 +243,7 @@ class _TemporalMaximum(torch.autograd.Function):
         return grad_NTCHW
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return a context that disables autocast; a null context if it is off, or on meta tensors, which have no autocast."""
     on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()

@@ -41,7 +41,7 @@ class _PoolFrames(nn.Module):
 
     def forward(self, x_NCTHW: Tensor) -> Tensor:
         pooled_BCHW = nn.functional.max_pool2d(x_NCTHW.transpose(1, 2).flatten(0, 1), 2)
-        return pooled_BCHW.unflatten(0, (len(x_NCTHW), -1)).transpose(1, 2)
+        return pooled_BCHW.unflatten(0, (x_NCTHW.shape[0], -1)).transpose(1, 2)
 
 
 def add_non_local_blocks(resnet: nn.Module, num_frames: int) -> None:

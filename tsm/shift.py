@@ -25,7 +25,8 @@ def temporal_shift(x_NTCHW: Tensor, fold_div: int = 8, direction: Direction = "b
     - `past` (online, uni-directional): channels `[0, fold)` come from the previous frame, so no frame needs a later one.
 
     The other channels stay. Accepts any memory layout and any shape after C; differentiable any number of times. `torch.compile`
-    and `torch.export` trace it, on CUDA as the operator `torch.ops.tsm.temporal_shift`.
+    and `torch.export` trace it, on CUDA as the operator `torch.ops.tsm.temporal_shift`. On other devices `torch.export` sees
+    slices, padding and one concatenation, which runtimes have.
 
     On CUDA with Triton, contiguous tensors and channels_last frames of floating-point dtypes use one kernel forward and one
     backward (`tsm.shift_triton`). All others use one copy per slice of channels, with bit-identical values.
@@ -66,6 +67,21 @@ def shift_by_slices(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tenso
     return out_NTCHW
 
 
+def shift_by_cat(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:
+    """Return the values of `shift_by_slices` from few operators, none of which writes into a part of a tensor.
+
+    Exported to ONNX, each slice assignment becomes a ScatterND between transposes.
+    """
+    frame_dims = x_NTCHW.dim() - 2
+    *fold_parts, staying_NTCHW = x_NTCHW.split([fold] * len(offsets) + [x_NTCHW.shape[2] - len(offsets) * fold], 2)
+    parts = []
+    for part_NTCHW, offset in zip(fold_parts, offsets, strict=True):
+        kept_NTCHW, before_after = (part_NTCHW[:, 1:], (0, 1)) if offset > 0 else (part_NTCHW[:, :-1], (1, 0))
+        parts.append(torch.nn.functional.pad(kept_NTCHW, (0, 0) * frame_dims + before_after))
+    # Without a part that stays, an empty tensor would be one operator more.
+    return torch.cat([*parts, staying_NTCHW] if staying_NTCHW.shape[2] > 0 else parts, 2)
+
+
 @functools.cache
 def _fused_shift() -> Callable[[Tensor, int, Sequence[int]], Tensor | None] | None:
     """Return `shift_triton.fused_shift`, or None if Triton is missing or cannot launch."""
@@ -89,8 +105,12 @@ def _shift_tensor(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:
 def _shift(x_NTCHW: Tensor, fold: int, offsets: Sequence[int]) -> Tensor:
     # Only tracers need the operator, and only on CUDA; on other devices they can trace _Shift. Eager code skips the operator,
     # which saves about 15 us of host time per call.
-    shift = torch.ops.tsm.temporal_shift.default if x_NTCHW.is_cuda and _is_traced(x_NTCHW) else _Shift.apply
-    shifted: Tensor = shift(x_NTCHW, fold, offsets)
+    if x_NTCHW.is_cuda and _is_traced(x_NTCHW):
+        shifted: Tensor = torch.ops.tsm.temporal_shift.default(x_NTCHW, fold, offsets)
+    elif torch.compiler.is_exporting():
+        shifted = shift_by_cat(x_NTCHW, fold, offsets)
+    else:
+        shifted = _Shift.apply(x_NTCHW, fold, offsets)
     return shifted
 
 

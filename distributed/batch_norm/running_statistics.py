@@ -1,6 +1,6 @@
 """Average, gather, recompute and set the running statistics of batch norm."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +76,18 @@ def _running_statistics(network: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def recompute_running_statistics(network: nn.Module, backend: Backend, batches: Iterable[Tensor]) -> None:
+def recompute_running_statistics(
+    network: nn.Module, backend: Backend, batches: Iterable[Tensor], forward: Callable[[Tensor], object] | None = None
+) -> None:
     """Set the running statistics to those of the current weights: plain averages over the groups of some training batches.
 
     "Precise BN" (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3): each layer normalises by its
     group, as in training, and over all groups `mean = E[mean_g]`, `var = E[mean_g^2 + var_g] - mean^2`. An exponential average
     would include statistics of older weights, from few groups. Dropout is off. Frozen layers keep their statistics.
 
-    `batches`: this rank's inputs, the same number on every rank. Every rank ends with the same statistics, which do not depend
-    on the layout of groups over ranks. Raises ValueError when there are no batches.
+    `batches`: this rank's inputs, the same number on every rank. `forward` runs the network on one (None: `network` itself).
+    Every rank ends with the same statistics, which do not depend on the layout of groups over ranks. Raises ValueError when
+    there are no batches.
     """
     modes = {module: module.training for module in network.modules()}
     norms = [module for module in modes if isinstance(module, GroupBatchNorm) and module.training]
@@ -96,7 +99,7 @@ def recompute_running_statistics(network: nn.Module, backend: Backend, batches: 
         norm.population = PopulationMoments(norm.num_features, backend.device)
     try:
         for x in batches:
-            network(x)
+            (forward or network)(x)
         _share_population(norms, backend)
     finally:
         for module, mode in modes.items():

@@ -51,5 +51,10 @@ def _orientation(matrix: tuple[int, int, int, int]) -> tuple[int, bool]:
 
 def upright(image_HWC: NDArray[np.uint8], row: ManifestRow) -> NDArray[np.uint8]:
     """Return a view of one or more stored frames (..., H, W, C) as they are shown."""
-    mirrored_HWC = image_HWC[..., ::-1, :] if row.mirrored else image_HWC
-    return np.rot90(mirrored_HWC, row.rotation // 90, axes=(-3, -2))
+    return turned(image_HWC, row.rotation, row.mirrored)
+
+
+def turned(image_HWC: NDArray[np.uint8], rotation: int, mirrored: bool) -> NDArray[np.uint8]:
+    """Return a view of one or more stored frames (..., H, W, C), mirrored and then turned counter-clockwise by `rotation`."""
+    mirrored_HWC = image_HWC[..., ::-1, :] if mirrored else image_HWC
+    return np.rot90(mirrored_HWC, rotation // 90, axes=(-3, -2))

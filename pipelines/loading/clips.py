@@ -1,9 +1,10 @@
 """Datasets of training and evaluation clips: one index is a batch of decoded, cropped clips."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from pipelines.decoding.decode import decode_clip
 from pipelines.decoding.storage_faults import read_patiently
 from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestRow
-from pipelines.stream.augmentation import Augmentation, SampleParams, replacement_row, sample_training_params
+from pipelines.stream.augmentation import (
+    Augmentation,
+    SampleParams,
+    burn_in_row,
+    replacement_row,
+    sample_burn_in_params,
+    sample_training_params,
+)
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.mirror_labels import Mirror, find_mirror, mirrored_labels
 from pipelines.stream.order import StreamOrder
@@ -41,6 +49,7 @@ class ClipBatch:
     `video_NTCHW` uint8, `label_N` int64, `row_N` int64 (manifest rows, after any replacement), `real_N` bool: False for
     padding and missing clips of an evaluation, which must not be counted. `bad_clips`: the clips that did not decode.
     With several views per clip (evaluation) the video is (N * views, T, C, H, W), a clip's views next to each other.
+    `burn_in_label_N` int64: the labels of the clips before each clip, if the loss scores their frames.
     """
 
     video_NTCHW: Tensor
@@ -48,18 +57,29 @@ class ClipBatch:
     row_N: Tensor
     real_N: Tensor
     bad_clips: tuple[BadClipRecord, ...] = ()
+    burn_in_label_N: Tensor | None = None
 
     def pin_memory(self) -> "ClipBatch":
         return replace(
             self,
+            burn_in_label_N=None if self.burn_in_label_N is None else self.burn_in_label_N.pin_memory(),
             video_NTCHW=self.video_NTCHW.pin_memory(),
             label_N=self.label_N.pin_memory(),
             real_N=self.real_N.pin_memory(),
         )
 
 
-Clips = tuple[list[tuple[Any, int, int]], NDArray[np.bool_], list[BadClipRecord]]
-"""The clips of a batch, not yet collated: (pixels or a source's EncodedClip, label, row) per clip; which are real; bad clips."""
+class LoadedClip(NamedTuple):
+    """A clip that is not collated yet: pixels or a source's EncodedClip, label and row; with a burn-in also its label."""
+
+    content: Any
+    label: int
+    row: int
+    burn_in_label: int | None = None
+
+
+Clips = tuple[list[LoadedClip], NDArray[np.bool_], list[BadClipRecord]]
+"""The clips of a batch; which are real; bad clips."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,7 @@ def resize_frames(video_TCHW: Tensor, width: int, height: int) -> Tensor:
 class TrainingClips(Dataset[ClipBatch]):
     """Maps stream positions (N,) to a ClipBatch; replaces and reports clips that cannot be decoded.
 
+    With `augmentation.stream`, frames of another clip precede each clip in its video, and label and row are the clip's own.
     Raises ValueError if flip=relabel and a class has no mirrored class (pipelines/stream/mirror_labels.py).
     """
 
@@ -153,14 +174,37 @@ class TrainingClips(Dataset[ClipBatch]):
         clips = [self._clip(int(epoch), int(row), bad_clips) for epoch, row in zip(epoch_N, row_N, strict=True)]
         return clips, np.ones(len(clips), dtype=np.bool_), bad_clips
 
-    def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> tuple[Any, int, int]:
-        """Read `(video_TCHW, label, row)` of a row, or of its first replacement that decodes."""
+    def _clip(self, epoch: int, row: int, bad_clips: list[BadClipRecord]) -> LoadedClip:
+        """Read a row, or its first replacement that decodes, after its burn-in."""
+        augmentation, seed = self.augmentation, self.seed
+        clip = self._read(
+            epoch,
+            row,
+            lambda row, entry: sample_training_params(
+                augmentation, entry.num_frames, *entry.upright_size, seed, epoch, row
+            ),
+            bad_clips,
+        )
+        if not augmentation.burn_in:
+            return clip
+        before = self._read(
+            epoch,
+            burn_in_row(len(self.source.manifest), seed, epoch, clip.row),
+            lambda row, entry: sample_burn_in_params(
+                augmentation, entry.num_frames, *entry.upright_size, seed, epoch, clip.row, row
+            ),
+            bad_clips,
+        )
+        return clip._replace(content=torch.cat([before.content, clip.content]), burn_in_label=before.label)
+
+    def _read(
+        self, epoch: int, row: int, sample: Callable[[int, ManifestRow], SampleParams], bad_clips: list[BadClipRecord]
+    ) -> LoadedClip:
+        """Read a row, or its first replacement that decodes, with the parameters that `sample` returns."""
         source, candidate = self.source, row
         for attempt in range(_REPLACEMENT_ATTEMPTS):
             entry = source.manifest.row(candidate)
-            params = sample_training_params(
-                self.augmentation, entry.num_frames, *entry.upright_size, self.seed, epoch, candidate
-            )
+            params = sample(candidate, entry)
             try:
                 video_TCHW = read_patiently(
                     partial(source.pixels, entry, params, self.augmentation.size),
@@ -173,7 +217,8 @@ class TrainingClips(Dataset[ClipBatch]):
                 bad_clips.append(BadClipRecord(candidate, epoch, str(error), substitute))
                 candidate = substitute
                 continue
-            return video_TCHW, self._mirrored_labels[entry.label] if params.flip else entry.label, candidate
+            label = self._mirrored_labels[entry.label] if params.flip else entry.label
+            return LoadedClip(video_TCHW, label, candidate)
         raise BadClip(
             f"row {row} and {_REPLACEMENT_ATTEMPTS - 1} replacements cannot be decoded; the last error: {bad_clips[-1].reason}"
         )
@@ -227,18 +272,17 @@ class EvaluationClips(Dataset[ClipBatch]):
                 except BadClip as error:
                     bad_clips.append(BadClipRecord(row, 0, str(error)))
                     real_N[slot] = False
-            clips.append((video_VTCHW, entry.label, row))
+            clips.append(LoadedClip(video_VTCHW, entry.label, row))
         return clips, real_N, bad_clips
 
 
-def _collate(
-    clips: list[tuple[Tensor, int, int]], real_N: NDArray[np.bool_], bad_clips: list[BadClipRecord]
-) -> ClipBatch:
-    videos, labels, rows = zip(*clips, strict=True)
+def _collate(clips: list[LoadedClip], real_N: NDArray[np.bool_], bad_clips: list[BadClipRecord]) -> ClipBatch:
+    burn_in_labels = [clip.burn_in_label for clip in clips if clip.burn_in_label is not None]
     return ClipBatch(
-        video_NTCHW=torch.stack(videos),
-        label_N=torch.tensor(labels),
-        row_N=torch.tensor(rows),
+        video_NTCHW=torch.stack([clip.content for clip in clips]),
+        label_N=torch.tensor([clip.label for clip in clips]),
+        row_N=torch.tensor([clip.row for clip in clips]),
         real_N=torch.from_numpy(real_N),
         bad_clips=tuple(bad_clips),
+        burn_in_label_N=torch.tensor(burn_in_labels) if burn_in_labels else None,
     )

@@ -202,15 +202,15 @@ class EncodedClips(Dataset[EncodedBatch]):
 
     def __getitem__(self, batch_index: Any) -> EncodedBatch:
         clips, real_N, bad_clips = self.clips.clips(batch_index)
-        decodable = [clip for clip, _, _ in clips if isinstance(clip, EncodedClip)]
+        decodable = [clip for clip, *_ in clips if isinstance(clip, EncodedClip)]
         parts = [part.reshape(-1) for clip in decodable for part in clip.parts]
         return EncodedBatch(
             batch_index=batch_index,
-            clips=[replace(clip, parts=[]) if isinstance(clip, EncodedClip) else clip for clip, _, _ in clips],
+            clips=[replace(clip, parts=[]) if isinstance(clip, EncodedClip) else clip for clip, *_ in clips],
             content_B=torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.uint8),
             shapes=[[part.shape for part in clip.parts] for clip in decodable],
-            label_N=torch.tensor([label for _, label, _ in clips]),
-            row_N=torch.tensor([row for _, _, row in clips]),
+            label_N=torch.tensor([clip.label for clip in clips]),
+            row_N=torch.tensor([clip.row for clip in clips]),
             real_N=torch.from_numpy(real_N),
             bad_clips=tuple(bad_clips),
         )

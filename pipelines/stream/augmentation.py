@@ -9,21 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .burn_in import StreamSampling, other_row, stream_training
 from .counter_rng import key_of, uniforms
 from .frame_sampling import TRAINING_RULES
 
 # Tags that keep the random numbers of different purposes apart.
-_SAMPLE, _REPLACEMENT, _DROPOUT = 1, 2, 3
+_SAMPLE, _REPLACEMENT, _DROPOUT, _STREAM, _BURN_IN = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """The augmentation of training clips; part of the recipe.
 
-    `sampling`: uniform or dense (frame_sampling.py). `crop_scales`: sides of the random crop as fractions of the frame's
-    shorter side; width and height may use neighbouring entries, as in TSN's multi-scale crop. `flip`: off, on (mirror half
-    of the clips) or relabel (mirror half, and give a mirrored clip the class whose name has the `mirrored_words` exchanged:
-    mirror_labels.py).
+    `sampling`: uniform or dense (frame_sampling.py), or stream, which needs `stream` (burn_in.py). `crop_scales`: sides of the
+    random crop as fractions of the frame's shorter side; width and height may use neighbouring entries, as in TSN's
+    multi-scale crop. `flip`: off, on (mirror half of the clips) or relabel (mirror half, and give a mirrored clip the class
+    whose name has the `mirrored_words` exchanged: mirror_labels.py).
     """
 
     num_frames: int
@@ -32,6 +33,17 @@ class Augmentation:
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     flip: str = "off"
     mirrored_words: tuple[tuple[str, str], ...] = ()
+    stream: StreamSampling | None = None
+
+    @property
+    def burn_in(self) -> int:
+        """Number of frames of another clip before each training clip."""
+        return self.stream.burn_in if self.stream else 0
+
+    @property
+    def sample_frames(self) -> int:
+        """Number of frames of a training sample: the clip's and the burn-in's."""
+        return self.burn_in + self.num_frames
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,42 @@ def sample_training_params(
     """Sample the augmentation of one training clip; `width` and `height` are those of the upright frame."""
     segments = augmentation.num_frames
     uniform = uniforms(key_of(_SAMPLE, seed, epoch, row), segments + 3)
-    frame_T = TRAINING_RULES[augmentation.sampling](num_frames, segments, uniform[:segments])
+    if augmentation.stream is None:
+        frame_T = TRAINING_RULES[augmentation.sampling](num_frames, segments, uniform[:segments])
+    else:
+        distance, phase = uniforms(key_of(_STREAM, seed, epoch, row), 2)
+        frame_T = stream_training(num_frames, segments, augmentation.stream.distance(distance), phase)
+    return _cropped(augmentation, frame_T, width, height, uniform[segments:])
+
+
+def burn_in_row(num_rows: int, seed: int, epoch: int, row: int) -> int:
+    """Choose the clip whose frames precede the training clip of `row`."""
+    return other_row(num_rows, row, uniforms(key_of(_BURN_IN, seed, epoch, row), 1)[0])
+
+
+def sample_burn_in_params(
+    augmentation: Augmentation, num_frames: int, width: int, height: int, seed: int, epoch: int, row: int, other: int
+) -> SampleParams:
+    """Sample the frames and the crop of row `other` that precede the training clip of `row`.
+
+    The frame distance is the training clip's, because a camera does not change it.
+    """
+    assert augmentation.stream is not None
+    distance = augmentation.stream.distance(uniforms(key_of(_STREAM, seed, epoch, row), 1)[0])
+    uniform = uniforms(key_of(_BURN_IN, seed, epoch, row, other), 4)
+    frame_T = stream_training(num_frames, augmentation.burn_in, distance, uniform[0])
+    return _cropped(augmentation, frame_T, width, height, uniform[1:])
+
+
+def _cropped(
+    augmentation: Augmentation, frame_T: NDArray[np.int64], width: int, height: int, uniform: NDArray[np.float64]
+) -> SampleParams:
+    """Choose crop size, crop position and flip by three random numbers."""
     crops = _crop_sizes(min(width, height), augmentation.size, augmentation.crop_scales)
-    crop_width, crop_height = crops[int(uniform[segments] * len(crops))]
+    crop_width, crop_height = crops[int(uniform[0] * len(crops))]
     offsets = crop_offsets(width - crop_width, height - crop_height)
-    left, top = offsets[int(uniform[segments + 1] * len(offsets))]
-    flip = augmentation.flip != "off" and bool(uniform[segments + 2] < 0.5)
+    left, top = offsets[int(uniform[1] * len(offsets))]
+    flip = augmentation.flip != "off" and bool(uniform[2] < 0.5)
     return SampleParams(frame_T, left, top, crop_width, crop_height, flip)
 
 

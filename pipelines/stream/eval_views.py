@@ -7,12 +7,15 @@ side is 8/7 of the network's input size (256 for 224), then cropped.
 from dataclasses import dataclass
 
 from .augmentation import SampleParams, crop_offsets
+from .continuous import CONTINUOUS_RULES
 from .frame_sampling import EVALUATION_RULES
+
+_RULES = EVALUATION_RULES | CONTINUOUS_RULES
 
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """An evaluation protocol: temporal views (`clips`, a rule of frame_sampling.py) times spatial views (`crops`).
+    """An evaluation protocol: temporal views (`clips`, a rule of frame_sampling.py or continuous.py) times spatial views (`crops`).
 
     `crops`: 1 (centre), 3 (left, right, centre), 5 (corners and centre) or 10 (the five and their mirror images).
     `full_resolution`: the crop's side is the scaled frame's shorter side, not the training size. `portrait_bug`: place three
@@ -35,7 +38,7 @@ class EvalProtocol:
     @property
     def views(self) -> int:
         """Number of views per clip."""
-        return len(EVALUATION_RULES[self.clips](1, self.num_frames)) * self.crops
+        return len(_RULES[self.clips](1, self.num_frames)) * self.crops
 
     @property
     def mirrors(self) -> bool:
@@ -67,7 +70,7 @@ def evaluation_views(protocol: EvalProtocol, num_frames: int, width: int, height
     flips = (False, True) if protocol.mirrors else (False,)
     return [
         SampleParams(frame_T, left, top, side, side, flip, scaled)
-        for frame_T in EVALUATION_RULES[protocol.clips](num_frames, protocol.num_frames)
+        for frame_T in _RULES[protocol.clips](num_frames, protocol.num_frames)
         for left, top in offsets
         for flip in flips
     ]

@@ -188,6 +188,16 @@ def test_collectives(results: Results, world: World) -> None:
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
 
 
+def test_a_continuous_stream_does_not_depend_on_the_world(results: Results, launches: dict[Any, Any]) -> None:
+    """Each rank shows its part of the clips, after as many frames of those before it as the network remembers."""
+    (alone,) = results_of(WORLDS[0], launches).of("continuous_stream")
+    assert results.of("continuous_stream") == [alone] * len(results.by_rank)
+    predicted_NDPR, seen_N, missing = alone
+    assert all(seen_N) and missing == 0
+    # Random weights, but not one answer for all.
+    assert len({clip[0][9][0] for clip in predicted_NDPR}) > 1
+
+
 def test_a_job_listens_where_docs_say(results: Results, world: World) -> None:
     found = {(kind, address) for kind, address in results.of("listening_sockets")[0]}
     assert found == LISTENING[world.launcher]

@@ -105,13 +105,16 @@ def trainer_of(
 
 
 def batches_of(
-    trainer: Trainer, step: int, damage: float | None = None, micro_step: int = 0, size: int = 32
+    trainer: Trainer, step: int, damage: float | None = None, micro_step: int = 0, size: int = 32, burn_in: int = 0
 ) -> list[ClipBatch]:
-    """Return random clips; `damage` replaces one value of a micro-step's video, so that gradients or statistics overflow."""
+    """Return random clips, after frames of burn-in.
+
+    `damage` replaces one value of a micro-step's video, so that gradients or statistics overflow.
+    """
     generator = torch.Generator().manual_seed(step)
     batches = []
     for number in range(trainer.execution.accumulation):
-        clips, frames = trainer.execution.micro_batch, trainer.network.num_frames
+        clips, frames = trainer.execution.micro_batch, burn_in + trainer.network.num_frames
         video_NTCHW = torch.randint(256, (clips, frames, 3, size, size), dtype=torch.uint8, generator=generator)
         if damage is not None and number == micro_step:
             video_NTCHW = video_NTCHW.float()

@@ -28,10 +28,10 @@ NOT_WHAT_THEY_SEEM = {"apex", "nvidia-dali"}
 # Folders of this project's Python code ("" is the top), modules that the operator installs, and packages whose import
 # name differs from the name they are installed by.
 CODE = ("", "benchmarks", "distributed", "launch", "pipelines", "runtime", "slurm", "tests", "tools", "training", "tsm")
-OPERATORS_OWN = {"apex", "nvidia", "cv2", "decord"}
+OPERATORS_OWN = {"apex", "nvidia", "decord"}
 # torch's CUDA build installs the version that it needs; other builds do not need it.
 TORCHS_OWN = {"triton"}
-DISTRIBUTION = {"PIL": "pillow", "hydra": "hydra-core", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "cv2": "opencv-python-headless", "hydra": "hydra-core", "yaml": "pyyaml"}
 
 
 def pins() -> dict[str, str]:

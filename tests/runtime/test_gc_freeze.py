@@ -44,7 +44,9 @@ def test_an_entry_points_imports_are_not_looked_at(program: str) -> None:
     assert enabled == "True"
 
 
-@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "plan.py", "prepare.py"])
+@pytest.mark.parametrize(
+    "program", ["train.py", "evaluate.py", "plan.py", "prepare.py", "predict.py", "stream.py", "export.py"]
+)
 def test_a_worker_imports_an_entry_point_cheaply(program: str) -> None:
     """Import only the standard library and runtime/ when an entry point is imported as __mp_main__."""
     command = [sys.executable, "-c", PACKAGES, program]

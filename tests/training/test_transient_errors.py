@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.helpers.jobs import make_clips, start_training, wait_for_record
 from tests.helpers.worlds import World, available
-from training.main import _describe
+from training.main import describe_error
 from training.transient_errors import is_transient
 
 
@@ -46,7 +46,7 @@ LASTING = [
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=str)
 def test_a_fault_of_the_machines_is_requeued(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    message, code = _describe(error, None)
+    message, code = describe_error(error, None)
     assert code == 75 and "A restart may succeed (traceback above)" in message
 
 

@@ -19,13 +19,16 @@ from distributed.batch_norm.layer import convert_batch_norm
 from distributed.batch_norm.running_statistics import average_running_statistics
 from distributed.health.control_channel import ControlChannel
 from distributed.topology import find_topology
-from pipelines.loading.clips import ClipBatch
+from pipelines.loading.clips import ClipBatch, EvaluationClips
 from pipelines.stream.augmentation import dropout_seeds
 from tests.helpers.processes import listening, processes_with
 from tests.helpers.worlds import MARK
+from training.build.data import make_loader, open_manifest, protocol_of, source_of
+from training.build.normalise import Normaliser
 from training.config.compose import compose
 from training.config.schema import Config
 from training.errors import ConfigError, DivergedError
+from training.evaluation.continuous import evaluate_stream
 from training.evaluation.validate import evaluate_weights
 from training.job import Job, build_job
 from training.loop import train
@@ -35,6 +38,7 @@ from training.optim.optimizers import optimizer_tensors
 from training.runs.resume import check_agreement
 from training.telemetry.metrics_log import MetricsLog
 from tsm.networks import TemporalNetwork, build_network
+from tsm.streaming import streaming_network
 
 from .bodies_batch_norm import batch_norm_over_ranks
 
@@ -62,11 +66,26 @@ EQUIVALENCE = [
 
 LARS = ["optimizer.name=lars", "optimizer.lr=4", "optimizer.label_smoothing=0.1"]
 AVERAGE = "optimizer.ema_decay=0.8"
+STREAM = [
+    "model.direction=past",
+    "pipeline.sampling=stream",
+    "pipeline.burn_in=3",
+    "pipeline.distances=[1,2,3]",
+    "pipeline.loss_from=2",
+]
 # Name -> overrides. Every variant is trained in every world: the first with the published ResNet-18, the others with a
 # narrow one.
 VARIANTS = {
     "whole_world": ["numerics.channels_last=true"],
     "groups_of_4": [*LARS, "batch.bn_group=4", "batch.precise_bn_steps=2"],
+    "stream": [
+        *LARS,
+        *STREAM,
+        "batch.bn_group=4",
+        "batch.micro_batch=4",
+        "batch.precise_bn_steps=1",
+        "schedule.epochs=2",
+    ],
     "groups_of_2_accumulated": [*LARS, "batch.bn_group=2", "batch.micro_batch=2", "optimizer.clip_norm=1", AVERAGE],
 }
 
@@ -195,13 +214,13 @@ def resumed(context: Context) -> bool:
 def deterministic(context: Context) -> list[str]:
     """Return the tensors that differ in any bit, in deterministic mode, between an uninterrupted and a resumed run.
 
-    Each run has 7 steps, once with batch norm over all ranks and once within each rank. The uninterrupted run saves
-    only at its end. The other also saves after steps 2, 4 and 6, and its first start ends after step 3, within an
-    epoch.
+    Each run has 7 steps, once with batch norm over all ranks and once, on clips after a burn-in, within each rank. The
+    uninterrupted run saves only at its end. The other also saves after steps 2, 4 and 6, and its first start ends after
+    step 3, within an epoch.
     """
     options = [*LARS, AVERAGE, "numerics.deterministic=true", "numerics.dtype=float32", "schedule.epochs=2"]
     differing = []
-    for kind, group in (("whole", []), ("local", ["batch.bn_group=2"])):
+    for kind, group in (("whole", []), ("local", ["batch.bn_group=2", *STREAM])):
         run_id, left_alone = f"deterministic-{kind}", f"deterministic-{kind}-alone"
         expected = state_of(trained(context, left_alone, *options, *group, "max_steps=7", narrow=True))
         for stop in ("max_steps=3", "max_steps=7"):
@@ -210,6 +229,28 @@ def deterministic(context: Context) -> list[str]:
         differing += [f"{kind}: {key}" for key in expected if not expected[key].equal(found[key])]
     torch.use_deterministic_algorithms(False)
     return differing
+
+
+def continuous_stream(context: Context) -> list[Any]:
+    """Return what a narrow past-only network predicts on a continuous stream, with two streams on each rank."""
+    config = config_for(
+        context, "stream", "model.direction=past", "evaluation=stream", "evaluation.batch=2", "evaluation.distances=[5]"
+    )
+    torch.manual_seed(0)
+    network = narrowed(build_network("resnet18", config.data.num_classes, direction="past")).double()
+    nn.init.normal_(network.classifier.weight)
+    manifest = open_manifest(config.data, "val")
+    source = source_of(config.pipeline, manifest, context.backend.device, 0.0)
+    clips = EvaluationClips(source, protocol_of(config.model, config.pipeline, config.evaluation))
+    answers = evaluate_stream(
+        streaming_network(network),
+        Normaliser(context.backend.device, config.numerics),
+        clips,
+        make_loader(config.pipeline, clips, context.backend),
+        context.backend,
+        config.evaluation,
+    )
+    return [answers.predicted_NDPR.tolist(), answers.seen_N.tolist(), len(answers.missing)]
 
 
 def collectives(context: Context) -> dict[str, Any]:
@@ -477,6 +518,7 @@ def no_leftovers(context: Context) -> bool:
 
 BODIES: list[Callable[[Context], Any]] = [
     collectives,
+    continuous_stream,
     listening_sockets,
     running_statistics,
     batch_norm_over_ranks,

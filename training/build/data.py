@@ -23,6 +23,7 @@ from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, Pi
 from training.errors import ConfigError, DataError
 
 from .class_names import first_difference
+from .stream import stream_sampling_of
 
 Loader = ClipLoader[ClipBatch] | DaliLoader
 
@@ -76,6 +77,7 @@ def augmentation_of(model: ModelConfig, data: DataConfig, pipeline: PipelineConf
         crop_scales=tuple(pipeline.crop_scales),
         flip=pipeline.flip,
         mirrored_words=_pairs(data) if pipeline.flip == "relabel" else (),
+        stream=stream_sampling_of(pipeline),
     )
 
 
@@ -120,11 +122,16 @@ def protocol_of(model: ModelConfig, pipeline: PipelineConfig, evaluation: Evalua
     return EvalProtocol(
         num_frames=model.num_frames,
         size=pipeline.size,
-        clips=f"{pipeline.sampling}_validation" if evaluation.clips == "validation" else evaluation.clips,
+        clips=_validation_rule(pipeline.sampling) if evaluation.clips == "validation" else evaluation.clips,
         crops=evaluation.crops,
         full_resolution=evaluation.full_resolution,
         portrait_bug=evaluation.portrait_bug,
     )
+
+
+def _validation_rule(sampling: str) -> str:
+    """Return the temporal view of a run's own evaluation. Stream sampling has none: its clips are evaluated as others are."""
+    return "uniform_validation" if sampling == "stream" else f"{sampling}_validation"
 
 
 def make_loader(

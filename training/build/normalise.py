@@ -7,9 +7,9 @@ from training.config.schema import NumericsConfig
 
 from .numerics import parameter_dtype
 
-# ImageNet's mean and standard deviation of each channel, in levels of 0 to 255, as in the official TSM.
-_MEAN_C = (123.675, 116.28, 103.53)
-_STD_C = (58.395, 57.12, 57.375)
+MEAN_C = (123.675, 116.28, 103.53)
+STD_C = (58.395, 57.12, 57.375)
+"""ImageNet's mean and standard deviation of each channel (RGB), in levels of 0 to 255, as in the official TSM."""
 
 
 class Normaliser:
@@ -19,9 +19,9 @@ class Normaliser:
         self.device = device
         self._dtype = parameter_dtype(numerics)
         self._channels_last = numerics.channels_last
-        self._scale_C11 = (1 / torch.tensor(_STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
+        self._scale_C11 = (1 / torch.tensor(STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
         self._shift_C11 = (
-            (-torch.tensor(_MEAN_C, dtype=torch.float64).to(device) * self._scale_C11.view(3))
+            (-torch.tensor(MEAN_C, dtype=torch.float64).to(device) * self._scale_C11.view(3))
             .to(self._dtype)
             .view(3, 1, 1)
         )

@@ -9,6 +9,7 @@ from training.recipe import Recipe
 from training.schedule import Schedule, scaled_rate
 
 from .data import augmentation_of
+from .stream import check_stream
 
 
 def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weights: str | None = None) -> Recipe:
@@ -18,6 +19,7 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
     and its path does not.
     """
     batch, optimizer, schedule = config.batch, config.optimizer, config.schedule
+    check_stream(config.model, config.pipeline)
     if num_rows < batch.global_batch:
         raise ConfigError(
             f"batch.global_batch={batch.global_batch} is more than the {num_rows} training clips. "
@@ -52,9 +54,17 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
         ),
         model=_model_recipe(config.model, initial_weights or config.model.init),
         optimizer=asdict(optimizer),
-        augmentation=asdict(augmentation_of(config.model, config.data, config.pipeline)),
+        augmentation=_augmentation_recipe(config),
         numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
     )
+
+
+def _augmentation_recipe(config: Config) -> dict[str, Any]:
+    settings = asdict(augmentation_of(config.model, config.data, config.pipeline))
+    if settings["stream"] is None:
+        # Recipes of older checkpoints lack the key, and their fingerprints stay.
+        del settings["stream"]
+    return settings
 
 
 def _model_recipe(model: ModelConfig, initial_weights: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from runtime.run_names import why_no_folder_name
 from training.errors import ConfigError
 
 from .keys import KEYS, default_of, is_optional, nearest
-from .schema import Config, ModelConfig, OptimizerConfig, PipelineConfig
+from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from .wandb_names import check_wandb_names
 
 _CHOICES = {
@@ -19,9 +19,9 @@ _CHOICES = {
     "model.direction": ("both", "past"),
     "pipeline.loader": ("torch", "dali"),
     "pipeline.decoder": ("auto", "torchcodec", "pyav"),
-    "pipeline.sampling": ("uniform", "dense"),
+    "pipeline.sampling": ("uniform", "dense", "stream"),
     "pipeline.flip": ("off", "on", "relabel"),
-    "evaluation.clips": ("validation", "uniform", "twice", "dense"),
+    "evaluation.clips": ("validation", "uniform", "twice", "dense", "stream"),
     "evaluation.crops": (1, 3, 5, 10),
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
@@ -37,7 +37,7 @@ _CHOICES = {
 }
 
 _POSITIVE = (
-    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size",
+    "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size", "pipeline.loss_from",
     "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "numerics.max_bad_steps_in_a_row",
     "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "optimizer.trust_coefficient",
     "schedule.epochs", "distributed.timeout_s",
@@ -45,8 +45,8 @@ _POSITIVE = (
 )  # fmt: skip
 
 _NOT_NEGATIVE = (
-    "pipeline.workers", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps", "optimizer.weight_decay", "optimizer.eps",
-    "checkpoint.last_retry_s",
+    "pipeline.workers", "pipeline.burn_in", "data.max_bad_clips", "data.retry_s", "batch.precise_bn_steps",
+    "optimizer.weight_decay", "optimizer.eps", "checkpoint.last_retry_s", "evaluation.explain",
     "schedule.warmup_epochs", "schedule.warmup_start", "schedule.factor", "schedule.end",
 )  # fmt: skip
 
@@ -77,9 +77,11 @@ def check(config: Config) -> None:
     _check_initial_weights(config.model)
     _check_optimizer(config.optimizer)
     _check_crops(config.pipeline)
+    _check_stream(config.pipeline, config.model.num_frames)
     for key, rule in (("pipeline.sampling", config.pipeline.sampling), ("evaluation.clips", config.evaluation.clips)):
         _check_sampling(key, rule, config.model.num_frames)
     _check_mirror(config.data.mirrored_words, config.pipeline.flip)
+    _check_continuous(config.evaluation)
     warmup, epochs = config.schedule.warmup_epochs, config.schedule.epochs
     if warmup > epochs:
         raise ConfigError(
@@ -164,6 +166,25 @@ def _check_crops(pipeline: PipelineConfig) -> None:
         )
 
 
+def _check_stream(pipeline: PipelineConfig, num_frames: int) -> None:
+    """Check the numbers of stream sampling. Whether the network can be trained so: training/build/stream.py."""
+    distances = pipeline.distances
+    if not distances or min(distances) < 1:
+        raise ConfigError(
+            f"pipeline.distances must be numbers of frames, each 1 or more, got {distances}. Fix: pipeline.distances=[1,2,3,4,5]"
+        )
+    if pipeline.sampling == "stream" and pipeline.loss_from > num_frames:
+        raise ConfigError(
+            f"pipeline.loss_from={pipeline.loss_from} leaves no frame of a clip of model.num_frames={num_frames} to the loss. "
+            f"Fix: pipeline.loss_from={num_frames} or less"
+        )
+    if pipeline.sampling == "stream" and pipeline.score_burn_in and pipeline.loss_from > pipeline.burn_in:
+        raise ConfigError(
+            f"pipeline.score_burn_in=true, but pipeline.loss_from={pipeline.loss_from} leaves no frame of a burn-in of "
+            f"pipeline.burn_in={pipeline.burn_in} to the loss. Fix: pipeline.score_burn_in=false, or more pipeline.burn_in"
+        )
+
+
 def _check_initial_weights(model: ModelConfig) -> None:
     if not model.init:
         raise ConfigError(
@@ -190,6 +211,30 @@ def _check_sampling(key: str, rule: str, num_frames: int) -> None:
     if rule == "dense" and num_frames > 64:
         raise ConfigError(
             f"{key}=dense takes at most 64 frames of a clip, but model.num_frames={num_frames}. Fix: model.num_frames=64 or less"
+        )
+
+
+def _check_continuous(evaluation: EvaluationConfig) -> None:
+    """Check the settings of evaluation=stream."""
+    distances = evaluation.distances
+    if not distances or min(distances) < 1 or len(set(distances)) < len(distances):
+        raise ConfigError(
+            f"evaluation.distances must be different numbers of 1 or more, got {distances}. Fix: evaluation.distances=[1,2,3,4,5]"
+        )
+    if evaluation.clips != "stream":
+        if evaluation.beside:
+            raise ConfigError(
+                f"evaluation.beside={evaluation.beside} is only for evaluation=stream. Fix: evaluation=stream, or leave it out"
+            )
+        return
+    if evaluation.crops != 1:
+        raise ConfigError(
+            f"evaluation=stream has one view, got evaluation.crops={evaluation.crops}. Fix: evaluation.crops=1"
+        )
+    if evaluation.save_logits:
+        raise ConfigError(
+            "evaluation.save_logits=true has no meaning for evaluation=stream, where a clip has logits for each frame. "
+            "Fix: evaluation.save_logits=false; stream.json of the run folder has all accuracies"
         )
 
 

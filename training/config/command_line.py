@@ -74,6 +74,8 @@ def parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir", "-cd", type=Path)
     parser.add_argument("--run")
+    if program == "evaluate":
+        parser.add_argument("--explain", action="store_const", const="evaluation.explain=12")
     # Hydra's own.
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
@@ -83,6 +85,9 @@ def parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--package", "-p")
     parser.add_argument("--info", "-i", nargs="?", const="all")
     options = parser.parse_intermixed_args(arguments)
+    if getattr(options, "explain", None):
+        # First, so that a number of clips that is given as an override counts.
+        options.overrides.insert(0, options.explain)
     if options.config_dir is not None and not options.config_dir.is_dir():
         raise ConfigError(f"--config-dir {options.config_dir} is no folder. Fix: a folder with experiment/NAME.yaml")
     if options.run is not None:

@@ -72,7 +72,15 @@ class PipelineConfig:
     size: int = 224
     """Width and height of the network's input, in pixels."""
     sampling: str = "uniform"
-    """Frames of a training clip: uniform (one from each equal segment) or dense (at a fixed stride in a window of 64)."""
+    """Frames of a training clip: uniform (one per equal segment), dense (fixed stride in 64) or stream (for cameras)."""
+    burn_in: int = 8
+    """sampling=stream: frames of another clip before each training clip."""
+    distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """sampling=stream: distances between neighbouring frames, one of which is sampled for each clip."""
+    loss_from: int = 3
+    """sampling=stream: first frame of a clip, counted from 1, whose logits the loss takes."""
+    score_burn_in: bool = True
+    """sampling=stream: the loss takes the frames of the burn-in too, as those of its own clip."""
     crop_scales: list[float] = field(default_factory=lambda: [1.0, 0.875, 0.75, 0.66])
     """Sides of the random training crop, as fractions of the frame's shorter side."""
     flip: str = "off"
@@ -229,8 +237,7 @@ class CheckpointConfig:
     allow_recipe_change: bool = False
     """Resume although the recipe differs from the checkpoint's."""
     allow_code_change: bool = False
-    """Resume although code that decides numbers differs from the checkpoint's (deterministic mode: any code). Comments and
-    docstrings do not count."""
+    """Resume although code that decides numbers (deterministic mode: any code) differs. Comments and docstrings do not count."""
     allow_restart: bool = False
     """Train from step 0 although the run has checkpoints, if none of them is whole."""
     allow_no_progress: bool = False
@@ -248,7 +255,7 @@ class EvaluationConfig:
     checkpoint: str = "newest"
     """Checkpoint of a run that evaluate.py loads: newest, best, or the name of one (step-00001200)."""
     clips: str = "validation"
-    """Temporal views: validation (1, by pipeline.sampling), uniform (1, the test rule), twice (2) or dense (10)."""
+    """Temporal views: validation (1, by pipeline.sampling), uniform (1), twice (2), dense (10); or stream: without resets."""
     crops: int = 1
     """Spatial views: 1 (centre), 3 (left, right, centre), 5 (corners, centre) or 10 (these, mirrored too)."""
     full_resolution: bool = False
@@ -257,10 +264,16 @@ class EvaluationConfig:
     """Place 3 crops side by side in portrait clips too, as the official code does; false: one below the other."""
     save_logits: bool = False
     """evaluate.py writes each clip's logits to the run folder, for ensembles."""
+    explain: int = 0
+    """evaluate.py writes explain.html to the run folder: so many clips, with the logits for reversed and shuffled frames."""
     ensemble: list[str] = field(default_factory=list)
     """evaluate.py averages these files of saved logits instead of evaluating a run."""
     ensemble_weights: list[float] = field(default_factory=list)
     """A weight for each file of the ensemble; empty: equal ones."""
+    distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """Frame distances of evaluation=stream: every frame, every second one ..."""
+    beside: list[str] = field(default_factory=list)
+    """Other runs whose early recognition evaluation=stream shows beside the run's: folders, as --run takes them."""
 
 
 @dataclass

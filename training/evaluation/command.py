@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distributed.backends.base import Backend, broadcast_network
-from distributed.checkpoint.store import BEST, Checkpoint, CheckpointError, load_checkpoint
 from distributed.health.control_channel import ControlChannel
 from pipelines.loading.clips import EvaluationClips
 from pipelines.manifest import Manifest
@@ -21,18 +21,20 @@ from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import place_network
 from training.config.load import read_config
+from training.config.named_run import find_run
 from training.config.schema import Config, EvaluationConfig
 from training.errors import ConfigError
-from training.optim.ema import PREFIX
 from training.recipe import fingerprint_of
-from training.runs.resume import check_agreement, newest_checkpoint
+from training.runs.resume import check_agreement
 from training.runs.run_folder import RunFolder
+from training.runs.trained_weights import load_into, read_trained_weights
 from tsm.networks import TemporalNetwork
-from tsm.official import WeightsError, check_keys
 
 from .evaluate import Evaluation, describe_mirrored_views, evaluate
+from .explain import explain_evaluation
 from .run_config import Difference, by_key, differing_clips, differing_from_checkpoint, differing_views, settings_of
 from .saved_logits import Origin, save_logits
+from .stream_command import STREAM, Subject, evaluate_on_stream, print_stream, save_stream, streamable
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     network = network_of(config.model, config.data.num_classes)
     # Before loading, which would round float64 weights to float32.
     place_network(network, backend.device, config.numerics)
+    on_stream = config.evaluation.clips == STREAM
+    if on_stream:
+        streamable(network)
 
     def load() -> Weights:
         if config.run_id is None:
@@ -68,6 +73,8 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     fields = backend.broadcast_object(asdict(load()) if backend.topology.rank == 0 else None)
     weights = Weights(**fields | {"differing": [Difference(**each) for each in fields["differing"]]})
     broadcast_network(backend, network)
+    if on_stream:
+        return _stream_task(config, backend, control, validation, network, weights)
 
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
     source = source_of(config.pipeline, validation, backend.device, config.data.retry_s)
@@ -86,7 +93,60 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
         if config.evaluation.save_logits:
             folder = CHECKOUT / config.outputs / weights.name / run_layout.LOGITS
             _save(folder, evaluation, weights, validation, protocol.name, config.evaluation)
+        if config.evaluation.explain:
+            page = CHECKOUT / config.outputs / weights.name / run_layout.EXPLAIN
+            title = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol.name}")
+            explain_evaluation(
+                page,
+                title,
+                network,
+                clips,
+                evaluation.clip_logits,
+                backend.device,
+                config,
+                progress=lambda: control.progress(weights.step, "evaluation"),
+            )
+            print(f"explained: {page}", flush=True)
     return EXIT_DATA if evaluation.scores.missing > config.data.max_bad_clips else EXIT_DONE
+
+
+def _stream_task(
+    config: Config,
+    backend: Backend,
+    control: ControlChannel,
+    validation: Manifest,
+    network: TemporalNetwork,
+    weights: Weights,
+) -> int:
+    """Evaluate the loaded network on a continuous stream. Print and save the record, and return the exit code."""
+    beside = [_beside(named, config, validation, backend) for named in config.evaluation.beside]
+    own = Subject(weights.name, weights.step, config, network)
+    results, answers = evaluate_on_stream(
+        own, beside, validation, backend, lambda _: control.progress(weights.step, "evaluation")
+    )
+    if backend.topology.rank == 0:
+        protocol = protocol_of(config.model, config.pipeline, config.evaluation)
+        fields, notes = _described(weights, protocol.name, config.evaluation.amp, validation.classes, [weights.notes])
+        record = fields | results
+        print_stream(record, notes, answers)
+        save_stream(CHECKOUT / config.outputs / weights.name, record)
+    return EXIT_DATA if len(answers.missing) > config.data.max_bad_clips else EXIT_DONE
+
+
+def _beside(named: str, config: Config, validation: Manifest, backend: Backend) -> Subject:
+    """Load another run, as it was trained, to compare with; collective."""
+    try:
+        path, checkpoint = find_run(named)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.beside: {str(error).replace('--run ', '')}") from error
+    theirs = read_config(path)
+    theirs.evaluation.checkpoint = checkpoint or config.evaluation.checkpoint
+    network = network_of(theirs.model, theirs.data.num_classes)
+    place_network(network, backend.device, theirs.numerics)
+    step = _load_run(RunFolder(path), theirs, validation, network).step if backend.topology.rank == 0 else None
+    step = backend.broadcast_object(step)
+    broadcast_network(backend, network)
+    return Subject(path.name, step, theirs, network)
 
 
 def _load_file(config: Config, validation: Manifest, network: TemporalNetwork) -> Weights:
@@ -113,46 +173,34 @@ def _load_file(config: Config, validation: Manifest, network: TemporalNetwork) -
 def _load_run(folder: RunFolder, config: Config, validation: Manifest, network: TemporalNetwork) -> Weights:
     """Load a checkpoint of a run into the network: the EMA of the weights if the checkpoint has one."""
     run_id = folder.path.name
-    checkpoint = _checkpoint(folder, config.evaluation.checkpoint)
-    recipe = checkpoint.state["recipe"]
+    found = read_trained_weights(folder, config.evaluation.checkpoint)
+    recipe = found.state["recipe"]
     # A checkpoint that was copied without the run's configuration has at least its recipe.
     trained = settings_of(recipe, read_config(folder.path) if folder.config.exists() else None)
     differing = differing_views(run_id, trained, config)
-    ema = {
-        name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(PREFIX)
-    }
-    theirs = checkpoint_classes(checkpoint.state, folder.path, CHECKOUT / config.data.root / config.data.train)
-    tensors, note = matched(checkpoint.network | ema, theirs, f"the run {run_id}", validation)
-    try:
-        check_keys(tensors, network.state_dict())
-    except WeightsError as error:
-        raise ConfigError(
-            f"the checkpoint of {run_id} is of another network: {error}. Fix: give the overrides that it was trained with"
-        ) from error
-    network.load_state_dict(tensors)
-    return Weights(run_id, checkpoint.state["step"], fingerprint_of(recipe), differing, note)
-
-
-def _checkpoint(folder: RunFolder, which: str) -> Checkpoint:
-    """Load a run's checkpoint: the newest whole one, or exactly the best or the one of this name."""
-    if which == "newest":
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
-            raise ConfigError(
-                f"{folder.checkpoints} holds no whole checkpoint. Fix: --run outputs/NAME of a run that has one"
-            )
-        return checkpoint
-    try:
-        return load_checkpoint(folder.checkpoints / which)
-    except CheckpointError as error:
-        why = ": the run was not evaluated yet, or had checkpoint.keep_best=false" if which == BEST else ""
-        raise ConfigError(f"{error}{why}. Fix: evaluation.checkpoint=newest") from error
+    theirs = checkpoint_classes(found.state, folder.path, CHECKOUT / config.data.root / config.data.train)
+    tensors, note = matched(found.tensors, theirs, f"the run {run_id}", validation)
+    load_into(network, tensors, run_id)
+    return Weights(run_id, found.step, fingerprint_of(recipe), differing, note)
 
 
 def _print_scores(evaluation: Evaluation, weights: Weights, clips: EvaluationClips, amp: str) -> None:
     """Print the scores as a line to read and as a JSON line, then the missing clips."""
     protocol, classes = clips.protocol.name, clips.source.manifest.classes
     notes = [weights.notes, describe_mirrored_views(clips.mirror, classes)]
+    fields, notes = _described(weights, protocol, amp, classes, notes)
+    fields |= evaluation.scores.as_dict()
+    scores = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}")
+    print("  ".join([scores, *filter(None, notes)]), flush=True)
+    print(json.dumps(fields), flush=True)
+    for record in evaluation.missing:
+        print(f"missing: {record.reason}", flush=True)
+
+
+def _described(
+    weights: Weights, protocol: str, amp: str, classes: list[str], notes: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of any record that say what was evaluated and how, and the notes for the line to read."""
     fields = {
         "source": weights.name,
         "step": weights.step,
@@ -160,16 +208,11 @@ def _print_scores(evaluation: Evaluation, weights: Weights, clips: EvaluationCli
         "amp": amp,
         "notes": "; ".join(filter(None, notes)),
         "classes_sha256": digest_of(classes),
-        **evaluation.scores.as_dict(),
     }
     if weights.differing:
-        notes.append(f"differs from the run: {', '.join(map(str, weights.differing))}")
+        notes = [*notes, f"differs from the run: {', '.join(map(str, weights.differing))}"]
         fields["differs_from_run"] = by_key(weights.differing)
-    scores = evaluation.scores.describe(f"{weights.name} step {weights.step}  {protocol}")
-    print("  ".join([scores, *filter(None, notes)]), flush=True)
-    print(json.dumps(fields), flush=True)
-    for record in evaluation.missing:
-        print(f"missing: {record.reason}", flush=True)
+    return fields, notes
 
 
 def _save(

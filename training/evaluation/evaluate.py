@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.backends.base import Backend
-from pipelines.loading.clips import BadClipRecord, EvaluationClips
+from pipelines.loading.clips import BadClipRecord, ClipBatch, EvaluationClips
 from pipelines.stream.mirror_labels import Mirror
 from pipelines.stream.order import evaluation_rows
 from training.build.data import Loader
@@ -98,16 +98,15 @@ def _evaluate_own_rows(
     """Compute the logits of this rank's clips. No rank waits for another rank here, so each may stop by itself."""
     manifest, views, batch, mirror = clips.source.manifest, clips.protocol.views, settings.batch, clips.mirror
     rows = evaluation_rows(len(manifest), max(1, batch // views), backend.topology.rank, backend.topology.size)
-    dtype = torch.float64 if next(network.parameters()).dtype == torch.float64 else torch.float32
+    dtype = dtype_of_logits(network)
     logit_NK = torch.zeros(len(manifest), len(manifest.classes), dtype=dtype, device=backend.device)
     part = _Part(logit_NK, torch.zeros(len(manifest), dtype=torch.int32), [])
     for done, clip_batch in enumerate(loader.batches(rows), start=1):
         if stop_wanted():
             part.stopped = True
             break
-        with autocast(backend.device, settings.amp):
-            logits = [network(normalise(video_NTCHW)).to(dtype) for video_NTCHW in clip_batch.video_NTCHW.split(batch)]
-        mean_NK = mean_over_views(torch.cat(logits).unflatten(0, (-1, views)), mirror)
+        logit_NVK = logits_of_views(network, normalise, clip_batch, views, settings, backend.device)
+        mean_NK = mean_over_views(logit_NVK, mirror)
         # On the CPU, so that the host does not wait for the device.
         real_M = clip_batch.real_N.nonzero().flatten()
         row_M = clip_batch.row_N[real_M]
@@ -116,6 +115,28 @@ def _evaluate_own_rows(
         part.missing.extend(clip_batch.bad_clips)
         progress(done)
     return part
+
+
+def dtype_of_logits(network: nn.Module) -> torch.dtype:
+    """Return the dtype in which logits are averaged: float32, or float64 if the network is."""
+    return torch.float64 if next(network.parameters()).dtype == torch.float64 else torch.float32
+
+
+def logits_of_views(
+    network: nn.Module,
+    normalise: Callable[[Tensor], Tensor],
+    clip_batch: ClipBatch,
+    views: int,
+    settings: EvaluationConfig,
+    device: torch.device,
+) -> Tensor:
+    """Compute the logits of each view of a batch, (N, V, K), from at most `settings.batch` views at once."""
+    dtype = dtype_of_logits(network)
+    with autocast(device, settings.amp):
+        logits = [
+            network(normalise(video_NTCHW)).to(dtype) for video_NTCHW in clip_batch.video_NTCHW.split(settings.batch)
+        ]
+    return torch.cat(logits).unflatten(0, (-1, views))
 
 
 def mean_over_views(logit_NVK: Tensor, mirror: Mirror | None) -> Tensor:

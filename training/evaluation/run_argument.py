@@ -1,9 +1,10 @@
 """Compose the configuration of `evaluate.py --run FOLDER [overrides]`: the run's own, with the overrides applied."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from training.config.compose import composed
 from training.config.load import from_composed, load_run
@@ -14,17 +15,26 @@ from training.errors import ConfigError
 from .run_config import Kind, differences, flat
 
 
-def config_of_run(overrides: Sequence[str], named: str, extra: Path | None = None) -> DictConfig:
-    """Return the configuration of the run that `named` leads to (find_run), with the overrides as typed.
+def config_of_run(
+    overrides: Sequence[str],
+    named: str,
+    extra: Path | None = None,
+    flag: str = "--run ",
+    here: Mapping[str, Any] | None = None,
+) -> DictConfig:
+    """Return the configuration of the run that `named` leads to (find_run, with `flag`), with the overrides as typed.
 
-    Raises ConfigError also for an override that only training would read.
+    `here`: values by key that replace the run's before the overrides do, because this machine decides them. Raises ConfigError
+    also for an override that only training would read.
     """
-    folder, checkpoint = find_run(named)
+    folder, checkpoint = find_run(named, flag)
     base = load_run(folder)
     trained = flat(from_composed(base))
     # The launcher of this evaluation decides these.
     for key in ("backend", "controller", "world_size"):
         base.distributed[key] = getattr(DistributedConfig(), key)
+    for key, value in (here or {}).items():
+        OmegaConf.update(base, key, value)
     if checkpoint is not None:
         base.evaluation.checkpoint = checkpoint
     config = composed(overrides, base, extra)

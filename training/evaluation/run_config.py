@@ -47,12 +47,13 @@ _KEYS = {
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
-        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.ensemble evaluation.ensemble_weights
-        outputs run_id
+        evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
+        evaluation.ensemble evaluation.ensemble_weights outputs run_id
     """,
     Kind.UNREAD: """
         model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256
-        pipeline.crop_scales pipeline.flip
+        pipeline.crop_scales pipeline.flip pipeline.burn_in pipeline.distances pipeline.loss_from
+        pipeline.score_burn_in
         batch.global_batch batch.bn_group batch.micro_batch batch.precise_bn_steps
         optimizer.name optimizer.lr optimizer.base_batch optimizer.scaling optimizer.momentum optimizer.beta2
         optimizer.trust_coefficient optimizer.eps optimizer.weight_decay optimizer.nesterov optimizer.bias_lr_multiplier

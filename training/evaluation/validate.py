@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 from torch import Tensor
 
@@ -97,4 +98,6 @@ def _recompute_statistics(job: Job, step: int, stop_wanted: Callable[[], bool]) 
 
     # The statistics must be those of the activations that the evaluation computes.
     with autocast(job.backend.device, job.config.evaluation.amp):
-        recompute_running_statistics(job.trainer.network, job.backend, inputs())
+        network = job.trainer.network
+        forward = partial(network, per_frame=True) if job.trainer.stream else network
+        recompute_running_statistics(network, job.backend, inputs(), forward)

@@ -18,10 +18,12 @@ from distributed.backends.base import Group
 from distributed.backends.single import SingleBackend
 from distributed.batch_norm.layer import convert_batch_norm
 from distributed.topology import Topology
+from pipelines.stream.burn_in import StreamSampling
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import autocast, place_network
 from training.config.schema import ModelConfig, NumericsConfig, OptimizerConfig
+from training.loss import clip_loss
 from training.optim.ema import EMA
 from training.optim.lars import Lars
 from training.optim.optimizers import make_optimizer
@@ -61,6 +63,7 @@ def step_costs(
     numerics: NumericsConfig,
     optimizer_config: OptimizerConfig,
     execution: Execution,
+    stream: StreamSampling | None = None,
 ) -> StepCosts:
     """Run forward and backward of a micro-step on fake tensors, with frames of `size` pixels, and count the tensors.
 
@@ -85,8 +88,9 @@ def step_costs(
         if execution.accumulation > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        shape = (execution.micro_batch, model.num_frames, 3, size, size)
-        _forward_and_backward(network, torch.empty(shape, dtype=torch.uint8), numerics)
+        frames = model.num_frames + (stream.burn_in if stream else 0)
+        video_NTCHW = torch.empty(execution.micro_batch, frames, 3, size, size, dtype=torch.uint8)
+        _forward_and_backward(network, video_NTCHW, numerics, stream)
         saved = [*network.state_dict().values(), *state_tensors(network, optimizer, average).values()]
         checkpoint_bytes = sum(tensor.nbytes for tensor in saved)
         # On GPUs the buffer of LARS holds a second copy of the gradients.
@@ -115,13 +119,15 @@ class _MessageCounter(SingleBackend):
         self.size_bytes += x.nbytes
 
 
-def _forward_and_backward(network: TemporalNetwork, video_NTCHW: Tensor, numerics: NumericsConfig) -> None:
+def _forward_and_backward(
+    network: TemporalNetwork, video_NTCHW: Tensor, numerics: NumericsConfig, stream: StreamSampling | None = None
+) -> None:
     """Do what training.step does with a micro-batch, without dropout's masks, which are small."""
     cpu = torch.device("cpu")
     label_N = torch.zeros(len(video_NTCHW), dtype=torch.int64)
     x_NTCHW = Normaliser(cpu, numerics)(video_NTCHW)
     with autocast(cpu, numerics.amp):
-        loss = torch.nn.functional.cross_entropy(network(x_NTCHW), label_N)
+        loss, _ = clip_loss(network, x_NTCHW, label_N, label_N, stream)
     loss.backward()
 
 

@@ -16,6 +16,7 @@ from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_REQUEUE
 from training.build.data import augmentation_of, check_manifests, find_decoder, open_manifest
 from training.build.init_weights import find_initial_weights
 from training.build.recipe import recipe_of
+from training.build.stream import stream_sampling_of
 from training.config.schema import Config
 from training.errors import ConfigError, DataError, StorageError
 from training.recipe import Execution, Recipe, fitting_worlds, make_execution
@@ -60,7 +61,9 @@ class Plan:
 
     @property
     def clip_bytes(self) -> int:
-        return clip_bytes(self.config.model.num_frames, self.config.pipeline.size)
+        config = self.config
+        frames = augmentation_of(config.model, config.data, config.pipeline).sample_frames
+        return clip_bytes(frames, config.pipeline.size)
 
     @property
     def fingerprint(self) -> str | None:
@@ -141,8 +144,8 @@ def _derive(plan: Plan) -> None:
     plan.execution = plan.attempt(lambda: make_execution(*groups, plan.world, batch.micro_batch_limit))
     plan.worlds = fitting_worlds(*groups, batch.micro_batch_limit)
     if plan.network is not None and plan.execution is not None:
-        execution = plan.execution
-        plan.costs = plan.attempt(lambda: step_costs(*network, config.numerics, config.optimizer, execution))
+        execution, stream = plan.execution, stream_sampling_of(config.pipeline)
+        plan.costs = plan.attempt(lambda: step_costs(*network, config.numerics, config.optimizer, execution, stream))
     train = plan.manifests.get("train")
     clips = len(train) if train is not None else config.data.train_clips
     if clips is not None:

@@ -38,12 +38,25 @@ def describe_job(job: Job) -> str:
 
 def describe_recipe(recipe: Recipe) -> list[str]:
     optimizer, schedule = recipe.optimizer, recipe.schedule
+    sample_frames = recipe.model["num_frames"] + (recipe.augmentation.get("stream") or {"burn_in": 0})["burn_in"]
     return [
         f"recipe     {recipe.num_rows} clips, {recipe.global_batch} per step = {recipe.steps_per_epoch:.2f} steps per epoch, "
         f"{recipe.epochs:.2f} epochs = {recipe.total_steps} steps",
         f"rate       {optimizer['lr']} at {optimizer['base_batch']} clips, {optimizer['scaling']} scaling -> "
         f"{schedule.peak:.6g} at {recipe.global_batch}; {schedule.warmup_steps} steps of warm-up, then {describe_decay(schedule)}",
-        f"batch norm groups of {recipe.bn_group} clips ({recipe.bn_group * recipe.model['num_frames']} frames)",
+        *_describe_stream(recipe),
+        f"batch norm groups of {recipe.bn_group} clips ({recipe.bn_group * sample_frames} frames)",
+    ]
+
+
+def _describe_stream(recipe: Recipe) -> list[str]:
+    stream = recipe.augmentation.get("stream")
+    if stream is None:
+        return []
+    distances, scored = ", ".join(map(str, stream["distances"])), "both" if stream["score_burn_in"] else "the clip"
+    return [
+        f"stream     {stream['burn_in']} frames of another clip before each clip, frame distances {distances}; loss on each frame "
+        f"of {scored} from number {stream['loss_from']} on"
     ]
 
 

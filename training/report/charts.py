@@ -18,8 +18,8 @@ _INK, _GRID, _EDGE = "#1c2430", "#e3e7ec", "#b9c0ca"
 _CURVE_POINTS = 600
 
 
-def new_chart(title: str, width_in: float, height_in: float) -> tuple["Figure", "Axes"]:
-    """Return an empty chart over steps."""
+def new_chart(title: str, width_in: float, height_in: float, x_title: str = "step") -> tuple["Figure", "Axes"]:
+    """Return an empty chart."""
     # At its first import on a machine, matplotlib logs that it builds a font cache.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def new_chart(title: str, width_in: float, height_in: float) -> tuple["Figure", 
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10, color=_INK, fontweight="bold")
-    axes.set_xlabel("step", fontsize=9, color=GREY)
+    axes.set_xlabel(x_title, fontsize=9, color=GREY)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.tick_params(labelsize=8, colors=GREY, length=3)
     axes.grid(color=_GRID, lw=0.7)
@@ -41,13 +41,15 @@ def add_legend(axes: "Axes") -> None:
     axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
 
 
-def svg_chart(title: str, draw: Callable[["Axes"], None], width_in: float, height_in: float) -> str:
+def svg_chart(
+    title: str, draw: Callable[["Axes"], None], width_in: float, height_in: float, x_title: str = "step"
+) -> str:
     """Return a chart as an SVG element, without the header and the metadata that name web addresses."""
     import matplotlib
 
     # Text stays text. Ids must differ between charts, or one chart would use the clip paths of another.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure, axes = new_chart(title, width_in, height_in)
+        figure, axes = new_chart(title, width_in, height_in, x_title)
         draw(axes)
         file = StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -13,6 +13,7 @@ from training.runs.run_folder import RunFolder
 
 from .curves import run_charts
 from .history import History, Record, values_of
+from .stream import early_chart, early_table, read_stream, stream_table
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 _BAD_CLIPS_SHOWN = 20
@@ -38,6 +39,17 @@ class Table:
     rows: Sequence[Sequence[str]]
     left_out: int = 0
     """Number of rows that are not shown."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The run's last evaluation on a continuous stream."""
+
+    title: str
+    chart: str
+    distances: Table
+    early: Table
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ def _fields(folder: RunFolder) -> dict[str, Any]:
         "charts": [Markup(svg) for svg in run_charts(history)],
         "resumed": bool(history.resumed_at),
         "evaluations": _evaluations(history.evaluation),
+        "stream": _stream(folder.stream),
         "bad_clips": _bad_clips(history.bad_clips),
         "configuration": folder.config.read_text() if folder.config.exists() else "",
         "provenance": _provenance(folder.provenance),
@@ -127,6 +140,28 @@ def _evaluations(records: list[Record]) -> Table:
     columns = [column for column in _EVALUATION_COLUMNS if any(column[0] in record for record in records)]
     rows = [[_formatted(record.get(key), spec) for key, _, spec in columns] for record in records]
     return Table([title for _, title, _ in columns], rows)
+
+
+def _stream(path: Path) -> Stream | None:
+    """Return what stream.json says; None if there is no such file."""
+    from markupsafe import Markup
+
+    record = read_stream(path)
+    if record is None:
+        return None
+    differing = [
+        f"{key}={each['here']} (trained: {each['trained']})"
+        for key, each in record.get("differs_from_run", {}).items()
+        # Always so here.
+        if key != "evaluation.clips"
+    ]
+    return Stream(
+        f"step {record['step']:,}, {record['clips']:,} clips",
+        Markup(early_chart(record)),
+        Table(*stream_table(record)),
+        Table(*early_table(record)),
+        [f"differs from the run: {', '.join(differing)}"] if differing else [],
+    )
 
 
 def _bad_clips(records: list[Record]) -> Table:

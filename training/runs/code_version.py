@@ -37,6 +37,7 @@ DECIDES_NUMBERS = (
     "training/schedule.py",
     "training/job.py",
     "training/step.py",
+    "training/loss.py",
     "training/loop.py",
 )
 """Files and folders that decide weights or scores: resuming refuses a change in them, and warns of any other."""

@@ -46,6 +46,7 @@ class RunFolder:
         self.bad_clips = path / run_layout.BAD_CLIPS
         self.bad_steps = path / run_layout.BAD_STEPS
         self.report = path / run_layout.REPORT
+        self.stream = path / run_layout.STREAM
         self.success = path / run_layout.SUCCESS
         self.provenance = path / run_layout.PROVENANCE
         self.outcome = path / run_layout.OUTCOME

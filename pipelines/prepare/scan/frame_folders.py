@@ -96,4 +96,9 @@ def _frame_names(folder: Path) -> list[str]:
         raise MissingClip(f"{folder}: no such folder") from None
     except OSError as error:
         raise BadClip(f"{folder}: {error.strerror}") from error
-    return [name for name in names if _FRAME_NAME.fullmatch(name) and not name.startswith(("flow_", "."))]
+    return [name for name in names if is_frame_name(name)]
+
+
+def is_frame_name(name: str) -> bool:
+    """Tell whether a file is a frame of a clip, by its name: a JPEG suffix after a number, and no optical flow."""
+    return _FRAME_NAME.fullmatch(name) is not None and not name.startswith(("flow_", "."))

@@ -72,7 +72,7 @@ def _scan_all(root: Path, annotations: Annotations, workers: int) -> tuple[dict[
     scanned, unchanged = {}, set()
     with open_journal(root / JOURNAL_NAME) as (known, journal):
         tasks = [(root, path, known.get(path)) for path in paths]
-        for result in progress(_results(tasks, workers), len(tasks), "scan"):
+        for result in progress(scan_each(tasks, workers), len(tasks), "scan"):
             scanned[result.path] = result
             if result == known.get(result.path):
                 unchanged.add(result.path)
@@ -85,8 +85,8 @@ Task = tuple[Path, str, Scanned | None]
 """(folder of the manifests, path in the manifest, record of an earlier scan)."""
 
 
-def _results(tasks: Sequence[Task], workers: int) -> Iterator[Scanned]:
-    """Scan the clips, and yield their records in order of completion."""
+def scan_each(tasks: Sequence[Task], workers: int) -> Iterator[Scanned]:
+    """Scan the clips, and yield their records in order of completion. With `workers` a decoder's crash makes a bad clip."""
     with closing(run_guarded(scan_one, tasks, workers, "scanning", _name)) as results:
         for index, result in results:
             if isinstance(result, Died):
@@ -162,7 +162,13 @@ def _collect(clips: list[Clip], paths: list[str], scanned: dict[str, Scanned]) -
             report.miscounted.append(
                 f"{clip.where}: {clip.listed_frames} frames listed, but {path} has {found.facts.num_frames}"
             )
-        full_path = f"{path}/{found.pattern}" if found.pattern else path
-        rows.append(ManifestRow(full_path, found.first, label=clip.label, **asdict(found.facts)))
+        rows.append(row_of(found, clip.label))
     report.written = len(rows)
     return report, rows
+
+
+def row_of(found: Scanned, label: int) -> ManifestRow:
+    """Return the manifest row of a good clip."""
+    assert found.facts is not None
+    path = f"{found.path}/{found.pattern}" if found.pattern else found.path
+    return ManifestRow(path, found.first, label=label, **asdict(found.facts))

@@ -191,6 +191,10 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("pipeline.decoder", "decord"),
     ("pipeline.dali_threads", 0),
     ("pipeline.sampling", "random"),
+    ("pipeline.burn_in", -1),
+    ("pipeline.distances", []),
+    ("pipeline.distances", [2, 0]),
+    ("pipeline.loss_from", 0),
     ("pipeline.flip", "sometimes"),
     ("data.mirrored_words", [["left"]]),
     ("data.mirrored_words", [["left", "Left"]]),
@@ -254,6 +258,11 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("evaluation.batch", 0),
     ("evaluation.clips", "thrice"),
     ("evaluation.crops", 4),
+    ("evaluation.explain", -1),
+    ("evaluation.distances", []),
+    ("evaluation.distances", [1, 0]),
+    ("evaluation.distances", [2, 2]),
+    ("evaluation.beside", ["outputs/other"]),
 ]
 
 
@@ -320,6 +329,16 @@ def test_values_at_the_edge_are_taken(key: str, value: Any) -> None:
 
 def test_a_run_of_nothing_but_warm_up_is_taken() -> None:
     check(with_value("schedule.warmup_epochs", smoke().schedule.epochs))
+
+
+@pytest.mark.parametrize(("key", "value"), [("evaluation.crops", 3), ("evaluation.save_logits", True)])
+def test_a_stream_has_one_view_and_no_logits_of_clips(key: str, value: Any) -> None:
+    config = with_value(key, value)
+    config.evaluation.beside = []
+    check(config)
+    config.evaluation.clips = "stream"
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)}.*evaluation=stream|evaluation=stream.*{re.escape(key)}"):
+        check(config)
 
 
 @pytest.mark.parametrize("key", ["numerics.amp", "evaluation.amp"])

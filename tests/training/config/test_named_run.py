@@ -72,6 +72,15 @@ def test_a_folder_that_is_no_run_is_refused_with_one_that_is(outputs: Path, name
         find_run(named)
 
 
+def test_a_run_without_a_flag_is_refused_without_a_flag(outputs: Path) -> None:
+    """As `predict.py RUN` takes it."""
+    with pytest.raises(ConfigError, match=r"^mien: there is no folder .* Fix: outputs/mine$"):
+        find_run("mien", flag="")
+    (outputs / "mine" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"without its run\. Fix: copy the run's config\.yaml to .*outputs/mine$"):
+        find_run("outputs/mine/checkpoints/step-00000005", flag="")
+
+
 def test_links_are_not_resolved(outputs: Path) -> None:
     (outputs / "latest").symlink_to("mine")
     (outputs.parent / "scratch").symlink_to("outputs")

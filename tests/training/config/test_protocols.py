@@ -40,6 +40,12 @@ def test_the_protocols_of_the_configuration(name: str) -> None:
     assert protocol_in(config_of("experiment=smoke", f"evaluation={name}")) == PROTOCOLS[name]
 
 
+def test_the_stream_takes_whole_clips() -> None:
+    config = config_of("experiment=smoke", "evaluation=stream")
+    assert protocol_in(config) == EvalProtocol(8, 32, "stream")
+    assert recipe_of(config, 960, "digest") == recipe_of(smoke(), 960, "digest")
+
+
 def test_a_run_validates_as_it_samples() -> None:
     assert protocol_in(smoke()) == PROTOCOLS["validation"]
     dense = config_of("experiment=smoke", "pipeline.sampling=dense")

@@ -16,7 +16,11 @@ from distributed.checkpoint.store import Checkpoint, Snapshot, load_checkpoint, 
 from pipelines.manifest import Manifest
 from tests.helpers.clips import renumber
 from tests.helpers.worlds import CHECKOUT
+from training.build.class_names import digest_of
+from training.config.schema import Config, EvaluationConfig
+from training.errors import ConfigError
 from training.evaluation.saved_logits import load_logits
+from training.main import train_task
 from training.telemetry.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -166,7 +170,7 @@ def test_weights_in_a_file_are_evaluated_without_a_run(folder: Path) -> None:
     ("overrides", "says"),
     [
         (["run_id=null"], "no weights to evaluate. Fix: --run outputs/NAME"),
-        (["run_id=other"], "holds no whole checkpoint. Fix: --run outputs/NAME"),
+        (["run_id=other"], "holds no whole checkpoint. Fix: name the folder of a run that has one"),
         (["model.shift=none"], "run was trained with model.shift=residual, not none. Fix: model.shift=residual"),
     ],
 )
@@ -196,6 +200,27 @@ def test_another_protocol_saved_and_averaged(folder: Path) -> None:
     code, _, output = evaluate_run(f"{folder}/run", f"evaluation.ensemble=[{files[0]},{files[1]}]")
     assert code == 0, output
     assert output.startswith("ensemble of 2")
+
+
+def test_a_stream_is_recorded_and_drawn(folder: Path) -> None:
+    """The record is printed, kept in the run folder and drawn, with the early recognition of another run beside it."""
+    options = [*OPTIONS[:-1], "run_id=online", "model.direction=past", f"data.root={folder / 'clips'}", "max_steps=1"]
+    done = call("train.py", *options, f"outputs={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    code, record, output = evaluate_run(
+        f"{folder}/online", "evaluation=stream", "evaluation.distances=[2,4]", f"evaluation.beside=[{folder}/run]"
+    )
+    assert code == 0, output
+    assert json.loads((folder / "online" / "stream.json").read_text()) == record
+    assert "Early recognition" in (folder / "online" / "report.html").read_text()
+    assert (record["protocol"], record["clips"], record["missing"]) == ("4x32-stream-1crop", 20, 0)
+    manifest = Manifest.open(folder / "clips" / "val.arrow")
+    assert (record["classes_sha256"], record["manifest"]) == (digest_of(manifest.classes), manifest.digest)
+    assert [row["distance"] for row in record["stream"]] == [2, 4]
+    curves = [(curve["source"], curve["step"], curve["network"]) for curve in record["early"]["curves"]]
+    assert curves == [("online", 1, "online TSM"), ("run", 5, "TSM")]
+    # All of a clip, by the rule of the last validation, which is the test rule for clips of more than four frames.
+    assert record["early"]["curves"][1]["top1_percent"][-1] == last_evaluation(folder / "run")["top1_percent"]
 
 
 def test_half_precision_is_asked_for_and_told(folder: Path) -> None:
@@ -233,6 +258,11 @@ def test_training_refuses_what_only_an_evaluation_does(folder: Path) -> None:
     )
     assert done.returncode == 2
     assert "evaluation.save_logits" in done.stderr and "evaluate.py" in done.stderr
+    unused: Any = None
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.clips=stream is for evaluate\.py.*Fix: train with evaluation=validation"
+    ):
+        train_task(Config(evaluation=EvaluationConfig(clips="stream")), unused, unused)
 
 
 def test_a_forgotten_override_is_stated_with_the_scores(folder: Path) -> None:

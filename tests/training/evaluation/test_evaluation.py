@@ -300,7 +300,7 @@ def test_precise_batch_norm_runs_in_the_precision_of_the_evaluation(amp: str) ->
         backend=backend,
         execution=SimpleNamespace(stream_positions=lambda *_: None),
         control=SimpleNamespace(progress=lambda *_: None),
-        trainer=SimpleNamespace(network=network, normalise=lambda x: x),
+        trainer=SimpleNamespace(network=network, normalise=lambda x: x, stream=None),
         training_clips=None,
         loader=lambda _: SimpleNamespace(batches=lambda _: batches),
     )

@@ -258,6 +258,65 @@ def test_hostile_strings_are_text(tmp_path: Path) -> None:
     assert page.text.count(evil) == 14
 
 
+STREAM = {
+    "source": "mine",
+    "step": 1200,
+    "clips": 240,
+    "differs_from_run": {
+        "evaluation.clips": {"here": "stream", "trained": "validation"},
+        "pipeline.size": {"here": 64, "trained": 32},
+    },
+    "stream": [
+        {
+            "distance": distance,
+            "frames_per_clip": 32.25 / distance,
+            "clips_shorter_than_8": distance,
+            "last_frame_percent": 50.0 + distance,
+            "mean_of_4_percent": 60.0 + distance,
+            "mean_of_8_percent": 70.0 + distance,
+            "early_percent": {"mean_of_4": [10.0 * part + distance for part in range(10)]},
+        }
+        for distance in (1, 3, 5)
+    ],
+    "early": {
+        "seen_percent": list(range(10, 101, 10)),
+        "curves": [
+            {"source": source, "step": 5, "network": network, "num_frames": 8, "top1_percent": [11.5 + part] * 10}
+            for part, (source, network) in enumerate([("mine", "online TSM"), ("<other>", "TSN")])
+        ],
+    },
+}
+
+
+def test_continuous_stream(run: Run) -> None:
+    """The table of distances, and the curves: the stream's at the middle distance, then each network's on clips."""
+    run.start()
+    run.train(10)
+    charts = run.page().tags.count("svg")
+    run.folder.stream.write_text(json.dumps(STREAM))
+    page = run.page()
+    assert page.tags.count("svg") == charts + 1
+    assert "Continuous stream: step 1,200, 240 clips" in page.text
+    assert "Early recognition: top-1 [%]" in page.texts
+    at = page.texts.index("clips under 8 frames") + 1
+    assert page.texts[at : at + 12] == "1 32.2 51.0 61.0 71.0 1 3 10.8 53.0 63.0 73.0 3".split()
+    at = page.texts.index("100%") + 1
+    label = "mine (online TSM), stream, distance 3, mean of 4"
+    assert page.texts[at : at + 11] == [label, *(f"{10.0 * part + 3:.1f}" for part in range(10))]
+    assert page.texts[at + 11 : at + 22] == ["mine (online TSM), 8 frames of what was seen"] + ["11.5"] * 10
+    assert page.texts[at + 22 : at + 33] == ["<other> (TSN), 8 frames of what was seen"] + ["12.5"] * 10
+    # In the legend too.
+    assert page.texts.count(label) == 2
+    assert "differs from the run: pipeline.size=64 (trained: 32)" in page.texts
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "not json"])
+def test_a_stream_record_of_another_kind_is_left_out(run: Run, text: str) -> None:
+    run.start()
+    run.folder.stream.write_text(text)
+    assert "Continuous stream" not in run.page().text
+
+
 def test_bad_clips_and_provenance(run: Run) -> None:
     run.start()
     bad = [

@@ -1,0 +1,1 @@
+"""Export of a trained network to files for other runtimes, each checked against PyTorch before it is kept."""

@@ -1,0 +1,96 @@
+"""The model card: a JSON file beside an exported model with all that an application needs to use it (docs/export.md)."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.stream.frame_sampling import DENSE_WINDOW
+from training.build.class_names import digest_of
+from training.build.normalise import MEAN_C, STD_C
+from training.config.schema import Config
+from training.deploy.load import TrainedRun
+from training.runs.run_folder import RunFolder
+from training.telemetry.metrics_log import read_metrics
+
+from .forms import Exportable
+
+SCHEMA = "tsm-model-card/1"
+CARD = "model.json"
+
+
+def card_of(
+    run: TrainedRun,
+    network: Exportable,
+    kind: Mapping[str, str],
+    files: Mapping[str, bytes],
+    check: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the card. `kind`: format, precision and form; `check`: the result of the run against PyTorch."""
+    protocol = run.protocol
+    shorter_side = min(protocol.scaled_size(1000, 1000))
+    caches = enumerate(network.cache_modules)
+    return {
+        "schema": SCHEMA,
+        **kind,
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        },
+        "run": {"name": run.name, "step": run.step, "recipe": run.fingerprint, "backbone": run.config.model.backbone},
+        "classes": run.classes,
+        "classes_sha256": digest_of(run.classes),
+        "pixels": {
+            "colour": "RGB",
+            "range": [0, 255],
+            "mean": list(MEAN_C),
+            "std": list(STD_C),
+            "resize": {"shorter_side": shorter_side, "filter": "bilinear, antialiased", "crop": "centre"},
+            "size": network.size,
+        },
+        "frames": frames_of(run.config),
+        "inputs": _tensors(network.inputs),
+        "outputs": _tensors(network.outputs),
+        "caches": [
+            {"input": f"cache_{index}", "output": f"next_cache_{index}", "initial": 0.0, "module": module}
+            for index, module in caches
+        ],
+        "check": dict(check),
+        "accuracy": accuracy_of(RunFolder(run.folder), run.step),
+        "data": {"name": run.config.data.name, "train_manifest_sha256": run.recipe.get("manifest_digest", "")},
+        "licence": {
+            "code": "Apache-2.0",
+            "weights": f"not stated by the export; the terms of the data set {run.config.data.name} may bind them",
+        },
+        "notes": run.notes,
+        "made_with": dict(versions),
+    }
+
+
+def frames_of(config: Config) -> dict[str, Any]:
+    """Return how training chose frames. `distances`: frames of the video from one to the next; None: not fixed.
+
+    Uniform sampling divides each video into equal parts, so its distance is the video's length over `num_frames`.
+    """
+    frames, sampling = config.model.num_frames, config.pipeline.sampling
+    distances = None
+    if sampling == "stream":
+        distances = list(config.pipeline.distances)
+    elif sampling == "dense":
+        distances = [DENSE_WINDOW // frames]
+    return {"num_frames": frames, "sampling": sampling, "distances": distances}
+
+
+def accuracy_of(folder: RunFolder, step: int) -> list[dict[str, Any]]:
+    """Return the evaluations of these weights in the run's metrics.jsonl; empty if there are none."""
+    if not folder.metrics.exists():
+        return []
+    left_out = ("kind", "time_s", "duration_s", "epoch")
+    return [
+        {key: value for key, value in record.items() if key not in left_out}
+        for record in read_metrics(folder.metrics)
+        if record.get("kind") == "evaluation" and record["step"] == step
+    ]
+
+
+def _tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+    return [{"name": name, "shape": ["N", *shape], "dtype": "float32"} for name, shape in shapes.items()]
