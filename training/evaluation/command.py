@@ -53,7 +53,7 @@ class Weights:
 
 def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Evaluate the run `run_id`, or else the weights that `model.init` names. Print the scores and return the exit code."""
-    validation = open_manifest(config.data, "val", config.model.modality)
+    validation = open_manifest(config.data, "val")
     check_agreement(backend, asdict(config) | {"(manifest)": [validation.digest]})
     network = network_of(config.model, config.data.num_classes)
     # Before loading, which would round float64 weights to float32.
