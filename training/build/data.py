@@ -18,6 +18,7 @@ from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.mirror_labels import check_flip, find_mirror
+from pipelines.stream.modality import FLOW
 from runtime.checkout import CHECKOUT
 from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, PipelineConfig
 from training.errors import ConfigError, DataError
@@ -110,14 +111,12 @@ def check_modality(manifest: Manifest, modality: str) -> None:
     """Raise DataError unless all clips of the manifest have this modality."""
     others = manifest.modalities() - {modality}
     if others:
-        fix = (
-            "data.root=FOLDER of flow (prepare.py flow)"
-            if modality == "flow"
-            else "data.root=FOLDER of videos or frames"
-        )
+        fix = "FOLDER of flow (prepare.py flow)" if modality == FLOW else "FOLDER of videos or frames"
+        fix = f"data.root={fix}, or model.modality={min(others)}"
+        if modality in manifest.modalities():
+            fix = "prepare frames and optical flow into a folder each"
         raise DataError(
-            f"{manifest.path} has clips of {' and '.join(sorted(others))}, and model.modality={modality}. "
-            f"Fix: {fix}, or model.modality={min(others)}"
+            f"{manifest.path} has clips of {' and '.join(sorted(others))}, and model.modality={modality}. Fix: {fix}"
         )
 
 
