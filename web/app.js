@@ -125,8 +125,9 @@ async function play(name, rate) {
     if (speed.frames >= 20 && clock !== null && speed.fps * clock.intervalS < 0.8) {
       say(`${name}: this device is too slow for a frame each ${milliseconds(clock.intervalS)}; predictions suffer`);
     }
-    // For other scripts on the page, and the test.
-    document.dispatchEvent(new CustomEvent("frame", { detail: { timeS, levels, logits, fps: speed.fps } }));
+    // For other scripts on the page, the test and the benchmark.
+    const detail = { timeS, levels, logits, latencyMs, fps: speed.fps };
+    document.dispatchEvent(new CustomEvent("frame", { detail }));
   }
 }
 
