@@ -186,6 +186,7 @@ def test_collectives(results: Results, world: World) -> None:
         # A tuple is no JSON value. A pickle would take it.
         assert result["refused"] == f"JSON does not hold ({rank},) as it is"
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
+        assert result["in_inference_mode"] == list(range(size))
 
 
 def test_a_continuous_stream_does_not_depend_on_the_world(results: Results, launches: dict[Any, Any]) -> None:

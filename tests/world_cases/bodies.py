@@ -270,6 +270,9 @@ def collectives(context: Context) -> dict[str, Any]:
         refused = ""
     except TypeError as error:
         refused = str(error)
+    # As evaluations do.
+    with torch.inference_mode():
+        in_inference_mode = backend.all_gather_objects(rank)
     return {
         "sum": total.tolist(),
         "broadcast": sent.tolist(),
@@ -277,6 +280,7 @@ def collectives(context: Context) -> dict[str, Any]:
         "object": backend.broadcast_object({"from": rank, "loss": [0.1, math.inf]}),
         "refused": refused,
         "objects": backend.all_gather_objects([rank, "x" * rank]),
+        "in_inference_mode": in_inference_mode,
     }
 
 
