@@ -4,7 +4,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pipelines.loading.clips import ClipSource, TrainingClips
 from pipelines.stream.augmentation import dropout_seeds
+from tests.helpers.jobs import make_clips
 from tests.helpers.processes import LISTENING
 from tests.helpers.worlds import WORLDS, Results, World, available, launch
 from tests.world_cases.bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config, narrowed
@@ -32,9 +32,7 @@ pytestmark = pytest.mark.slow
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[World, Any]:
     """Cache of results by world, filled on demand; the folder holds the clips that all worlds train on."""
     folder = tmp_path_factory.mktemp("worlds")
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(folder / "clips")]
-    sizes = ["--train-clips", "40", "--val-clips", "20"]
-    subprocess.run([*command, *sizes], cwd=CHECKOUT, check=True, capture_output=True)
+    make_clips(folder / "clips")
     return {"folder": folder}  # type: ignore[dict-item]
 
 
