@@ -127,17 +127,8 @@ def make_clips(root: Path) -> Path:
 def _generated_clips() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="test-clips-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    command = [
-        sys.executable,
-        "prepare.py",
-        "shapes",
-        "--root",
-        str(folder),
-        "--train-clips",
-        "40",
-        "--val-clips",
-        "20",
-    ]
+    sizes = ["--train-clips", "40", "--val-clips", "20"]
+    command = [sys.executable, "prepare.py", "shapes", "--root", str(folder), *sizes]
     subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
     return folder
 
