@@ -81,7 +81,7 @@ def reference_weights(launches: dict[Any, Any]) -> dict[str, Tensor]:
 def bare_loop(clips: Path) -> dict[str, Tensor]:
     """The `whole_world` run in plain torch: one process, one batch, torch's batch norm and SGD."""
     register()
-    config = compose_config(*EQUIVALENCE, f"data.root={clips}")
+    config = compose_config(*EQUIVALENCE, *VARIANTS["whole_world"], f"data.root={clips}")
     dataset = TrainingClips(
         ClipSource(clips / "train.arrow", "pyav"),
         augmentation_of(config.model, config.data, config.pipeline),
@@ -89,7 +89,7 @@ def bare_loop(clips: Path) -> dict[str, Tensor]:
     )
     recipe = recipe_of(config, len(dataset.source.manifest), "")
     torch.manual_seed(config.seed)
-    network = build_network("resnet18", 10, num_frames=4).double()
+    network = build_network("resnet18", 10, num_frames=config.model.num_frames).double()
     decayed = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() == 1]
     groups: list[dict[str, Any]] = [
