@@ -12,6 +12,10 @@ pytest_plugins = ["tests.helpers.skip_report", "tests.helpers.slurm_cluster"]
 # Nothing under test may reach the network.
 os.environ.setdefault("WANDB_MODE", "offline")
 
+# Two threads of torch wait for each other in a busy loop, which takes their cores from whatever else runs: other tests, or
+# other ranks of the same job. libgomp reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(autouse=True)
 def _ordinary_priority() -> Iterator[None]:

@@ -1,12 +1,11 @@
 """Typical mistakes: the exit code, and a last line with cause and fix, without a traceback."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.entry_points import EntryPoints
+from tests.helpers.entry_points import EntryPoints, entry_points
 from tests.helpers.jobs import make_clips
 
 pytestmark = pytest.mark.slow
@@ -93,16 +92,15 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("mistakes")
-    place = Place(EntryPoints(), make_clips(folder / "clips"), folder / "outputs")
+    place = Place(entry_points(), make_clips(folder / "clips"), folder / "outputs")
     for run in ("run", "empty"):
         trained = place.call(place.filled(f"train.py SMALL run_id={run} max_steps=1"))
         assert trained.exit_code == 0, trained.output
     for file in (place.outputs / "empty/checkpoints").glob("*/*"):
         file.unlink()
-    yield place
-    place.call.close()
+    return place
 
 
 @pytest.mark.parametrize("name", MISTAKES)
