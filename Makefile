@@ -29,8 +29,8 @@ HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
 PYTEST := $(BIN)/python -m pytest
 # Tests of whole jobs, launchers and clusters. They wait for much of their time, while all other tests compute.
 JOBS := tests/jobs tests/launch tests/slurm tests/soak tests/tools
-# Marks the lines of a target that runs beside another. On Ctrl-C it passes on what pytest says last.
-MARKED = 2>&1 | { trap '' INT; sed --unbuffered 's/^/$@: /'; }
+# Marks the lines of a target that runs beside another, but for pytest's last. On Ctrl-C it passes on what pytest says last.
+MARKED = 2>&1 | { trap '' INT; sed --unbuffered -E '/^=* ?[0-9]+ (passed|failed|error)/! s/^/$@: /'; }
 
 .PHONY: help setup dev web smoke smoke-torch smoke-horovod smoke-single horovod check test test-jobs test-others test-gpu test-fake-gpu \
     lint format faults bench cluster clean
