@@ -95,6 +95,17 @@ def test_a_camera_that_does_not_open_is_refused(opened: list[FakeCapture]) -> No
         pass
 
 
+def test_a_camera_without_frames_is_refused(opened: list[FakeCapture], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first read, or by an error in OpenCV: neither waits forever, and neither counts as a stream."""
+    monkeypatch.setattr(FakeCapture, "read", lambda self: (False, None))
+    with pytest.raises(ConfigError, match=r"gives no frame\. Fix: "), open_source("0") as source:
+        list(source.frames)
+    monkeypatch.setattr(FakeCapture, "read", lambda self: (True, None))
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    with pytest.raises(ConfigError, match=r"gives no frame\. Fix: "), open_source("0") as source:
+        list(source.frames)
+
+
 def test_without_opencv_a_camera_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ConfigError, match=r"need OpenCV.*Fix: pip install.*opencv-python-headless"), open_source("0"):

@@ -10,10 +10,13 @@ from typing import Any
 
 from runtime import run_layout
 from runtime.atomic_write import atomic_write
+from runtime.environment import repair
 from runtime.error_report import report_error
-from runtime.exit_codes import EXIT_DONE
+from runtime.exit_codes import EXIT_DONE, EXIT_INTERRUPTED
+from runtime.stop_signals import Stopped, raise_in_main_thread
 from training.deploy.load import TrainedRun, load_trained
-from training.errors import ConfigError, DataError, StorageError
+from training.errors import ConfigError, DataError
+from training.main import describe_error
 
 from .card import CARD, card_of
 from .check import FP32_LIMIT, FRAMES, ExportError, largest_difference
@@ -41,7 +44,11 @@ class Kind:
 def run_export(arguments: Sequence[str], description: str) -> int:
     """Export the run that the arguments name, and return the exit code: 1 if the file differs from PyTorch."""
     named, kind_arguments, overrides = _parse(arguments, description)
+    # So that temporary files are removed.
+    raise_in_main_thread()
     try:
+        for note in repair():
+            print(note, flush=True)
         kind = _kind(kind_arguments)
         # Before the run is loaded, which takes time.
         found = find_format(kind.format)
@@ -53,9 +60,16 @@ def run_export(arguments: Sequence[str], description: str) -> int:
         for line in (f"{run.name} step {run.step}", *run.notes):
             print(line, flush=True)
         folder = export(run, kind, found)
-    except (ConfigError, DataError, StorageError, ExportError) as error:
+    except KeyboardInterrupt as stop:
+        report_error("export", f"{stop or 'interrupted'}. Fix: run the same command again")
+        return stop.exit_code if isinstance(stop, Stopped) else EXIT_INTERRUPTED
+    except ExportError as error:
         report_error("export", str(error))
         return error.exit_code
+    except Exception as error:
+        message, code = describe_error(error)
+        report_error("export", message)
+        return code
     print(f"exported: {folder}", flush=True)
     return EXIT_DONE
 
