@@ -128,6 +128,15 @@ def test_an_annotated_image_has_bars_as_long_as_the_scores() -> None:
     assert annotate(image_HWC[:48, :80], {}, "").shape == (240, 400, 3)
 
 
+def test_a_long_text_is_not_cut() -> None:
+    """Nothing reaches the right edge: neither of a speed with three percentiles nor of a class name like a sentence."""
+    image_HWC = np.zeros((256, 256, 3), np.uint8)
+    status = "12.5 frames/s   ms: p50 131.4  p95 201.9  p99 225.1"
+    for scores, text in (({"Pretending to put something next to something": 0.0}, ""), ({}, status)):
+        bright_W = (annotate(image_HWC, scores, text).max(2) > 60).any(0)
+        assert bright_W[128:240].any() and not bright_W[-4:].any()
+
+
 def test_the_video_keeps_times_and_content(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     times_s = [10.0, 10.04, 10.2, 10.2, 11.0]
