@@ -20,7 +20,6 @@ from training.deploy.export.card import accuracy_of
 from training.deploy.export.check import ExportError, Run, largest_difference
 from training.deploy.export.formats import Format, find_format
 from training.deploy.export.forms import Exportable, Files, exportable
-from training.deploy.export.int8 import Agreement
 from training.deploy.load import load_trained
 from training.errors import ConfigError, DataError
 from training.runs.run_folder import RunFolder
@@ -280,11 +279,6 @@ def test_int8_that_answers_otherwise_is_refused(run_with_data: Path) -> None:
     with pytest.raises(ExportError, match=r"int8 answers 0\.0 % of 6 validation clips.*no file is kept"):
         command.export(run, command.Kind("fake", "int8"), fake)
     assert not (run_with_data / "export" / "fake-int8-stream").exists()
-
-
-def test_int8_may_lose_half_a_point_and_change_one_answer_in_a_hundred() -> None:
-    for agreement, top1, good in ((100, 80, True), (99, 79.5, True), (98.9, 80, False), (99.5, 79.4, False)):
-        assert Agreement(1000, agreement, top1, fp32_top1_percent=80).good is good
 
 
 def test_int8_that_does_not_run_is_refused(run_with_data: Path) -> None:
