@@ -1,5 +1,5 @@
 // The page: a source of frames, the network on them, and what is shown. docs/edge.md describes its use.
-import { FrameClock, RateEstimate, trainedDistance } from "./frame_clock.js";
+import { FrameClock, RateEstimate, trainedInterval } from "./frame_clock.js";
 import { StreamModel, threads } from "./stream_model.js";
 
 // Frames whose logits are averaged, as in stream.py, and frames over which speed is stated.
@@ -131,10 +131,10 @@ async function play(name, rate) {
   }
 }
 
-// Choose by the user's rate, else by the distance that the network was trained for, in frames of this source.
+// Choose by the user's rate, else by the distance that the network was trained for. null: the source's rate is needed first.
 function clockFor(name, rate) {
   const chosen = Number(element("rate").value);
-  const intervalS = chosen > 0 ? 1 / chosen : rate && trainedDistance(model.card.frames) / rate;
+  const intervalS = chosen > 0 ? 1 / chosen : trainedInterval(model.card.frames, rate);
   if (!intervalS) {
     return null;
   }

@@ -118,7 +118,7 @@ def test_a_video_file_is_taken_at_the_distance_of_the_card(page: Page, export: P
     page.evaluate("window.seen.length = 0")
     page.wait_for("window.seen.length", lambda count: count >= 6)
     status = page.evaluate("document.querySelector('#status').textContent")
-    # Uniform sampling has no distance of its own: every second frame of 24 per second.
+    # Uniform sampling has no distance of its own: every second frame of the 24 per second of the training videos.
     assert "83 ms" in status, status
     time_s = [frame["timeS"] for frame in page.evaluate("window.seen")]
     # Frames may be late on a slow machine, but never nearer than a third of an interval.
@@ -187,6 +187,12 @@ def test_the_clock_takes_the_frames_that_python_takes(page: Page) -> None:
         import("./frame_clock.js").then(({ trainedDistance }) =>
           [[1, 2, 3, 4, 5], [5, 2], null].map((distances) => trainedDistance({ distances })))""")
     assert distances == [3, 3.5, 2]
+    intervals = page.evaluate("""
+        import("./frame_clock.js").then(({ trainedInterval }) =>
+          [[0.25, 30], [0.25, null], [null, 30], [null, null]].map(
+            ([interval_s, rate]) => trainedInterval({ interval_s, distances: [3] }, rate)))""")
+    # By the card first, then by the source's rate.
+    assert intervals == [0.25, 0.25, 0.1, None]
 
 
 def test_the_rate_of_a_file_is_found_from_times_with_drops(page: Page) -> None:

@@ -49,6 +49,8 @@ class DataConfig:
     """Number of classes; must match the manifests."""
     train_clips: int | None = None
     """Published number of training clips. Only plan.py uses it, while there is no manifest."""
+    frame_rate: float | None = None
+    """Frames/s of all training videos, for the distance of frames on a live stream; null: not known, or not the same."""
     mirrored_words: list[list[str]] = field(default_factory=list)
     """Pairs of words that mirroring swaps in class names ([[left, right]]), for pipeline.flip=relabel."""
     retry_s: float = 60.0
@@ -94,8 +96,7 @@ class BatchConfig:
     bn_group: int | None = None
     """Clips that share BN statistics; null: the whole global batch."""
     micro_batch: str | None = None
-    """Limit of clips per process and micro-step; null: none; auto: what the GPU's memory holds, found at start-up. A lower limit
-    means more accumulation and the same result."""
+    """Limit of clips per process and micro-step, which changes no result; null: none; auto: what the GPU's memory holds."""
     precise_bn_steps: int = 0
     """Precise BN: steps of training clips over which an evaluation recomputes BN statistics; 0: use the running averages."""
 
@@ -181,8 +182,7 @@ class NumericsConfig:
     deterministic: bool = False
     """Deterministic mode: a repeated or resumed run is bit-equal at the same world size, at some cost in speed."""
     max_bad_steps_in_a_row: int = 20
-    """Abort after this many skipped steps (non-finite gradients) in a row. amp=float16 needs 16 in a row to lower its loss
-    scale from 65536 to 1."""
+    """Abort after so many skipped steps (non-finite gradients) in a row; amp=float16 may skip 16 to lower its loss scale."""
 
 
 @dataclass
