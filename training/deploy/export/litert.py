@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def quantize_litert(files: Files, network: Exportable, calls: Iterable[list[Tens
         folder = Path(temporary)
         (folder / MODEL).write_bytes(files[MODEL])
         for number, call in enumerate(calls):
-            named = dict(zip(network.inputs, (tensor.numpy() for tensor in call), strict=True))
+            named: dict[str, Any] = dict(zip(network.inputs, (tensor.numpy() for tensor in call), strict=True))
             np.savez(folder / f"call-{number:06}.npz", **named)
         _run_converter("quantize", folder)
         return {MODEL: (folder / MODEL).read_bytes()}
