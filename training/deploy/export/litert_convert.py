@@ -43,18 +43,20 @@ def convert(folder: Path) -> None:
 
 def quantize(folder: Path) -> None:
     """Quantize the model in a folder: 8-bit weights in a scale per channel, 8-bit activations with the ranges of the calls."""
-    from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
+    from ai_edge_quantizer import algorithm_manager, calibrator, qtyping, quantizer, recipe, recipe_manager
     from ai_edge_quantizer.utils import qsv_utils
 
-    model, rules = folder / MODEL, recipe.static_wi8_ai8()
-    manager = recipe_manager.RecipeManager()
-    manager.load_quantization_recipe(rules)
+    model, rules = folder / MODEL, recipe_manager.RecipeManager()
+    rules.load_quantization_recipe(recipe.static_wi8_ai8())
+    for place in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+        # Frames, caches and logits stay float32, as in the other formats.
+        rules.add_quantization_config(".*", place, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
     # A list, because the calibrator goes through them twice.
     calls = [dict(np.load(path)) for path in sorted(folder.glob("call-*.npz"))]
     # By default ranges are moving averages, in which a stream's first frames, with caches of zeros, weigh most.
     ranges = calibrator.Calibrator(str(model), qsv_update_func=qsv_utils.min_max_update)
-    ranges.calibrate({SIGNATURE: calls}, manager)
-    result = quantizer.Quantizer(str(model), rules).quantize(ranges.get_model_qsvs())
+    ranges.calibrate({SIGNATURE: calls}, rules)
+    result = quantizer.Quantizer(str(model), rules.get_quantization_recipe()).quantize(ranges.get_model_qsvs())
     model.write_bytes(bytes(result.quantized_model))
 
 
