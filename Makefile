@@ -27,8 +27,13 @@ EXPERIMENT ?= smoke
 HALF_THE_CORES := $(shell n=$$(( $$(nproc) / 2 )); echo $$(( n > 0 ? n : 1 )))
 
 PYTEST := $(BIN)/python -m pytest
+# Tests of whole jobs, launchers and clusters. They wait for much of their time, while all other tests compute.
+JOBS := tests/jobs tests/launch tests/slurm tests/soak tests/tools
+# Marks the lines of a target that runs beside another, but for pytest's last. On Ctrl-C it passes on what pytest says last.
+MARKED = 2>&1 | { trap '' INT; sed --unbuffered -E '/^=* ?[0-9]+ (passed|failed|error)/! s/^/$@: /'; }
 
-.PHONY: help setup dev web smoke smoke-torch smoke-horovod smoke-single horovod check test test-gpu test-fake-gpu lint format faults bench cluster clean
+.PHONY: help setup dev web smoke smoke-torch smoke-horovod smoke-single horovod check test test-jobs test-others test-gpu test-fake-gpu \
+    lint format faults bench cluster clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -89,20 +94,25 @@ format: $(DEV)  ## rewrite what lint would complain about, where that is safe
 check: lint  ## lint and the fast tests: minutes
 	$(PYTEST) -m "not slow and not gpu and not fake_gpu"
 
-# Run the steps in sequence, even under make -j: each uses the whole machine.
+# Run the steps in sequence, even under make -j, and the tests in two processes at a time.
 test:  ## everything but the GPU tests; installs system packages first where it may; FORBID_SKIPS=1 fails on a skipped test
 	tools/install_system_packages.sh
 	$(MAKE) lint
 	$(MAKE) web
 	$(MAKE) horovod
-	$(MAKE) test-fake-gpu
-	$(PYTEST) -m "not gpu and not fake_gpu" --durations=50
+	$(MAKE) --jobs=2 --keep-going test-jobs test-others test-fake-gpu
+
+test-jobs: $(DEV)  ## the tests of whole jobs, launchers and clusters, without lint and GPU tests
+	$(PYTEST) -m "not gpu and not fake_gpu" --durations=50 -o cache_dir=.pytest_cache/jobs $(JOBS) $(MARKED)
+
+test-others: $(DEV)  ## all other tests, without lint and GPU tests
+	$(PYTEST) -m "not gpu and not fake_gpu" --durations=50 -o cache_dir=.pytest_cache/others $(addprefix --ignore=,$(JOBS)) $(MARKED)
 
 test-gpu: $(DEV)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
 test-fake-gpu: $(DEV)  ## the host code of torch's CUDA build, on a GPU that computes nothing (tests/fake_gpu): no GPU needed
-	tests/fake_gpu/run.sh $(BIN)/python -m pytest -m fake_gpu
+	tests/fake_gpu/run.sh $(BIN)/python -m pytest -m fake_gpu -o cache_dir=.pytest_cache/fake_gpu $(MARKED)
 
 faults: $(DEV) horovod  ## kill jobs at 50 random moments, which must end bit-equal to one left alone; 1,000 broken files; 45 minutes
 	@mkdir -p outputs

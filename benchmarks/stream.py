@@ -11,10 +11,10 @@ Files are made by the code of export.py, from random weights. Four networks run 
 - window: offline TSM on a clip of 8 frames, which an application without caches runs again for each new frame;
 - TSN: the window without a shift.
 
-Runtimes: eager PyTorch (channels_last), ONNX Runtime, OpenVINO in float32 arithmetic; torch.compile with freezing and ExecuTorch on
-XNNPACK run stream and plain only. All with the same number of threads alternate in short turns of frames. Each turn begins with a
-pause, in which the threads of the previous one stop spinning. Ratios are those of medians within a round. Before they are
-measured, float32 files must compute what PyTorch computes.
+Runtimes: eager PyTorch (channels_last), ONNX Runtime, OpenVINO in float32 arithmetic, LiteRT on XNNPACK; torch.compile with
+freezing and ExecuTorch on XNNPACK run stream and plain only. All with the same number of threads alternate in short turns of
+frames. Each turn begins with a pause, in which the threads of the previous one stop spinning. Ratios are those of medians within a
+round. Before they are measured, float32 files must compute what PyTorch computes.
 """
 # ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
@@ -204,8 +204,8 @@ def main() -> int:
     options = parse_arguments()
     if options.quick:
         options.size, options.rounds = 64, 6
-    missing = {name: RUNTIMES[name].missing for name in options.runtimes if RUNTIMES[name].missing}
-    not_measured = {name: why_missing(name, packages) for name, packages in missing.items()}
+    missing = {name: reason for name in options.runtimes if (reason := RUNTIMES[name].missing)}
+    not_measured = dict(missing)
     kinds = [
         Key(name, precision, network)
         for name in options.runtimes
@@ -235,12 +235,6 @@ def main() -> int:
     if options.json:
         common.write_rows(options.json, rows, facts, PUBLISHED)
     return 0
-
-
-def why_missing(runtime: str, packages: Sequence[str]) -> str:
-    """Return why a runtime is not measured."""
-    extra = FORMATS[RUNTIMES[runtime].format].extra
-    return f"{', '.join(packages)} is not installed. Fix: tools/setup_venv.sh .venv {extra}"
 
 
 def print_results(rows: list[dict[str, Any]], options: argparse.Namespace, facts: dict[str, Any]) -> None:

@@ -4,15 +4,16 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from training.deploy.export.check import Run, logits_over, random_video
-from training.deploy.export.formats import FORMATS
+from training.deploy.export.formats import FORMATS, find_format
 from training.deploy.export.forms import Exportable, Files, exportable
+from training.deploy.export.litert import open_litert
 from training.deploy.export.openvino import open_openvino
+from training.errors import ConfigError
 from tsm.networks import TemporalNetwork, build_network
 
 NUM_CLASSES = 400
@@ -32,10 +33,14 @@ class Runtime:
     """Of the frames that it is given."""
 
     @property
-    def missing(self) -> list[str]:
-        """The packages that are not installed."""
-        packages = FORMATS[self.format].packages if self.format else ()
-        return [package for package in packages if find_spec(package) is None]
+    def missing(self) -> str:
+        """Why its files cannot be made or run here; empty: they can."""
+        try:
+            if self.format:
+                find_format(self.format)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -91,6 +96,7 @@ RUNTIMES = {
     "onnx": Runtime(_open_onnx, "onnx"),
     "executorch": Runtime(_open_executorch, "executorch", streams_only=True),
     "openvino": Runtime(open_openvino, "openvino"),
+    "litert": Runtime(open_litert, "litert"),
 }
 
 

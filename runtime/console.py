@@ -12,14 +12,19 @@ from typing import Any
 
 
 def open_closed_streams() -> None:
-    """Open /dev/null for each standard stream that is closed, or the next file that is opened gets its number, and its text."""
-    for number in (0, 1, 2):
+    """Open /dev/null for each standard stream that is closed, or the next file that is opened gets its number, and its text.
+
+    Python has None for such a stream, which print() takes, and csv.writer and others do not.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             # The lowest free number.
             os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def ignore_write_errors() -> None:

@@ -68,9 +68,15 @@ def main() -> int:
     return 0
 
 
+def missing_packages() -> str:
+    """Tell what the page lacks, and the fix; empty if it has all packages."""
+    has = (WEB / "node_modules/onnxruntime-web").is_dir()
+    return "" if has else "web/node_modules has no onnxruntime-web. Fix: make web"
+
+
 def _problem(export: Path) -> str:
-    if not (WEB / "node_modules/onnxruntime-web").is_dir():
-        return "web/node_modules has no onnxruntime-web. Fix: make web"
+    if missing := missing_packages():
+        return missing
     if not (export / "model.json").is_file():
         return f"{export} has no model.json. Fix: python export.py RUN, and the folder that it prints"
     card = json.loads((export / "model.json").read_text())

@@ -1,5 +1,5 @@
 // The page: a source of frames, the network on them, and what is shown. docs/edge.md describes its use.
-import { FrameClock, RateEstimate, trainedDistance } from "./frame_clock.js";
+import { FrameClock, RateEstimate, trainedInterval } from "./frame_clock.js";
 import { StreamModel, threads } from "./stream_model.js";
 
 // Frames whose logits are averaged, as in stream.py, and frames over which speed is stated.
@@ -125,15 +125,16 @@ async function play(name, rate) {
     if (speed.frames >= 20 && clock !== null && speed.fps * clock.intervalS < 0.8) {
       say(`${name}: this device is too slow for a frame each ${milliseconds(clock.intervalS)}; predictions suffer`);
     }
-    // For other scripts on the page, and the test.
-    document.dispatchEvent(new CustomEvent("frame", { detail: { timeS, levels, logits, fps: speed.fps } }));
+    // For other scripts on the page, the test and the benchmark.
+    const detail = { timeS, levels, logits, latencyMs, fps: speed.fps };
+    document.dispatchEvent(new CustomEvent("frame", { detail }));
   }
 }
 
-// Choose by the user's rate, else by the distance that the network was trained for, in frames of this source.
+// Choose by the user's rate, else by the distance that the network was trained for. null: the source's rate is needed first.
 function clockFor(name, rate) {
   const chosen = Number(element("rate").value);
-  const intervalS = chosen > 0 ? 1 / chosen : rate && trainedDistance(model.card.frames) / rate;
+  const intervalS = chosen > 0 ? 1 / chosen : trainedInterval(model.card.frames, rate);
   if (!intervalS) {
     return null;
   }

@@ -3,6 +3,12 @@
 // Frames between two of the network's, where training fixed none: as in stream.py.
 const USUAL_DISTANCE = 2;
 
+// Seconds between two frames of the network, by the `frames` of its model card. Cards without the training videos' rate leave it
+// to the source's, and null while that is not known. The rule of training/deploy/frame_interval.py.
+export function trainedInterval(frames, rate) {
+  return frames.interval_s ?? (rate ? trainedDistance(frames) / rate : null);
+}
+
 // The distance in frames that the network was trained for: the median of the model card's.
 export function trainedDistance(frames) {
   if (!frames.distances) {

@@ -91,9 +91,11 @@ class HorovodBackend:
         return broadcast_json(self, value)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        text = encode(value)
-        lengths = hvd.allgather(torch.tensor([len(text)]), name="objects.lengths")
-        texts = hvd.allgather(text, name="objects.texts")
+        # Horovod's thread resizes the outputs, which torch forbids for tensors made in inference mode.
+        with torch.inference_mode(False):
+            text = encode(value)
+            lengths = hvd.allgather(torch.tensor([len(text)]), name="objects.lengths")
+            texts = hvd.allgather(text, name="objects.texts")
         return [decode(each) for each in texts.split(lengths.tolist())]
 
     def group(self, rank_groups: Sequence[Sequence[int]]) -> Group | None:

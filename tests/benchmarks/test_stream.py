@@ -12,6 +12,7 @@ from benchmarks import stream, stream_runtimes
 from benchmarks.common import Clock
 from benchmarks.stream import Candidate, Key, rows_of
 from benchmarks.stream_runtimes import RUNTIMES, calls_without_end
+from training.deploy.export import formats
 from training.deploy.export.check import ExportError
 from training.deploy.export.forms import exportable
 from tsm.networks import build_network
@@ -84,13 +85,13 @@ def test_a_file_that_computes_something_else_is_not_measured() -> None:
 def test_the_program_measures_and_lists_what_it_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stream_runtimes, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     out = tmp_path / "rows.json"
     options = "--backbone resnet18 --size 32 --window 2 --rounds 2 --threads 1 --runtimes eager openvino"
     monkeypatch.setattr(sys, "argv", ["stream.py", *options.split(), "--json", str(out)])
     assert stream.main() == 0
     seen = capsys.readouterr()
-    assert "NOT MEASURED: openvino: onnx, onnxscript, onnxruntime, openvino is not installed" in seen.err
+    assert "NOT MEASURED: openvino: format=openvino needs onnx, onnxscript, onnxruntime, openvino, which" in seen.err
     rows = json.loads(out.read_text())
     measured = [row for row in rows if "published" not in row]
     assert [row["network"] for row in measured] == ["stream", "plain", "window", "TSN"]

@@ -56,7 +56,8 @@ def nodes() -> Iterator[list[str]]:
     """Two network namespaces, which are n1 and n2."""
     if (reason := why_no_cluster()) is not None:
         pytest.skip(reason)
-    names = [f"tsm{os.getpid()}-{node}" for node in ("a", "b")]
+    # Not the emulated cluster's prefix: its tests, which may run at the same time, compare all names with it.
+    names = [f"nodes{os.getpid()}-{node}" for node in ("a", "b")]
     try:
         for name in names:
             ip("netns", "add", name)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pipelines.loading.clips import ClipSource, TrainingClips
 from pipelines.stream.augmentation import dropout_seeds
+from tests.helpers.jobs import make_clips
 from tests.helpers.processes import LISTENING
 from tests.helpers.worlds import WORLDS, Results, World, available, launch
 from tests.world_cases.bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config, narrowed
@@ -32,9 +32,7 @@ pytestmark = pytest.mark.slow
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[World, Any]:
     """Cache of results by world, filled on demand; the folder holds the clips that all worlds train on."""
     folder = tmp_path_factory.mktemp("worlds")
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(folder / "clips")]
-    sizes = ["--train-clips", "40", "--val-clips", "20"]
-    subprocess.run([*command, *sizes], cwd=CHECKOUT, check=True, capture_output=True)
+    make_clips(folder / "clips")
     return {"folder": folder}  # type: ignore[dict-item]
 
 
@@ -83,7 +81,7 @@ def reference_weights(launches: dict[Any, Any]) -> dict[str, Tensor]:
 def bare_loop(clips: Path) -> dict[str, Tensor]:
     """The `whole_world` run in plain torch: one process, one batch, torch's batch norm and SGD."""
     register()
-    config = compose_config(*EQUIVALENCE, f"data.root={clips}")
+    config = compose_config(*EQUIVALENCE, *VARIANTS["whole_world"], f"data.root={clips}")
     dataset = TrainingClips(
         ClipSource(clips / "train.arrow", "pyav"),
         augmentation_of(config.model, config.data, config.pipeline),
@@ -91,7 +89,7 @@ def bare_loop(clips: Path) -> dict[str, Tensor]:
     )
     recipe = recipe_of(config, len(dataset.source.manifest), "")
     torch.manual_seed(config.seed)
-    network = build_network("resnet18", 10, num_frames=4).double()
+    network = build_network("resnet18", 10, num_frames=config.model.num_frames).double()
     decayed = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() == 1]
     groups: list[dict[str, Any]] = [
@@ -186,6 +184,7 @@ def test_collectives(results: Results, world: World) -> None:
         # A tuple is no JSON value. A pickle would take it.
         assert result["refused"] == f"JSON does not hold ({rank},) as it is"
         assert result["objects"] == [[other, "x" * other] for other in range(size)]
+        assert result["in_inference_mode"] == list(range(size))
 
 
 def test_a_continuous_stream_does_not_depend_on_the_world(results: Results, launches: dict[Any, Any]) -> None:

@@ -4,6 +4,7 @@ Reads a call per line of standard input, as JSON, and answers each with a line: 
 that cannot be imported during the call.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,14 @@ class EntryPoints:
             self._process.stdin.close()
 
 
+@cache
+def entry_points() -> EntryPoints:
+    """Return the process that the tests of this session share. It ends with them."""
+    process = EntryPoints()
+    atexit.register(process.close)
+    return process
+
+
 def _call(words: list[str], environment: dict[str, str], absent: list[str]) -> int:
     modules, environ = dict(sys.modules), dict(os.environ)
     for name in list(sys.modules):
@@ -74,6 +84,9 @@ def _call(words: list[str], environment: dict[str, str], absent: list[str]) -> i
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         _end_monitor()
+        if "torch" in sys.modules:
+            # What numerics.deterministic=true sets lasts as long as the process.
+            sys.modules["torch"].use_deterministic_algorithms(False)
         sys.modules.update(modules)
         os.environ.clear()
         os.environ.update(environ)

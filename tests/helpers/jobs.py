@@ -1,13 +1,17 @@
 """Whole jobs for tests: start train.py with a launcher and collect output, exit code, processes left and last checkpoint."""
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -115,10 +119,18 @@ def _parent(pid: int) -> int:
 
 
 def make_clips(root: Path) -> Path:
-    """Write the shapes data set with 40 training and 20 validation clips."""
-    command = [sys.executable, "prepare.py", "shapes", "--root", str(root), "--train-clips", "40", "--val-clips", "20"]
+    """Write the shapes data set with 40 training and 20 validation clips: a copy of those that this process has generated."""
+    return shutil.copytree(_generated_clips(), root)
+
+
+@cache
+def _generated_clips() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="test-clips-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sizes = ["--train-clips", "40", "--val-clips", "20"]
+    command = [sys.executable, "prepare.py", "shapes", "--root", str(folder), *sizes]
     subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True)
-    return root
+    return folder
 
 
 def start_training(

@@ -1,12 +1,11 @@
 """Typical mistakes: the exit code, and a last line with cause and fix, without a traceback."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.entry_points import EntryPoints
+from tests.helpers.entry_points import EntryPoints, entry_points
 from tests.helpers.jobs import make_clips
 
 pytestmark = pytest.mark.slow
@@ -60,7 +59,7 @@ MISTAKES = {
     "a run of another recipe": Mistake("train.py SMALL run_id=run optimizer.lr=1", 2, ("optimizer.lr", "another run_id")),
     "nothing to evaluate": Mistake("evaluate.py SMALL", 2, ("no weights to evaluate", "--run outputs/NAME")),
     "a run that is not there": Mistake("evaluate.py --run OUT/other", 2, ("OUT/other", "Fix: --run OUT/")),
-    "a run without a checkpoint": Mistake("evaluate.py --run OUT/empty", 2, ("no whole checkpoint", "--run outputs/NAME")),
+    "a run without a checkpoint": Mistake("evaluate.py --run OUT/empty", 2, ("no whole checkpoint", "Fix: name the folder")),
     "a launcher's leftovers": Mistake("train.py SMALL", 2, ("LOCAL_RANK", "unset"), (("RANK", "0"), ("WORLD_SIZE", "2"))),
     "fewer processes than configured": Mistake("train.py SMALL distributed.world_size=8", 2, ("world_size=8", "start 8 processes")),
     "torch's backend without its launcher": Mistake(
@@ -93,16 +92,15 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("mistakes")
-    place = Place(EntryPoints(), make_clips(folder / "clips"), folder / "outputs")
+    place = Place(entry_points(), make_clips(folder / "clips"), folder / "outputs")
     for run in ("run", "empty"):
         trained = place.call(place.filled(f"train.py SMALL run_id={run} max_steps=1"))
         assert trained.exit_code == 0, trained.output
     for file in (place.outputs / "empty/checkpoints").glob("*/*"):
         file.unlink()
-    yield place
-    place.call.close()
+    return place
 
 
 @pytest.mark.parametrize("name", MISTAKES)

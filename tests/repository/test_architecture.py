@@ -149,6 +149,15 @@ def test_runtime_needs_the_standard_library_only() -> None:
             assert roots <= sys.stdlib_module_names | {"runtime"}, module
 
 
+def test_the_networks_need_torch_and_torchvision_only() -> None:
+    """So tsm/ and the one file of runtime/ that it imports can be copied into another program."""
+    allowed = {"tsm", "torch", "torchvision", "triton"} | sys.stdlib_module_names
+    for module, path in modules().items():
+        if module.split(".")[0] == "tsm" or module == "runtime.triton_launch":
+            foreign = {name for name in imports_of(module, path) if name.split(".")[0] not in allowed}
+            assert {name for name in foreign if not name.startswith("runtime.triton_launch")} == set(), module
+
+
 def importers_of(library: str) -> set[str]:
     return {
         str(path)

@@ -54,6 +54,17 @@ def test_streams_that_fail_change_neither_the_work_nor_the_code(redirection: str
     assert (tmp_path / "proof").read_text() == "to its end"
 
 
+def test_closed_streams_are_streams(tmp_path: Path) -> None:
+    """None, which Python has in their place, is no file to write to."""
+    program = (
+        "import csv, sys; from runtime.stop_signals import handle_stop_signals; handle_stop_signals(); "
+        "csv.writer(sys.stdout).writerow('ab'); sys.stdout.flush(); sys.stderr.write(sys.stdin.read()); "
+        "open('proof', 'w').write('x'); sys.exit(int(sys.argv[1]))"
+    )
+    ended = run("<&- >&- 2>&-", tmp_path, program, code=3)
+    assert ended.returncode == 3 and (tmp_path / "proof").read_text() == "x"
+
+
 def test_text_arrives_at_once_where_streams_work(tmp_path: Path) -> None:
     program = f"{START}\nimport os, sys\nprint('a \\u624b', flush=True); print('b', file=sys.stderr); os._exit(int(sys.argv[1]))"
     ended = run("", tmp_path, program, code=3)

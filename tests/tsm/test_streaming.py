@@ -66,12 +66,17 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("backbone", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_streaming_is_the_offline_network(backbone: str) -> None:
+    """Over 64 frames of three streams, or of one of a large network; then the first 8 in another batch, of one or three."""
     network = past(backbone)
-    x_NTCHW = clips(3 if backbone in QUICK else 1)
-    expected_NTK = offline(network, x_NTCHW)
+    streaming, x_NTCHW = streaming_network(network), clips(3)
+    streams = 3 if backbone in QUICK else 1
+    expected_NTK = offline(network, x_NTCHW[:streams])
     # Frames differ from each other, so that a cache of a wrong place or frame would show.
     assert expected_NTK.std(1).min().item() > 0.01
-    assert error(stream(streaming_network(network), x_NTCHW), expected_NTK) < 1e-10
+    assert error(stream(streaming, x_NTCHW[:streams]), expected_NTK) < 1e-10
+    batch = 4 - streams
+    logit_NTK = stream(streaming, x_NTCHW[:batch, :8])
+    assert error(logit_NTK[:streams], expected_NTK[:batch, :8]) < 1e-10
 
 
 @torch.no_grad()

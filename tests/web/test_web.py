@@ -12,24 +12,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.chromium import CHROMIUM, Page, fake_camera, write_y4m
 from pipelines.loading.clips import crop_frames, resize_frames
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.frame_clock import FrameClock
-from tests.helpers.chromium import Page, needs_chromium
-from tests.helpers.clips import Video, smooth_video, write_video
+from tests.helpers.clips import smooth_video, write_video
 from tests.helpers.tiny_run import write_run
-from tools.serve_web import WEB, make_server
+from tools.serve_web import make_server, missing_packages
 from training.deploy.export.command import run_export
 
 pytestmark = [
     pytest.mark.slow,
-    needs_chromium,
-    pytest.mark.skipif(not (WEB / "node_modules/onnxruntime-web").is_dir(), reason="no onnxruntime-web: make web"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+    pytest.mark.skipif(bool(missing_packages()), reason="no onnxruntime-web: make web"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
 CLASSES = [f"class {number}" for number in range(7)]
-CAMERA = "--use-fake-ui-for-media-stream --use-fake-device-for-media-stream --use-file-for-fake-video-capture="
 
 # Keeps what the page computed of its last source.
 LISTEN = """
@@ -55,28 +54,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page with its model loaded, on a machine whose camera shows a video."""
     folder = tmp_path_factory.mktemp("chromium")
-    camera = write_y4m(folder / "camera.y4m", smooth_video(60, 240, 320))
+    camera = write_y4m(folder / "camera.y4m", smooth_video(60, 240, 320)[..., 1])
     with make_server(export) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         try:
-            with Page(url, folder / "profile", *(CAMERA + str(camera)).split()) as page:
+            with Page(url, folder / "profile", *fake_camera(camera)) as page:
                 page.wait_for("document.querySelector('#status')?.textContent", lambda text: text == "ready")
                 page.evaluate(LISTEN)
                 yield page
         finally:
             server.shutdown()
-
-
-def write_y4m(path: Path, video_THWC: Video, fps: int = 30) -> Path:
-    """Write the uncompressed file that Chromium's fake camera reads: luma only, colours are grey."""
-    frames, height, width, _ = video_THWC.shape
-    grey = bytes([128]) * (height * width // 2)
-    with path.open("wb") as file:
-        file.write(f"YUV4MPEG2 W{width} H{height} F{fps}:1 Ip A1:1 C420jpeg\n".encode())
-        for number in range(frames):
-            file.write(b"FRAME\n" + video_THWC[number, :, :, 1].tobytes() + grey)
-    return path
 
 
 def streamed(export: Path, seen: list[dict[str, Any]], carry: bool = True) -> NDArray[np.float32]:
@@ -130,7 +118,7 @@ def test_a_video_file_is_taken_at_the_distance_of_the_card(page: Page, export: P
     page.evaluate("window.seen.length = 0")
     page.wait_for("window.seen.length", lambda count: count >= 6)
     status = page.evaluate("document.querySelector('#status').textContent")
-    # Uniform sampling has no distance of its own: every second frame of 24 per second.
+    # Uniform sampling has no distance of its own: every second frame of the 24 per second of the training videos.
     assert "83 ms" in status, status
     time_s = [frame["timeS"] for frame in page.evaluate("window.seen")]
     # Frames may be late on a slow machine, but never nearer than a third of an interval.
@@ -199,6 +187,12 @@ def test_the_clock_takes_the_frames_that_python_takes(page: Page) -> None:
         import("./frame_clock.js").then(({ trainedDistance }) =>
           [[1, 2, 3, 4, 5], [5, 2], null].map((distances) => trainedDistance({ distances })))""")
     assert distances == [3, 3.5, 2]
+    intervals = page.evaluate("""
+        import("./frame_clock.js").then(({ trainedInterval }) =>
+          [[0.25, 30], [0.25, null], [null, 30], [null, null]].map(
+            ([interval_s, rate]) => trainedInterval({ interval_s, distances: [3] }, rate)))""")
+    # By the card first, then by the source's rate.
+    assert intervals == [0.25, 0.25, 0.1, None]
 
 
 def test_the_rate_of_a_file_is_found_from_times_with_drops(page: Page) -> None:

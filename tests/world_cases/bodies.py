@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import training.config.compose
 import training.job
 from distributed.backends.base import Backend, ReducerOptions
 from distributed.batch_norm.layer import convert_batch_norm
@@ -74,9 +76,9 @@ STREAM = [
     "pipeline.loss_from=2",
 ]
 # Name -> overrides. Every variant is trained in every world: the first with the published ResNet-18, the others with a
-# narrow one.
+# narrow one. The first has half the frames, since a float64 convolution reads all weights again for each image.
 VARIANTS = {
-    "whole_world": ["numerics.channels_last=true"],
+    "whole_world": ["numerics.channels_last=true", "model.num_frames=2"],
     "groups_of_4": [*LARS, "batch.bn_group=4", "batch.precise_bn_steps=2"],
     "stream": [
         *LARS,
@@ -104,6 +106,8 @@ def compose_config(*overrides: str) -> Config:
 def start(folder: Path) -> Context:
     # Saves a second for each job that is built.
     training.job.code_version = functools.cache(training.job.code_version)
+    read_conf = functools.cache(training.config.compose._from_conf)
+    training.config.compose._from_conf = lambda groups, extra: deepcopy(read_conf(tuple(groups), extra))
     torch.set_num_threads(1)
     topology = find_topology()
     backend = join_world(
@@ -149,10 +153,17 @@ def narrowed(network: TemporalNetwork) -> TemporalNetwork:
     return network
 
 
+def narrow_network(*arguments: Any) -> TemporalNetwork:
+    """Build a narrow network, without weights for the full one that it is made of."""
+    with torch.device("meta"):
+        network = build_network(*arguments)
+    return narrowed(network)
+
+
 def job_of(context: Context, run_id: str, *overrides: str, narrow: bool = False) -> Job:
     config = config_for(context, run_id, *overrides)
     torch.manual_seed(config.seed)
-    build = (lambda *arguments: narrowed(build_network(*arguments))) if narrow else build_network
+    build = narrow_network if narrow else build_network
     with patch("training.build.model.build_network", build):
         return build_job(config, context.backend, context.control)
 
@@ -270,6 +281,9 @@ def collectives(context: Context) -> dict[str, Any]:
         refused = ""
     except TypeError as error:
         refused = str(error)
+    # As evaluations do.
+    with torch.inference_mode():
+        in_inference_mode = backend.all_gather_objects(rank)
     return {
         "sum": total.tolist(),
         "broadcast": sent.tolist(),
@@ -277,6 +291,7 @@ def collectives(context: Context) -> dict[str, Any]:
         "object": backend.broadcast_object({"from": rank, "loss": [0.1, math.inf]}),
         "refused": refused,
         "objects": backend.all_gather_objects([rank, "x" * rank]),
+        "in_inference_mode": in_inference_mode,
     }
 
 

@@ -60,7 +60,7 @@ _NOT_NEGATIVE = (
 
 _NULLABLE_POSITIVE = (
     "batch.bn_group", "optimizer.clip_norm", "distributed.world_size",
-    "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
+    "data.train_clips", "data.frame_rate", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
     "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps",
 )  # fmt: skip
 

@@ -24,21 +24,28 @@ _BACKGROUND, _BAR, _TEXT = (0, 0, 0, 150), (46, 134, 222, 200), (255, 255, 255, 
 def annotate(image_HWC: NDArray[np.uint8], scores: Mapping[str, float], status: str) -> NDArray[np.uint8]:
     """Return the RGB image with a bar per class, as long as its score, and a status line below them.
 
-    An image with a side of less than LEAST_SIDE is enlarged by a whole factor, so that the text leaves something to see.
+    An image with a side of less than LEAST_SIDE is enlarged by a whole factor, so that the text leaves something to see. A text
+    that is wider than the image gets a smaller font.
     """
     image = Image.fromarray(image_HWC)
     factor = math.ceil(LEAST_SIDE / min(image.size))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BILINEAR)
     line = max(12, image.height // 16)
-    font = ImageFont.load_default(size=line * 3 // 4)
     layer = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(layer)
+
+    def write(number: int, text: str) -> None:
+        size, room = line * 0.75, image.width - 2 * (line // 3)
+        width = ImageFont.load_default(size).getlength(text)
+        font = ImageFont.load_default(max(1.0, size * min(1.0, room / max(1.0, width))))
+        draw.text((line // 3, number * line), text, font=font, fill=_TEXT)
+
     draw.rectangle((0, 0, image.width, line * (len(scores) + 1)), fill=_BACKGROUND)
     for number, (name, score) in enumerate(scores.items()):
         top = number * line
         draw.rectangle((0, top + 1, score * image.width, top + line - 1), fill=_BAR)
-        draw.text((line // 3, top), f"{score:4.0%}  {name}", font=font, fill=_TEXT)
-    draw.text((line // 3, len(scores) * line), status, font=font, fill=_TEXT)
+        write(number, f"{score:4.0%}  {name}")
+    write(len(scores), status)
     return np.asarray(Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB"))
 
 

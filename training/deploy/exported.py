@@ -1,20 +1,21 @@
-"""Load an exported ONNX network for predictions: its folder (`model.onnx`, `model.json`) is enough.
+"""Load an exported ONNX network for predictions and streams: its folder (`model.onnx`, `model.json`) is enough.
 
 It computes in ONNX Runtime, on the CPU. Frames are chosen, scaled and normalised as for the run it came from.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distributed.backends.single import SingleBackend
 from pipelines.stream.eval_views import EvalProtocol
+from runtime.checkout import CHECKOUT
 from training.build.data import protocol_of
 from training.build.normalise import MEAN_C, STD_C
 from training.config.compose import CONF, composed
@@ -22,25 +23,31 @@ from training.config.load import from_composed
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.evaluation.run_config import flat
+from tsm.streaming import Caches
 
 from .export.card import CARD, SCHEMA
 from .load import ALONE, TrainedRun, load_trained, require_rgb
 
+# Fields of the card that are read here.
+_NEEDED = "format form precision files run classes pixels frames inputs caches data notes".split()
+
 # What an override may change: the card fixes everything else.
-_OPEN = ("evaluation.", "pipeline.workers", "pipeline.decoder", "data.retry_s")
+_OPEN = ("evaluation.", "pipeline.workers", "pipeline.decoder", "data.retry_s", "data.frame_rate")
 
 
 def load_run_or_export(named: str, overrides: Sequence[str] = ()) -> TrainedRun[Any]:
     """Load a run (`load_trained`), or an exported network if `named` is a folder with a model card. Raises ConfigError."""
-    if (Path(named) / CARD).is_file():
-        return load_exported(Path(named), overrides)
+    # As a run is found: from the working directory or, if nothing is there, from the checkout. os.path: a name may be too long.
+    for base in (Path.cwd(), CHECKOUT):
+        if os.path.isfile(base / named / CARD):  # noqa: PTH113
+            return load_exported(base / named, overrides)
     return load_trained(named, overrides)
 
 
 def load_exported(folder: Path, overrides: Sequence[str] = ()) -> "TrainedRun[OnnxNetwork]":
     """Load the ONNX network in this folder. `overrides`: of the evaluation protocol and of decoding. Raises ConfigError."""
     card = _read_card(folder)
-    require_rgb(str(folder), "rgb" if card["pixels"]["colour"] == "RGB" else "flow", "predict.py")
+    require_rgb(str(folder), "rgb" if card["pixels"]["colour"] == "RGB" else "flow")
     config = _config_of(card, overrides)
     network = OnnxNetwork(_open(folder, card), card)
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
@@ -52,30 +59,36 @@ def load_exported(folder: Path, overrides: Sequence[str] = ()) -> "TrainedRun[On
 
 
 class OnnxNetwork(nn.Module):
-    """Maps clips (N, T, 3, H, W) to their mean logits, as a TemporalNetwork does, in ONNX Runtime."""
+    """Maps clips (N, T, 3, H, W) to their mean logits in ONNX Runtime, and frames of streams if its form is `stream`."""
 
     def __init__(self, session: Any, card: dict[str, Any]) -> None:
         super().__init__()
-        self._session, self._card = session, card
+        self._session, self._caches = session, card["caches"]
+        self.form: str = card["form"]
+        self._shape_of = {each["name"]: each["shape"][1:] for each in card["inputs"]}
         # Tells the dtype of logits; the session has the weights.
         self.dtype = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, x_NTCHW: Tensor) -> Tensor:
-        x_NTCHW = x_NTCHW.float()
-        if self._card["form"] == "clip":
-            return torch.from_numpy(self._session.run(["logits"], {"clip": x_NTCHW.numpy()})[0])
-        shape_of = {each["name"]: each["shape"][1:] for each in self._card["inputs"]}
-        caches = {
-            each["input"]: np.full((len(x_NTCHW), *shape_of[each["input"]]), each["initial"], np.float32)
-            for each in self._card["caches"]
-        }
-        outputs = ["logits", *(each["output"] for each in self._card["caches"])]
-        logits = []
+        if self.form == "clip":
+            return torch.from_numpy(self._session.run(["logits"], {"clip": x_NTCHW.float().numpy()})[0])
+        logits, caches = [], self.initial_caches(len(x_NTCHW))
         for frame_NCHW in x_NTCHW.unbind(1):
-            logit_NK, *kept = self._session.run(outputs, {"frame": frame_NCHW.contiguous().numpy(), **caches})
-            caches = dict(zip(caches, kept, strict=True))
-            logits.append(torch.from_numpy(logit_NK))
+            logit_NK, caches = self.stream(frame_NCHW, caches)
+            logits.append(logit_NK)
         return torch.stack(logits).mean(0)
+
+    def initial_caches(self, batch: int) -> Caches:
+        """Return the caches before the first frame of `batch` streams, as StreamingNetwork does."""
+        return tuple(torch.full((batch, *self._shape_of[each["input"]]), each["initial"]) for each in self._caches)
+
+    def stream(self, x_NCHW: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+        """Return the logits of a frame of each stream, and the caches for the next ones, as StreamingNetwork does."""
+        named = {each["input"]: cache.numpy() for each, cache in zip(self._caches, caches, strict=True)}
+        outputs = ["logits", *(each["output"] for each in self._caches)]
+        results = self._session.run(outputs, {"frame": x_NCHW.float().contiguous().numpy(), **named})
+        logit_NK, *kept = map(torch.from_numpy, results)
+        return logit_NK, tuple(kept)
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -89,10 +102,12 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} has the schema {schema}, and this version reads {SCHEMA}. Fix: export the run again with export.py"
         )
+    if missing := [key for key in _NEEDED if key not in card]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}. Fix: export the run again with export.py")
     if card["format"] != "onnx":
         raise ConfigError(
-            f"{folder} has the format {card['format']}, and predictions read onnx. Fix: python export.py RUN format=onnx, or give "
-            "the run folder"
+            f"{folder} has the format {card['format']}, and predict.py and stream.py read onnx. "
+            "Fix: python export.py RUN format=onnx, or give the run folder"
         )
     return card
 
@@ -126,8 +141,12 @@ def _config_of(card: dict[str, Any], overrides: Sequence[str]) -> Config:
             f"data.num_classes={len(card['classes'])}",
             f"model.num_frames={frames['num_frames']}",
             f"pipeline.size={card['pixels']['size']}",
-            f"pipeline.sampling={'uniform' if frames['sampling'] == 'stream' else frames['sampling']}",
-            # For training only, and without a default.
+            f"pipeline.sampling={frames['sampling']}",
+            *([f"pipeline.distances={frames['distances']}"] if frames["sampling"] == "stream" else []),
+            # Cards of older versions have no frame rate.
+            f"data.frame_rate={'null' if (rate := frames.get('frame_rate')) is None else rate}",
+            # For training only; the default does not fit every number of frames, or there is none.
+            "pipeline.loss_from=1",
             "batch.global_batch=1",
             "distributed=single",
             "distributed.device=cpu",

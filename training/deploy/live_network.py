@@ -13,8 +13,10 @@ from pipelines.loading.clips import crop_frames, resize_frames
 from pipelines.stream.eval_views import evaluation_views
 from training.build.numerics import autocast
 from training.errors import ConfigError
-from tsm.streaming import streaming_network
+from tsm.networks import TemporalNetwork
+from tsm.streaming import StreamingNetwork, streaming_network
 
+from .exported import OnnxNetwork
 from .load import TrainedRun, require_rgb
 
 # Frames over which speed is stated.
@@ -34,15 +36,12 @@ class LiveScores:
 class LiveNetwork:
     """Maps each frame of one stream to scores. `mean_of`: frames whose logits are averaged.
 
-    Raises ConfigError if the run's network needs later frames, or is not for RGB frames.
+    Raises ConfigError if the network needs later frames, was exported for whole clips, or is not for RGB frames.
     """
 
-    def __init__(self, run: TrainedRun, mean_of: int) -> None:
-        require_rgb(run.name, run.config.model.modality, "stream.py")
-        try:
-            self._network = streaming_network(run.network)
-        except ValueError as error:
-            raise ConfigError(f"{run.name} cannot run on a stream: {error}") from error
+    def __init__(self, run: TrainedRun[TemporalNetwork | OnnxNetwork], mean_of: int) -> None:
+        require_rgb(run.name, run.config.model.modality)
+        self._network = _streaming_form(run)
         self._run = run
         self._normalise = run.normaliser
         # One view: all frames, the centre crop.
@@ -76,6 +75,19 @@ class LiveNetwork:
         assert view.scaled is not None
         image_1CHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
         return crop_frames(resize_frames(image_1CHW, *view.scaled), view)
+
+
+def _streaming_form(run: TrainedRun[TemporalNetwork | OnnxNetwork]) -> StreamingNetwork | OnnxNetwork:
+    if isinstance(run.network, OnnxNetwork):
+        if run.network.form != "stream":
+            raise ConfigError(
+                f"{run.name} cannot run on a stream: it was exported for whole clips. Fix: python export.py RUN form=stream"
+            )
+        return run.network
+    try:
+        return streaming_network(run.network)
+    except ValueError as error:
+        raise ConfigError(f"{run.name} cannot run on a stream: {error}") from error
 
 
 class Speed:

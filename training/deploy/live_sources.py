@@ -61,12 +61,15 @@ def _video_file(path: Path) -> Iterator[LiveSource]:
 
 
 def _video_frames(path: Path, container: Any, stream: Any, fps: float) -> Iterator[LiveFrame]:
+    number = None
     with _decoding(path):
         for number, frame in enumerate(usable_frames(str(path), container, stream)):
             if number == 0:
                 rotation, mirrored = frame_orientation(frame)
             image_HWC = turned(frame.to_ndarray(format="rgb24"), rotation, mirrored)
             yield LiveFrame(number / fps if frame.time is None else frame.time, np.ascontiguousarray(image_HWC))
+    if number is None:
+        raise BadClip(f"{path}: no frame decodes")
 
 
 @contextmanager
@@ -121,9 +124,16 @@ class _Newest:
         self._thread.start()
 
     def frames(self) -> Iterator[LiveFrame]:
-        """Yield the newest frame each time, until the camera ends."""
-        while (frame := self._queue.get()) is not None:
+        """Yield the newest frame each time, until the camera ends. Raises ConfigError if it gives none."""
+        frame = None
+        while (newest := self._queue.get()) is not None:
+            frame = newest
             yield frame
+        if frame is None:
+            raise ConfigError(
+                "the camera opens, but gives no frame. Fix: another program may use it; `ls /dev/video*` shows the others, since "
+                "many cameras have two devices, one of which gives no images"
+            )
 
     def stop(self) -> None:
         self._stopping.set()
@@ -133,14 +143,17 @@ class _Newest:
         self._thread.join(timeout=1.0)
 
     def _read(self) -> None:
-        while not self._stopping.is_set():
-            good, image_HWC = self._capture.read()
-            now_s = time.monotonic()
-            if not good:
-                break
-            with suppress(queue.Empty):
-                self._queue.get_nowait()
-            # OpenCV gives BGR.
-            self._queue.put(LiveFrame(now_s, np.ascontiguousarray(image_HWC[..., ::-1])))
-        if not self._stopping.is_set():
-            self._queue.put(None)
+        try:
+            while not self._stopping.is_set():
+                good, image_HWC = self._capture.read()
+                now_s = time.monotonic()
+                if not good:
+                    break
+                with suppress(queue.Empty):
+                    self._queue.get_nowait()
+                # OpenCV gives BGR.
+                self._queue.put(LiveFrame(now_s, np.ascontiguousarray(image_HWC[..., ::-1])))
+        finally:
+            # After an error too, or the main thread would wait forever.
+            if not self._stopping.is_set():
+                self._queue.put(None)

@@ -21,7 +21,7 @@ from training.build.data import protocol_of
 from training.build.model import network_of
 from training.build.normalise import Normaliser
 from training.build.numerics import check_device, place_network
-from training.config.load import from_composed, read_config
+from training.config.load import from_composed, load_run
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.evaluation.run_argument import config_of_run
@@ -33,7 +33,13 @@ from tsm.networks import TemporalNetwork
 
 # What belongs to the machine that trained. Every decoder gives the same frames of a scanned video; DALI's pixels differ by
 # about a grey level, and it may not be installed here.
-_HERE = {"distributed.device": "auto", "pipeline.loader": "torch", "pipeline.decoder": "auto"}
+# Nothing is logged, so a folder that was moved may have a name that wandb refuses.
+_HERE = {
+    "distributed.device": "auto",
+    "pipeline.loader": "torch",
+    "pipeline.decoder": "auto",
+    "logger.wandb": "disabled",
+}
 
 Network = TypeVar("Network", bound=nn.Module, covariant=True)
 
@@ -93,7 +99,9 @@ def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun[Tempor
     folder = RunFolder(CHECKOUT / config.outputs / config.run_id)
     weights = read_trained_weights(folder, config.evaluation.checkpoint)
     recipe = weights.state["recipe"]
-    differing = differing_views(folder.path.name, settings_of(recipe, read_config(folder.path)), config)
+    trained = load_run(folder.path)
+    trained.logger.wandb = "disabled"
+    differing = differing_views(folder.path.name, settings_of(recipe, from_composed(trained)), config)
     notes = [f"differs from the run: {', '.join(map(str, differing))}"] if differing else []
     classes, note = _class_names(weights, folder, config)
 
@@ -109,12 +117,12 @@ def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun[Tempor
     )
 
 
-def require_rgb(run: str, modality: str, program: str) -> None:
-    """Raise ConfigError if a network's input is not RGB frames, which are all that `program` has of a video."""
+def require_rgb(run: str, modality: str) -> None:
+    """Raise ConfigError if a network's input is not RGB frames, which are all that a video or a camera gives."""
     if modality != "rgb":
         raise ConfigError(
-            f"{run} is a network for model.modality={modality}, and {program} computes no optical flow. Fix: an RGB run; or "
-            "compute the flow of the clips with prepare.py, and evaluate.py --run (docs/recipes.md)"
+            f"{run} is a network for model.modality={modality}, and predict.py and stream.py compute no optical flow. Fix: an RGB "
+            "run; or compute the flow of the clips with prepare.py, and evaluate.py --run (docs/recipes.md)"
         )
 
 

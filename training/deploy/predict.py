@@ -51,7 +51,7 @@ class Predictor:
 
     def __init__(self, run: TrainedRun) -> None:
         """Raise ConfigError if the protocol is not one for single videos, or the network is not for RGB frames."""
-        require_rgb(run.name, run.config.model.modality, "predict.py")
+        require_rgb(run.name, run.config.model.modality)
         clips = run.config.evaluation.clips
         if clips not in ("validation", *EVALUATION_RULES):
             raise ConfigError(f"evaluation.clips={clips} is no protocol for single videos. Fix: evaluation=validation")

@@ -22,6 +22,7 @@ from training.out_of_memory import is_out_of_memory, out_of_memory_message
 
 from .exported import load_run_or_export
 from .load import TrainedRun
+from .output_file import why_no_file
 from .predict import Prediction, Predictor, Refused
 
 # More videos than this are worth the start of worker processes, which import torch.
@@ -57,7 +58,7 @@ def run_predict(arguments: Sequence[str], description: str) -> int:
         write = _FORMATS[options.format](options.top, videos)
         for found in chain(tuple(refused), predictor.predict(videos, processes)):
             if isinstance(found, Refused):
-                print(f"refused: {found.reason}", file=sys.stderr, flush=True)
+                print(f"refused: {_printable(found.reason)}", file=sys.stderr, flush=True)
                 refused.append(found)
             else:
                 write(found)
@@ -104,12 +105,13 @@ def _parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
         help=f"also write a page: frames of the first {_MOST_EXPLAINED} videos, and the logits for other orders of them",
     )
     options = parser.parse_intermixed_args(arguments)
-    options.overrides = [each for each in options.videos if _OVERRIDE.match(each) and not Path(each).exists()]
+    # os.path, because Path.exists raises an error for what is too long for a name.
+    options.overrides = [each for each in options.videos if _OVERRIDE.match(each) and not os.path.exists(each)]  # noqa: PTH110
     options.videos = [Path(each) for each in options.videos if each not in options.overrides]
     if not options.videos:
         parser.error("no VIDEO given")
-    if options.explain is not None and not options.explain.absolute().parent.is_dir():
-        parser.error(f"--explain {options.explain}: there is no folder {options.explain.parent}. Fix: make it")
+    if options.explain is not None and (why := why_no_file(options.explain)):
+        parser.error(f"--explain {options.explain}: {why}")
     return options
 
 
@@ -131,11 +133,16 @@ def _videos(named: Sequence[Path]) -> tuple[list[Refused], list[Path]]:
     return refused, list(videos)
 
 
+def _printable(text: str) -> str:
+    """Escape characters that would break a line, or control the terminal: a file name may have any."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def _table(top: int, videos: Sequence[Path]) -> Write:
-    width = max((len(str(video)) for video in videos), default=0)
+    width = max((len(_printable(str(video))) for video in videos), default=0)
 
     def write(found: Prediction) -> None:
-        name = found.video
+        name = _printable(found.video)
         for class_name, score in islice(found.scores.items(), top):
             print(f"{name:{width}}  {score:7.2%}  {class_name}", flush=True)
             name = ""

@@ -9,28 +9,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from statistics import median
 
 from torch import Tensor
 
 from pipelines.errors import BadClip
 from pipelines.stream.frame_clock import FrameClock
-from pipelines.stream.frame_sampling import DENSE_WINDOW
 from runtime.environment import repair
 from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED
 from runtime.stop_signals import Stopped, raise_in_main_thread
 from training.build.numerics import set_numerics
-from training.config.schema import Config
 from training.main import describe_error
 
 from .annotated_video import annotate, video_writer
+from .exported import load_run_or_export
+from .frame_interval import trained_interval
 from .live_network import LiveNetwork, Speed
 from .live_sources import LiveSource, open_source
-from .load import load_trained
-
-# Frame distance of runs that were trained on clips, whose frames have none: every second frame, as in the official online demo.
-_USUAL_DISTANCE = 2
+from .output_file import why_no_file
 
 _OVERRIDE = re.compile(r"\+{0,2}[a-z_]+(\.[a-z0-9_]+)*=.*")
 
@@ -43,7 +39,7 @@ def run_stream(arguments: Sequence[str], description: str) -> int:
     try:
         for note in repair():
             _say(note)
-        run = load_trained(options.run, options.overrides)
+        run = load_run_or_export(options.run, options.overrides)
         set_numerics(run.config.numerics, run.config.seed)
         network = LiveNetwork(run, options.mean)
         with open_source(options.source) as source:
@@ -59,36 +55,15 @@ def run_stream(arguments: Sequence[str], description: str) -> int:
         # The reader of the output has ended, as `head` does. At exit Python would flush into the same pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BadClip as error:
-        report_error("stream", f"{error}. Fix: give a video that `prepare.py scan` accepts")
+        report_error(
+            "stream", str(error) if "Fix: " in str(error) else f"{error}. Fix: give a video that FFmpeg decodes"
+        )
         return EXIT_DATA
     except Exception as error:
         message, code = describe_error(error)
         report_error("stream", message)
         return code
     return EXIT_DONE
-
-
-def trained_interval(config: Config, source_fps: float) -> tuple[float, str]:
-    """Return the seconds between the network's frames at the distance that it was trained for, and a note on its origin.
-
-    Training knows distances in frames, and not the rate of its videos: they are taken to have the source's rate.
-    """
-    pipeline = config.pipeline
-    if pipeline.sampling == "stream":
-        distances = pipeline.distances
-        distance = median(distances)
-        origin = f"trained at distances of {min(distances)} to {max(distances)} frames"
-    elif pipeline.sampling == "dense":
-        distance = DENSE_WINDOW // config.model.num_frames
-        origin = f"trained at a distance of {distance:g} frames"
-    else:
-        distance = _USUAL_DISTANCE
-        origin = "every second frame, since training on equal parts of a clip has no fixed distance"
-    note = (
-        f"{origin}, at the source's {source_fps:.4g} frames/s. "
-        f"If the training videos have another rate, give --fps (their rate / {distance:g})"
-    )
-    return distance / source_fps, note
 
 
 def _stream(
@@ -145,7 +120,7 @@ def _parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "stream.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder or one of its checkpoint folders")
+    parser.add_argument("run", metavar="RUN", help="a run folder, one of its checkpoint folders, or an ONNX export")
     parser.add_argument("source", metavar="SOURCE", help="a video file, or a camera: its number or /dev/videoN")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="an override, such as distributed.device=cpu")
     parser.add_argument("--top", type=_positive_int, default=5, metavar="N", help="give the N best classes (5)")
@@ -156,7 +131,7 @@ def _parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
         "--fps",
         type=_positive,
         metavar="F",
-        help="frames/s for the network; default: the source's / the distance trained",
+        help="frames/s for the network; default: by the frame distance of training",
     )
     parser.add_argument("--seconds", type=_positive, metavar="S", help="stop after S seconds of the source")
     parser.add_argument("--output", type=Path, metavar="FILE.mp4", help="write all frames with the predictions on them")
@@ -166,6 +141,8 @@ def _parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
             parser.error(f"{override!r} is no KEY=VALUE. Fix: give one RUN and one SOURCE")
     if options.output is not None and options.output.suffix != ".mp4":
         parser.error(f"--output {options.output} has another suffix than .mp4. Fix: --output {options.output.stem}.mp4")
+    if options.output is not None and (why := why_no_file(options.output, Path(options.source))):
+        parser.error(f"--output {options.output}: {why}")
     return options
 
 

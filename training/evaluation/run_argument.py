@@ -29,12 +29,12 @@ def config_of_run(
     """
     folder, checkpoint = find_run(named, flag)
     base = load_run(folder)
+    for key, value in (here or {}).items():
+        OmegaConf.update(base, key, value)
     trained = flat(from_composed(base))
     # The launcher of this evaluation decides these.
     for key in ("backend", "controller", "world_size"):
         base.distributed[key] = getattr(DistributedConfig(), key)
-    for key, value in (here or {}).items():
-        OmegaConf.update(base, key, value)
     if checkpoint is not None:
         base.evaluation.checkpoint = checkpoint
     config = composed(overrides, base, extra)

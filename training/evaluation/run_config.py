@@ -43,7 +43,7 @@ _KEYS = {
     """,
     # data.train: of a run without class names an evaluation reads those of its training clips.
     Kind.FREE: """
-        data.name data.root data.train data.train_clips data.prepare data.max_bad_clips data.retry_s
+        data.name data.root data.train data.train_clips data.frame_rate data.prepare data.max_bad_clips data.retry_s
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s

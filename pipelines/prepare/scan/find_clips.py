@@ -16,7 +16,8 @@ def find_clips(path: Path) -> list[Path]:
     frames, and nothing is looked for below one that is. Names that begin with a dot are skipped. Links are followed, and each
     folder is walked once.
     """
-    if not path.is_dir():
+    # os.path, because Path.is_dir raises an error for what is too long for a name.
+    if not os.path.isdir(path):  # noqa: PTH112
         return [path]
     found: list[Path] = []
     walked: set[FileId | None] = set()

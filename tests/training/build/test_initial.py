@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distributed.checkpoint.store import Checkpoint, Snapshot, write_snapshot
 from runtime.checkout import CHECKOUT
-from tests.helpers.jobs import start_training
+from tests.helpers.jobs import make_clips, start_training
 from tests.helpers.official_reference import Official, OnlineMobileNet, randomise
 from tests.helpers.worlds import World, available
 from training.build.init_weights import InitialWeights, find_initial_weights, load_initial_weights, saved_classes
@@ -601,9 +601,7 @@ def test_missing_weights_end_all_ranks_before_data_is_touched(tmp_path: Path, wo
 def test_fine_tuning_with_frozen_batch_norms(tmp_path: Path, world: World) -> None:
     """A published file with other classes, two processes, and a resume from a checkpoint after the file is deleted."""
     world = available(world)
-    few = ["--train-clips", "40", "--val-clips", "20"]
-    prepare = [sys.executable, "prepare.py", "shapes", "--root", str(tmp_path / "clips"), *few]
-    subprocess.run(prepare, cwd=CHECKOUT, check=True, capture_output=True)
+    make_clips(tmp_path / "clips")
     tensors = official()
     file = saved(tmp_path / "tsm.pth", {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}})
     overrides = [

@@ -182,6 +182,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("data.num_classes", 0),
     ("data.max_bad_clips", -1),
     ("data.retry_s", -1.0),
+    ("data.frame_rate", 0.0),
     ("pipeline.workers", -1),
     ("pipeline.prefetch", 0),
     ("pipeline.size", 0),

@@ -15,9 +15,8 @@ from tests.helpers.clips import smooth_video, write_clips
 from tests.helpers.official_reference import randomise
 from tests.helpers.tiny_run import write_run
 from tests.helpers.worlds import CHECKOUT
-from tests.training.config.test_config import config_of
 from training.deploy.export import command, formats
-from training.deploy.export.card import frames_of as frames_of_run
+from training.deploy.export.card import accuracy_of
 from training.deploy.export.check import ExportError, Run, largest_difference
 from training.deploy.export.formats import Format, find_format
 from training.deploy.export.forms import Exportable, Files, exportable
@@ -32,15 +31,27 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = ["move left", "move right", "stay"]
 ACCURACY = {"protocol": "4x32-uniform_validation-1crop", "top1_percent": 87.5, "clips": 8}
+ON_STREAM = {"protocol": "4x32-stream-1crop", "amp": "off", "clips": 8, "missing": 0}
+ROW = {"distance": 3, "frames_per_clip": 10.5, "last_frame_percent": 75.0, "mean_of_4_percent": 87.5}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A past-only run whose data are gone, with two evaluations, of which the second is of its checkpoint."""
+    """A past-only run whose data are gone, with two evaluations, of which the second is of its checkpoint, and one on a stream."""
     folder = tmp_path_factory.mktemp("outputs") / "mine"
     write_run(folder, CLASSES, "model.direction=past", "data.root=/gone")
     records = [{"kind": "evaluation", "time_s": 1.0, "step": step, "epoch": 0.5, **ACCURACY} for step in (4, 5)]
     RunFolder(folder).metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = [ROW | {"early_percent": {"last_frame": [50.0]}}]
+    on_stream = {
+        "source": "mine",
+        "step": 5,
+        **ON_STREAM,
+        "classes_sha256": "0",
+        "stream": rows,
+        "early": {"curves": []},
+    }
+    RunFolder(folder).stream.write_text(json.dumps(on_stream))
     return folder
 
 
@@ -124,11 +135,13 @@ def test_the_card_has_what_an_application_needs(run: Path) -> None:
         "module": "layer1.0.conv1",
     }
     assert len(card["caches"]) == 8 and card["outputs"][0]["shape"] == ["N", 3]
-    assert card["accuracy"] == [{"step": 5, **ACCURACY}]
+    assert card["accuracy"] == [{"step": 5, **ACCURACY}, {"step": 5, **ON_STREAM, "stream": [ROW]}]
+    # Other weights than those of stream.json.
+    assert accuracy_of(RunFolder(run), 4) == [{"step": 4, **ACCURACY}]
     assert card["check"]["frames"] == 64 and card["check"]["largest_difference"] <= 1e-4
-    assert card["frames"] == {"num_frames": 4, "sampling": "uniform", "distances": None}
-    live = config_of("experiment=smoke_online", "pipeline.distances=[2,3]")
-    assert frames_of_run(live) == {"num_frames": 8, "sampling": "stream", "distances": [2, 3]}
+    frames = card["frames"]
+    assert (frames["num_frames"], frames["sampling"], frames["distances"]) == (4, "uniform", None)
+    assert (frames["frame_rate"], frames["interval_s"]) == (24, 2 / 24) and "no fixed distance" in frames["note"]
 
     module = torch.export.load(folder / "model.pt2").module()
     caches = [torch.zeros(2, *value["shape"][1:]) for value in card["inputs"][1:]]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,9 @@ from predict import load
 from tests.helpers.clips import smooth_video, write_mp4
 from tests.helpers.tiny_run import write_run
 from training.deploy.export.command import run_export
+from training.deploy.exported import load_exported
 from training.deploy.predict_command import run_predict
+from training.deploy.stream_command import run_stream
 from training.errors import ConfigError
 
 CLASSES = ["move left", "move right", "stay"]
@@ -53,6 +56,41 @@ def test_the_command_takes_an_export_alone(exports: Path, tmp_path: Path, capsys
     assert "4x32-uniform_validation-1crop" in printed.err
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_an_export_streams_what_its_run_streams(exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same frames, with the same scores, and the interval that the card states."""
+
+    def lines_of(run: Path, *overrides: str) -> tuple[list[dict[str, Any]], str]:
+        assert run_stream([str(run), str(exports / "a.mp4"), "--top", "3", *overrides], "") == 0
+        printed = capsys.readouterr()
+        assert "every second frame" in printed.err
+        *lines, last = map(json.loads, printed.out.splitlines())
+        assert last["frames"] == len(lines) > 3
+        return lines, printed.err
+
+    for override in ((), ("data.frame_rate=null",)):
+        found, said = lines_of(exports / "stream", *override)
+        wanted, _ = lines_of(exports / "mine", "distributed.device=cpu", *override)
+        assert ("not known" in said) == bool(override)
+        assert [line["frame"] for line in found] == [line["frame"] for line in wanted]
+        for line, expected in zip(found, wanted, strict=True):
+            assert line["scores"] == pytest.approx(expected["scores"], abs=1e-3)
+    assert run_stream([str(exports / "clip"), str(exports / "a.mp4")], "") == 2
+    assert "exported for whole clips. Fix: python export.py RUN form=stream" in capsys.readouterr().err
+
+
+def test_a_card_tells_how_a_stream_was_trained(exports: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exports / "stream", tmp_path / "online")
+    card = json.loads((folder / "model.json").read_text())
+    # As older versions wrote it.
+    card["frames"] = {"num_frames": 2, "sampling": "stream", "distances": [2, 7]}
+    (folder / "model.json").write_text(json.dumps(card))
+    config = load_exported(folder).config
+    assert (config.pipeline.sampling, config.pipeline.distances, config.data.frame_rate) == ("stream", [2, 7], None)
+    assert load_exported(folder, ["data.frame_rate=12"]).config.data.frame_rate == 12
+    assert load_exported(folder).protocol.name == "2x32-uniform_validation-1crop"
+
+
 def test_what_an_export_cannot_do_is_refused(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for override, message in {
         "model.num_frames=8": r"model\.num_frames=8 cannot be applied .* which has 4\. Fix: leave it out",
@@ -77,7 +115,7 @@ def test_a_folder_that_is_not_a_whole_export_is_refused(exports: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"cannot read .*model\.onnx: .* Fix: copy the whole folder"):
         load(folder)
     for change, message in (
-        ({"format": "executorch"}, "predictions read onnx. Fix: python export.py RUN format=onnx"),
+        ({"format": "executorch"}, "predict.py and stream.py read onnx. Fix: python export.py RUN format=onnx"),
         ({"schema": "tsm-model-card/9"}, "has the schema tsm-model-card/9, and this version reads"),
     ):
         (folder / "model.json").write_text(json.dumps(card | change))

@@ -95,6 +95,17 @@ def test_a_camera_that_does_not_open_is_refused(opened: list[FakeCapture]) -> No
         pass
 
 
+def test_a_camera_without_frames_is_refused(opened: list[FakeCapture], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first read, or by an error in OpenCV: neither waits forever, and neither counts as a stream."""
+    monkeypatch.setattr(FakeCapture, "read", lambda self: (False, None))
+    with pytest.raises(ConfigError, match=r"gives no frame\. Fix: "), open_source("0") as source:
+        list(source.frames)
+    monkeypatch.setattr(FakeCapture, "read", lambda self: (True, None))
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    with pytest.raises(ConfigError, match=r"gives no frame\. Fix: "), open_source("0") as source:
+        list(source.frames)
+
+
 def test_without_opencv_a_camera_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ConfigError, match=r"need OpenCV.*Fix: pip install.*opencv-python-headless"), open_source("0"):
@@ -115,6 +126,15 @@ def test_an_annotated_image_has_bars_as_long_as_the_scores() -> None:
     # Below the lines nothing is drawn.
     assert (drawn_HWC[50:] == 255).all()
     assert annotate(image_HWC[:48, :80], {}, "").shape == (240, 400, 3)
+
+
+def test_a_long_text_is_not_cut() -> None:
+    """Nothing reaches the right edge: neither of a speed with three percentiles nor of a class name like a sentence."""
+    image_HWC = np.zeros((256, 256, 3), np.uint8)
+    status = "12.5 frames/s   ms: p50 131.4  p95 201.9  p99 225.1"
+    for scores, text in (({"Pretending to put something next to something": 0.0}, ""), ({}, status)):
+        bright_W = (annotate(image_HWC, scores, text).max(2) > 60).any(0)
+        assert bright_W[128:240].any() and not bright_W[-4:].any()
 
 
 def test_the_video_keeps_times_and_content(tmp_path: Path) -> None:

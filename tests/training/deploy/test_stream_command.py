@@ -1,11 +1,13 @@
 """stream.py: the network's scores equal those of the offline network on the same frames, and the output reports them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +16,11 @@ from tests.helpers.clips import smooth_video, write_video
 from tests.helpers.tiny_run import write_run
 from tests.helpers.worlds import CHECKOUT
 from tests.training.config.test_config import config_of
-from training.deploy.live_network import LiveNetwork
+from training.deploy.frame_interval import frames_of, trained_interval
+from training.deploy.live_network import LiveNetwork, Speed
 from training.deploy.live_sources import open_source
 from training.deploy.load import load_trained
-from training.deploy.stream_command import run_stream, trained_interval
+from training.deploy.stream_command import _status, run_stream
 from training.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,6 +74,14 @@ def test_lines_and_annotated_video(folder: Path, capsys: pytest.CaptureFixture[s
         assert sum(1 for _ in container.decode(video=0)) == 12
 
 
+def test_frames_show_speed_and_percentiles() -> None:
+    speed = Speed()
+    for latency_s in np.arange(1, 101) / 1000:
+        speed.add(float(latency_s))
+    assert speed.latency_ms() == pytest.approx({"p50": 50.5, "p95": 95.05, "p99": 99.01})
+    assert re.fullmatch(r"\d+\.\d frames/s   ms: p50 50\.5  p95 95\.\d  p99 99\.0", _status(speed))
+
+
 def test_fps_and_seconds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *lines, _ = lines_of(folder, capsys, "--fps", "8", "--seconds", "0.3")
     assert [line["frame"] for line in lines] == [0, 3, 6]
@@ -82,14 +93,35 @@ def test_mean_averages_logits(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert one[0]["scores"] == four[0]["scores"] and one[3]["scores"] != four[3]["scores"]
 
 
-def test_the_distance_trained() -> None:
-    dense = config_of("experiment=smoke", "pipeline.sampling=dense", "model.num_frames=8")
-    assert trained_interval(dense, 32.0)[0] == DENSE_WINDOW // 8 / 32.0
-    stream = config_of("experiment=smoke")
-    vars(stream.pipeline).update(sampling="stream", distances=[1, 2, 3, 4, 5])
-    assert trained_interval(stream, 30.0)[0] == 3 / 30
-    uniform, note = trained_interval(config_of("experiment=smoke"), 30.0)
-    assert uniform == 2 / 30 and "--fps" in note
+@pytest.mark.parametrize("rate", [20.0, None])
+def test_the_distance_trained(rate: float | None) -> None:
+    """At the training videos' rate, if it is known, else at the source's; the card says the same, in words too."""
+    known = f"data.frame_rate={'null' if rate is None else rate}"
+    settings = {
+        DENSE_WINDOW / 8: ("smoke", "pipeline.sampling=dense", "model.num_frames=8"),
+        2.5: ("smoke_online", "pipeline.distances=[1,2,3,5]"),
+        2: ("smoke",),
+    }
+    for distance, (experiment, *overrides) in settings.items():
+        config = config_of(f"experiment={experiment}", known, *overrides)
+        interval_s, note = trained_interval(config, 30.0)
+        card = frames_of(config)
+        assert interval_s == distance / (rate or 30.0)
+        assert (card["frame_rate"], card["interval_s"]) == (rate, rate and interval_s)
+        assert note.startswith(card["note"])
+        if rate is None:
+            assert "not known" in card["note"] and "30 frames/s" in note and "data.frame_rate=RATE" in note
+        else:
+            assert "at the training videos' 20 frames/s" in card["note"]
+
+
+def test_a_run_older_than_the_frame_rate(tmp_path: Path) -> None:
+    """Its configuration lacks the key, which the user may give."""
+    write_run(tmp_path / "old", CLASSES, "model.direction=past", "data.root=/gone")
+    file = tmp_path / "old" / "config.yaml"
+    file.write_text(file.read_text().replace("  frame_rate: 24.0\n", ""))
+    assert load_trained(str(tmp_path / "old")).config.data.frame_rate is None
+    assert load_trained(str(tmp_path / "old"), ["data.frame_rate=12"]).config.data.frame_rate == 12
 
 
 def test_a_network_that_looks_ahead_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,4 +150,4 @@ def test_the_program(folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["frames"] == 6
-    assert "--fps" in done.stderr
+    assert "frames 83.3 ms apart: every second frame" in done.stderr and "24 frames/s" in done.stderr

@@ -15,6 +15,8 @@ import torch
 from distributed.checkpoint.store import Checkpoint, Snapshot, load_checkpoint, write_snapshot
 from pipelines.manifest import Manifest
 from tests.helpers.clips import renumber
+from tests.helpers.entry_points import Called, entry_points
+from tests.helpers.jobs import make_clips
 from tests.helpers.worlds import CHECKOUT
 from training.build.class_names import digest_of
 from training.config.schema import Config, EvaluationConfig
@@ -31,36 +33,42 @@ OPTIONS = (
 ).split()
 
 
-def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, program, *arguments], cwd=CHECKOUT, capture_output=True, text=True)
+def call(*words: str) -> Called:
+    return entry_points()(" ".join(words))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips and a run of five steps."""
     folder = tmp_path_factory.mktemp("evaluate")
-    done = call("prepare.py", "shapes", "--root", str(folder / "clips"), "--train-clips", "40", "--val-clips", "20")
-    assert done.returncode == 0, done.stderr
+    make_clips(folder / "clips")
     done = call("train.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
     return folder
 
 
 def evaluate(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
     """Run evaluate.py; return `(exit code, the record, all output)`."""
-    done = call("evaluate.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", *overrides)
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return done.returncode, records[0] if records else {}, done.stdout + done.stderr
+    return answer_of(call("evaluate.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", *overrides))
 
 
-def evaluate_run(
+def evaluate_run(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Run `evaluate.py --run`; return `(exit code, the record, all output)`."""
+    return answer_of(call("evaluate.py", "--run", *arguments))
+
+
+def evaluate_run_by_itself(
     *arguments: str, launcher: Sequence[str] = (), cwd: Path = CHECKOUT
 ) -> tuple[int, dict[str, Any], str]:
-    """Run `evaluate.py --run`; return `(exit code, the record, all output)`."""
+    """Run `evaluate.py --run` as a process of its own; return `(exit code, the record, all output)`."""
     command = [sys.executable, *launcher, str(CHECKOUT / "evaluate.py"), "--run", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return done.returncode, records[0] if records else {}, done.stdout + done.stderr
+    return answer_of(Called(done.returncode, done.stdout + done.stderr))
+
+
+def answer_of(called: Called) -> tuple[int, dict[str, Any], str]:
+    records = [json.loads(line) for line in called.output.splitlines() if line.startswith("{")]
+    return called.exit_code, records[0] if records else {}, called.output
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
@@ -75,9 +83,11 @@ def test_a_run_is_self_contained(folder: Path, tmp_path: Path) -> None:
         f"evaluation.batch=7 evaluation.crops=3 data.root={clips} outputs={tmp_path}"
     ).split()
     done = call("train.py", *OPTIONS, *unusual)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
     clips.rename(tmp_path / "moved")
-    code, record, output = evaluate_run("run/", f"data.root={tmp_path / 'moved'}", "pipeline.workers=1", cwd=tmp_path)
+    code, record, output = evaluate_run_by_itself(
+        "run/", f"data.root={tmp_path / 'moved'}", "pipeline.workers=1", cwd=tmp_path
+    )
     assert code == 0, output
     trained = last_evaluation(tmp_path / "run")
     assert record["protocol"] == trained["protocol"] == "4x64-dense_validation-3crop"
@@ -108,7 +118,7 @@ def test_any_number_of_processes_and_no_training_clips(folder: Path, tmp_path: P
     # After `--`, because torchrun reads --run as the start of its own --run-path.
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--"]
     # Trained with distributed=single: the launcher decides.
-    code, record, output = evaluate_run(f"{folder}/run", f"data.root={clips}", launcher=torchrun)
+    code, record, output = evaluate_run_by_itself(f"{folder}/run", f"data.root={clips}", launcher=torchrun)
     assert code == 0, output
     assert {name: record[name] for name in ("clips", "missing", "top1_percent")} == {
         name: alone[name] for name in ("clips", "missing", "top1_percent")
@@ -193,7 +203,7 @@ def test_another_protocol_saved_and_averaged(folder: Path) -> None:
         files.append(folder / "run" / "logits" / f"step-00000005-{record['protocol']}.safetensors")
         assert load_logits(files[-1])[1].differs_from_run == record["differs_from_run"]
         alone = call("evaluate.py", f"evaluation.ensemble=[{files[-1]}]")
-        again = json.loads(alone.stdout.splitlines()[-1])
+        again = json.loads(alone.last_line)
         assert {name: again[name] for name in again.keys() & record.keys()} == {
             name: record[name] for name in again.keys() & record.keys()
         }
@@ -206,7 +216,7 @@ def test_a_stream_is_recorded_and_drawn(folder: Path) -> None:
     """The record is printed, kept in the run folder and drawn, with the early recognition of another run beside it."""
     options = [*OPTIONS[:-1], "run_id=online", "model.direction=past", f"data.root={folder / 'clips'}", "max_steps=1"]
     done = call("train.py", *options, f"outputs={folder}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
     code, record, output = evaluate_run(
         f"{folder}/online", "evaluation=stream", "evaluation.distances=[2,4]", f"evaluation.beside=[{folder}/run]"
     )
@@ -256,8 +266,8 @@ def test_training_refuses_what_only_an_evaluation_does(folder: Path) -> None:
     done = call(
         "train.py", *OPTIONS, f"data.root={folder / 'clips'}", f"outputs={folder}", "evaluation.save_logits=true"
     )
-    assert done.returncode == 2
-    assert "evaluation.save_logits" in done.stderr and "evaluate.py" in done.stderr
+    assert done.exit_code == 2
+    assert "evaluation.save_logits" in done.output and "evaluate.py" in done.output
     unused: Any = None
     with pytest.raises(
         ConfigError, match=r"evaluation\.clips=stream is for evaluate\.py.*Fix: train with evaluation=validation"

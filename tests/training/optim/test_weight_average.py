@@ -1,8 +1,6 @@
 """EMA of weights: computed by hand, unaffected by skipped steps, and saved in the checkpoints of a real run."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.helpers.worlds import CHECKOUT
+from tests.helpers.entry_points import Called, entry_points
+from tests.helpers.jobs import make_clips
 from training.optim.ema import EMA
 
 GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
@@ -56,22 +55,20 @@ def test_a_decay_that_averages_nothing_is_refused(decay: float) -> None:
 @pytest.mark.slow
 def test_a_run_evaluates_its_average_and_goes_on_with_it(tmp_path: Path) -> None:
     """A run resumed after one step has the EMA of an uninterrupted run, and evaluate.py uses it too."""
-    call = [sys.executable, "prepare.py", "shapes", "--root", str(tmp_path / "clips"), "--train-clips", "40"]
-    subprocess.run([*call, "--val-clips", "20"], cwd=CHECKOUT, check=True, capture_output=True)
+    make_clips(tmp_path / "clips")
     options = (
         "experiment=smoke logger=disabled pipeline.decoder=pyav pipeline.workers=0 model.num_frames=2 "
         "batch.global_batch=16 schedule.epochs=1 schedule.warmup_epochs=0 numerics.deterministic=true "
         f"optimizer.ema_decay=0.7 data.root={tmp_path / 'clips'} outputs={tmp_path}"
-    ).split()
+    )
 
-    def run(program: str, *overrides: str) -> str:
-        command = [sys.executable, program, *options, *overrides]
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def run(program: str, overrides: str) -> Called:
+        called = entry_points()(f"{program} {options} {overrides}")
+        assert called.exit_code == 0, called.output
+        return called
 
     run("train.py", "run_id=straight")
-    run("train.py", "run_id=stopped", "max_steps=1")
+    run("train.py", "run_id=stopped max_steps=1")
     run("train.py", "run_id=stopped")
     step = "checkpoints/step-00000002"
     straight, stopped = (
@@ -86,5 +83,5 @@ def test_a_run_evaluates_its_average_and_goes_on_with_it(tmp_path: Path) -> None
 
     lines = map(json.loads, (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines())
     (trained,) = [record for record in lines if record["kind"] == "evaluation"]
-    evaluated = json.loads(run("evaluate.py", "run_id=straight").splitlines()[-1])
+    evaluated = json.loads(run("evaluate.py", "run_id=straight").last_line)
     assert evaluated["loss"] == pytest.approx(trained["loss"], rel=1e-5)

@@ -21,6 +21,8 @@ class DataConfig:
     """Number of classes; must match the manifests."""
     train_clips: int | None = None
     """Published number of training clips. Only plan.py uses it, while there is no manifest."""
+    frame_rate: float | None = None
+    """Frames/s of all training videos, for the distance of frames on a live stream; null: not known, or not the same."""
     mirrored_words: list[list[str]] = field(default_factory=list)
     """Pairs of words that mirroring swaps in class names ([[left, right]]), for pipeline.flip=relabel."""
     retry_s: float = 60.0

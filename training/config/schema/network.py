@@ -49,5 +49,4 @@ class NumericsConfig:
     deterministic: bool = False
     """Deterministic mode: a repeated or resumed run is bit-equal at the same world size, at some cost in speed."""
     max_bad_steps_in_a_row: int = 20
-    """Abort after this many skipped steps (non-finite gradients) in a row. amp=float16 needs 16 in a row to lower its loss
-    scale from 65536 to 1."""
+    """Abort after so many skipped steps (non-finite gradients) in a row; amp=float16 may skip 16 to lower its loss scale."""

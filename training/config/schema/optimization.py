@@ -12,8 +12,7 @@ class BatchConfig:
     bn_group: int | None = None
     """Clips that share BN statistics; null: the whole global batch."""
     micro_batch: str | None = None
-    """Limit of clips per process and micro-step; null: none; auto: what the GPU's memory holds, found at start-up. A lower limit
-    means more accumulation and the same result."""
+    """Limit of clips per process and micro-step, which changes no result; null: none; auto: what the GPU's memory holds."""
     precise_bn_steps: int = 0
     """Precise BN: steps of training clips over which an evaluation recomputes BN statistics; 0: use the running averages."""
 

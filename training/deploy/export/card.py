@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.stream.frame_sampling import DENSE_WINDOW
 from training.build.class_names import digest_of
 from training.build.normalise import MEAN_C, STD_C
-from training.config.schema import Config
+from training.deploy.frame_interval import frames_of
 from training.deploy.load import TrainedRun
+from training.report.stream import read_stream
 from training.runs.run_folder import RunFolder
 from training.telemetry.metrics_log import read_metrics
 
@@ -16,6 +16,9 @@ from .forms import Exportable
 
 SCHEMA = "tsm-model-card/1"
 CARD = "model.json"
+
+# Fields of an evaluation's record that say nothing of the weights' accuracy, or that the card has elsewhere.
+_NO_ACCURACY = ("kind", "time_s", "duration_s", "epoch", "source", "classes_sha256", "early")
 
 
 def card_of(
@@ -66,30 +69,20 @@ def card_of(
     }
 
 
-def frames_of(config: Config) -> dict[str, Any]:
-    """Return how training chose frames. `distances`: frames of the video from one to the next; None: not fixed.
-
-    Uniform sampling divides each video into equal parts, so its distance is the video's length over `num_frames`.
-    """
-    frames, sampling = config.model.num_frames, config.pipeline.sampling
-    distances = None
-    if sampling == "stream":
-        distances = list(config.pipeline.distances)
-    elif sampling == "dense":
-        distances = [DENSE_WINDOW // frames]
-    return {"num_frames": frames, "sampling": sampling, "distances": distances}
-
-
 def accuracy_of(folder: RunFolder, step: int) -> list[dict[str, Any]]:
-    """Return the evaluations of these weights in the run's metrics.jsonl; empty if there are none."""
-    if not folder.metrics.exists():
-        return []
-    left_out = ("kind", "time_s", "duration_s", "epoch")
-    return [
-        {key: value for key, value in record.items() if key not in left_out}
-        for record in read_metrics(folder.metrics)
+    """Return the evaluations of these weights: those in the run's metrics.jsonl, then that on a stream (stream.json)."""
+    records = read_metrics(folder.metrics) if folder.metrics.exists() else []
+    of_clips = [
+        {key: value for key, value in record.items() if key not in _NO_ACCURACY}
+        for record in records
         if record.get("kind") == "evaluation" and record["step"] == step
     ]
+    on_stream = read_stream(folder.stream)
+    if on_stream is None or on_stream["step"] != step:
+        return of_clips
+    kept = {key: value for key, value in on_stream.items() if key not in _NO_ACCURACY}
+    rows = [{key: value for key, value in row.items() if key != "early_percent"} for row in on_stream["stream"]]
+    return [*of_clips, kept | {"stream": rows}]
 
 
 def _tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:

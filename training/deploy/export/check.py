@@ -56,11 +56,16 @@ def logits_over(network: Exportable, run: Run, video_NTCHW: Tensor) -> Tensor:
     batch = video_NTCHW.shape[0]
     if network.form == "clip":
         return torch.stack([run([clip_NTCHW])[0] for clip_NTCHW in video_NTCHW.split(network.num_frames, 1)], 1)
-    logits, caches = [], network.zeros(batch)[1:]
+    return stream_over(run, video_NTCHW, network.zeros(batch)[1:])[0]
+
+
+def stream_over(run: Run, video_NTCHW: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits of each frame of N streams, (N, T, K), and the caches after the last one."""
+    logits = []
     for frame_NCHW in video_NTCHW.unbind(1):
         logit_NK, *caches = run([frame_NCHW, *caches])
         logits.append(logit_NK)
-    return torch.stack(logits, 1)
+    return torch.stack(logits, 1), caches
 
 
 def random_video(batch: int, frames: int, size: int, seed: int, modality: str = "rgb") -> Tensor:

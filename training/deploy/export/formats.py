@@ -20,6 +20,8 @@ from .check import Run
 from .executorch import make_executorch, open_executorch, quantize_executorch
 from .forms import Exportable, Files
 from .int8 import quantize_onnx
+from .litert import make_litert, open_litert, quantize_litert
+from .litert_packages import converter_versions
 from .openvino import open_openvino, openvino_from_onnx
 
 ONNX_OPSET = 20
@@ -39,6 +41,8 @@ class Format:
     """What is imported, by the names to import."""
     batch: int | None = None
     """The only batch that its files take; None: any."""
+    outside: Callable[[], dict[str, str]] = dict
+    """Returns the versions of what makes the files outside this environment. Raises ConfigError if it is not there."""
 
 
 def find_format(name: str) -> Format:
@@ -52,13 +56,14 @@ def find_format(name: str) -> Format:
             f"format={name} needs {', '.join(missing)}, which is not installed. "
             f"Fix: tools/setup_venv.sh .venv {found.extra} (the extra `{found.extra}`), or format=torch"
         )
+    found.outside()
     return found
 
 
 def versions_of(name: str) -> dict[str, str]:
     """Return the versions of the packages that made a file."""
     packages = ("torch", *FORMATS[name].packages)
-    return {package: importlib.metadata.version(package) for package in packages}
+    return {package: importlib.metadata.version(package) for package in packages} | FORMATS[name].outside()
 
 
 # --- torch: a program of torch.export ---------------------------------------------------------------------------------
@@ -137,4 +142,13 @@ FORMATS = {
         make_executorch, open_executorch, quantize_executorch, "executorch", ("executorch", "torchao"), batch=1
     ),
     "openvino": Format(_make_openvino, open_openvino, _quantize_openvino, "openvino", (*_ONNX_PACKAGES, "openvino")),
+    "litert": Format(
+        make_litert,
+        open_litert,
+        quantize_litert,
+        "litert",
+        ("ai_edge_litert",),
+        batch=1,
+        outside=converter_versions,
+    ),
 }

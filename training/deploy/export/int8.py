@@ -17,7 +17,7 @@ from training.build.normalise import Normaliser
 from training.deploy.load import TrainedRun
 from training.errors import DataError
 
-from .check import Run, logits_over
+from .check import Run, logits_over, stream_over
 from .forms import Exportable, Files
 
 CALIBRATION_CLIPS = 20
@@ -138,6 +138,26 @@ def calls_of(network: Exportable, clips: ClipSet) -> Iterator[list[Tensor]]:
             _, *caches = network.run([frame_NCHW, *caches])
 
 
+class _Answers:
+    """Maps batches of clips to answers; with `carried`, clip n of a batch follows clip n of the batch before."""
+
+    def __init__(self, network: Exportable, run: Run, carried: bool) -> None:
+        self._network, self._run, self._carried = network, run, carried
+        self._caches: list[Tensor] = []
+
+    def __call__(self, video_NTCHW: Tensor) -> Tensor:
+        if not self._carried:
+            return logits_over(self._network, self._run, video_NTCHW).mean(1).argmax(1)
+        count = len(video_NTCHW)
+        if not self._caches or len(self._caches[0]) < count:
+            # Other clips come before the first ones.
+            _, self._caches = stream_over(self._run, video_NTCHW.roll(1, 0), self._network.zeros(count)[1:])
+        logit_NTK, kept = stream_over(self._run, video_NTCHW, [cache[:count] for cache in self._caches])
+        # The last batch may be smaller.
+        self._caches = [torch.cat((new, old[count:])) for new, old in zip(kept, self._caches, strict=True)]
+        return logit_NTK.mean(1).argmax(1)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How the answers of an int8 file compare with PyTorch's in float32."""
@@ -154,16 +174,16 @@ class Agreement:
 
 
 @torch.no_grad()
-def agreement_of(network: Exportable, run: Run, validation: ClipSet, batch: int | None) -> Agreement:
-    """Answer clips with the file and with PyTorch: by the mean of the logits over a clip's frames, from zero caches.
+def agreement_of(network: Exportable, run: Run, validation: ClipSet, batch: int | None, carried: bool) -> Agreement:
+    """Answer clips with the file and with PyTorch, by the mean of the logits over a clip's frames.
 
-    `batch`: the only batch that the file takes; None: any.
+    `batch`: the only batch that the file takes; None: any. `carried`: clips follow each other as on a stream, and none begins
+    with caches of zeros.
     """
     right = right_fp32 = same = count = 0
+    answers = [_Answers(network, each, carried) for each in (run, network.run)]
     for video_NTCHW, label_N in validation.batches(batch or _BATCH):
-        answer_N, expected_N = (
-            logits_over(network, each, video_NTCHW).mean(1).argmax(1) for each in (run, network.run)
-        )
+        answer_N, expected_N = (each(video_NTCHW) for each in answers)
         right += int((answer_N == label_N).sum())
         right_fp32 += int((expected_N == label_N).sum())
         same += int((answer_N == expected_N).sum())

@@ -1,4 +1,4 @@
-"""Headless Chromium for tests, driven by the DevTools protocol over a pair of pipes: no port is opened, no package needed."""
+"""Headless Chromium, driven by the DevTools protocol over a pair of pipes: no port is opened, no package needed."""
 
 import base64
 import fcntl
@@ -13,11 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import pytest
+import numpy as np
+from numpy.typing import NDArray
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 # Nothing that asks other machines.
 _QUIET = """--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
@@ -112,6 +111,26 @@ class Page:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def fake_camera(video: Path) -> list[str]:
+    """Return Chromium's options for a camera that shows an uncompressed file, which pages may use without asking."""
+    return [
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={video}",
+    ]
+
+
+def write_y4m(path: Path, luma_THW: NDArray[np.uint8], fps: int = 30) -> Path:
+    """Write the uncompressed file that the fake camera shows: levels of luma; colours are grey."""
+    frames, height, width = luma_THW.shape
+    grey = bytes([128]) * (height * width // 2)
+    with path.open("wb") as file:
+        file.write(f"YUV4MPEG2 W{width} H{height} F{fps}:1 Ip A1:1 C420jpeg\n".encode())
+        for number in range(frames):
+            file.write(b"FRAME\n" + luma_THW[number].tobytes() + grey)
+    return path
 
 
 def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
