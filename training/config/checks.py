@@ -13,6 +13,9 @@ from .keys import KEYS, default_of, is_optional, nearest
 from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from .wandb_names import check_wandb_names
 
+ENSEMBLE_AVERAGES = ("logits", "softmax")
+"""Values of evaluation.ensemble_average."""
+
 _CHOICES = {
     "model.backbone": ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
     "model.shift": ("residual", "block", "none"),
@@ -21,8 +24,10 @@ _CHOICES = {
     "pipeline.decoder": ("auto", "torchcodec", "pyav"),
     "pipeline.sampling": ("uniform", "dense", "stream"),
     "pipeline.flip": ("off", "on", "relabel"),
+    "evaluation.split": ("val", "test"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense", "stream"),
     "evaluation.crops": (1, 3, 5, 10),
+    "evaluation.ensemble_average": ENSEMBLE_AVERAGES,
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
@@ -99,6 +104,26 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
     _check_names(config)
     check_wandb_names(config)
+
+
+def check_training(config: Config) -> None:
+    """Raise ConfigError for settings that only an evaluation can use."""
+    evaluation = config.evaluation
+    if evaluation.save_logits or evaluation.ensemble or evaluation.explain:
+        raise ConfigError(
+            "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
+            "Fix: train without them, then evaluate the run"
+        )
+    if evaluation.clips == "stream":
+        raise ConfigError(
+            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
+            "evaluation=stream"
+        )
+    if evaluation.split != "val":
+        raise ConfigError(
+            f"evaluation.split={evaluation.split} is for evaluate.py: training evaluates on data.val. Fix: evaluation.split=val, "
+            "then evaluate the run"
+        )
 
 
 def _check_names(config: Config) -> None:
