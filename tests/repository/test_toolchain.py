@@ -31,7 +31,7 @@ CODE = ("", "benchmarks", "distributed", "launch", "pipelines", "runtime", "slur
 OPERATORS_OWN = {"apex", "nvidia", "decord"}
 # torch's CUDA build installs the version that it needs; other builds do not need it.
 TORCHS_OWN = {"triton"}
-DISTRIBUTION = {"PIL": "pillow", "cv2": "opencv-python-headless", "hydra": "hydra-core", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "cv2": "opencv-contrib-python-headless", "hydra": "hydra-core", "yaml": "pyyaml"}
 
 
 def pins() -> dict[str, str]:
@@ -55,6 +55,12 @@ def test_pins_lie_in_the_declared_ranges() -> None:
     for line in requirements(GROUPS):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins()[name_of(line)], prereleases=True), line
+
+
+def test_one_package_of_opencv() -> None:
+    """Pin one of OpenCV's packages at most: they share the folder cv2, and pip lets each overwrite the others' files."""
+    named = {name_of(line) for line in requirements(GROUPS)} | pins().keys()
+    assert {name for name in named if name.startswith("opencv-")} == {"opencv-contrib-python-headless"}
 
 
 def test_misleading_names_are_nowhere() -> None:
