@@ -61,6 +61,8 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
 
 def _augmentation_recipe(config: Config) -> dict[str, Any]:
     settings = asdict(augmentation_of(config.model, config.data, config.pipeline))
+    # The settings of the network have it.
+    del settings["modality"]
     if settings["stream"] is None:
         # Recipes of older checkpoints lack the key, and their fingerprints stay.
         del settings["stream"]

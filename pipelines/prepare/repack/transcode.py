@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipelines.manifest import Manifest
 from pipelines.prepare.errors import DataSetError
+from pipelines.stream.modality import FLOW
 
 from .clip_task import ClipTask
 from .encoders import ENCODERS
@@ -37,6 +38,8 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
     """
     require_other_folder(root, target)
     check_settings(settings)
+    manifests = open_manifests(root)
+    _refuse_flow(manifests)
 
     def tasks(name: str, manifest: Manifest) -> Sequence[ClipTask]:
         return [
@@ -45,7 +48,17 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
         ]
 
     form = NewForm("transcode", "encoding", ".transcoding", asdict(settings), tasks)
-    return remake(form, open_manifests(root), target, workers, part, max_bad)
+    return remake(form, manifests, target, workers, part, max_bad)
+
+
+def _refuse_flow(manifests: dict[str, Manifest]) -> None:
+    """Raise DataSetError for clips of optical flow, whose values must not change as those of an image may."""
+    for manifest in manifests.values():
+        if FLOW in manifest.modalities():
+            raise DataSetError(
+                f"{manifest.path}: its clips are optical flow, which is not transcoded. "
+                "Fix: transcode the frames, and compute the flow of the result"
+            )
 
 
 def numbered(number: int) -> str:

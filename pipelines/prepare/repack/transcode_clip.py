@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from pipelines.decoding.video import EncodedVideo
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import ManifestRow
 from pipelines.prepare.scan.scan_clip import ClipFacts, scan_video
 from runtime.atomic_write import atomic_write
 
