@@ -74,8 +74,9 @@ class Projection:
     def __str__(self) -> str:
         if not self._clips:
             return ""
-        in_all = self._bytes / self._frames * self._all_frames
-        return f"{self._bytes / self._clips / 1e3:.1f} KB per clip, about {in_all / 1e9:.3g} GB in all"
+        in_all = self._bytes / self._frames * self._all_frames / 1e6
+        size = f"{in_all / 1e3:.1f} GB" if in_all >= 1e3 else f"{in_all:.1f} MB"
+        return f"{self._bytes / self._clips / 1e3:.1f} KB per clip, about {size} in all"
 
 
 def remake(
