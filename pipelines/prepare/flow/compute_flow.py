@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from pipelines.manifest import Manifest, ManifestRow, in_shard
+from pipelines.clip_names import clip_name
+from pipelines.manifest import Manifest, ManifestRow
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.repack.clip_task import ClipTask
 from pipelines.prepare.repack.job_array import Part
@@ -45,13 +46,11 @@ def compute_flow(root: Path, target: Path, method: str, workers: int, part: Part
 
 
 def clip_stem(split: str, row: ManifestRow, number: int) -> str:
-    """Return where the flow of a clip is, below the new folder: the clip's own path, without suffix, where it has one."""
-    if in_shard(row):
-        return f"{split}/{numbered(number)}"
-    path = PurePosixPath(row.path)
-    path = path.parent if row.is_images else path.with_suffix("")
-    # A clip outside of its manifest's folder.
-    return "/".join(part for part in path.parts if part not in ("/", ".."))
+    """Return where the flow of a clip is, below the new folder: by the clip's name, where it is known."""
+    name = clip_name(row)
+    # A clip outside of its manifest's folder has such parts.
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+    return "/".join(parts) if name else f"{split}/{numbered(number)}"
 
 
 def _refuse_shared_folders(stems: dict[str, list[str]]) -> None:

@@ -6,10 +6,11 @@ missing clips, and any number of machines can share the work. The process that f
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.clip_names import clip_name
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
@@ -157,7 +158,7 @@ def _collect(
         source = manifest.row(task.number)
         row = task.find_row(source)
         if row is not None:
-            rows.append(row)
+            rows.append(replace(row, name=clip_name(source)))
             before += source.length
         elif (reason := failed.get(task) or task.find_reason()) is not None:
             report.bad.append((source.path, reason))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import prepare
+from pipelines.clip_names import clip_names
 from pipelines.jpeg_clips import JPEG_FLOW
 from pipelines.manifest import Manifest, ManifestRow, image_file
 from pipelines.prepare.errors import DataSetError
@@ -216,7 +217,9 @@ def test_from_shards_and_into_shards(source: Path, made: Path, tmp_path: Path) -
     packed = ["--shard-size", "50KB", "--workers", "0"]
     assert prepare.main(["shard", "--root", str(source), "--to", str(tmp_path / "packed"), *packed]) == 0
     assert flow(tmp_path / "packed", tmp_path / "flow") == 0
-    assert list(images_in(tmp_path / "flow").values()) == list(images_in(made).values())
+    assert images_in(tmp_path / "flow") == images_in(made)
+    names = [clip_names(Manifest.open(root / "train.arrow")) for root in (source, made, tmp_path / "flow")]
+    assert names[0] is not None and names == [names[0]] * 3
     assert prepare.main(["shard", "--root", str(made), "--to", str(tmp_path / "end"), *packed]) == 0
     for root in (made, tmp_path / "end"):
         assert prepare.main(["verify", "--root", str(root), "--decode", "--workers", "0"]) == 0
@@ -238,17 +241,19 @@ def test_sizes(width: int, height: int, rotation: int, size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(
-    ("path", "codec", "stem"),
+    ("path", "codec", "name", "stem"),
     [
-        ("videos/a.b.webm", "vp9", "videos/a.b"),
-        ("v1/1/%05d.jpg", "jpeg-frames", "v1/1"),
-        ("../store/v1/1.webm", "vp9", "store/v1/1"),
-        ("/store/v1/1.webm", "vp9", "store/v1/1"),
-        ("train-000000.tar", "vp9", "val/000001/000001234"),
+        ("videos/a.b.webm", "vp9", "", "videos/a.b"),
+        ("v1/1/%05d.jpg", "jpeg-frames", "", "v1/1"),
+        ("../store/v1/1.webm", "vp9", "", "store/v1/1"),
+        ("/store/v1/1.webm", "vp9", "", "store/v1/1"),
+        ("val-000000.tar", "vp9", "../store/v1/1", "store/v1/1"),
+        # Shards of an older version.
+        ("val-000000.tar", "vp9", "", "val/000001/000001234"),
     ],
 )
-def test_names_of_clips(path: str, codec: str, stem: str) -> None:
-    assert clip_stem("val", ManifestRow(path, 0, 1, 0, 8, codec, 8, 8, 0), 1234) == stem
+def test_names_of_clips(path: str, codec: str, name: str, stem: str) -> None:
+    assert clip_stem("val", ManifestRow(path, 0, 1, 0, 8, codec, 8, 8, 0, name=name), 1234) == stem
 
 
 # --- What cannot be computed ------------------------------------------------------------------------------------------
