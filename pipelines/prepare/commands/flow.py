@@ -21,6 +21,8 @@ def add_flow(commands: Commands) -> None:
     parser.add_argument(
         "--method", choices=METHODS, default="dis", help="tvl1: as TSN's tool, and many times slower (dis)"
     )
+    tar = "a tar file for each clip, in place of a folder of images: fewer files, for prepare.py shard to pack"
+    parser.add_argument("--tar", action="store_true", help=tar)
     parser.add_argument("--max-bad", type=float, default=0.05, help="fraction of a split's clips that may fail (0.05)")
     parser.add_argument("--part", metavar="I/N", help=PART_HELP)
     parser.set_defaults(run=run_flow)
@@ -29,7 +31,7 @@ def add_flow(commands: Commands) -> None:
 def run_flow(args: argparse.Namespace) -> None:
     """Compute the flow, and print a summary."""
     start_s = time.perf_counter()
-    done = compute_flow(args.root, args.to, args.method, args.workers, find_part(args.part), args.max_bad)
+    done = compute_flow(args.root, args.to, args.method, args.tar, args.workers, find_part(args.part), args.max_bad)
     took = f"{done.new} computed in {time.perf_counter() - start_s:.1f} s" if done.new else "already complete"
     if done.missing:
         print(f"{args.to}: {took}; {done.left}")

@@ -1,4 +1,4 @@
-"""Compute the optical flow of a data set: a folder of grey images per clip, with the names, labels and order of the clips."""
+"""Compute the optical flow of a data set, with the names, labels and order of its clips."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from .flow_clip import SHORT_SIDE, FlowTask
 from .optical_flow import require_method
 
 
-def compute_flow(root: Path, target: Path, method: str, workers: int, part: Part, max_bad: float) -> Remade:
+def compute_flow(root: Path, target: Path, method: str, tar: bool, workers: int, part: Part, max_bad: float) -> Remade:
     """Compute the flow of this part's clips of the data set in `root`; once all clips are done, write the manifests.
 
+    `tar`: write a tar file for each clip in place of a folder of images.
     Raises DataSetError without OpenCV, for a target that cannot be written, for clips whose flow would share a folder, and,
     without writing a manifest, when a larger fraction of a split than `max_bad` cannot be decoded or has only one frame.
     """
@@ -38,9 +39,9 @@ def compute_flow(root: Path, target: Path, method: str, workers: int, part: Part
     _refuse_shared_folders(stems)
 
     def tasks(name: str, manifest: Manifest) -> Sequence[ClipTask]:
-        return [FlowTask(manifest.path, number, target, stem, method) for number, stem in enumerate(stems[name])]
+        return [FlowTask(manifest.path, number, target, stem, method, tar) for number, stem in enumerate(stems[name])]
 
-    options = {"method": method, "short_side": SHORT_SIDE}
+    options = {"method": method, "tar": tar, "short_side": SHORT_SIDE}
     form = NewForm("flow", "computing the flow of", ".flow", options, tasks)
     return remake(form, manifests, target, workers, part, max_bad)
 

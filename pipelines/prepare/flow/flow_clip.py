@@ -1,25 +1,28 @@
-"""Compute the optical flow of one clip, check the written images, then rename their folder."""
+"""Compute the optical flow of one clip, check its images, and write them as a folder of files or as one tar file."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.decoding.shard_reader import INDEX_DTYPE
+from pipelines.decoding.tar import BLOCK_BYTES, TarWriter
 from pipelines.errors import BadClip
 from pipelines.jpeg_clips import COMPONENT, JPEG_COLOURS, JPEG_FLOW
-from pipelines.manifest import ManifestRow
+from pipelines.manifest import SHARD_SUFFIX, ManifestRow, image_file
 from pipelines.prepare.repack.clip_task import ClipTask, atomic_folder
 from pipelines.prepare.repack.rescale import scaled_images
+from pipelines.prepare.repack.shard_file import add_images
+from runtime.atomic_write import atomic_write
 
 from .optical_flow import FlowField, Grey, flow_estimator, to_levels
 
 SHORT_SIDE = 256
 """Pixels of the shorter side, before flow is computed. TSN's tool is run with 340 x 256."""
-FIRST_NUMBER = 1
-_FILE_NAME = f"flow_{COMPONENT}_%05d.jpg"
+_FIRST_NUMBER = 1
 _JPEG_QUALITY = 95
 """OpenCV's default, which TSN's tool leaves as it is."""
 _MAX_DIFFERENCE = 4.0
@@ -38,36 +41,66 @@ class FlowTask(ClipTask):
     """The task of computing one clip's flow."""
 
     method: str
+    tar: bool
+    """Write one tar file, in the form of a shard, in place of a folder of images."""
 
     @property
     def path(self) -> Path:
-        return self.target / self.stem
+        return self.target / (self.stem + SHARD_SUFFIX if self.tar else self.stem)
 
     def find_row(self, source: ManifestRow) -> ManifestRow | None:
-        pairs = source.num_frames - 1
-        numbers = range(FIRST_NUMBER, FIRST_NUMBER + pairs)
+        row = self._new_row(source)
         try:
-            sizes = [os.stat(self.path / file_name(xy, number)).st_size for number in numbers for xy in "xy"]
+            length = self._length_of_tar(row) if self.tar else self._length_of_files(row)
         except OSError:
             return None
-        if not sizes or not all(sizes):
-            return None
-        place = f"{self.stem}/{_FILE_NAME}", FIRST_NUMBER, sum(sizes)
-        return ManifestRow(*place, source.label, pairs, JPEG_FLOW, *flow_size(source), 0, *JPEG_COLOURS)
+        return replace(row, length=length) if length else None
+
+    def _new_row(self, source: ManifestRow) -> ManifestRow:
+        """Return the row of the clip, without its length."""
+        path, offset = f"{self.stem}/flow_{COMPONENT}_%05d.jpg", _FIRST_NUMBER
+        if self.tar:
+            path, offset = self.stem + SHARD_SUFFIX, BLOCK_BYTES
+        pairs, size = source.num_frames - 1, flow_size(source)
+        return ManifestRow(path, offset, 0, source.label, pairs, JPEG_FLOW, *size, 0, *JPEG_COLOURS)
+
+    def _length_of_files(self, row: ManifestRow) -> int:
+        """Return the bytes of all images; 0 if one is empty. Raises OSError if one is missing."""
+        sizes = [os.stat(image_file(self.target / row.path, row, image)).st_size for image in range(row.num_images)]
+        return sum(sizes) if all(sizes) else 0
+
+    def _length_of_tar(self, row: ManifestRow) -> int:
+        """Return the length of the clip in its tar file; 0 if the file is too short. Raises OSError if it is missing."""
+        with open(self.path, "rb") as file:
+            file.seek(row.offset)
+            index = file.read(row.num_images * INDEX_DTYPE.itemsize)
+            size = os.fstat(file.fileno()).st_size
+        if len(index) < row.num_images * INDEX_DTYPE.itemsize:
+            return 0
+        last = np.frombuffer(index, INDEX_DTYPE)[-1]
+        length = int(last["start"] + last["length"])
+        return length if size > row.offset + length else 0
 
     def write(self, root: Path, source: ManifestRow) -> None:
-        name = str(root / source.path)
         if source.num_frames < 2:
-            raise BadClip(f"{name}: has one frame, and optical flow needs two")
+            raise BadClip(f"{root / source.path}: has one frame, and optical flow needs two")
+        images, row = _flow_images(root, source, self.method), self._new_row(source)
+        if self.tar:
+            with atomic_write(self.path) as file:
+                writer = TarWriter(file)
+                add_images(writer, f"{self.number:09d}", list(images))
+                writer.finish()
+            return
         with atomic_folder(self.path) as folder:
-            for number, flow_HW2 in enumerate(_flow_fields(root, source, self.method), start=FIRST_NUMBER):
-                for xy, displacement_HW in zip("xy", np.moveaxis(flow_HW2, -1, 0), strict=True):
-                    write_image(folder / file_name(xy, number), to_levels(displacement_HW))
+            for number, content in enumerate(images):
+                (folder / image_file(Path(row.path), row, number).name).write_bytes(content)
 
 
-def file_name(xy: str, number: int) -> str:
-    """Return the name of a flow image: of the component `x` or `y`, from frame `number` to the next one (from 1)."""
-    return _FILE_NAME.replace(COMPONENT, xy) % number
+def _flow_images(root: Path, row: ManifestRow, method: str) -> Iterator[bytes]:
+    """Yield the encoded images x1, y1, x2, y2 and so on of a clip's flow."""
+    for flow_HW2 in _flow_fields(root, row, method):
+        for displacement_HW in np.moveaxis(flow_HW2, -1, 0):
+            yield encode_image(str(root / row.path), to_levels(displacement_HW))
 
 
 def _flow_fields(root: Path, row: ManifestRow, method: str) -> Iterator[FlowField]:
@@ -85,15 +118,13 @@ def _flow_fields(root: Path, row: ManifestRow, method: str) -> Iterator[FlowFiel
             raise BadClip(f"{root / row.path}: {reason}") from error
 
 
-def write_image(path: Path, level_HW: Grey) -> None:
-    """Write a grey JPEG file, and check what it decodes to."""
+def encode_image(name: str, level_HW: Grey) -> bytes:
+    """Encode a grey JPEG image, and check what it decodes to. Raises BadClip if that differs too much."""
     import cv2
 
-    encoded = cv2.imencode(".jpg", level_HW, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1]
-    path.write_bytes(encoded.tobytes())
-    decoded_HW = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if decoded_HW is None or decoded_HW.shape != level_HW.shape:
-        raise BadClip(f"{path}: does not decode after it was written")
+    content = cv2.imencode(".jpg", level_HW, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1]
+    decoded_HW = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     difference = np.abs(decoded_HW.astype(np.int16) - level_HW).mean()
     if difference > _MAX_DIFFERENCE:
-        raise BadClip(f"{path}: decodes to other values, by {difference:.1f} grey levels on average")
+        raise BadClip(f"{name}: a JPEG image of its flow differs by {difference:.1f} grey levels on average")
+    return content.tobytes()

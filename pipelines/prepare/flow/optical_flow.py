@@ -4,6 +4,7 @@ A flow field has the displacement in pixels (x to the right, y down) of each pix
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +47,11 @@ def flow_estimator(method: str, short_side: int) -> Callable[[Grey, Grey], FlowF
 
     # Each process works on its own clip. DIS also gives other values with another number of threads.
     cv2.setNumThreads(1)
+    algorithm: Any
     if method == "tvl1":
-        algorithm = cv2.optflow.DualTVL1OpticalFlow_create()
+        algorithm = cv2.optflow.DualTVL1OpticalFlow.create()
     else:
-        algorithm = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        algorithm = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         # The preset stops at half of the resolution, where the motion in a small image is lost.
         if short_side < _FULL_RESOLUTION_BELOW:
             algorithm.setFinestScale(0)

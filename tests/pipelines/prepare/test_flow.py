@@ -16,6 +16,7 @@ from PIL import Image
 
 import prepare
 from pipelines.clip_names import clip_names
+from pipelines.decoding.clip_bytes import image_bytes
 from pipelines.jpeg_clips import JPEG_FLOW
 from pipelines.manifest import Manifest, ManifestRow, image_file
 from pipelines.prepare.errors import DataSetError
@@ -223,6 +224,34 @@ def test_from_shards_and_into_shards(source: Path, made: Path, tmp_path: Path) -
     assert prepare.main(["shard", "--root", str(made), "--to", str(tmp_path / "end"), *packed]) == 0
     for root in (made, tmp_path / "end"):
         assert prepare.main(["verify", "--root", str(root), "--decode", "--workers", "0"]) == 0
+
+
+def test_a_tar_file_for_each_clip(source: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Write the images of the folders to one file per clip, from which `shard` makes the same shards."""
+    target = tmp_path / "tars"
+    assert flow(source, target, "--tar") == 0
+    assert sorted(path.name for path in (target / "train").rglob("*") if path.is_file()) == [
+        "frames.tar", "jump.tar", "mirrored.tar", "plain.tar", "turned.tar"
+    ]  # fmt: skip
+    for of_files, of_tar in zip(rows_of(made), rows_of(target), strict=True):
+        assert replace(of_tar, path=of_files.path, offset=1, length=of_files.length) == of_files
+        for image in range(of_tar.num_images):
+            assert image_bytes(target, of_tar, image)[1] == image_bytes(made, of_files, image)[1]
+    for root in (target, made):
+        packed = ["--to", str(tmp_path / f"{root.name} packed"), "--shard-size", "20KB", "--workers", "0"]
+        assert prepare.main(["shard", "--root", str(root), *packed]) == 0
+    shards = [
+        {path.name: path.read_bytes() for path in tmp_path.glob(f"{root.name} packed/*.tar")} for root in (target, made)
+    ]
+    assert shards[0] == shards[1] and len(shards[0]) > 2
+    whole = (target / "val" / "a" / "plain.tar").read_bytes()
+    for damaged in (whole[:600], whole[:-2000]):
+        (target / "val" / "a" / "plain.tar").write_bytes(damaged)
+        assert flow(source, target, "--tar") == 0
+        assert (target / "val" / "a" / "plain.tar").read_bytes() == whole
+    capsys.readouterr()
+    assert flow(source, target, "--tar") == 0
+    assert "already complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
