@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import BadClip
+from pipelines.jpeg_clips import IMAGES_PER_FRAME
 from pipelines.manifest import ManifestRow, image_file, in_shard
 
 from .shard_reader import open_shard
@@ -83,7 +84,8 @@ def read_video(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
 def image_at(path: Path, row: ManifestRow, image: int) -> tuple[str, bytes]:
     """Read (name, bytes) of one JPEG image; `path`: the pattern of the images' files, or the shard."""
     if not 0 <= image < row.num_images:
-        raise BadClip(f"{path}: image {image} of a clip of {row.num_images}")
+        frame = image // IMAGES_PER_FRAME[row.codec]
+        raise BadClip(f"{path}: frame {frame} of a clip of {row.num_frames}")
     if in_shard(row):
         shard = open_shard(path)
         start, length = shard.images(row.offset, row.num_images)[image].tolist()
@@ -121,7 +123,7 @@ def _check_in_shard(path: Path, row: ManifestRow) -> None:
         shard.member_name(row.offset + start, length)
     end = int(index[-1]["start"] + index[-1]["length"])
     if end != row.length:
-        raise BadClip(f"{path}: images of {end} bytes, but {row.length} when the manifest was made: replaced since")
+        raise BadClip(f"{path}: frames of {end} bytes, but {row.length} when the manifest was made: replaced since")
 
 
 def _check_size(path: Path, size: int, row: ManifestRow) -> None:

@@ -1,4 +1,4 @@
-"""What a network sees of a clip: its RGB frames, or the optical flow between them."""
+"""The modalities of clips: RGB frames, or the optical flow between them."""
 
 RGB, FLOW = "rgb", "flow"
 

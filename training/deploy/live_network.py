@@ -15,7 +15,7 @@ from training.build.numerics import autocast
 from training.errors import ConfigError
 from tsm.streaming import streaming_network
 
-from .load import TrainedRun
+from .load import TrainedRun, require_rgb
 
 # Frames over which speed is stated.
 _WINDOW = 200
@@ -34,10 +34,11 @@ class LiveScores:
 class LiveNetwork:
     """Maps each frame of one stream to scores. `mean_of`: frames whose logits are averaged.
 
-    Raises ConfigError if the run's network needs later frames.
+    Raises ConfigError if the run's network needs later frames, or is not for RGB frames.
     """
 
     def __init__(self, run: TrainedRun, mean_of: int) -> None:
+        require_rgb(run.name, run.config.model.modality, "stream.py")
         try:
             self._network = streaming_network(run.network)
         except ValueError as error:

@@ -63,7 +63,7 @@ class Plan:
     def clip_bytes(self) -> int:
         config = self.config
         frames = augmentation_of(config.model, config.data, config.pipeline).sample_frames
-        return clip_bytes(frames, config.pipeline.size)
+        return clip_bytes(frames, config.pipeline.size, config.model.modality)
 
     @property
     def fingerprint(self) -> str | None:

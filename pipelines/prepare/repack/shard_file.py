@@ -126,4 +126,4 @@ def add_images(writer: TarWriter, key: str, images: list[bytes]) -> tuple[int, i
 def _check_images(root: Path, row: ManifestRow, images: list[bytes]) -> None:
     size = sum(map(len, images))
     if not in_shard(row) and size != row.length:
-        raise BadClip(f"{root / row.path}: images have {size} bytes, but had {row.length} when the manifest was made")
+        raise BadClip(f"{root / row.path}: frames have {size} bytes, but had {row.length} when the manifest was made")

@@ -8,7 +8,7 @@ import pytest
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from runtime.exit_codes import EXIT_DATA
 from training.build.class_names import checkpoint_classes
-from training.build.data import open_manifest
+from training.build.data import check_modality, open_manifest
 from training.config.schema import DataConfig
 from training.errors import DataError
 
@@ -35,6 +35,15 @@ def test_a_changed_manifest_is_refused(data: DataConfig) -> None:
         DataError, match=r"train\.arrow: its content does not match its digest.*Fix: python prepare"
     ) as caught:
         open_manifest(data, "train")
+    assert caught.value.exit_code == EXIT_DATA
+
+
+def test_a_manifest_of_both_modalities_is_refused(data: DataConfig) -> None:
+    rows = [ManifestRow("a.tar", 512, 10, 0, 8, codec, 64, 48, 0) for codec in ("jpeg-flow-rg", "vp9")]
+    write_manifest(Path(data.root) / "train.arrow", rows, ["a", "b", "c"], split="train")
+    message = "has clips of rgb, and model.modality=flow. Fix: prepare frames and optical flow into a folder each"
+    with pytest.raises(DataError, match=message) as caught:
+        check_modality(open_manifest(data, "train"), "flow")
     assert caught.value.exit_code == EXIT_DATA
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 @dataclass
 class ModelConfig:
     backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50, resnet101 or mobilenet_v2."""
+    """One of torchvision's ResNets by its name there (resnet18 ... wide_resnet101_2), or mobilenet_v2."""
+    modality: str = "rgb"
+    """Input: rgb (3 channels), or flow (10 channels: x and y of 5 consecutive optical flow fields), which needs flow manifests."""
     shift: str = "residual"
     """Place of the temporal shift: residual, block (only ResNets), or none (TSN)."""
     direction: str = "both"

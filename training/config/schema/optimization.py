@@ -58,6 +58,8 @@ class OptimizerConfig:
     """Factor on the learning rate of convolution and classifier biases (official TSM: 2)."""
     classifier_lr_multiplier: float = 1.0
     """Factor on the learning rate of the classifier. Its bias has both factors (official TSM: 5, and 10 for the bias)."""
+    first_conv_lr_multiplier: float = 1.0
+    """Factor on the learning rate of a flow network's first convolution (official TSM: 5). RGB networks do not read it."""
     clip_norm: float | None = None
     """Clip the norm of the global gradient to this; null: do not clip."""
     ema_decay: float | None = None
