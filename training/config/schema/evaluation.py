@@ -1,4 +1,4 @@
-"""What an evaluation shows the network, and what it writes."""
+"""The views and files of an evaluation."""
 
 from dataclasses import dataclass, field
 
