@@ -30,7 +30,10 @@ Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
 def open_manifest(data: DataConfig, split: str) -> Manifest:
-    """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing, changed, or has other classes."""
+    """Open the manifest of `train`, `val` or `test`. Raises DataError with the fix for one that cannot be used.
+
+    It is missing, changed, has other classes, or is not for tests and has no labels.
+    """
     path = CHECKOUT / data.root / getattr(data, split)
     try:
         manifest = Manifest.open(path)
@@ -38,11 +41,20 @@ def open_manifest(data: DataConfig, split: str) -> Manifest:
         manifest.require_as_written()
     except ManifestError as error:
         fix = data.prepare or "prepare.py (docs/data.md), or data.root=FOLDER of the manifests"
+        if split == "test":
+            fix += (
+                "; the annotations must have a test list (docs/evaluation.md), or data.test=FILE names another manifest"
+            )
         raise DataError(f"{error}. Fix: {fix}") from error
     if len(manifest.classes) != data.num_classes:
         raise DataError(
             f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}. "
             f"Fix: data.num_classes={len(manifest.classes)}, or data.root=FOLDER of the data set that you mean"
+        )
+    if split != "test" and not manifest.labelled:
+        raise DataError(
+            f"{path} has clips without labels, which neither training nor validation can use. Fix: data.{split}=FILE of clips with "
+            "labels; for predictions of these: evaluate.py evaluation.split=test data.test=FILE"
         )
     return manifest
 
