@@ -12,7 +12,7 @@ from pipelines.errors import BadClip
 from .tar import BLOCK_BYTES, read_header
 
 INDEX_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
-"""An entry of the index that precedes a clip of JPEG frames in a shard: where a frame's bytes are, counted from the index's
+"""An entry of the index that precedes a clip of JPEG images in a shard: where an image's bytes are, counted from the index's
 first byte."""
 
 # Per process; systems allow 1,024 open files or more.
@@ -22,7 +22,7 @@ _OPEN_SHARDS = 128
 def close_shards() -> None:
     """Forget the open shards; later reads open their files again."""
     open_shard.cache_clear()
-    _frame_index.cache_clear()
+    _image_index.cache_clear()
 
 
 class Shard:
@@ -55,9 +55,9 @@ class Shard:
             raise BadClip(f"{self.path}: ends before byte {offset + length}, in the middle of a clip: truncated")
         return self._check_header(self._read(offset - BLOCK_BYTES, BLOCK_BYTES), offset, length)
 
-    def frames(self, offset: int, num_frames: int) -> NDArray[np.void]:
-        """Read the index, INDEX_DTYPE of shape (T,), of a clip of JPEG frames."""
-        return _frame_index(self, offset, num_frames)
+    def images(self, offset: int, num_images: int) -> NDArray[np.void]:
+        """Read the index, INDEX_DTYPE of shape (num_images,), of a clip of JPEG images."""
+        return _image_index(self, offset, num_images)
 
     def _check_header(self, block: NDArray[np.uint8], offset: int, length: int) -> str:
         try:
@@ -96,7 +96,7 @@ def open_shard(path: Path) -> Shard:
 
 
 @lru_cache(maxsize=64)
-def _frame_index(shard: Shard, offset: int, num_frames: int) -> NDArray[np.void]:
-    """Read a clip's index; cached for its next frames."""
-    _, content = shard.member(offset, num_frames * INDEX_DTYPE.itemsize)
+def _image_index(shard: Shard, offset: int, num_images: int) -> NDArray[np.void]:
+    """Read a clip's index; cached for its next images."""
+    _, content = shard.member(offset, num_images * INDEX_DTYPE.itemsize)
     return content.view(INDEX_DTYPE)

@@ -18,6 +18,7 @@ from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.mirror_labels import check_flip, find_mirror
+from pipelines.stream.modality import RGB
 from runtime.checkout import CHECKOUT
 from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, PipelineConfig
 from training.errors import ConfigError, DataError
@@ -28,8 +29,11 @@ from .stream import stream_sampling_of
 Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
-def open_manifest(data: DataConfig, split: str) -> Manifest:
-    """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing, changed, or has other classes."""
+def open_manifest(data: DataConfig, split: str, modality: str = RGB) -> Manifest:
+    """Open the manifest of `train` or `val`, of clips of this modality.
+
+    Raises DataError with the fix if it is missing, changed, or has other classes or clips.
+    """
     path = CHECKOUT / data.root / getattr(data, split)
     try:
         manifest = Manifest.open(path)
@@ -43,7 +47,21 @@ def open_manifest(data: DataConfig, split: str) -> Manifest:
             f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}. "
             f"Fix: data.num_classes={len(manifest.classes)}, or data.root=FOLDER of the data set that you mean"
         )
+    _require_modality(manifest, modality)
     return manifest
+
+
+def _require_modality(manifest: Manifest, modality: str) -> None:
+    found = manifest.modalities()
+    if found == {modality}:
+        return
+    if len(found) > 1:
+        fix = "prepare frames and optical flow into a folder each"
+    else:
+        fix = f"model.modality={min(found)}, or data.root=FOLDER of manifests of {modality}"
+    raise DataError(
+        f"{manifest.path} has clips of {' and '.join(sorted(found))}, and model.modality={modality}. Fix: {fix}"
+    )
 
 
 def find_decoder(pipeline: PipelineConfig) -> str:
@@ -78,6 +96,7 @@ def augmentation_of(model: ModelConfig, data: DataConfig, pipeline: PipelineConf
         flip=pipeline.flip,
         mirrored_words=_pairs(data) if pipeline.flip == "relabel" else (),
         stream=stream_sampling_of(pipeline),
+        modality=model.modality,
     )
 
 
@@ -126,6 +145,7 @@ def protocol_of(model: ModelConfig, pipeline: PipelineConfig, evaluation: Evalua
         crops=evaluation.crops,
         full_resolution=evaluation.full_resolution,
         portrait_bug=evaluation.portrait_bug,
+        modality=model.modality,
     )
 
 

@@ -19,7 +19,7 @@ from training.evaluation.evaluate import Evaluation, evaluate
 from training.evaluation.explain import explain_clips
 from training.report.explain_page import write_explain_page
 
-from .load import TrainedRun
+from .load import TrainedRun, require_rgb
 
 # Videos that are scanned before the first of them is predicted.
 _SCANNED_AT_ONCE = 1024
@@ -50,7 +50,8 @@ class Predictor:
     """Predicts the classes of videos with a trained run."""
 
     def __init__(self, run: TrainedRun) -> None:
-        """Raise ConfigError if the protocol is not one for single videos."""
+        """Raise ConfigError if the protocol is not one for single videos, or the network is not for RGB frames."""
+        require_rgb(run.name, run.config.model.modality, "predict.py")
         clips = run.config.evaluation.clips
         if clips not in ("validation", *EVALUATION_RULES):
             raise ConfigError(f"evaluation.clips={clips} is no protocol for single videos. Fix: evaluation=validation")

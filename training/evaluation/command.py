@@ -53,7 +53,7 @@ class Weights:
 
 def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Evaluate the run `run_id`, or else the weights that `model.init` names. Print the scores and return the exit code."""
-    validation = open_manifest(config.data, "val")
+    validation = open_manifest(config.data, "val", config.model.modality)
     check_agreement(backend, asdict(config) | {"(manifest)": [validation.digest]})
     network = network_of(config.model, config.data.num_classes)
     # Before loading, which would round float64 weights to float32.
@@ -81,7 +81,7 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
     clips = evaluation_clips_of(source, protocol, config.data)
     evaluation = evaluate(
         network,
-        Normaliser(backend.device, config.numerics),
+        Normaliser(backend.device, config.numerics, config.model.modality),
         clips,
         make_loader(config.pipeline, clips, backend),
         backend,
@@ -140,6 +140,11 @@ def _beside(named: str, config: Config, validation: Manifest, backend: Backend) 
     except ConfigError as error:
         raise ConfigError(f"evaluation.beside: {str(error).replace('--run ', '')}") from error
     theirs = read_config(path)
+    if theirs.model.modality != config.model.modality:
+        raise ConfigError(
+            f"evaluation.beside: {named} is a network for model.modality={theirs.model.modality}, which sees no frames of these "
+            "clips. Fix: leave it out"
+        )
     theirs.evaluation.checkpoint = checkpoint or config.evaluation.checkpoint
     network = network_of(theirs.model, theirs.data.num_classes)
     place_network(network, backend.device, theirs.numerics)

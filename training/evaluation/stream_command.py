@@ -67,7 +67,7 @@ def evaluate_on_stream(
 
     label_N = torch.from_numpy(manifest.labels().astype("int64"))
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
-    normalise = Normaliser(backend.device, config.numerics)
+    normalise = Normaliser(backend.device, config.numerics, config.model.modality)
     answers = evaluate_stream(
         streamable(own.network), normalise, *data_of(own, protocol), backend, config.evaluation, progress
     )
@@ -78,7 +78,7 @@ def evaluate_on_stream(
         protocol = EvalProtocol(theirs.model.num_frames, theirs.pipeline.size, f"{rule}_beginnings")
         predicted_NV = evaluate_beginnings(
             subject.network,
-            Normaliser(backend.device, theirs.numerics),
+            Normaliser(backend.device, theirs.numerics, theirs.model.modality),
             *data_of(subject, protocol),
             backend,
             config.evaluation,

@@ -63,7 +63,7 @@ class Plan:
     def clip_bytes(self) -> int:
         config = self.config
         frames = augmentation_of(config.model, config.data, config.pipeline).sample_frames
-        return clip_bytes(frames, config.pipeline.size)
+        return clip_bytes(frames, config.pipeline.size, config.model.modality)
 
     @property
     def fingerprint(self) -> str | None:
@@ -93,7 +93,7 @@ def make_plan(config: Config) -> Plan:
     plan = Plan(config, world=config.distributed.world_size or config.plan.world_size or 1)
     plan.attempt(check_single_process)
     for split in ("train", "val"):
-        manifest = plan.attempt(lambda split=split: open_manifest(config.data, split))  # type: ignore[misc]
+        manifest = plan.attempt(lambda split=split: open_manifest(config.data, split, config.model.modality))  # type: ignore[misc]
         if manifest is not None:
             plan.manifests[split] = manifest
             plan.attempt(lambda manifest=manifest: check_files(config.data, manifest))  # type: ignore[misc]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.prepare.annotations.base import Annotations, check_annotations
 from pipelines.prepare.annotations.class_folders import read_class_folders
+from pipelines.prepare.annotations.flow import FLOW_IMAGES, as_flow
 from pipelines.prepare.annotations.kinetics import read_kinetics
 from pipelines.prepare.annotations.lists import DELIMITER_NAMES, read_lists
 from pipelines.prepare.annotations.same_files import check_same_files
@@ -51,7 +52,7 @@ def _add_twentybn(commands: Commands) -> None:
         root="data/something_v1",
         folders=("annotations", "20bn-something-something-v1"),
     )
-    _add_published(
+    something_v2 = _add_published(
         commands,
         "something-v2",
         "Something-Something v2: webm videos",
@@ -67,6 +68,8 @@ def _add_twentybn(commands: Commands) -> None:
         root="data/jester",
         folders=("annotations", "20bn-jester-v1"),
     )
+    for parser in (something_v1, something_v2):
+        _add_flow(parser)
     for parser in (something_v1, jester):
         parser.add_argument(
             "--class-order",
@@ -127,6 +130,16 @@ def _add_list(commands: Commands) -> None:
     parser.add_argument("--val", type=Path, required=True, help="list of the validation clips")
     parser.add_argument("--test", type=Path, help="list of test clips with labels")
     parser.add_argument("--delimiter", choices=DELIMITER_NAMES, help="between the fields; detected by default")
+    _add_flow(parser)
+
+
+def _add_flow(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--flow",
+        choices=FLOW_IMAGES,
+        help="clips are folders of optical flow. xy: images flow_x_00001.jpg and flow_y_00001.jpg, or 000001-x_00001.jpg as for "
+        "Something-Something v1; red-green: 000001.jpg with x in red and y in green, as for v2",
+    )
 
 
 def _lists_of(args: argparse.Namespace) -> dict[str, Path]:
@@ -184,6 +197,8 @@ def run_dataset(args: argparse.Namespace) -> None:
     if getattr(args, "annotations", None) is None:
         args.annotations = args.root / annotations_folder
     annotations = args.reader(args)
+    if getattr(args, "flow", None):
+        annotations = as_flow(annotations, args.flow)
     check_annotations(annotations)
     notes = [*annotations.notes, *check_same_files(args.root, annotations, args.check_content)]
     reports = write_manifests(args.root, annotations, args.workers, args.max_bad, args.max_missing)

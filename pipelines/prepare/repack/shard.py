@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.decoding.tar import member_space
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestError, ManifestRow, write_manifest
+from pipelines.manifest import Manifest, ManifestError, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -84,8 +84,8 @@ def shard_tasks(name: str, manifest: Manifest, target: Path, shard_bytes: int) -
 
 
 def _space(row: ManifestRow) -> int:
-    """Estimate a clip's bytes in a shard. It is no exact size, because the row has no size of each frame."""
-    overhead = row.num_frames * member_space(16) if row.codec == JPEG_FRAMES else 0
+    """Estimate a clip's bytes in a shard. It is no exact size, because the row has no size of each image."""
+    overhead = row.num_images * member_space(16) if row.is_images else 0
     return member_space(row.length) + overhead + member_space(1)
 
 

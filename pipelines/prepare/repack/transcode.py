@@ -14,6 +14,7 @@ from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport, check_fraction, refuse_bad, write_bad_files
 from pipelines.prepare.worker_pool import Died, run_guarded
+from pipelines.stream.modality import FLOW
 
 from .encoders import ENCODERS
 from .job_array import Part, part_lock
@@ -60,6 +61,7 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
     check_settings(settings)
     check_fraction("--max-bad", max_bad)
     manifests = open_manifests(root)
+    _refuse_flow(manifests)
     inputs = {**asdict(settings), "manifests": {name: each.digest for name, each in manifests.items()}}
     try:
         claim_folder(target, target / RECORDS_NAME, inputs)
@@ -74,6 +76,16 @@ def transcode(root: Path, target: Path, settings: Settings, workers: int, part: 
             return _finish(target, manifests, tasks, failed, len(waiting), max_bad)
     except OSError as error:
         raise DataSetError(cannot_write(error.filename or target, error, "--to")) from error
+
+
+def _refuse_flow(manifests: dict[str, Manifest]) -> None:
+    """Raise DataSetError for clips of optical flow, whose values must not change as those of an image may."""
+    for manifest in manifests.values():
+        if FLOW in manifest.modalities():
+            raise DataSetError(
+                f"{manifest.path}: its clips are optical flow, which is not transcoded. "
+                "Fix: transcode the frames, and compute the flow of the result"
+            )
 
 
 def clip_tasks(name: str, manifest: Manifest, target: Path, settings: Settings) -> list[ClipTask]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pipelines.decoding.video import EncodedVideo
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import ManifestRow
 from pipelines.prepare.errors import cannot_write
 from pipelines.prepare.scan.scan_clip import ClipFacts, scan_video
 from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import Manifest
 from pipelines.prepare.annotations.lists import read_lists
 from tests.helpers.clips import plain_video, write_frames, write_mp4, write_video
 

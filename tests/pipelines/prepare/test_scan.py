@@ -19,7 +19,8 @@ from PIL import Image
 
 import prepare
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_COLOURS, JPEG_FRAMES, Manifest
+from pipelines.jpeg_clips import JPEG_COLOURS, JPEG_FRAMES
+from pipelines.manifest import Manifest
 from pipelines.prepare.annotations.base import Annotations, Clip
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.scan.frame_folders import FrameSeries, find_frames, scan_frames

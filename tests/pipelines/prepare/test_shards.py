@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 import prepare
 from pipelines.decoding import shard_reader
-from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
+from pipelines.decoding.clip_bytes import clip_bytes, image_bytes
 from pipelines.decoding.decode import choose_decoder, decode_clip
 from pipelines.decoding.tar import member_space
 from pipelines.errors import BadClip
+from pipelines.jpeg_clips import JPEG_FRAMES
 from pipelines.loading.clips import ClipSource, TrainingClips
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
+from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.repack.job_array import Part, find_part
 from pipelines.prepare.repack.shard import RECORDS_NAME, parse_bytes, shard_tasks
@@ -105,7 +106,7 @@ def test_clips_are_the_same_as_in_files(files: Path, shards: Path, split: str, d
         assert torch.equal(video_TCHW, decode_clip(decoder, files, row, frame_T))
         if row.codec == JPEG_FRAMES:
             for frame in range(row.num_frames):
-                assert frame_bytes(shards, packed, frame)[1] == frame_bytes(files, row, frame)[1]
+                assert image_bytes(shards, packed, frame)[1] == image_bytes(files, row, frame)[1]
         else:
             assert clip_bytes(shards, packed).tobytes() == (files / row.path).read_bytes()
 
@@ -130,7 +131,7 @@ def test_only_the_frames_asked_for_are_read(shards: Path, monkeypatch: pytest.Mo
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", count)
-    frames = {number: frame_bytes(shards, row, number)[1] for number in (0, 5)}
+    frames = {number: image_bytes(shards, row, number)[1] for number in (0, 5)}
     index_bytes = 16 * row.num_frames
     assert read == [512 + index_bytes, 512 + len(frames[0]), 512 + len(frames[5])]
 

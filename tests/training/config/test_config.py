@@ -170,6 +170,7 @@ def test_an_older_config_has_the_micro_batch_as_a_number(tmp_path: Path) -> None
 
 BAD_VALUES: list[tuple[str, Any]] = [
     ("model.backbone", "vgg"),
+    ("model.modality", "depth"),
     ("model.init", ""),
     ("model.init_sha256", "abc"),
     ("model.shift", "inplace"),
@@ -212,6 +213,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("optimizer.weight_decay", -1e-4),
     ("optimizer.bias_lr_multiplier", 0.0),
     ("optimizer.classifier_lr_multiplier", 0.0),
+    ("optimizer.first_conv_lr_multiplier", 0.0),
     ("optimizer.trust_coefficient", 0.0),
     ("optimizer.eps", -1.0),
     ("optimizer.momentum", 1.0),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import Manifest
 from pipelines.prepare.annotations.class_folders import read_class_folders
 from pipelines.prepare.scan.write_manifests import scan_one, write_manifests
 from pipelines.prepare.shapes.write import ShapesConfig, write_shapes
