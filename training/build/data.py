@@ -105,7 +105,12 @@ def _pairs(data: DataConfig) -> tuple[tuple[str, str], ...]:
 
 
 def check_manifests(training: Manifest, validation: Manifest, augmentation: Augmentation) -> None:
-    """Raise ConfigError, naming a class, if the splits have different classes or mirrored clips would get a wrong label."""
+    """Raise ConfigError, naming a class, if the splits have different classes or mirrored clips would get a wrong label.
+
+    Raises DataError for clips of another modality.
+    """
+    for manifest in (training, validation):
+        check_modality(manifest, augmentation.modality)
     if training.classes != validation.classes:
         difference = first_difference(validation.classes, str(validation.path), training.classes, str(training.path))
         raise ConfigError(
@@ -117,6 +122,21 @@ def check_manifests(training: Manifest, validation: Manifest, augmentation: Augm
         check_flip(augmentation.flip, training.classes, augmentation.mirrored_words)
     except ValueError as error:
         raise ConfigError(f"pipeline.flip={augmentation.flip}: {error}") from error
+
+
+def check_modality(manifest: Manifest, modality: str) -> None:
+    """Raise DataError unless all clips of the manifest have this modality."""
+    others = manifest.modalities() - {modality}
+    if others:
+        fix = (
+            "data.root=FOLDER of flow (prepare.py flow)"
+            if modality == "flow"
+            else "data.root=FOLDER of videos or frames"
+        )
+        raise DataError(
+            f"{manifest.path} has clips of {' and '.join(sorted(others))}, and model.modality={modality}. "
+            f"Fix: {fix}, or model.modality={min(others)}"
+        )
 
 
 def describe_mirror(training: Manifest, augmentation: Augmentation) -> list[str]:
@@ -132,7 +152,8 @@ def describe_mirror(training: Manifest, augmentation: Augmentation) -> list[str]
 
 
 def evaluation_clips_of(source: ClipSource, protocol: EvalProtocol, data: DataConfig) -> EvaluationClips:
-    """Build the evaluation dataset."""
+    """Build the evaluation dataset. Raises DataError if the network is for clips of another modality."""
+    check_modality(source.manifest, protocol.modality)
     return EvaluationClips(source, protocol, _pairs(data))
 
 

@@ -14,7 +14,7 @@ from pipelines.manifest import Manifest
 from pipelines.stream.continuous import BEGINNINGS_PERCENT
 from pipelines.stream.eval_views import EvalProtocol
 from runtime.atomic_write import write_text
-from training.build.data import Loader, make_loader, protocol_of, source_of
+from training.build.data import Loader, evaluation_clips_of, make_loader, protocol_of, source_of
 from training.build.normalise import Normaliser
 from training.config.schema import Config
 from training.errors import ConfigError
@@ -62,7 +62,9 @@ def evaluate_on_stream(
     def data_of(subject: Subject, protocol: EvalProtocol) -> tuple[EvaluationClips, Loader]:
         # The torch loader for all: DALI's pipelines have a fixed number of frames, and pixels of their own.
         pipeline = replace(config.pipeline, loader="torch")
-        clips = EvaluationClips(source_of(pipeline, manifest, backend.device, config.data.retry_s), protocol)
+        clips = evaluation_clips_of(
+            source_of(pipeline, manifest, backend.device, config.data.retry_s), protocol, config.data
+        )
         return clips, make_loader(pipeline, clips, backend)
 
     label_N = torch.from_numpy(manifest.labels().astype("int64"))
