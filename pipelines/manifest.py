@@ -20,11 +20,13 @@ from runtime.atomic_write import atomic_write
 
 from .jpeg_clips import COMPONENT, IMAGES_PER_FRAME, JPEG_FLOW, modality_of
 from .manifest_checks import column_fault, flow_fault, value_fault
-from .manifest_digest import content_digest, evidence_digest, older_digest
+from .manifest_digest import EVIDENCE, content_digest, evidence_digest, older_digest
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18
 HINT = "prepare.py makes one"
+UNLABELLED = -1
+"""The label of every clip of a manifest without labels: of a test split whose labels were not published."""
 SHARD_SUFFIX = ".tar"
 """The suffix of a row's path if the clip is in a shard."""
 
@@ -51,6 +53,7 @@ class ManifestRow:
     """Bytes of the clip. For a clip with a file of its own: the file's size, so that stat reveals a replaced file. For
     JPEG images in files: the total bytes of all images."""
     label: int
+    """Position of the clip's class, or UNLABELLED."""
     num_frames: int
     """Number of frames that decode; for optical flow: of flow fields, each of which has an x and a y."""
     codec: str
@@ -69,6 +72,8 @@ class ManifestRow:
     """The stored frames are to be mirrored left and right, before they are rotated."""
     fast_seek: bool | None = None
     """The scan has found that a decoder that seeks (torchcodec) gives the same frames as one that counts. None: not tried."""
+    name: str = ""
+    """Name of the clip (clip_names.py), if the path does not say it: in a shard, or transcoded. Empty: the path says it."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -110,6 +115,7 @@ _TYPES = {
     "colour_range": pa.string(),
     "mirrored": pa.bool_(),
     "fast_seek": pa.bool_(),
+    "name": pa.string(),
 }
 _NAMES = [field.name for field in fields(ManifestRow)]
 _REQUIRED = [field.name for field in fields(ManifestRow) if field.default is MISSING]
@@ -128,9 +134,9 @@ class Manifest:
         """A number per class: classes with the same number differ only in the order of their frames. None: unknown."""
         self.split: str | None = meta["split"]
         self.digest: str = meta["digest"]
-        """sha256 of the header and every row, but for the columns EVIDENCE, computed when the manifest was written."""
+        """sha256 of the header and every row, but for names and the columns EVIDENCE, computed when the manifest was written."""
         self.evidence: str = meta.get("evidence", "")
-        """sha256 of the columns EVIDENCE; empty in older manifests, whose `digest` is of all columns."""
+        """sha256 of names and the columns EVIDENCE; empty in older manifests, whose `digest` is of all columns."""
         self._table = table
         self._blocks = table.to_batches()
         self._starts = np.cumsum([0, *(block.num_rows for block in self._blocks)])
@@ -174,6 +180,11 @@ class Manifest:
         # An older manifest has fewer columns: the last fields keep their defaults.
         return ManifestRow(*(column[at].as_py() for column in block.columns))
 
+    @property
+    def labelled(self) -> bool:
+        """The labels of the clips are known; otherwise all of them are UNLABELLED."""
+        return self._table.column("label")[0].as_py() != UNLABELLED
+
     def labels(self) -> np.ndarray:
         """Return label_N, int32 (a copy if the manifest has several blocks)."""
         return self._table.column("label").to_numpy()
@@ -186,8 +197,7 @@ class Manifest:
 
     def rows_of(self, most: int, **values: Any) -> list[int]:
         """List the first rows whose fields have these values, at most `most`."""
-        table = self._with_defaults(values)
-        columns = {name: table.column(name) for name in values}
+        columns = dict(zip(values, self._with_defaults(values).columns, strict=True))
         matches = [
             pc.is_null(columns[name]) if value is None else pc.equal(columns[name], value)
             for name, value in values.items()
@@ -216,6 +226,10 @@ class Manifest:
         values = self._table.column(_NULLABLE).filter(is_video)
         fast = pc.sum(values).as_py() or 0
         return fast, len(values) - fast - values.null_count, values.null_count
+
+    def decodes_as(self, other: "Manifest") -> bool:
+        """Tell whether the columns EVIDENCE are those of another manifest of the same clips."""
+        return self._with_defaults(EVIDENCE).equals(other._with_defaults(EVIDENCE))
 
     def is_as_written(self) -> bool:
         """Tell whether header and rows still have the digests that were computed when they were written."""
@@ -295,7 +309,7 @@ def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[i
         raise ManifestError(
             f"{where}: {len(order_groups)} order groups for {len(classes)} classes; give one number per class"
         )
-    if fault := value_fault(table, len(classes), _NULLABLE):
+    if fault := value_fault(table, len(classes), _NULLABLE, UNLABELLED):
         raise ManifestError(f"{where}: {fault}")
 
 

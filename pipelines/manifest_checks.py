@@ -22,15 +22,20 @@ def column_fault(schema: pa.Schema, types: dict[str, pa.DataType], required: int
     return f"wrong columns: {'; '.join(wrong) or f'the order must be {names}'}"
 
 
-def value_fault(table: pa.Table, num_classes: int, nullable: str) -> str | None:
-    """Describe the first value that is wrong, with its row; None if all are right."""
+def value_fault(table: pa.Table, num_classes: int, nullable: str, unlabelled: int) -> str | None:
+    """Describe the first value that is wrong, with its row; None if all are right. All labels are `unlabelled`, or none."""
     if table.num_rows == 0:
         return "has no rows: no clip was found for it"
     for name in table.schema.names:
         if table.column(name).null_count and name != nullable:
             return f"row {pc.index(pc.is_null(table.column(name)), True).as_py()} has no {name}"
+    has_labels = pc.max(table.column("label")).as_py() != unlabelled
     allowed = {
-        "label": (0, num_classes - 1, f"outside of 0 to {num_classes - 1} (there are {num_classes} classes)"),
+        "label": (
+            0 if has_labels else unlabelled,
+            num_classes - 1,
+            f"outside of 0 to {num_classes - 1} (there are {num_classes} classes)",
+        ),
         "num_frames": (1, None, "below 1"),
         "offset": (0, None, "below 0"),
         "length": (1, None, "below 1"),

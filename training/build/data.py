@@ -30,9 +30,9 @@ Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
 def open_manifest(data: DataConfig, split: str, modality: str = RGB) -> Manifest:
-    """Open the manifest of `train` or `val`, of clips of this modality.
+    """Open the manifest of `train`, `val` or `test`, of clips of this modality.
 
-    Raises DataError with the fix if it is missing, changed, or has other classes or clips.
+    Raises DataError with the fix if it is missing, changed, has other classes or clips, or is not for tests and has no labels.
     """
     path = CHECKOUT / data.root / getattr(data, split)
     try:
@@ -41,6 +41,10 @@ def open_manifest(data: DataConfig, split: str, modality: str = RGB) -> Manifest
         manifest.require_as_written()
     except ManifestError as error:
         fix = data.prepare or "prepare.py (docs/data.md), or data.root=FOLDER of the manifests"
+        if split == "test":
+            fix += (
+                "; the annotations must have a test list (docs/evaluation.md), or data.test=FILE names another manifest"
+            )
         raise DataError(f"{error}. Fix: {fix}") from error
     if len(manifest.classes) != data.num_classes:
         raise DataError(
@@ -48,6 +52,11 @@ def open_manifest(data: DataConfig, split: str, modality: str = RGB) -> Manifest
             f"Fix: data.num_classes={len(manifest.classes)}, or data.root=FOLDER of the data set that you mean"
         )
     _require_modality(manifest, modality)
+    if split != "test" and not manifest.labelled:
+        raise DataError(
+            f"{path} has clips without labels, which neither training nor validation can use. Fix: data.{split}=FILE of clips with "
+            "labels; for predictions of these: evaluate.py evaluation.split=test data.test=FILE"
+        )
     return manifest
 
 

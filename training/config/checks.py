@@ -14,6 +14,9 @@ from .modality import check_modality
 from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from .wandb_names import check_wandb_names
 
+ENSEMBLE_AVERAGES = ("logits", "softmax")
+"""Values of evaluation.ensemble_average."""
+
 _BACKBONES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
     "wide_resnet50_2", "wide_resnet101_2", "mobilenet_v2",
@@ -28,8 +31,10 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "pipeline.decoder": ("auto", "torchcodec", "pyav"),
     "pipeline.sampling": ("uniform", "dense", "stream"),
     "pipeline.flip": ("off", "on", "relabel"),
+    "evaluation.split": ("val", "test"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense", "stream"),
     "evaluation.crops": (1, 3, 5, 10),
+    "evaluation.ensemble_average": ENSEMBLE_AVERAGES,
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
@@ -108,6 +113,26 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
     _check_names(config)
     check_wandb_names(config)
+
+
+def check_training(config: Config) -> None:
+    """Raise ConfigError for settings that only an evaluation can use."""
+    evaluation = config.evaluation
+    if evaluation.save_logits or evaluation.ensemble or evaluation.explain:
+        raise ConfigError(
+            "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
+            "Fix: train without them, then evaluate the run"
+        )
+    if evaluation.clips == "stream":
+        raise ConfigError(
+            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
+            "evaluation=stream"
+        )
+    if evaluation.split != "val":
+        raise ConfigError(
+            f"evaluation.split={evaluation.split} is for evaluate.py: training evaluates on data.val. Fix: evaluation.split=val, "
+            "then evaluate the run"
+        )
 
 
 def _check_names(config: Config) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.errors import BadClip
 from pipelines.loading.clips import EvaluationClips
-from pipelines.manifest import Manifest, write_manifest
+from pipelines.manifest import UNLABELLED, Manifest, write_manifest
 from pipelines.prepare.scan.scan_journal import Scanned
 from pipelines.prepare.scan.write_manifests import row_of, scan_each
 from pipelines.stream.frame_sampling import EVALUATION_RULES
@@ -129,7 +129,7 @@ def scan_videos(videos: Sequence[Path], processes: int) -> dict[Path, Scanned]:
 
 def clips_of(run: TrainedRun, scanned: Sequence[Scanned], folder: Path) -> EvaluationClips:
     """Return the evaluation clips of good videos, in their order, by a manifest that is written into `folder`."""
-    rows = [row_of(replace(each, path=str(Path(each.path).absolute())), label=0) for each in scanned]
+    rows = [row_of(replace(each, path=str(Path(each.path).absolute())), UNLABELLED) for each in scanned]
     manifest = folder / "predict.arrow"
     write_manifest(manifest, rows, run.classes)
     config = run.config

@@ -42,14 +42,15 @@ _KEYS = {
         evaluation.amp evaluation.clips evaluation.crops evaluation.full_resolution evaluation.portrait_bug
     """,
     # data.train: of a run without class names an evaluation reads those of its training clips.
+    # evaluation.split: a run has no scores of its own on test clips, and every result names the split.
     Kind.FREE: """
-        data.name data.root data.train data.train_clips data.frame_rate data.prepare data.max_bad_clips data.retry_s
+        data.name data.root data.train data.test data.train_clips data.frame_rate data.prepare data.max_bad_clips data.retry_s
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
         evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
-        evaluation.ensemble evaluation.ensemble_weights outputs run_id
+        evaluation.split evaluation.ensemble evaluation.ensemble_weights evaluation.ensemble_average outputs run_id
     """,
     Kind.UNREAD: """
         model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256

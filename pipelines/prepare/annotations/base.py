@@ -17,6 +17,7 @@ class Clip:
 
     path: Path
     label: int
+    """Position of its class; UNLABELLED for the clips of a test list without labels."""
     where: str
     """File and line of the annotation, for messages."""
     listed_frames: int | None = None
@@ -29,7 +30,7 @@ class Annotations:
 
     classes: list[str]
     splits: dict[str, list[Clip]]
-    """`train` and `val`, and `test` if its labels are known; clips in the order of their list."""
+    """`train` and `val`, and `test` if there is one, with labels or without; clips in the order of their list."""
     notes: tuple[str, ...] = ()
     """Files and lists that the reader skipped, for the report."""
     images: str = JPEG_FRAMES

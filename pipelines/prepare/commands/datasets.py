@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.manifest import UNLABELLED
 from pipelines.prepare.annotations.base import Annotations, check_annotations
 from pipelines.prepare.annotations.class_folders import read_class_folders
 from pipelines.prepare.annotations.flow import FLOW_IMAGES, as_flow
@@ -128,7 +129,7 @@ def _add_list(commands: Commands) -> None:
     parser.add_argument("--classes", type=Path, required=True, help="text file of class names, one per line")
     parser.add_argument("--train", type=Path, required=True, help="list of the training clips")
     parser.add_argument("--val", type=Path, required=True, help="list of the validation clips")
-    parser.add_argument("--test", type=Path, help="list of test clips with labels")
+    parser.add_argument("--test", type=Path, help="list of test clips, with labels or only paths")
     parser.add_argument("--delimiter", choices=DELIMITER_NAMES, help="between the fields; detected by default")
     _add_flow(parser)
 
@@ -204,7 +205,8 @@ def run_dataset(args: argparse.Namespace) -> None:
     reports = write_manifests(args.root, annotations, args.workers, args.max_bad, args.max_missing)
     print(f"{args.root}: {len(annotations.classes)} classes; {time.perf_counter() - start_s:.1f} s")
     for split, report in reports.items():
-        print(f"  {args.root / split}.arrow: {_describe(report)}")
+        labels = ", without labels" if annotations.splits[split][0].label == UNLABELLED else ""
+        print(f"  {args.root / split}.arrow: {_describe(report)}{labels}")
     for note in notes:
         print(f"  {note}")
     for split, report in reports.items():

@@ -10,7 +10,7 @@ from pipelines.decoding.clip_bytes import encoded_video, image_bytes, read_video
 from pipelines.decoding.shard_reader import INDEX_DTYPE, close_shards
 from pipelines.decoding.tar import TarWriter, member_space
 from pipelines.errors import BadClip
-from pipelines.manifest import SHARD_SUFFIX, ManifestRow, in_shard
+from pipelines.manifest import SHARD_SUFFIX, UNLABELLED, ManifestRow, in_shard
 from pipelines.prepare.errors import cannot_write
 from runtime.atomic_write import atomic_write, write_text
 from runtime.file_lock import file_lock
@@ -86,7 +86,8 @@ def _write(task: ShardTask) -> ShardRecord:
             row = manifest.row(number)
             add = _add_images if row.is_images else _add_video
             offset, length = add(writer, f"{number:09d}", manifest.root, row)
-            writer.add(f"{number:09d}.cls", str(row.label).encode())
+            if row.label != UNLABELLED:
+                writer.add(f"{number:09d}.cls", str(row.label).encode())
             offsets.append(offset)
             lengths.append(length)
         sha256 = writer.finish()

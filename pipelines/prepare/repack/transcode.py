@@ -6,9 +6,10 @@ missing clips, and any number of machines can share the work. The process that f
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from pipelines.clip_names import clip_name
 from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
@@ -144,7 +145,7 @@ def _collect(
         source = manifest.row(task.number)
         row = find_row(task, source)
         if row is not None:
-            rows.append(row)
+            rows.append(replace(row, name=clip_name(source)))
             before += source.length
         elif (reason := failed.get(task) or find_reason(task)) is not None:
             report.bad.append((source.path, reason))

@@ -1,11 +1,11 @@
-"""Refuse a manifest whose content changed after prepare.py wrote it."""
+"""Refuse a manifest whose content changed after prepare.py wrote it, and one without labels where labels are needed."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.manifest import Manifest, ManifestRow, write_manifest
+from pipelines.manifest import UNLABELLED, Manifest, ManifestRow, write_manifest
 from runtime.exit_codes import EXIT_DATA
 from training.build.class_names import checkpoint_classes
 from training.build.data import open_manifest
@@ -65,3 +65,24 @@ def test_a_changed_manifest_names_no_classes_of_an_old_checkpoint(data: DataConf
     path.write_bytes(path.read_bytes().replace(b'["a", "b", "c"]', b'["b", "a", "c"]'))
     assert Manifest.open(path).classes == ["b", "a", "c"]
     assert checkpoint_classes(state, tmp_path, path) is None
+
+
+def test_clips_without_labels_are_only_for_tests(data: DataConfig) -> None:
+    """Neither training nor validation takes them, whatever the file's name; the remedy that the error names works."""
+    root = Path(data.root)
+    rows = [ManifestRow(f"{number}.mp4", 0, 10, UNLABELLED, 8, "h264", 64, 48, 0) for number in range(3)]
+    write_manifest(root / "test.arrow", rows, ["a", "b", "c"], split="test")
+    assert not open_manifest(data, "test").labelled
+    assert open_manifest(data, "train").labelled
+    for split in ("train", "val"):
+        setattr(data, split, "test.arrow")
+        with pytest.raises(
+            DataError, match=rf"clips without labels.* Fix: data\.{split}=FILE.*evaluation\.split=test data\.test=FILE"
+        ) as caught:
+            open_manifest(data, split)
+        assert caught.value.exit_code == EXIT_DATA
+    data.test = "other.arrow"
+    with pytest.raises(
+        DataError, match=r"other\.arrow: no such manifest.*Fix: python prepare\.py folder; .*data\.test=FILE"
+    ):
+        open_manifest(data, "test")

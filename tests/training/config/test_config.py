@@ -261,6 +261,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("evaluation.batch", 0),
     ("evaluation.clips", "thrice"),
     ("evaluation.crops", 4),
+    ("evaluation.split", "train"),
+    ("evaluation.ensemble_average", "mean"),
     ("evaluation.explain", -1),
     ("evaluation.distances", []),
     ("evaluation.distances", [1, 0]),
@@ -303,9 +305,9 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 
 
 FREE_TEXT = {
-    "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.prepare", "logger.project",
-    "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "checkpoint.second_place",
-    "name", "outputs", "run_id",
+    "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.test", "data.prepare",
+    "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot",
+    "checkpoint.second_place", "name", "outputs", "run_id",
 }  # fmt: skip
 
 

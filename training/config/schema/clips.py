@@ -15,6 +15,8 @@ class DataConfig:
     """Manifest of the training clips, in root."""
     val: str = "val.arrow"
     """Manifest of the validation clips, in root."""
+    test: str = "test.arrow"
+    """Manifest of the test clips, in root, for evaluation.split=test."""
     prepare: str = ""
     """Command that prepares the data set, for the error about a missing manifest."""
     num_classes: int = MISSING

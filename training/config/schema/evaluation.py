@@ -13,6 +13,8 @@ class EvaluationConfig:
     """Autocast of evaluation and precise batch norm: off (numerics.dtype, whatever training used), bfloat16 or float16."""
     checkpoint: str = "newest"
     """Checkpoint of a run that evaluate.py loads: newest, best, or the name of one (step-00001200)."""
+    split: str = "val"
+    """Clips that evaluate.py shows the network: val, or test, which may have no labels (data.test)."""
     clips: str = "validation"
     """Temporal views: validation (1, by pipeline.sampling), uniform (1), twice (2), dense (10); or stream: without resets."""
     crops: int = 1
@@ -29,6 +31,8 @@ class EvaluationConfig:
     """evaluate.py averages these files of saved logits instead of evaluating a run."""
     ensemble_weights: list[float] = field(default_factory=list)
     """A weight for each file of the ensemble; empty: equal ones."""
+    ensemble_average: str = "logits"
+    """What the ensemble averages: logits, as the official code does by default, or softmax."""
     distances: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     """Frame distances of evaluation=stream: every frame, every second one ..."""
     beside: list[str] = field(default_factory=list)
