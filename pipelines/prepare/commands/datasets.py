@@ -15,9 +15,10 @@ from pipelines.prepare.annotations.same_files import check_same_files
 from pipelines.prepare.annotations.twentybn import CLASS_ORDERS, read_something_v2, read_twentybn_csv
 from pipelines.prepare.annotations.ucf101 import SPLITS, read_hmdb51, read_ucf101
 from pipelines.prepare.scan.write_manifests import write_manifests
-from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport
+from pipelines.prepare.split_report import SplitReport
 
 from .arguments import Commands, add_workers
+from .summary import print_left_out
 
 Reader = Callable[[argparse.Namespace], Annotations]
 
@@ -220,9 +221,7 @@ def run_dataset(args: argparse.Namespace) -> None:
             "  NOTE: torchcodec does not load here, so its frames were compared in no new video. Training decodes these with "
             "PyAV, from the first frame. Fix: install FFmpeg's libraries and torchcodec, and run the same command again"
         )
-    lost = sum(len(report.bad) + len(report.missing) for report in reports.values())
-    if lost:
-        print(f"  LEFT OUT: {lost} clips, listed with reasons in {args.root / BAD_FILES_NAME}")
+    print_left_out(args.root, reports)
 
 
 def _describe(report: SplitReport) -> str:

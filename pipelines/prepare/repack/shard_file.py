@@ -101,9 +101,16 @@ def _add_video(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tup
 
 
 def _add_images(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
-    """Add the index, then the images. The clip reaches from the index's first byte to the last image's last byte."""
     images = [image_bytes(root, row, number)[1] for number in range(row.num_images)]
     _check_images(root, row, images)
+    return add_images(writer, key, images)
+
+
+def add_images(writer: TarWriter, key: str, images: list[bytes]) -> tuple[int, int]:
+    """Add the index of a clip's images, then the images. Returns the clip's offset, of the index, and its length.
+
+    The clip reaches from the index's first byte to the last image's last byte.
+    """
     index = np.zeros(len(images), INDEX_DTYPE)
     place = member_space(index.nbytes)
     for number, content in enumerate(images):

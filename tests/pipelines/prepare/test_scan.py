@@ -78,7 +78,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "source", "function", "failed"),
     [
         ("folder", "new", "prepare.scan.write_manifests.scan_one", r"scanning \S*/new/train/one/0\.mp4"),
-        ("transcode", "files", "prepare.repack.transcode.transcode_clip", r"encoding \S*/files/train\.arrow, row 0,"),
+        ("transcode", "files", "prepare.repack.remake.make_clip", r"encoding \S*/files/train\.arrow, row 0,"),
         ("shard", "files", "prepare.repack.shard.write_shard", r"writing \S*/made/\S+\.tar"),
         ("verify", "files", "prepare.repack.verify.check", r"verifying \S*/files/train\.arrow, rows from 0"),
         ("verify", "shards", "prepare.repack.verify.check", r"verifying \S*/shards/\S+\.tar"),
