@@ -91,7 +91,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     resumed, initial = find_start(config.model, config.checkpoint, folder) if topology.rank == 0 else (None, None)
     code = code_version(CHECKOUT) if topology.rank == 0 else {}
     identity = backend.broadcast_object(initial.identity if initial else None)
-    training, validation = (open_manifest(config.data, split, config.model.modality) for split in ("train", "val"))
+    training, validation = open_manifest(config.data, "train"), open_manifest(config.data, "val")
     check_agreement(backend, asdict(config) | {"(manifest)": [training.digest, validation.digest]})
     augmentation = augmentation_of(config.model, config.data, config.pipeline)
     check_manifests(training, validation, augmentation)

@@ -18,7 +18,7 @@ from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.mirror_labels import check_flip, find_mirror
-from pipelines.stream.modality import RGB
+from pipelines.stream.modality import FLOW
 from runtime.checkout import CHECKOUT
 from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, PipelineConfig
 from training.errors import ConfigError, DataError
@@ -29,10 +29,10 @@ from .stream import stream_sampling_of
 Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
-def open_manifest(data: DataConfig, split: str, modality: str = RGB) -> Manifest:
-    """Open the manifest of `train`, `val` or `test`, of clips of this modality.
+def open_manifest(data: DataConfig, split: str) -> Manifest:
+    """Open the manifest of `train`, `val` or `test`. Raises DataError with the fix for one that cannot be used.
 
-    Raises DataError with the fix if it is missing, changed, has other classes or clips, or is not for tests and has no labels.
+    It is missing, changed, has other classes, or is not for tests and has no labels.
     """
     path = CHECKOUT / data.root / getattr(data, split)
     try:
@@ -51,26 +51,12 @@ def open_manifest(data: DataConfig, split: str, modality: str = RGB) -> Manifest
             f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}. "
             f"Fix: data.num_classes={len(manifest.classes)}, or data.root=FOLDER of the data set that you mean"
         )
-    _require_modality(manifest, modality)
     if split != "test" and not manifest.labelled:
         raise DataError(
             f"{path} has clips without labels, which neither training nor validation can use. Fix: data.{split}=FILE of clips with "
             "labels; for predictions of these: evaluate.py evaluation.split=test data.test=FILE"
         )
     return manifest
-
-
-def _require_modality(manifest: Manifest, modality: str) -> None:
-    found = manifest.modalities()
-    if found == {modality}:
-        return
-    if len(found) > 1:
-        fix = "prepare frames and optical flow into a folder each"
-    else:
-        fix = f"model.modality={min(found)}, or data.root=FOLDER of manifests of {modality}"
-    raise DataError(
-        f"{manifest.path} has clips of {' and '.join(sorted(found))}, and model.modality={modality}. Fix: {fix}"
-    )
 
 
 def find_decoder(pipeline: PipelineConfig) -> str:
@@ -137,14 +123,12 @@ def check_modality(manifest: Manifest, modality: str) -> None:
     """Raise DataError unless all clips of the manifest have this modality."""
     others = manifest.modalities() - {modality}
     if others:
-        fix = (
-            "data.root=FOLDER of flow (prepare.py flow)"
-            if modality == "flow"
-            else "data.root=FOLDER of videos or frames"
-        )
+        fix = "FOLDER of flow (prepare.py flow)" if modality == FLOW else "FOLDER of videos or frames"
+        fix = f"data.root={fix}, or model.modality={min(others)}"
+        if modality in manifest.modalities():
+            fix = "prepare frames and optical flow into a folder each"
         raise DataError(
-            f"{manifest.path} has clips of {' and '.join(sorted(others))}, and model.modality={modality}. "
-            f"Fix: {fix}, or model.modality={min(others)}"
+            f"{manifest.path} has clips of {' and '.join(sorted(others))}, and model.modality={modality}. Fix: {fix}"
         )
 
 

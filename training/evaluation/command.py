@@ -115,7 +115,7 @@ def evaluate_task(config: Config, backend: Backend, control: ControlChannel) -> 
 def _open_clips(config: Config) -> Manifest:
     """Open the manifest of evaluation.split. Raises ConfigError if its clips lack labels or names that the evaluation needs."""
     settings = config.evaluation
-    manifest = open_manifest(config.data, settings.split, config.model.modality)
+    manifest = open_manifest(config.data, settings.split)
     asked_for = [("evaluation=stream", settings.clips == STREAM), ("--explain", settings.explain > 0)]
     for what, is_asked_for in asked_for:
         if is_asked_for and not manifest.labelled:

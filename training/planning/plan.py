@@ -95,7 +95,7 @@ def make_plan(config: Config) -> Plan:
     plan.attempt(check_single_process)
     plan.attempt(lambda: check_training(config))
     for split in ("train", "val"):
-        manifest = plan.attempt(lambda split=split: open_manifest(config.data, split, config.model.modality))  # type: ignore[misc]
+        manifest = plan.attempt(lambda split=split: open_manifest(config.data, split))  # type: ignore[misc]
         if manifest is not None:
             plan.manifests[split] = manifest
             plan.attempt(lambda manifest=manifest: check_files(config.data, manifest))  # type: ignore[misc]

@@ -223,8 +223,13 @@ def test_optical_flow(tmp_path: Path, device: torch.device, codec: str, name: st
     flow = training(manifest, Augmentation(4, 32, flip="on", modality="flow"))
     protocol = EvalProtocol(4, 32, crops=10, modality="flow")
     views = EvaluationClips(ClipSource(manifest, "pyav"), protocol)
-    check_alike(*both(flow, positions(3, 4), device))
+    ours, theirs = both(flow, positions(3, 4), device)
+    check_alike(ours, theirs)
     check_alike(*both(views, evaluation_rows(CLIPS, 4, 0, 1), device))
+    if device.type == "cpu" and codec == JPEG_FLOW:
+        # Grey images have no chroma, which decoders interpolate in different ways.
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.video_NTCHW.int() - other.video_NTCHW.int()).abs().max() <= 2
     # A header without content: DALI fails on the batch, and the host decodes it.
     for path in (tmp_path / "4").iterdir():
         path.write_bytes(path.read_bytes()[:400])

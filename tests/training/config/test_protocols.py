@@ -10,13 +10,11 @@ from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.frame_sampling import EVALUATION_RULES
 from pipelines.stream.mirror_labels import mirrored_labels
-from pipelines.stream.modality import FRAMES_PER_SEGMENT, channels_of
 from training.build.data import augmentation_of, protocol_of
 from training.build.recipe import recipe_of
 from training.config.checks import check
 from training.config.schema import Config
 from training.errors import ConfigError
-from tsm.modality import INPUT_CHANNELS
 
 from .test_config import config_of, smoke
 
@@ -64,10 +62,6 @@ def test_flow_is_sampled_and_evaluated_as_flow() -> None:
     flow, rgb = (recipe_of(each, 960, "digest") for each in (config, smoke()))
     assert flow.augmentation == rgb.augmentation and "modality" not in rgb.augmentation
     assert (flow.model["modality"], rgb.model.get("modality", "rgb")) == ("flow", "rgb")
-
-
-def test_loaders_and_networks_agree_on_the_channels() -> None:
-    assert {modality: channels_of(modality) for modality in FRAMES_PER_SEGMENT} == INPUT_CHANNELS
 
 
 def test_an_experiment_keeps_its_batch_under_another_protocol() -> None:

@@ -69,7 +69,7 @@ def open_clips(run: TrainedRun) -> Clips:
 def _clip_set(run: TrainedRun, split: str, most: int) -> ClipSet:
     config = run.config
     try:
-        manifest = open_manifest(config.data, split, config.model.modality)
+        manifest = open_manifest(config.data, split)
     except DataError as error:
         raise DataError(f"precision=int8 needs clips of the run's data set: {error}, or precision=fp32") from error
     if set(manifest.classes) != set(run.classes):
