@@ -44,7 +44,7 @@ def main() -> int:
     require_method("tvl1")
     facts = common.machine_facts(threads=1)
     samples = measure(CLIPS[:1] if options.quick else CLIPS, 2 if options.quick else options.pairs)
-    columns = {
+    columns: dict[str, tuple[str, float, int]] = {
         "ms per pair": ("flow_s", 1e3, 1),
         "ms to encode and check": ("encode_s", 1e3, 1),
         "KB per pair": ("bytes", 1e-3, 1),
