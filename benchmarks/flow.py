@@ -1,7 +1,7 @@
 """Measure what the optical flow of a pair of frames costs: CPU time, bytes, and the error on a known motion.
 
 python benchmarks/flow.py                          needs OpenCV: pip install -c constraints.txt opencv-contrib-python-headless
-python benchmarks/flow.py --pairs 20 --json FILE
+python benchmarks/flow.py --pairs 10 --json FILE
 
 Real footage (tools/fetch_footage.py), scaled as `prepare.py flow` does. The methods alternate on the same pairs, on one thread. For
 the error the second frame is the first one, turned, enlarged and moved by a known affine map.
@@ -12,7 +12,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ sys.path[0] = str(Path(__file__).parent.parent)  # the checkout instead of this 
 
 from benchmarks import common
 from benchmarks.input_data import fetch
+from pipelines.decoding.video import EncodedVideo, video_stream
 from pipelines.manifest import ManifestRow
 from pipelines.prepare.flow.flow_clip import SHORT_SIDE, encode_image, flow_size
 from pipelines.prepare.flow.optical_flow import FlowField, Grey, flow_estimator, require_method, to_levels
-from pipelines.prepare.repack.rescale import scaled_images
-from pipelines.prepare.scan.scan_clip import scan_clip
+from pipelines.prepare.repack.rescale import scaled_video
 
 # Footage whose shorter side is 256 pixels or more, and the frame to begin with.
-CLIPS = (("pedestrians.avi", 100), ("cup.mp4", 100), ("walk_vp9.mp4", 100), ("people.mp4", 50))
+CLIPS = (("pedestrians.avi", 20), ("cup.mp4", 20), ("walk_vp9.mp4", 20), ("people.mp4", 20))
 PRESETS = {"DIS, ultrafast": "ULTRAFAST", "DIS, fast": "FAST"}
 DIS, TVL1 = "DIS, medium (--method dis)", "TV-L1 (--method tvl1)"
 SHIFT_PX, TURN_DEGREES, ZOOM = (3.0, -2.0), 1.0, 1.01
@@ -39,7 +38,7 @@ SHIFT_PX, TURN_DEGREES, ZOOM = (3.0, -2.0), 1.0, 1.01
 
 def main() -> int:
     parser = common.argument_parser(__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of each clip")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of each clip")
     options = parser.parse_args()
     require_method("tvl1")
     facts = common.machine_facts(threads=1)
@@ -105,8 +104,10 @@ def read(path: Path, first: int, count: int) -> list[Grey]:
     """Read `count` grey frames of a video from frame `first` on."""
     import cv2
 
-    row = ManifestRow(path.name, 0, label=0, **asdict(scan_clip(path)))
-    images = islice(scaled_images(path.parent, row, flow_size(row)), first, first + count)
+    video = EncodedVideo(path.name, path)
+    with video_stream(video) as (_, stream):
+        row = ManifestRow(path.name, 0, 1, 0, first + count, "", stream.width, stream.height, 0)
+    images = islice(scaled_video(video, row, flow_size(row)), first, first + count)
     return [cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY) for image_HWC in images]
 
 

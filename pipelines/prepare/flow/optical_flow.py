@@ -45,7 +45,7 @@ def flow_estimator(method: str, short_side: int) -> Callable[[Grey, Grey], FlowF
     """
     import cv2
 
-    # Each process works on its own clip. DIS also gives other values with another number of threads.
+    # Each process works on its own clip.
     cv2.setNumThreads(1)
     algorithm: Any
     if method == "tvl1":
