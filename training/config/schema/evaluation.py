@@ -1,4 +1,4 @@
-"""What an evaluation shows the network, and what it writes."""
+"""Settings of evaluations: the views of a clip, and the files that evaluate.py writes."""
 
 from dataclasses import dataclass, field
 
