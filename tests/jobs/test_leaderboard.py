@@ -89,7 +89,9 @@ def save_and_join(outputs: Path, split: str) -> tuple[list[Path], Path, str]:
     for run in ("rgb", "flow"):
         settings = "evaluation=two_clips_full evaluation.save_logits=true"
         call(f"evaluate.py --run {outputs / run} {settings} evaluation.split={split}")
-        files.append(only(outputs / run / "logits", "*-test.safetensors" if split == "test" else "*crop.safetensors"))
+        paths = (outputs / run / "logits").glob("*.safetensors")
+        files += [path for path in paths if ("-test" in path.stem) == (split == "test")]
+    assert len(files) == 2
     names = ",".join(map(str, files))
     said = call(
         f"evaluate.py evaluation.ensemble=[{names}] evaluation.save_logits=true outputs={outputs} run_id=entry-{split}"
