@@ -301,16 +301,17 @@ def test_all_problems_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path
     (tmp_path / "file").touch()
     code, text, found = problems(
         capsys, "experiment=kinetics_1536", f"data.root={tmp_path}", f"outputs={tmp_path / 'file' / 'outputs'}",
-        "model.init=gone.pth", "distributed.world_size=1000",
+        "model.init=gone.pth", "distributed.world_size=1000", "evaluation.split=test",
     )  # fmt: skip
     assert code == 2
     for says in (
         "train.arrow: no such manifest", "val.arrow: no such manifest", "gone.pth does not exist",
         "does not divide over 1000 processes. Fix: use 1, 2, 3, 4, 6, 8,", f"{tmp_path / 'file'} is a file. Fix: outputs=",
+        "evaluation.split=test is for evaluate.py",
     ):  # fmt: skip
         assert len([line for line in found if says in line]) == 1, says
-    assert len(found) == 5
-    assert "problems   5, below" in text
+    assert len(found) == 6
+    assert "problems   6, below" in text
     assert "1.92 at 12288" in text, "what does not depend on them is still said"
 
 
