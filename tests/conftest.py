@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.fake_gpu.counters import is_loaded as fake_gpu_is_loaded
@@ -15,6 +16,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # Two threads of torch wait for each other in a busy loop, which takes their cores from whatever else runs: other tests, or
 # other ranks of the same job. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+# How long an example takes says nothing on a machine that is shared.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True)

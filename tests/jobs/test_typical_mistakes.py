@@ -59,7 +59,7 @@ MISTAKES = {
     "a run of another recipe": Mistake("train.py SMALL run_id=run optimizer.lr=1", 2, ("optimizer.lr", "another run_id")),
     "nothing to evaluate": Mistake("evaluate.py SMALL", 2, ("no weights to evaluate", "--run outputs/NAME")),
     "a run that is not there": Mistake("evaluate.py --run OUT/other", 2, ("OUT/other", "Fix: --run OUT/")),
-    "a run without a checkpoint": Mistake("evaluate.py --run OUT/empty", 2, ("no whole checkpoint", "--run outputs/NAME")),
+    "a run without a checkpoint": Mistake("evaluate.py --run OUT/empty", 2, ("no whole checkpoint", "Fix: name the folder")),
     "a launcher's leftovers": Mistake("train.py SMALL", 2, ("LOCAL_RANK", "unset"), (("RANK", "0"), ("WORLD_SIZE", "2"))),
     "fewer processes than configured": Mistake("train.py SMALL distributed.world_size=8", 2, ("world_size=8", "start 8 processes")),
     "torch's backend without its launcher": Mistake(

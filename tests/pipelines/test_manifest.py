@@ -62,7 +62,7 @@ rows_strategy = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=rows_strategy, block_rows=st.integers(1, 7))
 def test_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[ManifestRow], block_rows: int) -> None:
     path = tmp_path_factory.mktemp("manifest") / "train.arrow"

@@ -43,7 +43,7 @@ def recipe(**changes: Any) -> Recipe:
     world=st.integers(1, 24),
     limit=st.one_of(st.none(), st.integers(1, 12)),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_layout_holds_the_whole_batch_or_is_refused(batch: int, group: int, world: int, limit: int | None) -> None:
     try:
         execution = make_execution(batch, group, world, limit)
@@ -58,7 +58,7 @@ def test_a_layout_holds_the_whole_batch_or_is_refused(batch: int, group: int, wo
 
 
 @given(batch=st.integers(1, 96), group=st.integers(1, 96), world=st.integers(1, 24), limit=st.integers(1, 12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nothing_that_fits_is_refused(batch: int, group: int, world: int, limit: int) -> None:
     """Compare with a search over all numbers of micro-steps; the layout uses the fewest."""
     fitting = [
@@ -142,7 +142,7 @@ def test_sizes_below_one_are_refused(batch: int, group: int, key: str) -> None:
 
 
 @given(rows=st.integers(1, 200), batch=st.integers(1, 50), epochs=st.integers(1, 8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_epoch_ends_with_the_step_that_takes_its_last_clip(rows: int, batch: int, epochs: int) -> None:
     total = -(-rows * epochs // batch)
     a_recipe = recipe(num_rows=rows, global_batch=batch, total_steps=total)

@@ -23,7 +23,7 @@ def rates(schedule: Schedule) -> list[float]:
     start=st.floats(0, 0.5),
     peak=st.floats(0.6, 10),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_warm_up_is_linear_and_reaches_the_peak_right_behind_it(
     decay: Decay, warmup: int, start: float, peak: float
 ) -> None:
@@ -60,7 +60,7 @@ def test_milestones_and_their_factor_are_free() -> None:
 
 
 @given(warmup=st.integers(0, 20), total=st.integers(21, 200), end=st.floats(0, 0.05), peak=st.floats(0.1, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_cosine_is_half_a_wave(warmup: int, total: int, end: float, peak: float) -> None:
     schedule = Schedule("cosine", peak, total, warmup, end=end)
     for step in range(warmup, total + 1):
@@ -69,7 +69,7 @@ def test_cosine_is_half_a_wave(warmup: int, total: int, end: float, peak: float)
 
 
 @given(warmup=st.integers(0, 20), total=st.integers(21, 200), end=st.floats(0, 0.05), peak=st.floats(0.1, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_poly2_is_a_parabola(warmup: int, total: int, end: float, peak: float) -> None:
     schedule = Schedule("poly2", peak, total, warmup, end=end)
     for step in range(warmup, total + 1):

@@ -22,7 +22,7 @@ def dropped(seed_N: Tensor | None, x_NTC: Tensor, p: float = 0.5) -> Tensor:
 
 
 @given(order=st.permutations(range(4)), cut=st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_mask_belongs_to_its_seed_wherever_the_clip_lies(order: list[int], cut: int) -> None:
     x_NTC = torch.rand(4, 3, 16) + 1
     whole = dropped(SEEDS, x_NTC)

@@ -43,7 +43,7 @@ def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     trailing=st.sampled_from([(), (2,), (2, 3)]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_the_definition(
     n: int, t: int, c: int, fold_div: int, direction: Direction, trailing: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -129,7 +129,7 @@ def test_gradients_of_first_and_second_order(direction: Direction) -> None:
 
 
 @given(t=st.integers(1, 6), c=st.integers(2, 12), fold_div=st.integers(2, 5), direction=st.sampled_from(DIRECTIONS))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_backward_is_the_adjoint(t: int, c: int, fold_div: int, direction: Direction) -> None:
     generator = torch.Generator().manual_seed(100 * t + c)
     x_NTC = torch.randn(2, t, c, dtype=torch.float64, generator=generator, requires_grad=True)

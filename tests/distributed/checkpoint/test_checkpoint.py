@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_reported(tmp_path: Path, damage
 
 @pytest.mark.parametrize("name", FILES)
 @given(where=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_flipped_byte_anywhere_is_noticed(tmp_path_factory: pytest.TempPathFactory, name: str, where: float) -> None:
     path = save_checkpoint(tmp_path_factory.mktemp("run"), checkpoint(1), keep=1)
     flip(path / name, where)

@@ -37,7 +37,7 @@ class Wire:
         return True
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 6), st.integers(0, 3), st.integers(0, 2**32), st.sets(st.integers(0, 5), min_size=1))
 def test_all_ranks_stop_after_the_same_step_for_the_same_reason(
     world_size: int, in_flight: int, seed: int, asking: set[int]

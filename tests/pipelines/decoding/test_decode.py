@@ -505,7 +505,7 @@ def test_pictures_that_outgrow_the_limit_later_are_refused(clip: Path, monkeypat
         scan_clip(clip)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     width=st.integers(1, 300),
     height=st.integers(1, 300),

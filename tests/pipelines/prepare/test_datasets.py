@@ -545,7 +545,7 @@ names = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"])
 paths = st.lists(names, min_size=1, max_size=3).map(" ".join).filter(lambda path: path.strip(".") != "")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     paths=st.lists(paths, min_size=1, max_size=8, unique=True),
     delimiter=st.sampled_from([",", ";", "\t", " "]),

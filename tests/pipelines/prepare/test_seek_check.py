@@ -30,7 +30,7 @@ from tests.helpers.clips import smooth_video, write_video
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg program: apt-get install ffmpeg")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(frames=st.integers(1, 400), gop=st.integers(1, 300), seed=st.integers(0, 2**40))
 def test_the_requests_are_few_and_repeatable(frames: int, gop: int, seed: int) -> None:
     packets = Packets(0, 0.04, list(range(frames)), list(range(0, frames, gop)))

@@ -60,7 +60,7 @@ def root(finished: Path, tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------- the clips
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(split=st.sampled_from(["train", "val"]), seed=st.integers(0, 2**40), index=st.integers(0, 2**40))
 def test_a_clip_is_a_pure_function_of_its_index(split: str, seed: int, index: int) -> None:
     first_THWC, again_THWC = (draw_clip(split, seed, index, 32, (8, 16)) for _ in range(2))
@@ -69,7 +69,7 @@ def test_a_clip_is_a_pure_function_of_its_index(split: str, seed: int, index: in
     assert encode_clip(first_THWC) == encode_clip(again_THWC)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**40), drawing=st.integers(0, 2**40))
 def test_twins_are_reversed_also_once_encoded(seed: int, drawing: int) -> None:
     """Reverse the decoded pixels of twins too, so that no network can read the order from encoder artefacts."""

@@ -178,7 +178,7 @@ def test_the_index_names_every_shard(shards: Path) -> None:
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=40), st.integers(1, 20_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rows_are_cut_into_neighbours(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_bytes: int
 ) -> None:

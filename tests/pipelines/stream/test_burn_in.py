@@ -34,7 +34,7 @@ def distance_of(params: SampleParams) -> int:
 
 
 @given(num_frames=st.integers(1, 500), count=st.integers(1, 32), distance=st.integers(1, 40), uniform=UNIFORM)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_frames_lie_in_the_clip_at_the_distance_if_it_fits(
     num_frames: int, count: int, distance: int, uniform: float
 ) -> None:
@@ -74,7 +74,7 @@ def test_the_burn_in_has_the_distance_of_its_clip_and_frames_of_its_own() -> Non
 
 
 @given(rows=st.integers(2, 10_000), row=st.integers(0, 9_999), uniform=UNIFORM)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_burn_in_is_another_clip(rows: int, row: int, uniform: float) -> None:
     other = other_row(rows, row % rows, uniform)
     assert 0 <= other < rows

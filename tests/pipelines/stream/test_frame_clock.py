@@ -29,13 +29,13 @@ STARTS = st.floats(0, 1e6)
 
 @pytest.mark.parametrize("fps", [12.0, 25.0, 30_000 / 1001])
 @given(every=st.integers(1, 12), start_s=STARTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_multiple_of_the_sources_distance_takes_every_nth_frame(fps: float, every: int, start_s: float) -> None:
     assert taken(constant(fps, 100, start_s), every / fps) == list(range(0, 100, every))
 
 
 @given(fps=RATES, interval_s=st.floats(0.01, 1.0), start_s=STARTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_frame_taken_is_the_nearest_to_its_due_time(fps: float, interval_s: float, start_s: float) -> None:
     times_s = constant(fps, 100, start_s)
     numbers = taken(times_s, interval_s)
@@ -52,7 +52,7 @@ def test_each_frame_taken_is_the_nearest_to_its_due_time(fps: float, interval_s:
 
 
 @given(gaps_s=st.lists(st.floats(0.0, 2.0), min_size=1, max_size=80), interval_s=st.floats(0.02, 1.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_times(gaps_s: list[float], interval_s: float) -> None:
     """Frames taken are a third of an interval apart or more, and no frame is held back for long: pauses included."""
     times_s = [0.0]
@@ -69,7 +69,7 @@ def test_any_times(gaps_s: list[float], interval_s: float) -> None:
 
 
 @given(cut=st.integers(1, 99), fps=RATES, interval_s=st.floats(0.02, 1.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_later_frames_change_nothing(cut: int, fps: float, interval_s: float) -> None:
     whole = taken(constant(fps), interval_s)
     assert taken(constant(fps)[:cut], interval_s) == [number for number in whole if number < cut]

@@ -54,7 +54,7 @@ def official_evaluation(rule: str, num_frames: int, segments: int) -> list[list[
 
 
 @given(num_frames=LENGTHS, segments=st.integers(1, 64), seed=st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_uniform_training_frames_are_the_official_ones(num_frames: int, segments: int, seed: int) -> None:
     uniform_T = np.random.default_rng(seed).random(segments)
     randint_T = [int(uniform * (num_frames // segments)) for uniform in uniform_T]
@@ -63,7 +63,7 @@ def test_uniform_training_frames_are_the_official_ones(num_frames: int, segments
 
 
 @given(num_frames=LENGTHS, segments=st.integers(1, 64), uniform=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_dense_training_frames_are_official_ones(num_frames: int, segments: int, uniform: float) -> None:
     """Sample one of the starts of the official `randint(0, P - 1)`, which excludes its upper end."""
     positions = max(1, 1 + num_frames - 64)
@@ -80,7 +80,7 @@ def test_dense_training_samples_every_start_but_the_last() -> None:
 
 
 @given(rule=st.sampled_from(sorted(EVALUATION_RULES)), num_frames=LENGTHS, segments=st.integers(1, 64))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_evaluation_frames_are_the_official_ones(rule: str, num_frames: int, segments: int) -> None:
     assert EVALUATION_RULES[rule](num_frames, segments).tolist() == official_evaluation(rule, num_frames, segments)
 
@@ -145,7 +145,7 @@ def test_training_reference_values(
 
 
 @given(rule=st.sampled_from(sorted(EVALUATION_RULES)), num_frames=LENGTHS, segments=st.integers(1, 64))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_evaluation_frames_lie_in_the_clip(rule: str, num_frames: int, segments: int) -> None:
     frame_VT = EVALUATION_RULES[rule](num_frames, segments)
     assert frame_VT.dtype == np.int64
@@ -160,7 +160,7 @@ def test_evaluation_frames_lie_in_the_clip(rule: str, num_frames: int, segments:
     num_frames=st.integers(1, 500),
     uniforms=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_training_frames_lie_in_the_clip(rule: str, num_frames: int, uniforms: list[float]) -> None:
     frame_T = TRAINING_RULES[rule](num_frames, len(uniforms), np.array(uniforms))
     assert frame_T.dtype == np.int64
@@ -188,7 +188,7 @@ def check_inside(params: SampleParams, width: int, height: int) -> None:
 
 
 @given(width=SIDES, height=SIDES, size=st.integers(1, 300), epoch=st.integers(0, 100), row=st.integers(0, 1000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_training_crops_lie_in_the_frame(width: int, height: int, size: int, epoch: int, row: int) -> None:
     params = sample_training_params(replace(AUGMENTATION, size=size), 30, width, height, 0, epoch, row)
     check_inside(params, width, height)
@@ -300,14 +300,14 @@ def test_golden_sample_params() -> None:
 
 
 @given(seed=st.integers(0, 1 << 40), epoch=st.integers(0, 1000), row=st.integers(0, 1 << 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_same_key_gives_the_same_draw(seed: int, epoch: int, row: int) -> None:
     first, second = (values_of(sample_training_params(AUGMENTATION, 300, 340, 256, seed, epoch, row)) for _ in range(2))
     assert first == second
 
 
 @given(key=st.tuples(*[st.integers(0, 1000)] * 3), which=st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_seed_epoch_and_row_each_matter(key: tuple[int, int, int], which: int) -> None:
     other = tuple(part + (index == which) for index, part in enumerate(key))
     seed, epoch, row = other
@@ -316,7 +316,7 @@ def test_seed_epoch_and_row_each_matter(key: tuple[int, int, int], which: int) -
 
 
 @given(rows=st.integers(1, 10_000), key=st.tuples(*[st.integers(0, 1000)] * 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_replacements_lie_in_the_manifest_and_repeat(rows: int, key: tuple[int, int, int, int]) -> None:
     assert 0 <= replacement_row(rows, *key) < rows
     assert replacement_row(rows, *key) == replacement_row(rows, *key)
@@ -339,7 +339,7 @@ def test_golden_dropout_seeds() -> None:
 
 
 @given(seed=st.integers(0, 1 << 40), step=st.integers(0, 1 << 20), slots=st.lists(st.integers(0, 12_287), max_size=20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_dropout_seed_belongs_to_its_slot(seed: int, step: int, slots: list[int]) -> None:
     seeds = dropout_seeds(seed, step, np.array(slots, dtype=np.int64))
     assert seeds.dtype == np.int64

@@ -43,13 +43,13 @@ def test_golden_uniforms() -> None:
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_mix_is_the_same_on_arrays(numbers: list[int]) -> None:
     assert mix_array(np.array(numbers, dtype=np.uint64)).tolist() == [mix(number) for number in numbers]
 
 
 @given(st.lists(INT64, min_size=2, max_size=4, unique=True))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_of_a_keys_parts_matters(parts: list[int]) -> None:
     keys = {key_of(*order) for order in itertools.permutations(parts)}
     assert len(keys) == len(list(itertools.permutations(parts)))
@@ -76,7 +76,7 @@ def test_uniforms_are_uniform() -> None:
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, (1 << 64) - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_permute_is_a_bijection(size: int, key: int) -> None:
     image = permute(np.arange(size), size, key)
     assert image.dtype == np.int64
@@ -89,7 +89,7 @@ def test_permute_is_a_bijection_at_the_edges_of_its_domains(size: int) -> None:
 
 
 @given(st.integers(1, 1 << 31), st.integers(0, 1 << 31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_permute_needs_no_list_of_the_rows(size: int, index: int) -> None:
     assert 0 <= permute(np.array([index % size]), size, 3)[0] < size
 
@@ -105,7 +105,7 @@ def test_golden_order() -> None:
 
 
 @given(rows=st.integers(1, 200), seed=INT64, epochs=st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_epoch_has_every_row_once(rows: int, seed: int, epochs: int) -> None:
     epoch_N, row_N = StreamOrder(rows, seed).at(np.arange(rows * epochs))
     assert epoch_N.tolist() == [position // rows for position in range(rows * epochs)]
@@ -113,7 +113,7 @@ def test_every_epoch_has_every_row_once(rows: int, seed: int, epochs: int) -> No
 
 
 @given(positions=st.lists(st.integers(0, 10_000), min_size=1, max_size=30), seed=st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_position_in_any_company_is_the_same(positions: list[int], seed: int) -> None:
     order = StreamOrder(97, seed)
     together = order.at(np.array(positions))[1].tolist()
@@ -151,7 +151,7 @@ def test_a_stream_of_nothing_is_refused() -> None:
 
 
 @given(rows=st.integers(1, 300), batch=st.integers(1, 40), size=st.integers(1, 40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_evaluation_counts_every_row_once(rows: int, batch: int, size: int) -> None:
     plans = [evaluation_rows(rows, batch, rank, size) for rank in range(size)]
     real = [row for plan in plans for row_N, real_N in plan for row in row_N[real_N]]
@@ -159,7 +159,7 @@ def test_evaluation_counts_every_row_once(rows: int, batch: int, size: int) -> N
 
 
 @given(rows=st.integers(1, 300), batch=st.integers(1, 40), size=st.integers(1, 40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_evaluation_is_as_long_on_every_rank(rows: int, batch: int, size: int) -> None:
     plans = [evaluation_rows(rows, batch, rank, size) for rank in range(size)]
     fewest = -(-rows // (batch * size))
@@ -171,7 +171,7 @@ def test_evaluation_is_as_long_on_every_rank(rows: int, batch: int, size: int) -
 
 
 @given(rows=st.integers(1, 300), batch=st.integers(1, 40), size=st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ranks_of_an_evaluation_have_as_much_to_do(rows: int, batch: int, size: int) -> None:
     counts = [sum(int(real_N.sum()) for _, real_N in evaluation_rows(rows, batch, rank, size)) for rank in range(size)]
     assert max(counts) - min(counts) <= 1
@@ -251,7 +251,7 @@ def test_the_published_run_is_a_batch_norm_group_a_process() -> None:
     limit=st.sampled_from([None, 1, 2, 3, 4, 6, 8]),
     step=st.integers(0, 5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_small_steps_hold_the_same_clips_on_every_world(
     batch: int, group_index: int, limit: int | None, step: int
 ) -> None:

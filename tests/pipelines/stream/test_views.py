@@ -55,7 +55,7 @@ def test_frames_are_scaled_to_a_shorter_side_of_8_sevenths(
 
 
 @given(size=st.integers(8, 300), width=SIDES, height=SIDES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_scaled_size_is_torchvisions(size: int, width: int, height: int) -> None:
     image = torch.zeros(1, height, width, dtype=torch.uint8)
     resized = vision.resize(image, [size * 256 // 224], antialias=True)
@@ -86,7 +86,7 @@ def test_the_centre_crop(frame: tuple[int, int], left: int, top: int) -> None:
 
 
 @given(width=SIDES, height=SIDES, size=st.integers(8, 300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_centre_crop_is_torchvisions(width: int, height: int, size: int) -> None:
     protocol = EvalProtocol(8, size)
     (view,) = evaluation_views(protocol, 24, width, height)
@@ -162,7 +162,7 @@ ANY_PROTOCOL = st.builds(
 
 
 @given(protocol=ANY_PROTOCOL, num_frames=st.integers(1, 300), width=SIDES, height=SIDES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_view_lies_in_the_scaled_frame(protocol: EvalProtocol, num_frames: int, width: int, height: int) -> None:
     views = evaluation_views(protocol, num_frames, width, height)
     assert len(views) == protocol.views

@@ -44,7 +44,7 @@ orders = st.lists(st.sampled_from(NAMES), min_size=2, unique=True).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(orders, st.integers(0, 2**32))
 def test_scores_do_not_depend_on_the_numbers_of_classes(order: tuple[list[str], list[str]], seed: int) -> None:
     """Evaluate a classifier on its own numbering of the classes and on any other one."""
@@ -68,7 +68,6 @@ def test_scores_do_not_depend_on_the_numbers_of_classes(order: tuple[list[str], 
     assert found.as_dict() == pytest.approx(expected.as_dict())
 
 
-@settings(deadline=None)
 @given(orders)
 def test_positions_lead_from_one_order_to_the_other(order: tuple[list[str], list[str]]) -> None:
     theirs, ours = order

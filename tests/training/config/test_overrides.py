@@ -47,7 +47,7 @@ def is_quoted(text: str) -> bool:
 
 
 @given(PRINTABLE)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @example("'a'")
 @example("\\'${x}\\\\")
 @example("null")
@@ -57,7 +57,7 @@ def test_a_quoted_override_gives_its_text(text: str) -> None:
 
 
 @given(PRINTABLE)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_text_without_quotes_stays_as_typed(text: str) -> None:
     if not is_quoted(text) and text not in ("null", "???"):
         assert set_to(f"data.root={text}") == text
@@ -71,7 +71,7 @@ def test_text_with_a_meaning_elsewhere_stays_as_typed(text: str) -> None:
 
 
 @given(st.one_of(PRINTABLE, st.sampled_from(AS_TYPED)))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_hydra_takes_the_same_text_in_a_sweep(text: str) -> None:
     if is_quoted(text) or text in ("null", "???"):
         return

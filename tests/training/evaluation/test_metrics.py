@@ -53,7 +53,7 @@ def naive(clip_logits: ClipLogits, groups: list[int]) -> dict[str, Any]:
 
 
 @given(n=st.integers(1, 60), classes=st.integers(2, 12), seed=st.integers(0, 10_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scores_are_those_of_naive_counting(n: int, classes: int, seed: int) -> None:
     clip_logits = random_logits(n, classes, seed)
     groups = [label // 2 for label in range(classes)]

@@ -160,7 +160,7 @@ def test_beside_messages_the_wait_for_a_core_is_not_taken_off_twice() -> None:
     assert 0.009 <= times.own_s <= took_s - 0.001
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0.5, 0.64), min_size=2, max_size=64), st.integers(1, 6))
 def test_ranks_within_the_noise_are_never_named(seconds: list[float], windows: int) -> None:
     assert named_after([seconds] * windows) == []
