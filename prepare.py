@@ -1,6 +1,7 @@
 """Prepare a data set: write its manifests, one per split, after decoding each clip once; repack it, compute its optical flow.
 
     python prepare.py shapes                           # renders 1,200 small clips that need a temporal model
+    python prepare.py motions                          # the same many, whose classes differ by motion only
     python prepare.py kinetics --root data/kinetics400
     python prepare.py something-v2                     # also something-v1, jester, ucf101, hmdb51
     python prepare.py folder --root data/mine --val-fraction 0.1
