@@ -447,9 +447,8 @@ def test_a_file_without_a_classifier(tmp_path: Path) -> None:
 
 
 def test_another_shape(tmp_path: Path) -> None:
-    # Weights for optical flow.
-    tensors = official() | {"base_model.conv1.weight": torch.zeros(64, 10, 7, 7)}
-    refused(saved(tmp_path / "flow.pth", tensors), r"backbone\.conv1\.weight is \(64, 10, 7, 7\), not \(64, 3, 7, 7\)")
+    tensors = official() | {"base_model.layer1.0.conv1.net.weight": torch.zeros(64, 10, 1, 1)}
+    refused(saved(tmp_path / "other.pth", tensors), r"backbone\.layer1\.0\.conv1\.weight is \(64, 10, 1, 1\), not")
 
 
 @pytest.mark.parametrize(
