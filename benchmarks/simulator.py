@@ -54,10 +54,11 @@ class Target:
 
     @property
     def is_met(self) -> bool:
-        return self.value <= self.most
+        # Of numbers of numpy, which JSON would refuse.
+        return bool(self.value <= self.most)
 
     def row(self) -> Row:
-        return {"check": self.name, "value": self.value, "target": self.most, "met": self.is_met}
+        return {"check": self.name, "value": float(self.value), "target": self.most, "met": self.is_met}
 
     def __str__(self) -> str:
         return f"{'met   ' if self.is_met else 'MISSED'}  {self.name}: {self.value:.1f}, target {self.most:g} or less"
@@ -152,7 +153,7 @@ def predicted_efficiency(case: Scaling) -> float:
     def reduce_s(num_bytes: float) -> float:
         return nccl_s(num_bytes, case.gpus, case.gpus // case.per_node, case.link, case.node_gb_s, case.network_gb_s)
 
-    return alone_s / (alone_s + exposed_s(messages, backward_s, reduce_s, reduce_s(64)))
+    return float(alone_s / (alone_s + exposed_s(messages, backward_s, reduce_s, reduce_s(64))))
 
 
 def published() -> tuple[list[Row], list[Target]]:
