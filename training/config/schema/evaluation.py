@@ -1,4 +1,4 @@
-"""What an evaluation shows the network, and what it writes."""
+"""Settings of an evaluation: what it shows the network, and what it writes."""
 
 from dataclasses import dataclass, field
 
