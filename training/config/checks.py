@@ -65,7 +65,8 @@ _NOT_NEGATIVE = (
 
 _NULLABLE_POSITIVE = (
     "batch.bn_group", "optimizer.clip_norm", "distributed.world_size",
-    "data.train_clips", "data.frame_rate", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
+    "data.train_clips", "data.frame_rate", "distributed.hang_timeout_s", "plan.world_size", "plan.step_s",
+    "plan.experience", "cluster.price_per_gpu_h",
     "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps",
 )  # fmt: skip
 
@@ -111,6 +112,10 @@ def check(config: Config) -> None:
         )
     if not -(2**63) <= config.seed < 2**63:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
+    if any(world < 1 for world in config.plan.sweep):
+        raise ConfigError(
+            f"plan.sweep must be world sizes of 1 or more, got {config.plan.sweep}. Fix: plan.sweep=[8,64]"
+        )
     _check_names(config)
     check_wandb_names(config)
 

@@ -9,13 +9,14 @@ One rule for `evaluate.py --run FOLDER` and for `evaluate.py experiment=... run_
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from training.build.init_weights import saved_state
-from training.config.keys import leaves
+from training.config.keys import KEYS
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.recipe import LEFT_OUT_OF_MODEL
@@ -67,7 +68,8 @@ _KEYS = {
         checkpoint.last_retry_s checkpoint.second_place
         checkpoint.allow_recipe_change checkpoint.allow_code_change checkpoint.allow_restart checkpoint.allow_no_progress
         evaluation.every_epochs
-        plan.world_size plan.published_step_s plan.step_s plan.json plan.write_config plan.plot
+        plan.world_size plan.step_s plan.experience plan.prepared plan.sweep plan.html plan.json plan.write_config plan.plot
+        cluster.name cluster.price_per_gpu_h cluster.figures
         name seed max_steps
     """,
 }
@@ -160,7 +162,7 @@ def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[st
 
 def flat(config: Config) -> dict[str, Any]:
     """Return every setting by its dotted key."""
-    return dict(leaves(asdict(config)))
+    return {key: attrgetter(key)(config) for key in KEYS}
 
 
 def _shown(value: Any) -> str:

@@ -268,6 +268,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("evaluation.distances", [1, 0]),
     ("evaluation.distances", [2, 2]),
     ("evaluation.beside", ["outputs/other"]),
+    ("plan.experience", 0.0),
+    ("plan.sweep", [8, 0]),
+    ("cluster.price_per_gpu_h", -1.0),
 ]
 
 
@@ -306,8 +309,8 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 
 FREE_TEXT = {
     "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.test", "data.prepare",
-    "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot",
-    "checkpoint.second_place", "name", "outputs", "run_id",
+    "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "plan.html",
+    "cluster.name", "checkpoint.second_place", "name", "outputs", "run_id",
 }  # fmt: skip
 
 

@@ -68,10 +68,16 @@ class PlanConfig:
 
     world_size: int | None = None
     """World size to plan for if distributed.world_size is null; null: 1."""
-    published_step_s: float | None = None
-    """Published seconds per step on plan.world_size processes."""
     step_s: float | None = None
-    """Seconds per step at this world size, for throughput and length of the run; null: the published ones, if any."""
+    """Measured seconds per step at this world size, instead of the simulated ones; checked against the device's peak."""
+    experience: float | None = None
+    """Published efficiency over the simulator's, by which it divides step times; null: the cluster's figure; 1: none."""
+    prepared: bool = True
+    """The clips decode fast: JPEG frames, or videos of `prepare.py transcode`. false: videos as downloaded."""
+    sweep: list[int] = field(default_factory=list)
+    """World sizes to compare on the cluster."""
+    html: str | None = None
+    """Write the comparison of plan.sweep to this file, as a page with plots."""
     json: str | None = None
     """Write the plan to this file too."""
     write_config: bool = False
