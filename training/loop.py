@@ -1,5 +1,6 @@
 """The training loop: take steps to the recipe's end, and log, evaluate and save on the way."""
 
+import time
 from collections import deque
 
 import torch
@@ -49,7 +50,8 @@ class _Loop:
         self._log_every = settings.every_steps
         positions = job.execution.stream_positions(job.backend.topology.rank, job.first_step, self.last_step)
         self._batches = job.loader(job.training_clips).batches(positions)
-        self._interval = LogInterval(job)
+        self._evaluations = self._evaluation_steps()
+        self._interval = LogInterval(job, self.last_step, self._evaluations)
         self._diagnostics: GradientDiagnostics | None = None
         if settings.diagnostics:
             trainer = job.trainer
@@ -57,6 +59,12 @@ class _Loop:
         self._in_flight = _StepsInFlight(job.backend.device)
         self.signal = StopSignal()
         self.checkpointer = Checkpointer(job, log)
+
+    def _evaluation_steps(self) -> set[int]:
+        """Return the numbers of steps after which an evaluation is due."""
+        every = self.job.config.evaluation.every_epochs
+        by_epoch = {end for end, epoch in self._epoch_ends.items() if epoch % every == 0}
+        return by_epoch | {self.job.recipe.total_steps}
 
     @property
     def _ends_here(self) -> bool:
@@ -81,10 +89,12 @@ class _Loop:
         self.taken = step + 1
         log_due = self.taken % self._log_every == 0
         diagnostics = self._diagnostics if log_due else None
-        with interval.timed_step():
-            totals = job.trainer.step(step, micro_batches, diagnostics)
+        with interval.timed_step() as mark:
+            totals = job.trainer.step(step, micro_batches, diagnostics, mark)
         interval.add(step, micro_batches, totals)
         self._in_flight.wait()
+        if is_first:
+            interval.record_first_step(self.taken, self.log)
         self.stop_reason = job.control.agreed_stop(step, self._in_flight.limit, self.signal.received)
         self.checkpointer.report()
         save_due_by_clock = False
@@ -97,13 +107,13 @@ class _Loop:
     def _evaluate_and_save(self, save_due_by_clock: bool) -> None:
         job, step, is_best = self.job, self.taken - 1, False
         epoch = self._epoch_ends.get(self.taken)
-        ends_epoch = epoch is not None and epoch % job.config.evaluation.every_epochs == 0
-        self.evaluation_owed = ends_epoch or self.taken == job.recipe.total_steps
+        self.evaluation_owed = self.taken in self._evaluations
         if self.evaluation_owed and self.stop_reason is None:
             job.control.progress(step, "evaluation")
             self._interval.settle(self.log)
+            began_s = time.monotonic()
             is_best = self._evaluate()
-            self._interval.restart()
+            self._interval.evaluated(time.monotonic() - began_s)
         if self._ends_here or save_due_by_clock or is_best or self.checkpointer.due(self.taken, epoch):
             job.control.progress(step, "checkpoint")
             self._interval.settle(self.log)

@@ -17,6 +17,7 @@ from runtime.exit_codes import EXIT_DONE
 from training.config.schema import Config
 from training.runs.run_folder import RunFolder
 
+from .eta import duration_text
 from .wandb_log import FINISH_LIMIT_S, STOP_LIMIT_S, WandbLog, wandb_arguments
 
 
@@ -64,17 +65,17 @@ class MetricsLog:
             print(text, flush=True)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Write a record to metrics.jsonl and wandb."""
+        """Write a record to metrics.jsonl and wandb. A value named `time_s` replaces the time of writing."""
         if not self._writes:
             return
-        self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step, **values})
+        self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step} | values)
         if self._wandb is not None:
             numbers = dict(_numbers(kind, values))
             # A checkpoint ends after later records were written, and wandb drops records of earlier steps than its newest.
             self._newest_step = max(step, self._newest_step)
             self._wandb.log(numbers, self._newest_step)
 
-    def train(self, step: int, **values: float) -> None:
+    def train(self, step: int, **values: Any) -> None:
         """Write a training record, and show it on the progress bar or as a line."""
         self.write("train", step, **values)
         if self._bar is not None:
@@ -84,7 +85,8 @@ class MetricsLog:
             self.info(
                 f"step {step:6d}  loss {values['loss']:.4f}  top-1 {values['top1_percent']:5.1f}%  "
                 f"lr {values['learning_rate']:.4g}  {values['clips_per_s']:.1f} clips/s  "
-                f"input stall {values['input_wait_percent']:.1f}%"
+                f"input stall {values['input_wait_percent']:.1f}%  ETA {duration_text(values['eta_s'])} "
+                f"(limited by {values['limited_by']})"
             )
 
     def bad_clip(self, folder: RunFolder, **values: Any) -> None:
