@@ -21,6 +21,7 @@ from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, 
 from runtime.job_start import job_start_s
 from runtime.stop_signals import EXIT_CODES, set_action, set_before_exit, wait_for_action
 from training.build.numerics import check_device, set_numerics
+from training.config.horovod_variables import check_horovod, horovod_variables
 from training.config.schema import BatchConfig, Config
 from training.planning.summary import describe_job
 from training.report.html import write_report
@@ -162,6 +163,8 @@ def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequenc
     name = choose_backend(distributed.backend, topology, distributed.world_size)
     if rank_groups is None:
         rank_groups = _batch_norm_groups(config.batch, topology.size)
+    check_horovod(distributed, name)
+    os.environ |= horovod_variables(distributed)
     device = pick_device(distributed.device, topology)
     check_device(config.numerics, config.evaluation, device)
     # The server imports torch, which takes seconds of a core. Without workers no one needs it.

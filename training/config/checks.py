@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from runtime.run_names import why_no_folder_name
 from training.errors import ConfigError
 
+from .horovod_variables import check_horovod
 from .keys import KEYS, default_of, is_optional, nearest
 from .modality import check_modality
 from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
@@ -61,8 +62,10 @@ _NOT_NEGATIVE = (
 _NULLABLE_POSITIVE = (
     "batch.bn_group", "optimizer.clip_norm", "distributed.world_size",
     "data.train_clips", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
-    "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps",
+    "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps", "distributed.horovod_cycle_ms",
 )  # fmt: skip
+
+_NULLABLE_NOT_NEGATIVE = ("distributed.horovod_fusion_mib", "distributed.horovod_cache")
 
 _BELOW_ONE = ("model.dropout", "optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing")
 
@@ -107,6 +110,7 @@ def check(config: Config) -> None:
     if not -(2**63) <= config.seed < 2**63:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
     _check_names(config)
+    check_horovod(config.distributed, config.distributed.backend)
     check_wandb_names(config)
 
 
@@ -140,6 +144,7 @@ def _check_ranges(settings: object) -> None:
     _check_each(_POSITIVE, "more than 0", lambda number: number > 0, value)
     _check_each(_NOT_NEGATIVE, "0 or more", lambda number: number >= 0, value)
     _check_each(_BELOW_ONE, "in [0, 1)", lambda number: 0 <= number < 1, value)
+    _check_each(_NULLABLE_NOT_NEGATIVE, "0 or more, or null", lambda number: number is None or number >= 0, value)
     _check_each(_NULLABLE_POSITIVE, "more than 0, or null", lambda number: number is None or number > 0, value)
 
 

@@ -1,6 +1,7 @@
 """Compose the configuration of `evaluate.py --run FOLDER [overrides]`: the run's own, with the overrides applied."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def config_of_run(
     base = load_run(folder)
     trained = flat(from_composed(base))
     # The launcher of this evaluation decides these.
-    for key in ("backend", "controller", "world_size"):
-        base.distributed[key] = getattr(DistributedConfig(), key)
+    for field in fields(DistributedConfig):
+        if field.name in ("backend", "controller", "world_size") or field.name.startswith("horovod_"):
+            base.distributed[field.name] = field.default
     for key, value in (here or {}).items():
         OmegaConf.update(base, key, value)
     if checkpoint is not None:
