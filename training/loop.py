@@ -12,6 +12,7 @@ from training.evaluation.validate import validate
 from training.optim.gradient_diagnostics import GradientDiagnostics
 from training.telemetry.interval import LogInterval
 from training.telemetry.metrics_log import MetricsLog
+from training.telemetry.step_profile import StepProfiler
 
 from .checkpointing import Checkpointer
 from .job import Job
@@ -56,6 +57,10 @@ class _Loop:
         if settings.diagnostics:
             trainer = job.trainer
             self._diagnostics = GradientDiagnostics(trainer.network, trainer.optimizer, job.backend, job.execution)
+        self._profiler: StepProfiler | None = None
+        if settings.profile_steps and job.backend.topology.rank == 0:
+            first, last = settings.profile_steps
+            self._profiler = StepProfiler(first, last, job.folder.profile, job.backend.device)
         self._in_flight = _StepsInFlight(job.backend.device)
         self.signal = StopSignal()
         self.checkpointer = Checkpointer(job, log)
@@ -81,6 +86,8 @@ class _Loop:
         """Take the next step, then log, evaluate and save where that is due."""
         job, step, interval = self.job, self.taken, self._interval
         is_first = step == job.first_step
+        if self._profiler is not None and (line := self._profiler.step(step)):
+            self.log.info(line)
         # Loader workers start with the first clips.
         job.control.progress(step, "start" if is_first else "input")
         accumulation = job.execution.accumulation
@@ -134,6 +141,8 @@ class _Loop:
     def finish(self) -> int:
         """Wait for the last checkpoint, and log why the loop ended. Returns the exit code."""
         self._interval.close(self.taken, self.log)
+        if self._profiler is not None and (line := self._profiler.close()):
+            self.log.info(line)
         control = self.job.control
         last = self.checkpointer.finish(
             self.taken - 1, self.stop_reason is not None, lambda: control.stop_wanted(self.signal.received)

@@ -31,6 +31,7 @@ from training.runs.run_lock import run_locked
 from training.runs.success import is_complete, write_success
 from training.telemetry.device import device_name, precision_of
 from training.telemetry.metrics_log import MetricsLog
+from training.telemetry.tensorboard_log import check_tensorboard
 
 from .environment import prepare_environment
 from .errors import ConfigError, DataError, DivergedError, NoProgressError, StorageError
@@ -194,6 +195,8 @@ def train_task(config: Config, backend: Backend, control: ControlChannel) -> int
             "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
             "evaluation=stream"
         )
+    if config.logger.tensorboard:
+        check_tensorboard()
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)
 

@@ -110,6 +110,7 @@ def check(config: Config) -> None:
     if not -(2**63) <= config.seed < 2**63:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
     _check_names(config)
+    _check_profile(config.logger.profile_steps)
     check_horovod(config.distributed, config.distributed.backend)
     check_wandb_names(config)
 
@@ -249,6 +250,13 @@ def _check_continuous(evaluation: EvaluationConfig) -> None:
         raise ConfigError(
             "evaluation.save_logits=true has no meaning for evaluation=stream, where a clip has logits for each frame. "
             "Fix: evaluation.save_logits=false; stream.json of the run folder has all accuracies"
+        )
+
+
+def _check_profile(steps: list[int]) -> None:
+    if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        raise ConfigError(
+            f"logger.profile_steps must be a first and a last step, from 0, got {steps}. Fix: logger.profile_steps=[20,22]"
         )
 
 

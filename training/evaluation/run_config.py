@@ -50,6 +50,7 @@ _KEYS = {
         distributed.horovod_cycle_ms distributed.horovod_fusion_mib distributed.horovod_cache distributed.horovod_hierarchical
         distributed.horovod_timeline
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
+        logger.tensorboard logger.profile_steps
         evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
         evaluation.ensemble evaluation.ensemble_weights outputs run_id
     """,

@@ -269,6 +269,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("distributed.horovod_cycle_ms", 0.0),
     ("distributed.horovod_fusion_mib", -1.0),
     ("distributed.horovod_cache", -1),
+    ("logger.profile_steps", [5]),
+    ("logger.profile_steps", [5, 4]),
 ]
 
 

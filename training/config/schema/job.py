@@ -44,6 +44,10 @@ class LoggerConfig:
     """Log interval: steps between two training records."""
     diagnostics: bool = False
     """Also log norms of gradients and weights, LARS' trust ratios, and the gradient noise scale."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, in the run folder's `tensorboard`; needs the package (the extra tensorboard)."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step, from 0, that rank 0 records with torch's profiler, for the run folder's `profile`; empty: none."""
 
 
 @dataclass
