@@ -108,7 +108,7 @@ class LogInterval:
         Returns True if any rank passes `save_here`: rank 0 decides by its clock, and the all-reduce of the sums carries that.
         """
         self.settle(log)
-        times = self._clock.read()
+        times, read_s = self._clock.read(), time.monotonic()
         steps = max(1, self._steps)
         own = rank_values(times, self._input_s / steps, peak_memory_bytes(self._job.backend.device))
         counts = self._totals.new_tensor([float(self._bad_clips.noted), float(save_here)])
@@ -116,7 +116,10 @@ class LogInterval:
         bad_clips, save_now = sums[3:].tolist()
         ranks = RankTimes(values_VR)
         self._log_stragglers(step, ranks.own_R * times.steps, times.steps, log)
-        duration_s = time.monotonic() - self._started_s
+        now_s = time.monotonic()
+        duration_s = now_s - self._started_s
+        # Waiting for the other ranks' values is work between two steps.
+        times.phases_s["between_steps"] += now_s - read_s
         self._eta.add(self._steps, duration_s)
         stall = self._input_stalls.add(self._steps, duration_s, ranks.input_wait_R.max().item() * steps)
         if stall:

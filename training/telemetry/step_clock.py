@@ -94,6 +94,8 @@ class StepClock:
 
     def read(self) -> StepTimes:
         """Return the times since the last call. Waits for the device."""
+        # The time since the last step.
+        self.mark("between_steps")
         phases_s = dict.fromkeys(PHASES, 0.0)
         for (phase, began), (_, ended) in pairwise(self._marks):
             if phase != _NONE:

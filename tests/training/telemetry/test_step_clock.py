@@ -86,7 +86,7 @@ def test_an_evaluation_between_two_steps_belongs_to_no_phase(monkeypatch: pytest
         measured.restart()
         clock.now_s += 0.25
     times = measured.read()
-    assert times.phases_s["forward"] == 3 and times.phases_s["between_steps"] == 0.25
+    assert times.phases_s["forward"] == 3 and times.phases_s["between_steps"] == 2 * 0.25
 
 
 def rank_times(*own_s: float, input_s: float = 0, messages_s: float = 0, reduction_s: float = 0) -> RankTimes:
