@@ -315,6 +315,8 @@ def test_what_rightly_takes_long_is_no_standstill(run: Path, clips: Path) -> Non
     records = read_metrics(run / "metrics.jsonl")
     took_s = {record["kind"]: record.get("duration_s", record.get("step_s")) for record in reversed(records)}
     assert min(took_s[kind] for kind in ("train", "evaluation", "checkpoint")) > SLOW_HANG_S, took_s
+    at_s = {record["kind"]: record["time_s"] for record in reversed(records)}
+    assert at_s["job_start"] < at_s["start"] < at_s["first_step"] < at_s["end"]
 
 
 @pytest.fixture

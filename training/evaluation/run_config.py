@@ -49,7 +49,10 @@ _KEYS = {
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
+        distributed.horovod_cycle_ms distributed.horovod_fusion_mib distributed.horovod_cache distributed.horovod_hierarchical
+        distributed.horovod_timeline
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
+        logger.tensorboard logger.profile_steps
         evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
         evaluation.split evaluation.ensemble evaluation.ensemble_weights evaluation.ensemble_average outputs run_id
     """,

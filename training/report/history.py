@@ -48,7 +48,7 @@ class History:
             duration_s=sum(
                 max(0.0, after["time_s"] - before["time_s"])
                 for before, after in pairwise(records)
-                if after["kind"] != "start"
+                if after["kind"] not in ("job_start", "start")
             ),
             bad_clips=list(distinct.values()),
         )

@@ -19,6 +19,16 @@ class DistributedConfig:
     """Timeout of a single collective operation, and of start-up."""
     hang_timeout_s: float | None = 300.0
     """End the job, with the stacks of all ranks, if no rank makes progress for this long; null: wait forever."""
+    horovod_cycle_ms: float | None = None
+    """Time between two cycles of Horovod, in which ranks agree on the gradients to reduce; null: Horovod's own (1)."""
+    horovod_fusion_mib: float | None = None
+    """Gradients that Horovod reduces in one message, at most; 0: each by itself; null: Horovod's own (128)."""
+    horovod_cache: int | None = None
+    """Agreements that Horovod remembers, so that ranks need not agree again; 0: none; null: Horovod's own (1024)."""
+    horovod_hierarchical: bool | None = None
+    """Horovod reduces within nodes first, then between them; null: Horovod's own (false, one NCCL ring)."""
+    horovod_timeline: str | None = None
+    """File for Horovod's timeline of all messages, which rank 0 writes (chrome://tracing reads it); null: none."""
 
 
 @dataclass
@@ -34,6 +44,10 @@ class LoggerConfig:
     """Log interval: steps between two training records."""
     diagnostics: bool = False
     """Also log norms of gradients and weights, LARS' trust ratios, and the gradient noise scale."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, in the run folder's `tensorboard`; needs the package (the extra tensorboard)."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step, from 0, that rank 0 records with torch's profiler, for the run folder's `profile`; empty: none."""
 
 
 @dataclass
