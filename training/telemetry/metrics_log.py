@@ -17,6 +17,7 @@ from runtime.exit_codes import EXIT_DONE
 from training.config.schema import Config
 from training.runs.run_folder import RunFolder
 
+from .records import read_metrics as read_metrics
 from .wandb_log import FINISH_LIMIT_S, STOP_LIMIT_S, WandbLog, wandb_arguments
 
 
@@ -129,14 +130,3 @@ def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, int | f
             yield from _numbers(f"{prefix}/{name}", value)
         elif isinstance(value, int | float):
             yield f"{prefix}/{name}", value
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, without a last line that a kill cut off."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
