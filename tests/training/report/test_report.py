@@ -238,7 +238,7 @@ def test_numbers_that_are_none(run: Run) -> None:
     run.evaluation(2, 10.0, loss=float("nan"))
     page = run.page()
     assert "nan" in page.texts
-    assert page.card("clips/s") == "32.0"
+    assert page.card("clips/s, training") == "32.0"
 
 
 def test_failed_checkpoint_is_told(run: Run) -> None:
