@@ -69,7 +69,10 @@ def read(name: str, output: Path) -> Result | None:
     rows, ran = output / f"{name}.json", output / f"{name}.run.json"
     if not rows.exists() and not ran.exists():
         return None
-    command, code, duration_s, last = json.loads(ran.read_text()) if ran.exists() else ["(not recorded)", 0, 0.0, ""]
+    recorded: tuple[str, int, float, str] = ("(not recorded)", 0, 0.0, "")
+    if ran.exists():
+        recorded = tuple(json.loads(ran.read_text()))
+    command, code, duration_s, last = recorded
     return Result(name, command, code, duration_s, json.loads(rows.read_text()) if rows.exists() else [], last)
 
 

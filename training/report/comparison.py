@@ -87,7 +87,11 @@ def _planned(plan: dict[str, Any]) -> dict[str, float]:
     """Return planned seconds by term, of the whole run or per step."""
     found: dict[str, float] = {}
     recipe, rates, time_s = (_mapping(plan.get(key)) for key in ("recipe", "rates", "time_to_train_s"))
-    terms = {name: _mapping(term).get("seconds") for name, term in _mapping(plan.get("terms")).items()}
+    terms: dict[str, float] = {
+        name: term["seconds"]
+        for name, term in _mapping(plan.get("terms")).items()
+        if isinstance(_mapping(term).get("seconds"), int | float)
+    }
     total = recipe.get("total_steps") or 0
     if "centre" in time_s:
         found["whole job"] = time_s["centre"]
@@ -97,7 +101,7 @@ def _planned(plan: dict[str, Any]) -> dict[str, float]:
         ("evaluations", "evaluations"),
         ("checkpoints", "last checkpoint"),
     ):
-        if terms.get(name) is not None:
+        if name in terms:
             found[term] = terms[name]
     if "step_s" in rates:
         found["a step"] = rates["step_s"]
@@ -113,7 +117,7 @@ def _planned(plan: dict[str, Any]) -> dict[str, float]:
         ("input stall", ("input",)),
         ("experience", ("experience",)),
     ):
-        if all(terms.get(name) is not None for name in names):
+        if all(name in terms for name in names):
             found[term] = sum(terms[name] for name in names) / total
     return found
 
