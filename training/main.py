@@ -270,5 +270,5 @@ def _finish(job: Job) -> None:
     finished = (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
     if finished:
         write_success(job.folder.success, job.recipe)
-    write_report(job.folder)
+    write_report(job.folder.path)
     print(f"{'finished' if finished else 'stopped'}: {job.folder.report}", flush=True)

@@ -89,6 +89,7 @@ class Monitor:
             self._receive(0.05)
         if self._verdict is not None:
             self._kill_remaining(ended_s + _EXIT_TIMEOUT_S)
+            self._log.start_report()
 
     def _allow_for(self, pause_s: float) -> None:
         """Count a pause of this process as no time: it could see no heartbeat, and most likely the ranks were paused too."""

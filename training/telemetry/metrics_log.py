@@ -18,6 +18,7 @@ from training.runs.run_folder import RunFolder
 
 from .charts import chart_numbers
 from .eta import duration_text
+from .records import read_metrics as read_metrics
 from .tensorboard_log import TensorBoardLog
 from .wandb_log import FINISH_LIMIT_S, STOP_LIMIT_S, WandbLog, wandb_arguments
 
@@ -130,14 +131,3 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, without a last line that a kill cut off."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
