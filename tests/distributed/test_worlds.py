@@ -31,7 +31,7 @@ from training.build.data import augmentation_of
 from training.build.recipe import recipe_of
 from training.config.load import register
 from training.optim.gradient_diagnostics import noise_and_signal
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 from training.telemetry.step_clock import PHASES
 from tsm.networks import build_network
 

@@ -17,7 +17,7 @@ import pytest
 from distributed.health.rank_log import node_log
 from tests.helpers.jobs import Ended, RunningJob, differing, make_clips, start_training, wait_for_record
 from tests.helpers.worlds import CHECKOUT, World, available
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 pytestmark = pytest.mark.slow
 

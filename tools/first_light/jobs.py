@@ -12,7 +12,7 @@ import torch
 
 from distributed.checkpoint.store import load_newest
 from runtime import run_layout
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 from .processes import Ended, run
 from .report import Results

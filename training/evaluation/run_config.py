@@ -20,7 +20,7 @@ from training.config.keys import KEYS
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.recipe import LEFT_OUT_OF_MODEL
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 
 class Kind(Enum):

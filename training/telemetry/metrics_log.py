@@ -18,7 +18,6 @@ from training.runs.run_folder import RunFolder
 
 from .charts import chart_numbers
 from .eta import duration_text
-from .records import read_metrics as read_metrics
 from .tensorboard_log import TensorBoardLog
 from .wandb_log import FINISH_LIMIT_S, STOP_LIMIT_S, WandbLog, wandb_arguments
 

@@ -18,7 +18,7 @@ from distributed.backends.single import SingleBackend
 from distributed.topology import find_topology
 from tests.helpers.jobs import make_clips, start_training, wait_for_record
 from tests.helpers.worlds import CHECKOUT, World
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 from training.telemetry.step_clock import StepClock
 from training.telemetry.stragglers import EXCESS, WINDOW_STEPS, WINDOWS, Straggler, Stragglers
 
