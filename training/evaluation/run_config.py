@@ -71,7 +71,8 @@ _KEYS = {
         checkpoint.last_retry_s checkpoint.second_place
         checkpoint.allow_recipe_change checkpoint.allow_code_change checkpoint.allow_restart checkpoint.allow_no_progress
         evaluation.every_epochs
-        plan.world_size plan.step_s plan.experience plan.prepared plan.sweep plan.html plan.json plan.write_config plan.plot
+        plan.world_size plan.step_s plan.experience plan.prepared plan.sweep plan.html plan.json plan.write_config
+        plan.calibrate plan.plot
         cluster.name cluster.price_per_gpu_h cluster.figures
         name seed max_steps
     """,

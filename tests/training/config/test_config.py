@@ -316,7 +316,7 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 FREE_TEXT = {
     "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.test", "data.prepare",
     "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "plan.html",
-    "cluster.name", "checkpoint.second_place", "name", "outputs", "run_id", "distributed.horovod_timeline",
+    "plan.calibrate", "cluster.name", "checkpoint.second_place", "name", "outputs", "run_id", "distributed.horovod_timeline",
 }  # fmt: skip
 
 

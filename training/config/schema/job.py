@@ -96,5 +96,7 @@ class PlanConfig:
     """Write the plan to this file too."""
     write_config: bool = False
     """Write the run's config.yaml if the plan has no problems, for `train.py --run FOLDER`."""
+    calibrate: str | None = None
+    """Instead of a plan, measure this machine and write conf/cluster/NAME.yaml; also typed as calibrate=NAME."""
     plot: str | None = None
     """Plot the learning rate to this file (.png, .svg, .pdf)."""
