@@ -1,6 +1,7 @@
 """Read clips from shards: plain tar files that stay open, whose members are found by the offsets in the manifest."""
 
 import os
+import weakref
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,15 +34,13 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: int | None = None
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise BadClip(f"{path}: {error.strerror}") from error
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        # Not in __del__: at exit Python sets the globals of modules to None before it deletes the last shards, `os` too. Then the
+        # kernel closes them.
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
 
     def member(self, offset: int, length: int) -> tuple[str, NDArray[np.uint8]]:
         """Read (name, bytes) of the member whose content starts at `offset`. Raises BadClip if its length is not `length`."""
@@ -50,7 +49,6 @@ class Shard:
 
     def member_name(self, offset: int, length: int) -> str:
         """Check a member as `member` does and return its name, without reading its content."""
-        assert self._descriptor is not None
         if os.fstat(self._descriptor).st_size < offset + length:
             raise BadClip(f"{self.path}: ends before byte {offset + length}, in the middle of a clip: truncated")
         return self._check_header(self._read(offset - BLOCK_BYTES, BLOCK_BYTES), offset, length)
@@ -74,7 +72,6 @@ class Shard:
     def _read(self, offset: int, length: int) -> NDArray[np.uint8]:
         content = np.empty(length, dtype=np.uint8)
         view = content.data
-        assert self._descriptor is not None
         done = 0
         while done < length:
             try:

@@ -248,7 +248,7 @@ def test_wrong_frames_and_caches_are_refused() -> None:
         streaming.stream(clips(1, 2), streaming.initial_caches(1))
     with pytest.raises(ValueError, match=r"8 caches, got 7.*Fix"):
         streaming.stream(clips(1, 1)[:, 0], streaming.initial_caches(1)[1:])
-    # The failed call leaves nothing behind.
+    # The failed call keeps no caches.
     with pytest.raises(RuntimeError):
         streaming.stream(clips(3, 1)[:, 0], streaming.initial_caches(1))
     assert stream(streaming, clips(1, 1)).isfinite().all()

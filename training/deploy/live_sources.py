@@ -114,7 +114,7 @@ def _camera(number: int) -> Iterator[LiveSource]:
 
 
 class _Newest:
-    """Reads a camera in a thread and keeps only the newest frame: a slow network skips frames, and never lags behind."""
+    """Reads a camera in a thread and keeps only the newest frame: a slow network skips frames, and always gets the latest."""
 
     def __init__(self, capture: Any) -> None:
         self._capture = capture
@@ -139,7 +139,7 @@ class _Newest:
         self._stopping.set()
         with suppress(queue.Empty):
             self._queue.get_nowait()
-        # A read that waits for a camera without signal is left behind: the thread is a daemon.
+        # A read that waits for a camera without signal cannot be ended: the thread is a daemon.
         self._thread.join(timeout=1.0)
 
     def _read(self) -> None:

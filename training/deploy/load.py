@@ -61,7 +61,7 @@ class TrainedRun(Generic[Network]):
     backend: SingleBackend
     """The world of this process, with the device."""
     notes: list[str] = field(default_factory=list)
-    """Lines that whoever reads the predictions must know."""
+    """Notes for the reader of the predictions, a line each."""
 
     @property
     def name(self) -> str:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from distributed.backends.base import Backend
 from pipelines.loading.clips import EvaluationClips
-from pipelines.stream.order import evaluation_rows
 from training.build.data import Loader
 from training.config.schema import EvaluationConfig
 
-from .evaluate import logits_of_views
+from .evaluate import batches_of_rank, logits_of_views
 
 
 @torch.inference_mode()
@@ -33,9 +32,8 @@ def evaluate_beginnings(
     """
     network.eval()
     manifest, views = clips.source.manifest, clips.protocol.views
-    rows = evaluation_rows(len(manifest), max(1, settings.batch // views), backend.topology.rank, backend.topology.size)
     predicted_NV = torch.zeros(len(manifest), views, dtype=torch.int32, device=backend.device)
-    for done, clip_batch in enumerate(loader.batches(rows), start=1):
+    for done, clip_batch in enumerate(batches_of_rank(clips, loader, backend, settings), start=1):
         logit_NVK = logits_of_views(network, normalise, clip_batch, views, settings, backend.device)
         real_M = clip_batch.real_N.nonzero().flatten()
         row_M = clip_batch.row_N[real_M].to(backend.device)

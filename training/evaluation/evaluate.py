@@ -3,7 +3,7 @@
 Shapes: N clips of the manifest, M clips of a batch that are no padding, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -104,12 +104,11 @@ def _evaluate_own_rows(
     stop_wanted: Callable[[], bool],
 ) -> _Part:
     """Compute the logits of this rank's clips. No rank waits for another rank here, so each may stop by itself."""
-    manifest, views, batch, mirror = clips.source.manifest, clips.protocol.views, settings.batch, clips.mirror
-    rows = evaluation_rows(len(manifest), max(1, batch // views), backend.topology.rank, backend.topology.size)
+    manifest, views, mirror = clips.source.manifest, clips.protocol.views, clips.mirror
     dtype = dtype_of_logits(network)
     logit_NK = torch.zeros(len(manifest), len(manifest.classes), dtype=dtype, device=backend.device)
     part = _Part(logit_NK, torch.zeros(len(manifest), dtype=torch.int32), [])
-    for done, clip_batch in enumerate(loader.batches(rows), start=1):
+    for done, clip_batch in enumerate(batches_of_rank(clips, loader, backend, settings), start=1):
         if stop_wanted():
             part.stopped = True
             break
@@ -123,6 +122,14 @@ def _evaluate_own_rows(
         part.missing.extend(clip_batch.bad_clips)
         progress(done)
     return part
+
+
+def batches_of_rank(
+    clips: EvaluationClips, loader: Loader, backend: Backend, settings: EvaluationConfig
+) -> Iterator[ClipBatch]:
+    """Load this rank's clips, in batches of at most `settings.batch` views, or of one clip if it has more."""
+    topology, clips_at_once = backend.topology, max(1, settings.batch // clips.protocol.views)
+    return loader.batches(evaluation_rows(len(clips.source.manifest), clips_at_once, topology.rank, topology.size))
 
 
 def dtype_of_logits(network: nn.Module) -> torch.dtype:

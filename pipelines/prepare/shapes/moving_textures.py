@@ -6,14 +6,17 @@ A textured disc lies on a textured background. Eight classes in four pairs, one 
 
 The class says which part of the pose changes, and in which direction. The part that changes runs evenly over its whole range; each
 other part stays at a random place of its range. So at a random time the pose has the same distribution in every class. Colours
-and textures are random too, and those of the disc are sampled as the background's: a single frame says nothing of the class.
-As in drawing.py clips 2j and 2j+1 are twins, one drawing played forward and backward, and their encoded frames are equal.
+and textures are random too, and have the same distribution in every class: a single frame says nothing of the class. As in
+drawing.py clips 2j and 2j+1 are twins, one drawing played forward and backward, and their encoded frames are equal.
 
 The camera shakes: each frame is shifted by some pixels, about as far as the disc moves between two frames. A flow field of 8 bits
-shows a zoom weakly and a move well. On RGB a network has to find the disc, whose colours differ from clip to clip.
+shows a zoom weakly and a move well. On RGB a network has to find the disc, which has a random saturated colour before a grey
+background. A disc with colours like the background's is too hard for a small network in a few epochs.
 
 Shapes in names: T frames, H height, W width, C colour, G cells of a grid.
 """
+
+import colorsys
 
 import numpy as np
 
@@ -65,13 +68,15 @@ def _draw(rng: np.random.Generator, changing: int, size: int, num_frames: int) -
     y_HW, x_HW = (np.mgrid[:size, :size] + 0.5) / size
     x_THW, y_THW = x_HW + shake_2T11[0], y_HW + shake_2T11[1]
 
+    grey = np.full(3, rng.uniform(0.25, 0.6))
+    colour = np.array(colorsys.hsv_to_rgb(rng.uniform(0.0, 1.0), rng.uniform(0.5, 0.9), rng.uniform(0.6, 0.9)))
     # Cells of about four pixels at the default size, on the disc and on the background.
-    background_THWC = _sample(_texture(rng, 18), x_THW, y_THW, low=-0.06, high=1.06)
+    background_THWC = _sample(_texture(rng, 18, grey), x_THW, y_THW, low=-0.06, high=1.06)
     from_x_THW, from_y_THW = (x_THW - x_T11) / radius_T11, (y_THW - y_T11) / radius_T11
     cos_T11, sin_T11 = np.cos(angle_T11), np.sin(angle_T11)
     own_x_THW = from_x_THW * cos_T11 + from_y_THW * sin_T11
     own_y_THW = from_y_THW * cos_T11 - from_x_THW * sin_T11
-    disc_THWC = _sample(_texture(rng, 8), own_x_THW, own_y_THW, low=-1.1, high=1.1)
+    disc_THWC = _sample(_texture(rng, 8, colour), own_x_THW, own_y_THW, low=-1.1, high=1.1)
     distance_THW = (np.hypot(from_x_THW, from_y_THW) - 1.0) * radius_T11 * size
     cover_THW1 = np.clip(0.5 - distance_THW, 0.0, 1.0).astype(np.float32)[..., None]
 
@@ -83,10 +88,10 @@ def _draw(rng: np.random.Generator, changing: int, size: int, num_frames: int) -
     return np.rint(video_THWC, out=video_THWC).astype(np.uint8)
 
 
-def _texture(rng: np.random.Generator, cells: int) -> Array:
-    """Sample grid_GGC: a random colour, with random light and, less, random hues in each cell."""
+def _texture(rng: np.random.Generator, cells: int, colour: Array) -> Array:
+    """Sample grid_GGC: a colour, with random light and, less, random hues in each cell."""
     light = rng.uniform(0.10, 0.18) * rng.standard_normal((cells, cells, 1))
-    return (rng.uniform(0.25, 0.75, size=3) + light + 0.04 * rng.standard_normal((cells, cells, 3))).astype(np.float32)
+    return (colour + light + 0.04 * rng.standard_normal((cells, cells, 3))).astype(np.float32)
 
 
 def _sample(grid_GGC: Array, x_THW: Array, y_THW: Array, low: float, high: float) -> Array:

@@ -42,7 +42,7 @@ class Kind:
 
 
 SHAPES = Kind("shapes", 2, drawing.CLASSES, drawing.ORDER_GROUPS, drawing.draw_clip)
-MOTIONS = Kind("motions", 1, moving_textures.CLASSES, moving_textures.ORDER_GROUPS, moving_textures.draw_clip)
+MOTIONS = Kind("motions", 2, moving_textures.CLASSES, moving_textures.ORDER_GROUPS, moving_textures.draw_clip)
 
 
 @dataclass(frozen=True)

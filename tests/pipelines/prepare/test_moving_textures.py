@@ -71,11 +71,12 @@ def test_pixels_move_as_the_class_says(label: int) -> None:
     y_HW, x_HW = np.meshgrid(centred, centred, indexing="ij")
     motion_N4 = []
     for index in range(label, label + 8 * 12, 8):
-        video_THW = draw_clip("val", 5, index, 64, (24,)).astype(float).mean(-1)
-        _, dy_THW, dx_THW = np.gradient((video_THW[1:] + video_THW[:-1]) / 2)
-        columns = [dx_THW, dy_THW, dx_THW * x_HW + dy_THW * y_HW, dy_THW * x_HW - dx_THW * y_HW]
+        # All colours: the disc may be as light as the background.
+        video_TCHW = draw_clip("val", 5, index, 64, (24,)).astype(float).transpose(0, 3, 1, 2)
+        _, _, dy_TCHW, dx_TCHW = np.gradient((video_TCHW[1:] + video_TCHW[:-1]) / 2)
+        columns = [dx_TCHW, dy_TCHW, dx_TCHW * x_HW + dy_TCHW * y_HW, dy_TCHW * x_HW - dx_TCHW * y_HW]
         design_TP4 = np.stack(columns, axis=-1).reshape(23, -1, 4)
-        change_TP = np.diff(video_THW, axis=0).reshape(23, -1)
+        change_TP = np.diff(video_TCHW, axis=0).reshape(23, -1)
         normal_T44 = np.einsum("tpi,tpj->tij", design_TP4, design_TP4)
         right_T4 = np.einsum("tpi,tp->ti", design_TP4, change_TP)
         # Over the clip the camera's shake cancels out.

@@ -256,6 +256,28 @@ def test_a_shard_is_opened_once(spoiled: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(opened) == len(set(opened)) == len({row.path for row in rows_of(spoiled)})
 
 
+def test_a_shard_is_closed_once_it_is_forgotten(spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(os, "close", closed.append)
+    shard_reader.Shard(spoiled / "train-000000.tar")
+    monkeypatch.undo()
+    (descriptor,) = closed
+    os.close(descriptor)
+
+
+def test_a_shard_that_is_open_at_exit_causes_no_message(spoiled: Path) -> None:
+    """Keep the module alive to the end, as other modules do in a job: Python then sets its globals to None."""
+    script = f"""
+import sys
+from pathlib import Path
+from pipelines.decoding import shard_reader
+shard_reader.open_shard(Path({str(spoiled / "train-000000.tar")!r}))
+sys.kept = shard_reader
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- Interrupted and failing writes -----------------------------------------------------------------------------------
 
 

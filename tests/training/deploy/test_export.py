@@ -1,7 +1,8 @@
-"""Exported files compute what PyTorch computes, and a file that does not is never left behind."""
+"""Exported files compute what PyTorch computes, and a file that does not is never kept."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -269,16 +270,21 @@ def test_int8_has_a_scale_per_channel_and_is_scored_on_validation_clips(run_with
     assert (folder / "model.onnx").stat().st_size < 13e6
 
 
+def check_int8_is_refused(run_with_data: Path, open_: Callable[[Files, Exportable], Run], message: str) -> None:
+    """Export with a format whose float32 file is b"fp32" and int8 file b"int8"; assert the message, and that no file is kept."""
+    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, calls: {"model": b"int8"})
+    run = load_trained(str(run_with_data), ["distributed.device=cpu"])
+    with pytest.raises(ExportError, match=message):
+        command.export(run, command.Kind("fake", "int8"), fake)
+    assert not (run_with_data / "export" / "fake-int8-stream").exists()
+
+
 def test_int8_that_answers_otherwise_is_refused(run_with_data: Path) -> None:
     def open_(files: Files, network: Exportable) -> Run:
         negative = files["model"] == b"int8"
         return lambda inputs: [-value if negative else value for value in network.run(inputs)]
 
-    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, calls: {"model": b"int8"})
-    run = load_trained(str(run_with_data), ["distributed.device=cpu"])
-    with pytest.raises(ExportError, match=r"int8 answers 0\.0 % of 6 validation clips.*no file is kept"):
-        command.export(run, command.Kind("fake", "int8"), fake)
-    assert not (run_with_data / "export" / "fake-int8-stream").exists()
+    check_int8_is_refused(run_with_data, open_, r"int8 answers 0\.0 % of 6 validation clips.*no file is kept")
 
 
 def test_int8_that_does_not_run_is_refused(run_with_data: Path) -> None:
@@ -288,11 +294,9 @@ def test_int8_that_does_not_run_is_refused(run_with_data: Path) -> None:
 
         return fail if files["model"] == b"int8" else network.run
 
-    fake = Format(lambda network: {"model": b"fp32"}, open_, lambda files, network, calls: {"model": b"int8"})
-    run = load_trained(str(run_with_data), ["distributed.device=cpu"])
-    with pytest.raises(ExportError, match=r"int8 file does not run: Init failed for the backend\. Fix: precision=fp32"):
-        command.export(run, command.Kind("fake", "int8"), fake)
-    assert not (run_with_data / "export" / "fake-int8-stream").exists()
+    check_int8_is_refused(
+        run_with_data, open_, r"int8 file does not run: Init failed for the backend\. Fix: precision=fp32"
+    )
 
 
 def test_int8_without_the_data_set_is_refused(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""How the answers of int8 files are compared with PyTorch's. test_export.py has the files themselves."""
+"""The comparison of int8 answers with PyTorch's. test_export.py has the files themselves."""
 
 import pytest
 import torch
