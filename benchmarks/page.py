@@ -96,9 +96,14 @@ class Result:
 
 
 def lines_of(benchmark: str, rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Line]:
-    """Return the figures of rows: all intervals, and single numbers that have a target."""
+    """Return the figures of rows: all intervals, and single numbers that have a target, of the page or of the row."""
     lines = []
     for row in rows:
+        if "check" in row:
+            # A row that brings its own target: a comparison with published figures.
+            own = Target(benchmark, {}, "value", row["target"], "published figures")
+            lines.append(Line(row["check"], "value", Figure(row["value"], None, None), own))
+            continue
         label = ", ".join(
             f"{key}={value}"
             for key, value in row.items()

@@ -4,8 +4,10 @@ python benchmarks/simulator.py                     all of it
 python benchmarks/simulator.py --mlperf FILE       steps of MLPerf's ResNet-50 systems of 16 or more GPUs, from such a file
 python benchmarks/simulator.py --published         scaling of Horovod's benchmarks and of Goyal et al., with and without experience
 python benchmarks/simulator.py --memory            memory of a step against mmaction2's tables
+python benchmarks/simulator.py --emulated          steps on emulated nodes with slow links, with torch and Horovod; not in "all"
 
-No GPU, no network. The last lines name every target, and mark the missed ones.
+No GPU, no network. --emulated needs root, iproute2 and Horovod, and takes some minutes. The last lines name every target, and mark
+the missed ones.
 """
 # ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
@@ -21,8 +23,10 @@ import numpy as np
 import torch
 import torchvision
 
-from benchmarks.common import argument_parser, machine_facts, print_table, write_rows
+from benchmarks import common
+from benchmarks.common import machine_facts, print_table, write_rows
 from benchmarks.simulator_chart import write_chart
+from benchmarks.simulator_emulated import emulated
 from benchmarks.simulator_mlperf import (
     C0_MS,
     DATA,
@@ -213,20 +217,35 @@ def memory() -> tuple[list[Row], list[Target]]:
     return rows, [Target("memory, worst error %", max(abs(row["error_percent"]) for row in rows), 6.0)]
 
 
+# --- Emulated nodes ---------------------------------------------------------------------------------------------------
+
+
+def on_emulated_nodes() -> tuple[list[Row], list[Target]]:
+    """Compare steps on emulated nodes with those predicted from all-reduces of two nodes."""
+    rows = emulated()
+    print("\nSteps on emulated nodes: predicted from a table of two nodes, nothing fitted to steps")
+    titles = ("backend", "nodes", "Mbit/s", "compute ms", "measured ms", "predicted ms", "error %")
+    print_table(titles, [_cells(row, "{} {} {} {:.0f} {:.0f} {:.0f} {:+.1f}") for row in rows])
+    return rows, [
+        Target("emulated nodes, worst error of a step %", max(abs(row["error_percent"]) for row in rows), 10.0)
+    ]
+
+
 def _cells(row: Row, formats: str) -> list[str]:
     return [each.format(value) for each, value in zip(formats.split(), row.values(), strict=True)]
 
 
 def main() -> None:
-    parser = argument_parser(__doc__.splitlines()[0] if __doc__ else "")
+    parser = common.argument_parser(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument(
         "--mlperf", type=Path, metavar="FILE", help="MLPerf's systems, as benchmarks/data/mlperf_resnet50.csv"
     )
     parser.add_argument("--published", action="store_true", help="weak scaling of Horovod and Goyal")
     parser.add_argument("--memory", action="store_true", help="memory against mmaction2")
+    parser.add_argument("--emulated", action="store_true", help="steps on emulated nodes (root)")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the rows of --mlperf and --published")
     options = parser.parse_args()
-    everything = not (options.mlperf or options.published or options.memory)
+    everything = not (options.mlperf or options.published or options.memory or options.emulated)
     facts = machine_facts(torch.get_num_threads())
     parts = []
     if options.mlperf or everything:
@@ -235,6 +254,8 @@ def main() -> None:
         parts.append(published())
     if options.memory or everything:
         parts.append(memory())
+    if options.emulated:
+        parts.append(on_emulated_nodes())
     rows = [row for found, _ in parts for row in found]
     targets = [target for _, found in parts for target in found]
     print("\n" + "\n".join(map(str, targets)))

@@ -37,7 +37,17 @@ def test_missed_targets_and_failed_programs_come_first() -> None:
     assert (line["verdict"], line["target"], line["low"]) == ("MISSED", "at most 0.5", 0.6)
 
 
+def test_a_row_may_bring_its_own_target() -> None:
+    rows = [
+        {"check": "memory, worst error %", "value": value, "target": 6.0, "met": value <= 6} for value in (4.1, 7.0)
+    ]
+    lines = lines_of("simulator", [{"network": "resnet50", "error_percent": 4.1}, *rows])
+    found = [(line.label, line.target_text, line.verdict) for line in lines]
+    assert found == [("memory, worst error %", "at most 6", verdict) for verdict in ("met", "MISSED")]
+
+
 def test_every_target_is_of_a_program() -> None:
+    assert "simulator" in programs()
     assert {target.benchmark for target in TARGETS} <= set(programs())
     for target in TARGETS:
         source = (CHECKOUT / "benchmarks" / f"{target.benchmark}.py").read_text()
