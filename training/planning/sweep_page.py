@@ -53,6 +53,8 @@ def _charts(points: Sequence[Point]) -> list[str]:
 
 
 def _draw_time(axes: "Axes", runs: Sequence[tuple[int, Simulation]]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     _logarithmic(axes, runs)
     axes.set_yscale("log")
     worlds = [world for world, _ in runs]
@@ -64,6 +66,9 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, Simulation]]) -> None:
     first_world, first = runs[0]
     ideal = [first.time_to_train_s.centre / 60 * first_world / world for world in worlds]
     axes.plot(worlds, ideal, color=GREY, lw=1, ls="--", label="in proportion to the smallest")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     add_legend(axes)
 
 
@@ -76,6 +81,8 @@ def _draw_efficiency(axes: "Axes", runs: Sequence[tuple[int, Simulation]]) -> No
 
 
 def _draw_terms(axes: "Axes", runs: Sequence[tuple[int, Simulation]]) -> None:
+    # The grid behind the bars.
+    axes.set_axisbelow(True)
     places = range(len(runs))
     bottom = [0.0] * len(runs)
     for (name, meaning), color in zip(MEANING.items(), _COLORS, strict=True):
