@@ -13,7 +13,7 @@ _PORT = "20960"
 
 def set_rate(mbit_s: int) -> None:
     """Limit what this process' node sends."""
-    limit = ["rate", f"{mbit_s}mbit", "burst", "64kb", "latency", "400ms"]
+    limit = ["rate", f"{mbit_s}mbit", "burst", "32kb", "latency", "400ms"]
     subprocess.run(["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit], check=True)
 
 

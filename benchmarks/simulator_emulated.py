@@ -1,8 +1,9 @@
 """Compare predicted steps with steps on emulated nodes, for benchmarks/simulator.py --emulated.
 
-Each node is a namespace whose link has a rate limit. The network's layers sleep, so that compute needs no core, and have real
-gradients, which DDP or Horovod reduces over Gloo. A table of all-reduces is measured on two nodes, and steps are predicted for
-2, 4 and 8 from this table and the compute time. Nothing is fitted to steps.
+Each node is a namespace whose link has a rate limit. The network's layers have real gradients, which DDP or Horovod reduces over
+Gloo. They sleep, so that compute needs no core, or multiply matrices, so that all nodes share the machine's cores. A table of
+all-reduces is measured on two nodes, and steps are predicted for 2, 4 and 8 from this table and from the compute time without a
+reduction. Nothing is fitted to steps.
 """
 # ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
@@ -35,42 +36,51 @@ from training.planning.simulator.overlap import (
     ready_times,
 )
 
-RATES_MBIT = (100, 200, 400)
+# Low, because all nodes share the cores of one machine, which TCP needs too.
+RATES_MBIT = (25, 50, 100)
 WORLDS = (2, 4, 8)
-# From the first layer to the last, about as ResNet's stages grow.
-LAYER_BYTES = tuple(int(2**20 * mib) for mib in (0.25, 0.25, 0.5, 0.5, 1, 2, 4, 4))
-FORWARD_S, BACKWARD_S = 0.02, 0.04
+# From the first layer to the last, about as ResNet's stages grow: 3.1 MiB in all.
+LAYER_BYTES = tuple(2**10 * kib for kib in (64, 64, 128, 128, 256, 512, 1024, 1024))
+COMPUTE = ("sleeping", "real")
+# A layer takes one unit forward and two backward.
+_UNIT_S = 0.02
+_UNIT_PRODUCTS = 20
 _STEPS = 4
 _TABLE_S = 12.0
 _LIMIT_S = 600.0
 
 
-def steps_on_nodes(backend: str, world: int) -> dict[str, Any]:
+def steps_on_nodes(backend: str, world: int, compute: str) -> dict[str, Any]:
     """Return what rank 0 measured on emulated nodes, by rate: the steps, and on two nodes the table."""
     with emulated_nodes(world) as names, tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        run_on_nodes(names, [__file__, backend, str(result)], Path(folder), _LIMIT_S)
+        run_on_nodes(names, [__file__, backend, compute, str(result)], Path(folder), _LIMIT_S)
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
 
-def emulated(worlds: tuple[int, ...] = WORLDS) -> list[dict[str, Any]]:
+def emulated(compute: str, worlds: tuple[int, ...] = WORLDS) -> list[dict[str, Any]]:
     """Measure and predict every cell. The first of `worlds` gives the tables."""
     rows = []
     for backend in ("torch", "horovod"):
         tables: dict[str, Table] = {}
         for world in worlds:
-            for rate, found in steps_on_nodes(backend, world).items():
+            for rate, found in steps_on_nodes(backend, world, compute).items():
                 if "table" in found:
                     table = found["table"]
                     sizes = tuple(float(size) for size in table)
                     tables[rate] = Table(world, "ring", sizes, tuple(table.values()))
                 predicted_s = predicted_step_s(backend, world, tables[rate], found["compute_s"])
                 rows.append({
-                    "backend": backend, "nodes": world, "mbit_per_s": int(rate), "compute_ms": 1000 * found["compute_s"],
+                    "compute": compute, "backend": backend, "nodes": world, "mbit_per_s": int(rate),
+                    "compute_ms": 1000 * found["compute_s"],
                     "measured_ms": 1000 * found["step_s"], "predicted_ms": 1000 * predicted_s,
                     "error_percent": 100 * (predicted_s / found["step_s"] - 1),
                 })  # fmt: skip
+                print(
+                    f"{compute}: {backend} on {world} nodes, {rate} Mbit/s: {rows[-1]['error_percent']:+.1f}%",
+                    flush=True,
+                )
     return rows
 
 
@@ -88,37 +98,48 @@ def predicted_step_s(backend: str, world: int, table: Table, compute_s: float) -
     return compute_s + exposed_s(messages, backward_s, reduce_s, negotiation_s)
 
 
-class _Sleep(torch.autograd.Function):
+def _compute(units: int, real: bool) -> None:
+    if not real:
+        time.sleep(units * _UNIT_S)
+        return
+    x = torch.ones(192, 192)
+    for _ in range(units * _UNIT_PRODUCTS):
+        torch.mm(x, x)
+
+
+class _Layer(torch.autograd.Function):
     """Takes its time forward and backward."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
-        time.sleep(FORWARD_S)
+    def forward(context: Any, x: Tensor, weight: Tensor, real: bool) -> Tensor:
+        _compute(1, real)
+        context.real = real
         context.save_for_backward(weight)
         return x.clone()
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        time.sleep(BACKWARD_S)
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        _compute(2, context.real)
         (weight,) = context.saved_tensors
-        return gradients[0], torch.ones_like(weight)
+        return gradients[0], torch.ones_like(weight), None
 
 
-class _SleepingLayer(nn.Module):
-    def __init__(self, num_bytes: int) -> None:
+class _LayerModule(nn.Module):
+    def __init__(self, num_bytes: int, real: bool) -> None:
         super().__init__()
+        self._real = real
         self.weight = nn.Parameter(torch.zeros(num_bytes // 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Sleep.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        y: Tensor = _Layer.apply(x, self.weight, self._real)  # type: ignore[no-untyped-call]
         return y
 
 
-def _rank(backend_name: str, result: Path) -> None:
+def _rank(backend_name: str, real: bool, result: Path) -> None:
     """Measure on one node; rank 0 writes the result."""
     backend = make_backend(backend_name, find_topology(), torch.device("cpu"), _LIMIT_S, "gloo")
     measure.MESSAGES_S = _TABLE_S
-    network = nn.Sequential(*(_SleepingLayer(num_bytes) for num_bytes in LAYER_BYTES))
+    network = nn.Sequential(*(_LayerModule(num_bytes, real) for num_bytes in LAYER_BYTES))
     reducer = backend.reducer(network, ReducerOptions())
     found = {}
     for rate in RATES_MBIT:
@@ -126,8 +147,9 @@ def _rank(backend_name: str, result: Path) -> None:
         backend.all_gather_objects(None)
         of_rate: dict[str, Any] = {"table": measure.measure_messages(backend)} if backend.topology.size == 2 else {}
         steps_s = [_step_s(backend, network, reducer) for _ in range(2 + _STEPS)][2:]
-        # What sleeping costs here, without a reduction.
-        computed_s = [_compute_s() for _ in range(_STEPS)]
+        # On all nodes at once.
+        backend.all_gather_objects(None)
+        computed_s = [_compute_s(real) for _ in range(_STEPS)]
         slowest = [max(of_ranks) for of_ranks in zip(*backend.all_gather_objects(computed_s), strict=True)]
         found[str(rate)] = of_rate | {"step_s": median(steps_s), "compute_s": median(slowest)}
     if backend.topology.rank == 0:
@@ -149,15 +171,16 @@ def _step_s(backend: Backend, network: nn.Module, reducer: Any) -> float:
     return took_s
 
 
-def _compute_s() -> float:
+def _compute_s(real: bool) -> float:
+    """Take a step without a reduction."""
     x = torch.ones(1, requires_grad=True)
     weights = [torch.zeros(num_bytes // 4, requires_grad=True) for num_bytes in LAYER_BYTES]
     start = time.perf_counter()
     for weight in weights:
-        x = _Sleep.apply(x, weight)  # type: ignore[no-untyped-call]
+        x = _Layer.apply(x, weight, real)  # type: ignore[no-untyped-call]
     x.sum().backward()
     return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    _rank(sys.argv[1], Path(sys.argv[2]))
+    _rank(sys.argv[1], sys.argv[2] == "real", Path(sys.argv[3]))
