@@ -29,11 +29,12 @@ def frame_orientation(frame: Any) -> tuple[int, bool]:
 
     Raises ValueError for a matrix that does more than turn by quarters, mirror and scale evenly.
     """
-    for side_data in frame.side_data:
-        if side_data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data))
-            return _orientation((a, b, c, d))
-    return 0, False
+    # By key: iterating over side_data yields values in PyAV 18 and keys in PyAV 19.
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    return _orientation((a, b, c, d))
 
 
 def _orientation(matrix: tuple[int, int, int, int]) -> tuple[int, bool]:

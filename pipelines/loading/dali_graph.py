@@ -121,5 +121,9 @@ def samples_of(kind: str, clips: list[EncodedClip], parts: list[list[NDArray[np.
 def error_reason(error: Exception) -> str:
     """Extract the reason from a DALI error, which also has the operator's name and a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    after = [line for at, line in enumerate(lines) if at and lines[at - 1].startswith("encountered")]
-    return (after or lines or [type(error).__name__])[0]
+    after = [at for at, line in enumerate(lines) if at and lines[at - 1].startswith("encountered")]
+    reason = lines[after[0] if after else 0 :]
+    if not reason:
+        return type(error).__name__
+    # CUDA's errors have a second line: "CUDA driver API error CUDA_ERROR_INVALID_VALUE (1):" and "invalid argument".
+    return " ".join(reason[: 2 if reason[0].endswith(":") else 1])

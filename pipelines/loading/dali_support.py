@@ -14,7 +14,7 @@ from pipelines.errors import BadClip
 from pipelines.manifest import Manifest, ManifestRow
 
 from .dali_batches import FRAMES, GREY_IMAGES, IMAGES, PER_IMAGE, VIDEOS, EncodedSource, Kind, kind_of, why_on_host
-from .dali_graph import error_reason, import_dali, make_pipeline, samples_of
+from .dali_graph import DaliError, error_reason, import_dali, make_pipeline, samples_of
 
 # Clips to try per codec before DALI counts as unable to decode it.
 _ROWS_TRIED = 5
@@ -40,7 +40,8 @@ class Feed:
 def choose_feed(manifest_path: Path, device: torch.device) -> Feed:
     """Choose DALI's input by letting it decode a clip of each codec in the manifest on this device.
 
-    The codecs that DALI decodes depend on its version and, on GPUs, on the chip. Raises DaliError if DALI does not load.
+    The codecs that DALI decodes depend on its version and, on GPUs, on the chip. Raises DaliError if DALI does not load, or if
+    the GPU's decoder is broken.
     """
     import_dali()
     manifest = Manifest.open(manifest_path)
@@ -62,6 +63,7 @@ def choose_feed(manifest_path: Path, device: torch.device) -> Feed:
             others[codec] = reason
     known = frozenset(kinds) - frozenset(others)
     if not known:
+        _check_decoder(device, others)
         return Feed(FRAMES, frozenset(others), others, {})
     by_kind = {kind: {codec for codec in known if kind_of(codec) == kind} for kind in (VIDEOS, IMAGES, GREY_IMAGES)}
     # The first of those with as many clips.
@@ -70,6 +72,20 @@ def choose_feed(manifest_path: Path, device: torch.device) -> Feed:
     others |= dict.fromkeys(known - chosen, "one graph decodes either videos or images, and there are fewer of these")
     on_host = sum((excluded[codec] for codec in chosen), Counter())
     return Feed(most, chosen, others, dict(on_host))
+
+
+def _check_decoder(device: torch.device, others: dict[str, str]) -> None:
+    """Raise DaliError if the GPU's decoder is broken: the host would decode everything, many times slower, and only the log tells.
+
+    A chip that does not have a codec is another matter: DALI says so in words, without an error of CUDA.
+    """
+    broken = [f"{codec} ({reason})" for codec, reason in sorted(others.items()) if "CUDA" in reason]
+    if device.type == "cuda" and broken:
+        raise DaliError(
+            f"DALI cannot use the video decoder of {device}: {', '.join(broken)}. Fix: give the container or virtual machine "
+            "the driver's video functions (NVIDIA_DRIVER_CAPABILITIES=compute,video,utility), or decode on the host with "
+            "pipeline=torch"
+        )
 
 
 def describe(feed: Feed, device: torch.device, decoder: str) -> str:

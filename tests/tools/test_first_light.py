@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 
 from tests.helpers.worlds import CHECKOUT
-from tools.first_light.phases import DEFAULT_LIMIT_S, PHASES, Phase, run_phases
+from tools.first_light.phases import DEFAULT_LIMIT_S, PHASES, Phase, groups_of, run_phases, share_s
 from tools.first_light.processes import adopt_orphans, run
 from tools.first_light.prune_fatbin import MACHINE_CODE, PTX, prune
-from tools.first_light.report import REPORT, RUNNING, Results, errors
+from tools.first_light.report import REPORT, Results, errors, running_file
 from tools.first_light.settings import WARNINGS, Settings
 from tools.first_light.summary import summary
 
 # --- Phases that crash and hang ---------------------------------------------------------------------------------------
 
 INJECTED = '''
-import ctypes, json, subprocess, sys, time
+import ctypes, json, os, subprocess, sys, time
 
 def fine(results):
     with results.row("one") as row:
@@ -48,18 +48,20 @@ def crashes(results):
     ctypes.string_at(0)
 
 def hangs(results):
-    """A rank in a session of its own that ignores SIGTERM, as launchers start them."""
+    """Start a rank in a session of its own that ignores SIGTERM, as launchers do, and a forked process."""
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     rank = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    with results.row("before the hang") as row:
-        row["pid"] = rank.pid
-    rank.wait()
+    forked = os.fork()
+    if forked:
+        with results.row("before the hang") as row:
+            row["pids"] = [rank.pid, forked]
+    rank.wait() if forked else time.sleep(600)
 '''
 
 
 def settings_of(folder: Path, limit_s: float) -> Settings:
     (folder / "work").mkdir()
-    return Settings("dry", folder, folder / "work", time.monotonic() + limit_s)
+    return Settings("dry", folder, folder / "work", time.monotonic() + limit_s, "a device")
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.usefixtures("_orphans")
 def test_a_phase_that_crashes_or_hangs_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "injected.py").write_text(INJECTED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     names = ("fine", "raises", "crashes", "hangs", "last")
     shares_s = (1, 1, 1, 0.3, 1)
     phases = [
@@ -92,7 +94,7 @@ def test_a_phase_that_crashes_or_hangs_hides_no_other(tmp_path: Path, monkeypatc
     run_phases(phases, settings_of(tmp_path, limit_s=60), report)
     assert time.monotonic() - started_s < 60
     assert json.loads((tmp_path / REPORT).read_text()) == json.loads(json.dumps(report))
-    assert not (tmp_path / RUNNING).exists()
+    assert not list(tmp_path.glob("running_*"))
     entries = report["phases"]
     outcomes = {name: entry["outcome"] for name, entry in entries.items()}
     assert outcomes == {
@@ -106,7 +108,7 @@ def test_a_phase_that_crashes_or_hangs_hides_no_other(tmp_path: Path, monkeypatc
     assert entries["crashes"]["results"]["before the crash"]["figure"] == 2
     # The stack from faulthandler.
     assert "injected.py" in entries["crashes"]["output"]
-    assert not is_running(entries["hangs"]["results"]["before the hang"]["pid"])
+    assert not any(map(is_running, entries["hangs"]["results"]["before the hang"]["pids"]))
     rows = entries["raises"]["results"]
     assert dict(errors(rows)) == {"bad row": "ValueError: this row failed"}
     assert rows["bad row"]["before"] == rows["next row"]["after"] == 1
@@ -125,17 +127,19 @@ def test_a_phase_without_time_is_named(tmp_path: Path) -> None:
 
 
 def test_the_shares_are_those_of_the_default_limit_and_nine_minutes_are_enough() -> None:
-    assert sum(phase.share_s for phase in PHASES) == DEFAULT_LIMIT_S
+    assert sum(map(share_s, groups_of(PHASES))) == DEFAULT_LIMIT_S
     script = (CHECKOUT / "tools/first_light/first_light.sh").read_text()
     assert "limit_s=${LIMIT_S:-540}" in script
 
 
 def test_rows_carry_the_device_and_wait_for_no_time_that_is_not_there(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, limit_s=0)
-    results = Results(settings, "a device")
+    results = Results(settings, "phase")
     assert [title for title, _ in results.each({"one": 1, "other": 2})] == []
-    rows = json.loads((tmp_path / RUNNING).read_text())
-    assert rows == {title: {"device": "a device", "skipped": "no time"} for title in ("one", "other")}
+    rows = json.loads(running_file(settings, "phase").read_text())
+    assert rows == {
+        title: {"device": "a device", "skipped": "no time", "duration_s": 0.0} for title in ("one", "other")
+    }
 
 
 @pytest.mark.usefixtures("_orphans")
@@ -183,11 +187,12 @@ def check_report(report: dict[str, Any], mode: str, device: str) -> None:
         assert not dict(errors(entry["results"])), (name, entry["results"])
         assert all(device in row["device"] for row in entry["results"].values()), name
     phases = report["phases"]
-    outcomes = {row["outcome"] for row in phases["gpu_tests"]["results"].values() if "outcome" in row}
-    assert outcomes <= ({"skipped"} if mode == "dry" else {"skipped", "passed"}) and outcomes
+    for name in ("gpu_tests", "dali_tests"):
+        outcomes = {row["outcome"] for row in phases[name]["results"].values() if "outcome" in row}
+        assert outcomes <= ({"skipped"} if mode == "dry" else {"skipped", "passed"}) and outcomes
     for way in ("numerics=gpu", "numerics=reference"):
         assert {"c0_s", "k_s"} <= phases["scaling"]["results"][f"{way}, fit"].keys()
-    assert phases["jobs"]["results"]["deterministic: weights"]["bit_equal"]
+    assert phases["jobs"]["results"]["deterministic: weights"]["equal"]
     assert phases["ranks"]["results"]["float64, two ranks, torch"]["outcome"] == "ok"
 
 

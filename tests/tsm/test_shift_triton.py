@@ -290,7 +290,8 @@ def test_torch_compile_on_a_gpu_gives_the_same_bits() -> None:
     (x_grad_NTCHW,) = torch.autograd.grad(out_NTCHW, x_NTCHW, x_NTCHW.detach())
     expected_NTCHW, expected_grad_NTCHW = output_and_gradient(x_NTCHW, x_NTCHW.detach(), 8, "both")
     assert_same_bits(out_NTCHW.detach(), expected_NTCHW)
-    assert_same_bits(x_grad_NTCHW, expected_grad_NTCHW)
+    # torch.compile lays out the gradients that it is given as it guessed while it traced.
+    assert_same_bits(laid_out(x_grad_NTCHW, channels_last=True), expected_grad_NTCHW)
 
 
 @pytest.mark.gpu

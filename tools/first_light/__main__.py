@@ -9,6 +9,7 @@ On the fake GPU (tests/fake_gpu) it runs its CUDA code with tiny sizes. The repo
 
 import argparse
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -17,22 +18,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .forks import run_forked
 from .phases import DEFAULT_LIMIT_S, PHASES, run_phases
 from .processes import adopt_orphans
-from .report import REPORT, Results
-from .settings import CHECKOUT, WARNINGS, Settings, find_mode
+from .report import REPORT
+from .settings import CHECKOUT, WARNINGS, Mode, Settings, find_mode, name_of_device
 from .summary import print_summary
 
+DEVICE_LIMIT_S = 40.0
 
-def run_one_phase(arguments: list[str]) -> None:
-    """Run one phase in this process, which runs no other."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--phase", required=True)
-    Settings.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    settings = Settings.parse(options)
-    module, _, name = options.phase.partition(":")
-    getattr(importlib.import_module(module), name)(Results(settings, settings.device_name()))
+
+TINY_ENVIRONMENT = {
+    # Several processes with many threads oversubscribe few cores, and a tiny network does not profit from a second thread.
+    "OMP_NUM_THREADS": "1",
+    # The fake GPU can load compiled kernels only through Triton's own launcher, not through Inductor's.
+    "TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER": "0",
+}
+
+
+def prepare_forks(mode: Mode) -> None:
+    """Import what the phases need, so that their processes start at once. Nothing here may initialise CUDA."""
+    # torch.cuda.is_available() asks the driver's library NVML, instead of CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.update(TINY_ENVIRONMENT if mode != "gpu" else {})
+    for phase in PHASES:
+        importlib.import_module(phase.function.partition(":")[0])
+
+
+def ask_device_name(mode: Mode, folder: Path) -> str:
+    """Return the device's name, or why there is none, from a process of its own."""
+    answer = folder / "device_name"
+    for _, ended in run_forked({"name": lambda: answer.write_text(name_of_device(mode))}, lambda _: DEVICE_LIMIT_S):
+        if ended.outcome != "ok":
+            return f"no device: {ended.outcome}: {(ended.output.splitlines() or [''])[-1]}"
+    return answer.read_text()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,7 +89,10 @@ def main() -> int:
         "limit_s": options.limit_s,
     }
     with tempfile.TemporaryDirectory(prefix="first_light_", ignore_cleanup_errors=True) as work:
-        settings = Settings(mode, options.out.resolve(), Path(work), started_s + options.limit_s, options.nccl)
+        prepare_forks(mode)
+        name = ask_device_name(mode, Path(work))
+        print(f"{name}; imports took {time.monotonic() - started_s:.1f} s", flush=True)
+        settings = Settings(mode, options.out.resolve(), Path(work), started_s + options.limit_s, name, options.nccl)
         run_phases([phase for phase in PHASES if phase.name in names], settings, report)
     print_summary(report)
     print(f"report: {options.out / REPORT}", flush=True)
@@ -79,7 +101,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     adopt_orphans()
-    if "--phase" in sys.argv[1:2]:
-        run_one_phase(sys.argv[1:])
-    else:
-        sys.exit(main())
+    sys.exit(main())

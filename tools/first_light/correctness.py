@@ -54,7 +54,7 @@ def waits(results: Results) -> None:
     cases = {"fp32": WAYS["fp32"]} if settings.mode == "dry" else WAYS
     for title, way in results.each(cases):
         with results.row(title) as row:
-            set_switches(way)
+            set_switches(way, benchmark=False)
             trainer, batches = build(way, shape, settings.device)
             for step in range(2):
                 trainer.step(step, batches)

@@ -1,13 +1,15 @@
 """Facts of the machine, and the measured limits of its device, to which the report relates its figures."""
 
 import ctypes
-import json
 import os
 import platform
 import shutil
+import struct
 import sys
 import time
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -18,10 +20,12 @@ from .timing import device_seconds
 TOOLS = ("nvcc", "g++", "cmake", "mpicxx", "mpirun", "ffmpeg", "nvidia-smi", "ncu")
 LIBRARIES = ("libcuda.so.1", "libcuda.so", "libnvidia-ml.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
 """Driver libraries. libnvcuvid decodes video: without it DALI cannot decode on the GPU."""
-MODULES = (
-    "numpy", "torchvision", "triton", "hydra", "omegaconf", "av", "pyarrow", "safetensors", "timm", "torchmetrics", "mfusepy",
-    "wandb", "torchcodec", "nvidia.dali", "horovod.torch", "mpi4py",
+PACKAGES = (
+    "numpy", "torchvision", "triton", "hydra-core", "omegaconf", "av", "pyarrow", "safetensors", "timm", "torchmetrics", "mfusepy",
+    "wandb", "torchcodec", "nvidia-dali-cuda130", "horovod", "mpi4py",
 )  # fmt: skip
+H264, CHROMA_420 = 4, 1
+"""Values of cudaVideoCodec and cudaVideoChromaFormat."""
 PRECISIONS = {"float32": False, "tf32": True, "float16": True, "bfloat16": True}
 """Precisions of matrix products, with the value of `allow_tf32`."""
 
@@ -45,8 +49,10 @@ def facts(results: Results) -> None:
                 "capability": torch.cuda.get_device_capability(),
             }  # fmt: skip
         ceilings(results)
-    with results.row("modules") as row:
-        row |= versions(results)
+        with results.row("NVDEC, H.264") as row:
+            row |= nvdec()
+    with results.row("packages") as row:
+        row |= versions()
     with results.row("what the preflight sees") as row:
         code = "import json; from slurm.preflight.node import gpus; print(json.dumps(list(gpus(20))))"
         row["gpus"] = run([sys.executable, "-c", code], 25).output.strip()[-1500:]
@@ -67,20 +73,32 @@ def _loads(library: str) -> str:
     return "loads"
 
 
-def versions(results: Results) -> dict[str, str]:
-    """Return the version of each module, or its import error; all in one process, which imports each only once."""
-    code = (
-        "import importlib, json, sys\n"
-        "def version(name):\n"
-        "    try: return str(getattr(importlib.import_module(name), '__version__', 'there'))\n"
-        "    except BaseException as error: return f'{type(error).__name__}: {error}'[:200]\n"
-        "print('VERSIONS ' + json.dumps({name: version(name) for name in sys.argv[1:]}))"
+def nvdec() -> dict[str, int]:
+    """Ask the driver's library whether this GPU decodes H.264 (4:2:0, 8 bits), with how many decoders, and up to which size."""
+    torch.zeros(1, device="cuda")  # creates the CUDA context that the library needs
+    capabilities = ctypes.create_string_buffer(256)  # CUVIDDECODECAPS has 88 bytes
+    struct.pack_into("<III", capabilities, 0, H264, CHROMA_420, 0)
+    code = ctypes.CDLL("libnvcuvid.so.1").cuvidGetDecoderCaps(capabilities)
+    names = (
+        "is_supported",
+        "decoders",
+        "output_formats",
+        "max_width",
+        "max_height",
+        "max_macroblocks",
+        "min_width",
+        "min_height",
     )
-    ended = run([sys.executable, "-c", code, *MODULES], min(60.0, results.settings.left_s()))
-    found: dict[str, str] = (
-        json.loads(ended.output.rpartition("VERSIONS ")[2] or "{}") if "VERSIONS" in ended.output else {}
-    )
-    return found or {"error": ended.output[-1500:]}
+    return {"cuda_error": code, **dict(zip(names, struct.unpack_from("<BBHIIIHH", capabilities, 24), strict=True))}
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each package, and whether it is there at all; importing all of them takes a minute on a slow host."""
+    found = dict.fromkeys(PACKAGES, "not installed")
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def ceilings(results: Results) -> None:

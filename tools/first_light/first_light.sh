@@ -4,6 +4,7 @@
 # wheels.sh, then run nine minutes of phases. The report, the console log and the trace go to the folder OUT.
 #   PYTHON    interpreter with torch (default python3)
 #   WHEELS    folder of wheels.sh (default .whl in the checkout; without it, only the interpreter's packages are used)
+#   DALI      folder of dali.sh (default .dali in the checkout; without it, the phases with DALI say so)
 #   LIMIT_S   seconds in total, including the preparation by this script (default 540)
 set -euo pipefail
 out=$(realpath -m "${1:?usage: tools/first_light/first_light.sh OUT [--dry] ...}")
@@ -11,6 +12,7 @@ shift
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 limit_s=${LIMIT_S:-540}
 wheels=$(realpath -m "${WHEELS:-.whl}")
+dali=$(realpath -m "${DALI:-.dali}")
 python=$(command -v "${PYTHON:-python3}")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -21,13 +23,15 @@ export PYTHONUNBUFFERED=1 WANDB_MODE=offline
 # --system-site-packages would ignore. addsitedir also reads the .pth files there: setuptools's file provides Horovod's launcher
 # with distutils, which Python 3.12 no longer has.
 make_environment() {
-    local parent mine
+    local parent mine packed
     parent=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$python" -m venv --without-pip "$scratch/venv"
     mine=$("$scratch/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$parent')" >"$mine/parent.pth"
-    if compgen -G "$wheels/*.whl" >/dev/null; then
-        "$python" - "$mine" "$wheels"/*.whl <<'PY'
+    shopt -s nullglob
+    packed=("$wheels"/*.whl "$dali"/*.whl)
+    if ((${#packed[@]})); then
+        "$python" - "$mine" "${packed[@]}" <<'PY'
 import sys
 import zipfile
 
@@ -37,6 +41,10 @@ for wheel in wheels:
         archive.extractall(target)
     print("unpacked", wheel)
 PY
+    fi
+    if [[ -e $dali/dali.tar.xz ]]; then
+        xz --decompress --threads=0 --stdout "$dali/dali.tar.xz" | tar --extract --directory "$mine"
+        echo "unpacked $dali/dali.tar.xz"
     fi
     # The script that pip would write for Horovod's entry point; tests and phases expect it next to the interpreter.
     cat >"$scratch/venv/bin/horovodrun" <<PY

@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distributed.checkpoint.store import load_newest
+from pipelines.loading.dali_graph import DaliError, import_dali
 from runtime import run_layout
 from training.telemetry.records import read_metrics
 
@@ -21,7 +22,8 @@ from .settings import Settings
 TOLERANCE = 1e-8
 """Maximum relative difference of float64 weights between world sizes, after the steps that FLOAT64 sets."""
 FLOAT64 = ("max_steps=20", "numerics.dtype=float64")
-AT_ONCE = 4
+SMALL = ("--train-clips", "40", "--val-clips", "20")
+AT_ONCE = 3
 JOB_LIMIT_S = 150.0
 
 
@@ -34,7 +36,7 @@ class Launch:
     launcher: str = "none"
     ranks: int = 1
     data: str = "small"
-    """small: 40 training clips; whole: the data set of the smoke experiment."""
+    """Folder of make_data."""
 
     def command(self, settings: Settings) -> list[str]:
         train = [
@@ -57,7 +59,7 @@ class Launch:
 def ranks(results: Results) -> None:
     """Compare world sizes one and two on one GPU, torch and Horovod over NCCL, with one process in float64."""
     settings = results.settings
-    make_data(results, "small", "--train-clips", "40", "--val-clips", "20")
+    make_data(results, "ranks", *SMALL)
     float64 = FLOAT64 if not settings.tiny else ("max_steps=2", "numerics.dtype=float64")
     mixed = ("max_steps=20", "numerics=gpu_fp16", "distributed.gradient_dtype=float16", "optimizer=lars")
     launches = {
@@ -70,18 +72,17 @@ def ranks(results: Results) -> None:
     }
     if settings.tiny:
         launches = dict(list(launches.items())[:2])
-    run_launches(results, launches)
+    launches = {title: replace(launch, data="ranks") for title, launch in launches.items()}
+    ended_well = run_launches(results, launches)
     for title, launch in launches.items():
         if launch.overrides == float64 and launch.launcher != "none":
-            with results.row(f"{title}: weights") as row:
-                row["relative"] = relative_difference(settings, "f64", launch.run_id)
-                row["equal"] = row["relative"] <= TOLERANCE
+            compare_weights(results, f"{title}: weights", "f64", launch.run_id, ended_well, TOLERANCE)
 
 
 def jobs(results: Results) -> None:
     """Run train.py end to end: the smoke experiment to its accuracy, twice bit-identical, in each precision, and resumed."""
     settings = results.settings
-    make_data(results, "small", "--train-clips", "40", "--val-clips", "20")
+    make_data(results, "small", *SMALL)
     if not settings.tiny:
         make_data(results, "whole")
     steps = "max_steps=2" if settings.tiny else "max_steps=20"
@@ -96,10 +97,28 @@ def jobs(results: Results) -> None:
     }
     if settings.tiny:
         launches = {title: launches[title] for title in ("deterministic, first", "deterministic, second")}
+    ended_well = run_launches(results, launches)
+    compare_weights(results, "deterministic: weights", "deterministic_1", "deterministic_2", ended_well, 0.0)
+
+
+def dali_job(results: Results) -> None:
+    """Train on batches of DALI, which decodes on the device, and on those of the host, from the same seeds."""
+    settings = results.settings
+    try:
+        import_dali()
+        if settings.mode == "fake":
+            raise DaliError("the fake GPU decodes no video")
+    except DaliError as error:
+        with results.row("DALI") as row:
+            row["skipped"] = str(error)
+        return
+    make_data(results, "dali", *SMALL)
+    steps = "max_steps=2" if settings.tiny else "max_steps=40"
+    launches = {
+        title: Launch(run_id, (steps, f"pipeline={pipeline}", "numerics=gpu"), data="dali")
+        for title, run_id, pipeline in (("DALI", "dali", "dali"), ("the host's workers", "host", "torch"))
+    }
     run_launches(results, launches)
-    with results.row("deterministic: weights") as row:
-        row["relative"] = relative_difference(settings, "deterministic_1", "deterministic_2")
-        row["bit_equal"] = row["relative"] == 0.0
 
 
 def make_data(results: Results, name: str, *sizes: str) -> None:
@@ -111,21 +130,36 @@ def make_data(results: Results, name: str, *sizes: str) -> None:
         _note(row, ended)
 
 
-def run_launches(results: Results, launches: Mapping[str, Launch]) -> None:
-    """Run all launches, several at a time: they are checked, not timed."""
+def run_launches(results: Results, launches: Mapping[str, Launch]) -> set[str]:
+    """Run all launches, several at a time: they are checked, not timed. Return the run_ids of those that ended well."""
     settings = results.settings
+    ended_well = set()
     with ThreadPoolExecutor(1 if settings.tiny else AT_ONCE) as pool:
         running = {pool.submit(run_launch, settings, launch): title for title, launch in launches.items()}
         for future in as_completed(running):
             with results.row(running[future]) as row:
                 row |= future.result()
+                if row["outcome"] == "ok":
+                    ended_well.add(launches[running[future]].run_id)
+    return ended_well
+
+
+def compare_weights(results: Results, title: str, one: str, other: str, ended_well: set[str], tolerance: float) -> None:
+    """Report how far the weights of two runs are apart, if both have ended well."""
+    with results.row(title) as row:
+        if not {one, other} <= ended_well:
+            row["skipped"] = "one of the runs did not end well"
+            return
+        row["relative"] = relative_difference(results.settings, one, other)
+        row["tolerance"] = tolerance
+        row["equal"] = row["relative"] <= tolerance
 
 
 def run_launch(settings: Settings, launch: Launch) -> dict[str, Any]:
     """Run train.py and return its outcome and the accuracy of its last evaluation."""
     fields: dict[str, Any] = {}
     if settings.left_s() < 2:
-        return {"skipped": "no time"}
+        return {"outcome": "no time", "skipped": "no time"}
     environment = {"OMP_NUM_THREADS": "1" if settings.tiny else "2"}
     # The fake GPU's kernels fill no tensors. Without the caching allocator they are 0, so that evaluations find numbers.
     if settings.mode == "fake":

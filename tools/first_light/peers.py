@@ -77,15 +77,16 @@ def peers(results: Results) -> None:
     """Measure plain loops with each shift, eager and with forward and backward pass as CUDA graphs."""
     settings = results.settings
     set_switches(Way())
-    for title, shift in results.each({f"bare loop, shift: {name}": name for name in SHIFTS}):
-        measure(results, title, shift, lambda loop: loop)
-    if settings.device == "cuda":
-        for title, shift in results.each({f"CUDA graph, shift: {name}": name for name in ("ours", "none")}):
-            if settings.mode == "fake":
-                with results.row(title) as row:
-                    row["skipped"] = "the fake GPU captures no graphs"
-            else:
-                measure(results, title, shift, graphed)
+    graphs = {f"CUDA graph, shift: {name}": (name, graphed) for name in ("ours", "none")}
+    cases = {f"bare loop, shift: {name}": (name, eager) for name in ("ours", "none")}
+    cases |= graphs if settings.device == "cuda" else {}
+    cases |= {f"bare loop, shift: {name}": (name, eager) for name in SHIFTS}
+    for title, (shift, change) in results.each(cases):
+        if change is graphed and settings.mode == "fake":
+            with results.row(title) as row:
+                row["skipped"] = "the fake GPU captures no graphs"
+        else:
+            measure(results, title, shift, change)
 
 
 def compiled(results: Results) -> None:
@@ -108,6 +109,10 @@ def time_loop(settings: Settings, shift: str, change: Callable[[BareLoop], BareL
     shape = settings.shape
     loop = change(BareLoop(bare_network(shape, shift, settings.device), shape, settings.device))
     return time_steps(loop.step, shape.clips, settings.device, settings.tiny)
+
+
+def eager(loop: BareLoop) -> BareLoop:
+    return loop
 
 
 def graphed(loop: BareLoop) -> BareLoop:

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from .settings import CHECKOUT
 
-_MARK = "FIRST_LIGHT_MARKS"
+MARK = "FIRST_LIGHT_MARKS"
+"""The environment variable with the marks of a process: its command's, after those of the commands around it."""
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_LIMIT_S = 5.0
 _OUTPUT_KEPT = 20_000
@@ -46,12 +48,11 @@ def run(
     command starts inherits a mark in its environment instead. The output goes to a file, because a pipe would stay open until
     the last of these processes ends.
     """
-    mark = uuid.uuid4().hex
-    marks = os.environ.get(_MARK, "") + mark
+    mark = new_mark()
     started_s = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [str(word) for word in command], cwd=folder, env={**os.environ, **(environment or {}), _MARK: marks},
+            [str(word) for word in command], cwd=folder, env={**os.environ, **(environment or {}), MARK: mark},
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         exit_code: int | None = None
@@ -59,21 +60,35 @@ def run(
             with suppress(subprocess.TimeoutExpired):
                 exit_code = process.wait(max(0.5, limit_s))
         finally:
-            kill_marked(mark)
+            kill_tree(mark)
         # A process that hangs in a driver call cannot be killed. It stays.
         with suppress(subprocess.TimeoutExpired):
             process.wait(_KILL_LIMIT_S)
-        length = output.seek(0, os.SEEK_END)
-        output.seek(max(0, length - _OUTPUT_KEPT))
-        text = output.read().decode(errors="replace")
+        text = end_of(output)
     return Ended(exit_code, round(time.monotonic() - started_s, 2), text)
 
 
-def kill_marked(mark: str) -> None:
-    """Kill every descendant of this process whose environment carries the mark."""
+def new_mark() -> str:
+    """Return this process's own marks and a new one."""
+    return os.environ.get(MARK, "") + uuid.uuid4().hex
+
+
+def end_of(output: IO[bytes]) -> str:
+    """Return the last characters of a file, as many as are kept."""
+    length = output.seek(0, os.SEEK_END)
+    output.seek(max(0, length - _OUTPUT_KEPT))
+    return output.read().decode(errors="replace")
+
+
+def kill_tree(mark: str, root: int | None = None) -> None:
+    """Kill every descendant of this process whose environment carries the mark, and the forked process `root` with its tree.
+
+    Linux shows the environment with which a process's program was started. So forked processes show none of their own marks.
+    """
     killed: set[int] = set()
     for _ in range(10):
-        found = {pid for pid in descendants() if pid not in killed and _is_marked(pid, mark)}
+        marked = {pid for pid in descendants() - killed if _is_marked(pid, mark)}
+        found = marked | (({root} | descendants(root)) - killed if root else set())
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -89,8 +104,8 @@ def adopt_orphans(adopt: bool = True) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
-def descendants() -> set[int]:
-    """Return the living processes in the tree below this one.
+def descendants(root: int | None = None) -> set[int]:
+    """Return the living processes in the tree below `root`, by default this process.
 
     For all other processes this reads only `stat`. Reading a process's environment waits for its memory lock, which an exiting
     process with many GiB holds for a long time.
@@ -101,7 +116,7 @@ def descendants() -> set[int]:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 children.setdefault(int(parent), set()).add(int(path.parent.name))
-    found, frontier = set[int](), {os.getpid()}
+    found, frontier = set[int](), {root or os.getpid()}
     while frontier:
         frontier = set().union(*(children.get(pid, set()) for pid in frontier)) - found
         found |= frontier

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +14,13 @@ from runtime.atomic_write import write_text
 from .settings import CHECKOUT, Settings
 
 REPORT = "first_light.json"
-RUNNING = "running_phase.json"
 
 Case = TypeVar("Case")
+
+
+def running_file(settings: Settings, phase: str) -> Path:
+    """Return the file with the results so far of a phase that is running."""
+    return settings.out / f"running_{phase}.json"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -25,24 +30,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 class Results:
-    """Results of a phase by title. Each is written to disk immediately and carries the device's name."""
+    """Results of a phase by title. Each is written to disk immediately, with the device's name and the seconds that it took."""
 
-    def __init__(self, settings: Settings, device: str) -> None:
-        self.settings = settings
-        self._device = device
+    def __init__(self, settings: Settings, phase: str) -> None:
+        self.settings, self.phase = settings, phase
+        self._file = running_file(settings, phase)
         self._rows: dict[str, dict[str, Any]] = {}
         self._write()
 
     @contextmanager
     def row(self, title: str) -> Iterator[dict[str, Any]]:
         """Provide a row to fill in. An exception becomes its `error`, so that later rows still run."""
-        fields: dict[str, Any] = {"device": self._device}
+        fields: dict[str, Any] = {"device": self.settings.device_name}
         self._rows[title] = fields
+        started_s = time.monotonic()
         try:
             yield fields
         except Exception as error:
             fields["error"] = f"{type(error).__name__}: {error}"[:1500]
             fields["where"] = _places(error)
+        fields.setdefault("duration_s", round(time.monotonic() - started_s, 2))
         self._write()
 
     def each(self, cases: Mapping[str, Case], needs_s: float = 3.0) -> Iterator[tuple[str, Case]]:
@@ -55,7 +62,7 @@ class Results:
                 yield title, case
 
     def _write(self) -> None:
-        write_json(self.settings.out / RUNNING, self._rows)
+        write_json(self._file, self._rows)
 
 
 def _places(error: Exception) -> list[str]:
@@ -69,4 +76,4 @@ def errors(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
     """Yield (title, first line of the error) of the rows that failed."""
     for title, fields in rows.items():
         if "error" in fields:
-            yield title, str(fields["error"]).strip().splitlines()[0]
+            yield title, (str(fields["error"]).strip().splitlines() or ["no message"])[0]

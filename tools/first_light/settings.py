@@ -1,13 +1,12 @@
 """Settings of a first-light run, which the main process passes to each phase, and the sizes of the measurements."""
 
-import argparse
 import ctypes
 import os
 import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +24,15 @@ def find_mode(dry: bool) -> Mode:
     if dry:
         return "dry"
     return "fake" if hasattr(ctypes.CDLL(None), "fake_gpu_count") else "gpu"
+
+
+def name_of_device(mode: Mode) -> str:
+    """Return the name of the device. Except in a dry run, this initialises CUDA."""
+    if mode == "dry":
+        return f"dry run, {platform.machine()} CPU of {os.cpu_count()} cores"
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Settings:
     """Folder for data and runs, deleted at the end."""
     deadline_s: float
     """End of the phase on the clock of time.monotonic(), which all processes of a machine share."""
+    device_name: str
+    """Name of the device, which every figure of the report carries."""
     nccl: Path | None = None
     """An NCCL library that lets two ranks share a GPU, used instead of torch's."""
 
@@ -71,30 +81,3 @@ class Settings:
 
     def left_s(self) -> float:
         return self.deadline_s - time.monotonic()
-
-    def device_name(self) -> str:
-        """Name of the device, which every figure of the report carries."""
-        if self.mode == "dry":
-            return f"dry run, {platform.machine()} CPU of {os.cpu_count()} cores"
-        import torch
-
-        return torch.cuda.get_device_name()
-
-    def arguments(self) -> list[str]:
-        """Return the command-line arguments from which `parse` recreates these settings in another process."""
-        values = {"mode": self.mode, "out": self.out, "work": self.work, "deadline-s": self.deadline_s}
-        if self.nccl is not None:
-            values["nccl"] = self.nccl
-        return [f"--{name}={value}" for name, value in values.items()]
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--mode", choices=list(WARNINGS), required=True)
-        parser.add_argument("--out", type=Path, required=True)
-        parser.add_argument("--work", type=Path, required=True)
-        parser.add_argument("--deadline-s", type=float, required=True)
-        parser.add_argument("--nccl", type=Path)
-
-    @classmethod
-    def parse(cls, options: argparse.Namespace) -> Self:
-        return cls(options.mode, options.out, options.work, options.deadline_s, options.nccl)

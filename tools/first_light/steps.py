@@ -49,10 +49,13 @@ class Way:
         return "tf32" if self.tf32 else "float32"
 
 
-def set_switches(way: Way) -> None:
-    """Set torch's process-wide switches, as training does for the default configuration of `numerics`."""
+def set_switches(way: Way, benchmark: bool = True) -> None:
+    """Set torch's process-wide switches, as training does for the default configuration of `numerics`.
+
+    `benchmark`: cuDNN times its algorithms for each new shape, which took ten seconds per network on the first H200.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = way.tf32
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = benchmark
 
 
 def build(way: Way, shape: Shape, device: str) -> tuple[Trainer, list[ClipBatch]]:
@@ -79,8 +82,8 @@ def build(way: Way, shape: Shape, device: str) -> tuple[Trainer, list[ClipBatch]
     return trainer, [batch.pin_memory() if device == "cuda" else batch for batch in batches]
 
 
-def stepper(way: Way, shape: Shape, device: str) -> Callable[[], Any]:
+def stepper(way: Way, shape: Shape, device: str, benchmark: bool = True) -> Callable[[], Any]:
     """Return a function that runs one training step, always on the same clips."""
-    set_switches(way)
+    set_switches(way, benchmark)
     trainer, batches = build(way, shape, device)
     return lambda: trainer.step(0, batches)

@@ -42,8 +42,9 @@ def rows_of(entry: Mapping[str, Any]) -> Rows:
 def _correctness(phases: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     waits = {title: row["waits"] for title, row in _rows(phases, "waits").items() if "waits" in row}
     yield "waits per step: " + (", ".join(f"{title} {number}" for title, number in waits.items()) or "none measured")
-    tests = Counter(row["outcome"] for row in _rows(phases, "gpu_tests").values() if "outcome" in row)
-    yield "gpu tests: " + (", ".join(f"{number} {outcome}" for outcome, number in tests.most_common()) or "none run")
+    for name in ("gpu_tests", "dali_tests"):
+        tests = Counter(row["outcome"] for row in _rows(phases, name).values() if "outcome" in row)
+        yield f"{name}: " + (", ".join(f"{number} {outcome}" for outcome, number in tests.most_common()) or "none run")
     for name in ("equivalence", "ranks", "jobs"):
         compared = {title: row for title, row in _rows(phases, name).items() if "relative" in row}
         far = [f"{title} {row['relative']:.1e}" for title, row in compared.items() if not _is_equal(row)]
@@ -53,7 +54,7 @@ def _correctness(phases: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _is_equal(row: Mapping[str, Any]) -> bool:
-    return bool(row.get("equal", row.get("bit_equal", False)))
+    return bool(row.get("equal", False))
 
 
 def _figures(phases: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -63,6 +64,9 @@ def _figures(phases: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 mfu = f"  MFU {100 * row['mfu']:5.1f}%" if row.get("mfu") else ""
                 times = f"{1e3 * row['step_s']:8.2f} ms  host {1e3 * row['host_s']:7.2f} ms"
                 yield f"  {title:52s} {row['clips_s']:8.1f} clips/s {times}{mfu}"
+    for title, row in _rows(phases, "input").items():
+        if "clips_s" in row:
+            yield f"  {title}: {row['clips_s']:.1f} clips/s, the first batch after {row['first_batch_s']:.1f} s"
     for title, row in _rows(phases, "scaling").items():
         if "c0_s" in row:
             error = 100 * row["worst_relative_error"]

@@ -236,15 +236,18 @@ def test_torchs_kernels_do_what_is_written_out_here(layout: str, dtype: torch.dt
     arguments = (grad_BC, x_BC, mean_C, inverse_std_C, weight_C)
     sums = torch.batch_norm_backward_reduce(*arguments, True, True, True)
     grad_x_BC = torch.batch_norm_backward_elemt(*arguments, sums[0], sums[1], count)
-    expected_sums = backward_reduce(*arguments, True, True, True)
     pairs = [
         (mean_C, update_stats(x_BC, None, None, 0.0)[0]),
         (var_C, update_stats(x_BC, None, None, 0.0)[1]),
         (found, elemt(x_BC, weight_C, bias_C, mean_C, inverse_std_C, EPS, out=torch.empty_like(x_BC))),
-        *zip(sums, expected_sums, strict=True),
         (grad_x_BC, backward_elemt(*arguments, sums[0], sums[1], count)),
     ]
-    step = max(torch.finfo(dtype).eps, 1e-10 if dtype == torch.float64 else 1e-5)
+    step = 2 * max(torch.finfo(dtype).eps, 1e-10 if dtype == torch.float64 else 1e-5)
     for one, other in pairs:
-        assert one.dtype == other.dtype  # type: ignore[union-attr]
-        torch.testing.assert_close(one, other, rtol=2 * step, atol=2 * step)
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=step, atol=step)
+    # A sum of many values can be near 0, but has the rounding of its parts.
+    parts = x_BC.numel() / x_BC.shape[1]
+    for sum_C, expected_C in zip(sums, backward_reduce(*arguments, True, True, True), strict=True):
+        assert expected_C is not None and sum_C.dtype == expected_C.dtype
+        torch.testing.assert_close(sum_C, expected_C, rtol=step, atol=step * parts**0.5)
