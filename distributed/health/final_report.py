@@ -15,10 +15,10 @@ _TIMEOUT_S = 120
 _ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "MPLCONFIGDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
-def start_report(folder: Path) -> None:
+def start_report(folder: Path) -> "subprocess.Popen[bytes]":
     """Start report.py for a run folder and return at once. Its errors go to the run's log. Raises OSError."""
     with (folder / run_layout.LOG).open("ab") as log:
-        subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "report.py", str(folder)],
             cwd=CHECKOUT,
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},

@@ -114,13 +114,14 @@ class RankLog:
             with suppress(OSError):
                 write_text(self.folder / run_layout.OUTCOME, text + "\n")
 
-    def start_report(self) -> None:
-        """Start to write report.html of the run folder, if there is a run in it. Does not wait for it."""
+    def start_report(self) -> "subprocess.Popen[bytes] | None":
+        """Start to write report.html of the run folder, if there is a run in it, and return the process without waiting for it."""
         if self.folder is not None and (self.folder / run_layout.CONFIG).exists() and self._owns_folder():
             try:
-                start_report(self.folder)
+                return start_report(self.folder)
             except (OSError, subprocess.SubprocessError) as error:
                 self.info(f"report: not started: {error}")
+        return None
 
     def _owns_folder(self) -> bool:
         """Return False if another job has taken the run folder over."""

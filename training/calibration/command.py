@@ -3,6 +3,7 @@
 import os
 import time
 from functools import partial
+from statistics import median
 
 import torch
 
@@ -21,6 +22,7 @@ from training.config.overrides import CONF
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.main import run
+from training.planning.simulator.figures import Cluster
 from training.planning.simulator.step import STEP_FLOPS
 from training.planning.workload import precision_of
 from training.telemetry.device import device_name, peak_flops
@@ -81,8 +83,8 @@ def calibrate(config: Config, backend: Backend, started_s: float) -> None:
         )
         figures = with_base(measured, config.cluster.figures)
         path = cluster_path(CLUSTERS, name)
-        write_cluster(path, name, figures, _summary(config, backend))
-        _report(str(path), steps, fitted, messages, figures)
+        cluster = write_cluster(path, name, figures, _summary(config, backend))
+        _report(str(path), steps, fitted, messages, cluster)
     backend.all_gather_objects(None)
 
 
@@ -114,7 +116,7 @@ def _device_figures(config: Config, backend: Backend, steps: StepTimes, fitted: 
     achieved = STEP_FLOPS * multiply_adds / fitted.k_s / 1e12
     peak = peak_flops(name, precision) if device.type == "cuda" else None
     sizes = ", ".join(map(str, steps.by_clips))
-    source = f"steps of {sizes} clips; the line misses none by more than {fitted.worst_error:.1%}"
+    source = f"steps of {sizes} clips; the fit misses none by more than {fitted.worst_error:.1%}"
     if device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -129,6 +131,7 @@ def _device_figures(config: Config, backend: Backend, steps: StepTimes, fitted: 
         },
         "achieved_tflop_s": {precision: figure(achieved, source, "measured")},
         "c0_s": figure(fitted.c0_s, source, "measured"),
+        "host_s": figure(fitted.host_s, f"{source}; 0: no limit was seen", "measured"),
         "c0_tensors": figure(steps.tensors, f"trained tensors of {model.backbone}", "measured"),
         "jitter_s": figure(fitted.jitter_s, "quartiles of these steps on all ranks", "measured"),
         "first_step_s": figure(
@@ -181,17 +184,18 @@ def _storage_figures(config: Config, manifest: Manifest | None) -> Figures:
     return figures
 
 
-def _report(path: str, steps: StepTimes, fitted: StepFit, messages: dict[int, float], figures: Figures) -> None:
+def _report(path: str, steps: StepTimes, fitted: StepFit, messages: dict[int, float], cluster: Cluster) -> None:
     for clips, times_s in steps.by_clips.items():
-        line_s = fitted.c0_s + fitted.k_s * clips
-        print(f"step       {clips:3d} clips {1000 * line_s:10.1f} ms by the line, {len(times_s)} steps measured")
+        print(
+            f"step       {clips:3d} clips {1000 * median(times_s):10.1f} ms, {1000 * fitted.at_s(clips):10.1f} ms by the fit, "
+            f"{len(times_s)} steps measured"
+        )
     if steps.ended_by:
         print(f"           {steps.ended_by}")
-    print(
-        f"fit        c0 {1000 * fitted.c0_s:.2f} ms, k {1000 * fitted.k_s:.2f} ms per clip, jitter {1000 * fitted.jitter_s:.2f} ms"
-    )
+    print(f"fit        c0 {1000 * fitted.c0_s:.2f} ms, k {1000 * fitted.k_s:.2f} ms per clip")
+    print(f"           host {1000 * fitted.host_s:.2f} ms at least, jitter {1000 * fitted.jitter_s:.2f} ms")
     for num_bytes, seconds in messages.items():
         print(f"all-reduce {num_bytes // 1024:7d} KiB {1000 * seconds:10.2f} ms")
-    guesses = [key for key, value in figures.items() if value.get("sure") == "guess"]
+    guesses = [key for key, value in cluster.figures.items() if value.sure == "guess"]
     print(f"guessed    {', '.join(guesses)}")
     print(f"written    {path}", flush=True)

@@ -30,7 +30,7 @@ from training.planning.checks import sample_rows
 from training.recipe import make_execution
 from training.step import Trainer
 
-CLIPS = (1, 2, 4, 8, 16)
+CLIPS = (1, 2, 4, 8, 16, 32, 64)
 """Micro-batches whose steps are measured, until the memory or the time ends."""
 STEPS_S, MESSAGES_S = 60.0, 30.0
 """Time for all steps, and for all all-reduces."""

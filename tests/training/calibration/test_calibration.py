@@ -44,6 +44,19 @@ def test_outliers_move_neither_line_nor_jitter() -> None:
     assert fitted.k_s == pytest.approx(0.040, rel=0.03) and fitted.jitter_s < 0.006
 
 
+def test_a_host_that_limits_small_steps_is_no_part_of_the_line() -> None:
+    """The medians of one H200 in bfloat16 (benchmarks/data/first_light_h200.json): from 32 clips on the device is the limit."""
+    medians_ms = {1: 37.0, 2: 40.1, 4: 43.5, 8: 45.4, 16: 41.8, 32: 58.8, 64: 113.8}
+    fitted = fit_step({clips: [median_ms / 1000] * 3 for clips, median_ms in medians_ms.items()})
+    assert fitted.k_s == pytest.approx((0.1138 - 0.0588) / 32, rel=0.01)
+    assert 0.037 < fitted.host_s < 0.046 and fitted.c0_s < 0.005
+    assert fitted.at_s(8) == fitted.host_s and fitted.at_s(64) == pytest.approx(0.1138)
+    # Its TF32 is on a line.
+    of_device = fit_step({8: [0.03434] * 3, 16: [0.063732] * 3, 32: [0.12376] * 3, 64: [0.24183] * 3})
+    assert (of_device.host_s, of_device.k_s) == (0, pytest.approx(0.00371, rel=0.01))
+    assert of_device.worst_error < 0.01
+
+
 def test_c0_is_never_negative() -> None:
     fitted = fit_step({1: [0.010] * 3, 2: [0.025] * 3, 4: [0.055] * 3})
     assert fitted.c0_s == 0 and 0.010 < fitted.k_s < 0.014
@@ -101,8 +114,8 @@ def test_a_whole_calibration(
     assert cluster is not None and cluster["startup_s"] == [12.5] * 3
     of_origin = {key: value.sure for key, value in cluster.figures.items()}
     assert {key for key, sure in of_origin.items() if sure == "measured"} == {
-        "device", "memory_gib", "achieved_tflop_s.float32", "c0_s", "c0_tensors", "jitter_s", "first_step_s", "gpus_per_node",
-        "cores_per_node", "startup_s", "checkpoint_gb_s", "decode_prepared_s", "read_gb_s",
+        "device", "memory_gib", "achieved_tflop_s.float32", "c0_s", "host_s", "c0_tensors", "jitter_s", "first_step_s",
+        "gpus_per_node", "cores_per_node", "startup_s", "checkpoint_gb_s", "decode_prepared_s", "read_gb_s",
     }  # fmt: skip
     assert cluster["c0_tensors"] == 62
     text = capsys.readouterr().out

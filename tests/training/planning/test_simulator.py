@@ -110,14 +110,16 @@ def test_nccl_takes_the_latency_of_a_tree_and_the_bandwidth_of_the_network() -> 
 
 
 def test_a_measured_table_is_kept_and_scaled_as_a_ring() -> None:
-    table = Table(2, "ring", (1_000.0, 1e6, 1e7), (1e-3, 10e-3, 82e-3))
-    assert [table_s(table, size, 2) for size in table.bytes_P] == pytest.approx([1e-3, 10e-3, 82e-3])
-    assert table_s(table, 2e7, 2) == pytest.approx(164e-3)
-    assert 10e-3 < table_s(table, 3e6, 2) < 82e-3
+    table = Table(2, "ring", (1e5, 1e6, 1e7), (2e-3, 11e-3, 93e-3))
+    assert [table_s(table, size, 2) for size in table.bytes_P] == pytest.approx([2e-3, 11e-3, 93e-3])
+    assert table_s(table, 2e7, 2) == pytest.approx(186e-3)
+    assert 11e-3 < table_s(table, 3e6, 2) < 93e-3
+    # The first two sizes are on a line, which leaves 1 ms for no bytes.
+    assert table_s(table, 64, 2) == pytest.approx(1e-3, rel=0.01)
     # Three times the hops; 1.5 times the bytes sent.
-    assert table_s(table, 1e6, 4) == pytest.approx(3e-3 + 1.5 * 9e-3)
+    assert table_s(table, 1e6, 4) == pytest.approx(3e-3 + 1.5 * 10e-3)
     tree = replace(table, growth="tree")
-    assert table_s(tree, 1e6, 4) == pytest.approx(2e-3 + 1.5 * 9e-3)
+    assert table_s(tree, 1e6, 4) == pytest.approx(2e-3 + 1.5 * 10e-3)
     assert table_s(table, 1e6, 1) == 0
 
 
@@ -242,6 +244,17 @@ def test_hours_energy_and_cost_follow_from_the_time() -> None:
     assert simulate(cluster(), PUBLISHED, Layout(1_536, 8)).cost is None
 
 
+def test_a_slow_host_is_a_floor_of_small_micro_batches() -> None:
+    device, slow = cluster(), cluster(host_s=0.5)
+    for clips, expected_s in ((1, 0.5), (8, 0.5), (64, None)):
+        parts = model_step(slow, PUBLISHED, Layout(6, clips)).parts
+        without = model_step(device, PUBLISHED, Layout(6, clips)).parts
+        compute_s = parts["clips"].seconds + parts["c0"].seconds
+        assert parts["clips"] == without["clips"]
+        assert compute_s == pytest.approx(expected_s or without["clips"].seconds + without["c0"].seconds)
+    assert "H200" in model_step(slow, PUBLISHED, Layout(6, 8)).parts["c0"].source
+
+
 def test_the_changes_that_help_most() -> None:
     summit, workload, layout = cluster(cores_per_node=2), replace(PUBLISHED, prepared=False), Layout(1_536, 8)
     found = simulate(summit, workload, layout)
@@ -256,4 +269,4 @@ def test_the_changes_that_help_most() -> None:
     h100, half = cluster("dgx_h100"), replace(PUBLISHED, precision="bfloat16")
     small = simulate(h100, half, Layout(192, 8, 8))
     changes = best_changes(h100, half, small, [Layout(192, 64)], lambda *changed: simulate(h100, *changed))
-    assert changes[0].how == "batch.micro_batch=64" and changes[0].time_saved > 0.2
+    assert changes[0].how == "batch.micro_batch=64" and changes[0].time_saved > 0.1

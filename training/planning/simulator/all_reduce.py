@@ -75,21 +75,33 @@ def nccl_s(num_bytes: float, ranks: int, nodes: int, node_link: str, node_gb_s: 
 def table_s(table: Table, num_bytes: float, ranks: int) -> float:
     """Return the seconds of an all-reduce of `ranks` ranks from those measured on `table.ranks`.
 
-    Between measured sizes: linear in the logarithms. Beyond the largest: its bandwidth. Other ranks: the latency, which is
-    the time of the smallest size, grows in proportion to the hops (ring) or to the logarithm of the ranks (tree); the rest
-    grows as what a ring sends, 2 (N - 1) / N of the bytes.
+    Between measured sizes: linear in the logarithms. Beyond the largest: its bandwidth. Below the smallest: on a line to the
+    latency, which is what the two smallest sizes leave for no bytes. Other ranks: the latency grows in proportion to the hops
+    (ring) or to the logarithm of the ranks (tree); the rest grows as what a ring sends, 2 (N - 1) / N of the bytes.
     """
     if ranks == 1:
         return 0.0
     sizes, seconds = np.array(table.bytes_P), np.array(table.seconds_P)
+    latency_s = _latency_s(table)
     if num_bytes > sizes[-1]:
         measured_s = seconds[-1] * num_bytes / sizes[-1]
+    elif num_bytes < sizes[0]:
+        measured_s = latency_s + (seconds[0] - latency_s) * num_bytes / sizes[0]
     else:
-        measured_s = float(np.exp(np.interp(log(max(num_bytes, 1.0)), np.log(sizes), np.log(seconds))))
-    latency_s = min(float(seconds[0]), measured_s)
+        measured_s = float(np.exp(np.interp(log(num_bytes), np.log(sizes), np.log(seconds))))
+    latency_s = min(latency_s, measured_s)
     if table.growth == "ring":
         growth = (ranks - 1) / (table.ranks - 1)
     else:
         growth = log2(ranks) / log2(table.ranks)
     sent = ((ranks - 1) / ranks) / ((table.ranks - 1) / table.ranks)
     return latency_s * growth + (measured_s - latency_s) * sent
+
+
+def _latency_s(table: Table) -> float:
+    """Return the time of an all-reduce of no bytes: on a slow link the smallest size takes mostly transfer."""
+    first_s = table.seconds_P[0]
+    if len(table.seconds_P) == 1:
+        return first_s
+    per_byte_s = (table.seconds_P[1] - first_s) / (table.bytes_P[1] - table.bytes_P[0])
+    return min(first_s, max(0.0, first_s - per_byte_s * table.bytes_P[0]))

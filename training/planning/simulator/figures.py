@@ -55,6 +55,7 @@ NUMBERS = {
     "memory_gib": "memory of an accelerator",
     "c0_s": "part of a step's compute time that does not depend on its clips: launches, optimizer",
     "c0_tensors": "trained tensors of the network that c0_s was taken from; c0 grows in proportion",
+    "host_s": "least time of a micro-step, in which the host launches its kernels; 0: never a limit",
     "compute_spread": "relative standard deviation of the compute time between runs and networks",
     "jitter_s": "mean of the exponential delay of a rank in a step, on top of c0_s and clips",
     "node_gb_s": "bandwidth within a node, one direction per accelerator",
@@ -79,7 +80,7 @@ OTHERS = {
 }
 
 _BY_PRECISION = ("peak_tflop_s", "achieved_tflop_s")
-_ZERO_IS_ALLOWED = ("jitter_s", "compute_spread", "experience_spread", "first_step_s", "evaluation_s", "c0_s")
+_ZERO_IS_ALLOWED = ("jitter_s", "compute_spread", "experience_spread", "first_step_s", "evaluation_s", "c0_s", "host_s")
 
 
 def read_cluster(name: str, figures: Mapping[str, Any]) -> Cluster:

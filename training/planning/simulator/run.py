@@ -81,7 +81,9 @@ def simulate(
     total_s = sum(part.seconds for part in terms.values())
     central_step_s = max(step.busy_s / factor, step.input_s)
     steps_s, samples_s = _sampled(cluster, workload, step, factor, terms, experience is None, step_s is not None)
-    computed_s = layout.accumulation * (fixed_s(cluster, workload) + clip_s(cluster, workload) * layout.micro_batch)
+    micro_batch = layout.micro_batch
+    micro_step_s = fixed_s(cluster, workload, micro_batch) + clip_s(cluster, workload) * micro_batch
+    computed_s = layout.accumulation * micro_step_s
     gpu_hours = layout.world * total_s / 3600
     return Simulation(
         layout=layout,

@@ -106,9 +106,13 @@ def clip_s(cluster: Cluster, workload: Workload) -> float:
     return STEP_FLOPS * workload.clip_multiply_adds / (achieved * 1e12)
 
 
-def fixed_s(cluster: Cluster, workload: Workload) -> float:
-    """Return c0, the seconds of a micro-step without clips. Launches grow with the layers, so with the tensors."""
-    return float(cluster["c0_s"] * len(workload.gradients_P) / cluster["c0_tensors"])
+def fixed_s(cluster: Cluster, workload: Workload, micro_batch: int) -> float:
+    """Return the seconds of a micro-step besides its clips: c0, or what the host needs longer than the device.
+
+    Launches grow with the layers, so with the tensors.
+    """
+    tensors = len(workload.gradients_P) / cluster["c0_tensors"]
+    return float(max(cluster["c0_s"] * tensors, cluster["host_s"] * tensors - clip_s(cluster, workload) * micro_batch))
 
 
 def expected_slowest_s(mean_s: float, ranks: int) -> float:
@@ -127,11 +131,11 @@ def messages_of(workload: Workload, backward_s: float) -> list[Message]:
 
 def model_step(cluster: Cluster, workload: Workload, layout: Layout) -> Step:
     """Return the parts of a step. Raises ConfigError for a precision that the device lacks."""
-    c0_s, k_s = fixed_s(cluster, workload), clip_s(cluster, workload)
-    clips_s = k_s * layout.micro_batch
+    c0_s = fixed_s(cluster, workload, layout.micro_batch)
+    clips_s = clip_s(cluster, workload) * layout.micro_batch
     parts = {
         "clips": _part(cluster, clips_s * layout.accumulation, f"achieved_tflop_s.{workload.precision}"),
-        "c0": _part(cluster, c0_s * layout.accumulation, "c0_s"),
+        "c0": _part(cluster, c0_s * layout.accumulation, _fixed_key(cluster, workload, c0_s)),
         "jitter": _part(cluster, expected_slowest_s(cluster["jitter_s"], layout.world), "jitter_s"),
     }
     network = network_figure(cluster)
@@ -149,6 +153,12 @@ def model_step(cluster: Cluster, workload: Workload, layout: Layout) -> Step:
 def network_figure(cluster: Cluster) -> Figure:
     """Return the figure that the times of all-reduces follow from."""
     return cluster.figures["all_reduce" if cluster.all_reduce is not None else "network_gb_s"]
+
+
+def _fixed_key(cluster: Cluster, workload: Workload, seconds: float) -> str:
+    """Return the figure that the constant part of a step follows from."""
+    is_device = seconds <= cluster["c0_s"] * len(workload.gradients_P) / cluster["c0_tensors"]
+    return "c0_s" if is_device else "host_s"
 
 
 def _part(cluster: Cluster, seconds: float, key: str) -> Part:
