@@ -11,6 +11,7 @@ the missed ones.
 """
 # ruff: noqa: E402  (the packages of the checkout can be imported only after sys.path is set below)
 
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -222,6 +223,8 @@ def memory() -> tuple[list[Row], list[Target]]:
 
 def on_emulated_nodes() -> tuple[list[Row], list[Target]]:
     """Compare steps on emulated nodes with those predicted from all-reduces of two nodes."""
+    # So that a stop removes the namespaces.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     rows, targets = [], []
     for compute, most in zip(COMPUTE, (10.0, 15.0), strict=True):
         found = emulated(compute)
