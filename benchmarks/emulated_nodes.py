@@ -1,8 +1,12 @@
-"""Run a program in one process on each of several emulated nodes: network namespaces behind a bridge. Needs root and iproute2."""
+"""Run a program in one process on each of several emulated nodes: network namespaces behind a bridge. Needs root and iproute2.
+
+python benchmarks/emulated_nodes.py NODES MBIT_S plan.py calibrate=emulated experiment=smoke distributed=torch
+"""
 
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +15,11 @@ _NETWORK = "10.86.0"
 _PORT = "20960"
 
 
-def set_rate(mbit_s: int) -> None:
-    """Limit what this process' node sends."""
+def set_rate(mbit_s: int, node: str | None = None) -> None:
+    """Limit what a node sends; None: this process' node."""
     limit = ["rate", f"{mbit_s}mbit", "burst", "32kb", "latency", "400ms"]
-    subprocess.run(["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit], check=True)
+    of_node = [] if node is None else ["-n", node]
+    subprocess.run(["tc", *of_node, "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit], check=True)
 
 
 @contextmanager
@@ -72,3 +77,16 @@ def _start(name: str, number: int, count: int, command: list[str], folder: Path)
     entered = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "--uts", "sh", "-c", enter, "sh"]
     with (folder / f"log-{number}").open("w") as log:
         return subprocess.Popen([*entered, *command], env=environment, stdout=log, stderr=log)
+
+
+def main() -> None:
+    count, mbit_s, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    with emulated_nodes(count) as names, tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            set_rate(mbit_s, name)
+        run_on_nodes(names, arguments, Path(folder), limit_s=600)
+        print((Path(folder) / "log-0").read_text())
+
+
+if __name__ == "__main__":
+    main()
