@@ -30,7 +30,8 @@ class ClipLogits:
     @property
     def labelled(self) -> bool:
         """The labels of the clips are known."""
-        return bool((self.label_N != UNLABELLED).all())
+        # On the CPU, where the comparison launches no kernels.
+        return bool((self.label_N.cpu() != UNLABELLED).all())
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Return `(logit_MK, label_M)` of the decoded clips, on the CPU."""
