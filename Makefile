@@ -48,7 +48,7 @@ $(BASE): | constraints.txt requirements.lock pyproject.toml
 dev: $(DEV)  ## the same with what lint and tests need
 
 $(DEV): $(BASE)
-	tools/setup_venv.sh $(VENV) core mpi torchcodec dali dev lamb debug sweep onnx
+	tools/setup_venv.sh $(VENV) core mpi torchcodec dali dev lamb debug sweep onnx flow
 	@rm -f $(VENV)/.dev-*
 	@touch $@
 

@@ -4,14 +4,15 @@ python evaluate.py --run outputs/NAME
 python evaluate.py --run outputs/NAME data.root=FOLDER evaluation=ten_crop evaluation.save_logits=true
 python evaluate.py --run outputs/NAME/checkpoints/step-00001200
 python evaluate.py --run outputs/NAME --explain
+python evaluate.py --run outputs/NAME evaluation.split=test
 torchrun --standalone --nproc-per-node 2 -- evaluate.py --run outputs/NAME evaluation.batch=32
 python evaluate.py experiment=kinetics_single_node model.init=FILE evaluation=ten_crop
 python evaluate.py 'evaluation.ensemble=[outputs/A/logits/STEP.safetensors,outputs/B/logits/STEP.safetensors]'
 
 With --run the run's config.yaml is the base of the overrides. What differs from the run is refused or stated with the scores, also
 with experiment=... run_id=NAME (docs/operating.md). evaluation= selects a protocol (conf/evaluation). --explain also writes a page
-with clips and their logits for other orders of the frames (docs/predict.md). The last command averages logits saved with
-evaluation.save_logits=true.
+with clips and their logits for other orders of the frames (docs/predict.md). evaluation.split=test predicts test clips, also
+without labels. The last command averages logits saved with evaluation.save_logits=true (docs/evaluation.md).
 """
 
 import sys

@@ -1,12 +1,14 @@
-"""Write a data set's manifests, one per split, after decoding each clip once; shard, transcode, verify and stage data sets.
+"""Prepare a data set: write its manifests, one per split, after decoding each clip once; repack it, compute its optical flow.
 
     python prepare.py shapes                           # renders 1,200 small clips that need a temporal model
+    python prepare.py motions                          # the same many, whose classes differ by motion only
     python prepare.py kinetics --root data/kinetics400
     python prepare.py something-v2                     # also something-v1, jester, ucf101, hmdb51
     python prepare.py folder --root data/mine --val-fraction 0.1
     python prepare.py list --root data/mine --train train.txt --val val.txt --classes classes.txt
     python prepare.py transcode --root data/kinetics400 --to data/kinetics400_256
     python prepare.py shard --root data/kinetics400 --to data/kinetics400_shards
+    python prepare.py flow --root data/kinetics400 --to data/kinetics400_flow
     python prepare.py verify --root data/kinetics400_shards
     python prepare.py stage --root data/kinetics400_shards --to /local/disk/staged
 
@@ -25,6 +27,7 @@ from runtime.stop_signals import Stopped, handle_stop_signals, raise_in_main_thr
 # Imports stand inside the functions, because each worker process imports this file again, as __mp_main__.
 def make_parser() -> argparse.ArgumentParser:
     from pipelines.prepare.commands.datasets import add_datasets
+    from pipelines.prepare.commands.flow import add_flow
     from pipelines.prepare.commands.repack import add_repack
     from pipelines.prepare.commands.shapes import add_shapes
 
@@ -33,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_shapes(commands)
     add_datasets(commands)
     add_repack(commands)
+    add_flow(commands)
     return parser
 
 

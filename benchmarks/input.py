@@ -26,7 +26,8 @@ import torch
 from benchmarks import common
 from benchmarks.input_data import FORMS, HEIGHT, RAW, Form, decoded, footage, prepared, write_clips
 from benchmarks.input_ways import AUGMENTATION, OURS, RAW_WAYS, Way, decode_alone, ours, pillow_frames
-from pipelines.manifest import JPEG_FRAMES, ManifestRow, write_manifest
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import ManifestRow, write_manifest
 from pipelines.stream.augmentation import SampleParams, sample_training_params
 
 GPUS_A_NODE, NODES = 6, 256

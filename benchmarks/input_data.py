@@ -13,7 +13,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import ManifestRow
 from pipelines.prepare.repack.encoders import ENCODERS, Encoder, encode_jpeg, encode_video
 from pipelines.prepare.scan.frame_folders import scan_frames
 from pipelines.prepare.scan.scan_clip import scan_clip

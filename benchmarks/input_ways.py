@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from pipelines.decoding.decode import decode_clip
 from pipelines.loading.clips import ClipSource
-from pipelines.manifest import ManifestRow, frame_file
+from pipelines.manifest import ManifestRow, image_file
 from pipelines.stream.augmentation import Augmentation, SampleParams
 
 SIDE = 224
@@ -104,7 +104,7 @@ def pillow_frames(root: Path, rows: list[ManifestRow], samples: list[SampleParam
     for row, params in zip(rows, samples, strict=True):
         images = []
         for index in params.frame_T.tolist():
-            image = Image.open(frame_file(root / row.path, row.offset + index)).convert("RGB")
+            image = Image.open(image_file(root / row.path, row, index)).convert("RGB")
             place = (params.left, params.top, params.left + params.width, params.top + params.height)
             image = image.crop(place).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             images.append(np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if params.flip else image))

@@ -18,15 +18,15 @@ import pyarrow.compute as pc
 
 from runtime.atomic_write import atomic_write
 
-from .manifest_digest import content_digest, evidence_digest, older_digest
+from .jpeg_clips import COMPONENT, IMAGES_PER_FRAME, JPEG_FLOW, modality_of
+from .manifest_checks import column_fault, flow_fault, value_fault
+from .manifest_digest import EVIDENCE, content_digest, evidence_digest, older_digest
 
 VERSION = 1
 BLOCK_ROWS = 1 << 18
 HINT = "prepare.py makes one"
-JPEG_FRAMES = "jpeg-frames"
-"""The codec of a clip stored as one JPEG image per frame."""
-JPEG_COLOURS = ("bt470bg", "pc")
-"""The colour space and range of JPEG images (JFIF)."""
+UNLABELLED = -1
+"""The label of every clip of a manifest without labels: of a test split whose labels were not published."""
 SHARD_SUFFIX = ".tar"
 """The suffix of a row's path if the clip is in a shard."""
 
@@ -39,23 +39,25 @@ class ManifestError(ValueError):
 class ManifestRow:
     """A clip in a file of its own, in a folder of JPEG files, or in a shard (a plain tar file, named *SHARD_SUFFIX).
 
-    In a shard a video is one member, and `offset` and `length` are those of its content. A clip of JPEG_FRAMES is an index
-    (shard_reader.INDEX_DTYPE) and one member per frame; its bytes reach from the index to the last frame.
+    In a shard a video is one member, and `offset` and `length` are those of its content. A clip of JPEG images is an index
+    (shard_reader.INDEX_DTYPE) and one member per image; its bytes reach from the index to the last image.
     """
 
     path: str
-    """Relative to the manifest's folder, or absolute. For JPEG_FRAMES in files: the folder and the printf pattern of the file
-    names (`20bn-something-something-v1/1/%05d.jpg`). The folder part is no pattern; %% in the file name is a percent sign."""
+    """Relative to the manifest's folder, or absolute. For JPEG images in files: the folder and the printf pattern of the file
+    names (`20bn-something-something-v1/1/%05d.jpg`), for JPEG_FLOW with COMPONENT (`1/flow_{xy}_%05d.jpg`). The folder part is
+    no pattern; %% in the file name is a percent sign."""
     offset: int
-    """Byte where the clip starts in that file. For JPEG_FRAMES in files: the number of the first frame's file (0 or 1)."""
+    """Byte where the clip starts in that file. For JPEG images in files: the number of the first file (0 or 1)."""
     length: int
     """Bytes of the clip. For a clip with a file of its own: the file's size, so that stat reveals a replaced file. For
-    JPEG_FRAMES in files: the total bytes of all frames."""
+    JPEG images in files: the total bytes of all images."""
     label: int
+    """Position of the clip's class, or UNLABELLED."""
     num_frames: int
-    """Number of frames that decode."""
+    """Number of frames that decode; for optical flow: of flow fields, each of which has an x and a y."""
     codec: str
-    """FFmpeg's name of the decoder, or JPEG_FRAMES."""
+    """FFmpeg's name of the decoder, or a codec of jpeg_clips.py."""
     width: int
     height: int
     """As stored, before rotation."""
@@ -70,11 +72,28 @@ class ManifestRow:
     """The stored frames are to be mirrored left and right, before they are rotated."""
     fast_seek: bool | None = None
     """The scan has found that a decoder that seeks (torchcodec) gives the same frames as one that counts. None: not tried."""
+    name: str = ""
+    """Name of the clip (clip_names.py), if the path does not say it: in a shard, or transcoded. Empty: the path says it."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
         """(width, height) of the upright frames."""
         return (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
+
+    @property
+    def is_images(self) -> bool:
+        """Tell whether the clip is stored as JPEG images; otherwise it is a video."""
+        return self.codec in IMAGES_PER_FRAME
+
+    @property
+    def num_images(self) -> int:
+        """Number of JPEG images of the clip: of optical flow with two images per flow field x1, y1, x2, y2 and so on."""
+        return self.num_frames * IMAGES_PER_FRAME[self.codec]
+
+    def images_of(self, frame: int) -> range:
+        """Return the numbers of a frame's images."""
+        images = IMAGES_PER_FRAME[self.codec]
+        return range(frame * images, (frame + 1) * images)
 
 
 def in_shard(row: ManifestRow) -> bool:
@@ -96,6 +115,7 @@ _TYPES = {
     "colour_range": pa.string(),
     "mirrored": pa.bool_(),
     "fast_seek": pa.bool_(),
+    "name": pa.string(),
 }
 _NAMES = [field.name for field in fields(ManifestRow)]
 _REQUIRED = [field.name for field in fields(ManifestRow) if field.default is MISSING]
@@ -114,9 +134,9 @@ class Manifest:
         """A number per class: classes with the same number differ only in the order of their frames. None: unknown."""
         self.split: str | None = meta["split"]
         self.digest: str = meta["digest"]
-        """sha256 of the header and every row, but for the columns EVIDENCE, computed when the manifest was written."""
+        """sha256 of the header and every row, but for names and the columns EVIDENCE, computed when the manifest was written."""
         self.evidence: str = meta.get("evidence", "")
-        """sha256 of the columns EVIDENCE; empty in older manifests, whose `digest` is of all columns."""
+        """sha256 of names and the columns EVIDENCE; empty in older manifests, whose `digest` is of all columns."""
         self._table = table
         self._blocks = table.to_batches()
         self._starts = np.cumsum([0, *(block.num_rows for block in self._blocks)])
@@ -160,6 +180,11 @@ class Manifest:
         # An older manifest has fewer columns: the last fields keep their defaults.
         return ManifestRow(*(column[at].as_py() for column in block.columns))
 
+    @property
+    def labelled(self) -> bool:
+        """The labels of the clips are known; otherwise all of them are UNLABELLED."""
+        return self._table.column("label")[0].as_py() != UNLABELLED
+
     def labels(self) -> np.ndarray:
         """Return label_N, int32 (a copy if the manifest has several blocks)."""
         return self._table.column("label").to_numpy()
@@ -172,8 +197,7 @@ class Manifest:
 
     def rows_of(self, most: int, **values: Any) -> list[int]:
         """List the first rows whose fields have these values, at most `most`."""
-        table = self._with_defaults(values)
-        columns = {name: table.column(name) for name in values}
+        columns = dict(zip(values, self._with_defaults(values).columns, strict=True))
         matches = [
             pc.is_null(columns[name]) if value is None else pc.equal(columns[name], value)
             for name, value in values.items()
@@ -190,14 +214,22 @@ class Manifest:
         ]
         return pa.table(columns, names=list(names))
 
+    def modalities(self) -> set[str]:
+        """Return the modalities of the clips."""
+        return {modality_of(codec) for codec in self._table.column("codec").unique().to_pylist()}
+
     def fast_seek(self) -> tuple[int, int, int]:
         """Count the videos for which `fast_seek` is (True, False, None)."""
-        is_video = pc.not_equal(self._table.column("codec"), JPEG_FRAMES)
+        is_video = pc.invert(pc.is_in(self._table.column("codec"), pa.array(list(IMAGES_PER_FRAME))))
         if _NULLABLE not in self._table.schema.names:
             return 0, 0, pc.sum(is_video).as_py()
         values = self._table.column(_NULLABLE).filter(is_video)
         fast = pc.sum(values).as_py() or 0
         return fast, len(values) - fast - values.null_count, values.null_count
+
+    def decodes_as(self, other: "Manifest") -> bool:
+        """Tell whether the columns EVIDENCE are those of another manifest of the same clips."""
+        return self._with_defaults(EVIDENCE).equals(other._with_defaults(EVIDENCE))
 
     def is_as_written(self) -> bool:
         """Tell whether header and rows still have the digests that were computed when they were written."""
@@ -222,7 +254,7 @@ def write_manifest(
     order_groups: Sequence[int] | None = None,
     split: str | None = None,
 ) -> str:
-    """Write a manifest atomically, after the checks that opening makes. Returns its digest."""
+    """Write a manifest atomically, after the checks that opening makes, and more. Returns its digest."""
     path = Path(path)
     blocks, rows = [], iter(rows)
     while block := list(islice(rows, BLOCK_ROWS)):
@@ -236,6 +268,8 @@ def write_manifest(
     table = pa.Table.from_batches(blocks, schema=_SCHEMA)
     names, groups = list(classes), None if order_groups is None else list(order_groups)
     _check(str(path), table, names, groups)
+    if fault := flow_fault(table, SHARD_SUFFIX):
+        raise ManifestError(f"{path}: {fault}")
     header = {"version": VERSION, "classes": names, "order_groups": groups, "split": split}
     digest = content_digest(header, blocks)
     meta = {**header, "digest": digest, "evidence": evidence_digest(blocks)}
@@ -267,54 +301,20 @@ def _read_meta(path: Path, schema: pa.Schema) -> dict[str, Any]:
 
 def _check(where: str, table: pa.Table, classes: list[str], order_groups: list[int] | None) -> None:
     """Raise ManifestError unless columns, classes and values are valid."""
-    _check_columns(where, table)
+    if fault := column_fault(table.schema, _TYPES, len(_REQUIRED)):
+        raise ManifestError(f"{where}: {fault}")
     if not classes or len(set(classes)) != len(classes):
         raise ManifestError(f"{where}: {len(classes)} classes with {len(set(classes))} different names")
     if order_groups is not None and len(order_groups) != len(classes):
         raise ManifestError(
             f"{where}: {len(order_groups)} order groups for {len(classes)} classes; give one number per class"
         )
-    _check_values(where, table, len(classes))
+    if fault := value_fault(table, len(classes), _NULLABLE, UNLABELLED):
+        raise ManifestError(f"{where}: {fault}")
 
 
-def _check_columns(where: str, table: pa.Table) -> None:
-    found = {field.name: field.type for field in table.schema}
-    names = _NAMES[: max(len(found), len(_REQUIRED))]
-    expected = {name: _TYPES[name] for name in names}
-    if found != expected or table.schema.names != names:
-        wrong = [
-            f"{name} is {found.get(name, 'missing')}, not {kind}"
-            for name, kind in expected.items()
-            if found.get(name) != kind
-        ]
-        wrong += [f"{name} is unknown" for name in found if name not in _TYPES]
-        raise ManifestError(f"{where}: wrong columns: {'; '.join(wrong) or f'the order must be {names}'}")
-
-
-def _check_values(where: str, table: pa.Table, num_classes: int) -> None:
-    if table.num_rows == 0:
-        raise ManifestError(f"{where}: has no rows: no clip was found for it")
-    for name in table.schema.names:
-        if table.column(name).null_count and name != _NULLABLE:
-            row = pc.index(pc.is_null(table.column(name)), True).as_py()
-            raise ManifestError(f"{where}: row {row} has no {name}")
-
-    allowed = {
-        "label": (0, num_classes - 1, f"outside of 0 to {num_classes - 1} (there are {num_classes} classes)"),
-        "num_frames": (1, None, "below 1"),
-        "offset": (0, None, "below 0"),
-        "length": (1, None, "below 1"),
-    }
-    for name, (least, most, why) in allowed.items():
-        column = table.column(name)
-        range_ = pc.min_max(column).as_py()
-        if range_["min"] < least or (most is not None and range_["max"] > most):
-            bad = pc.less(column, least) if most is None else pc.or_(pc.less(column, least), pc.greater(column, most))
-            row = pc.index(bad, True).as_py()
-            path = table.column("path")[row].as_py()
-            raise ManifestError(f"{where}: row {row} ({path}): {name} is {column[row].as_py()}, {why}")
-
-
-def frame_file(pattern: Path, number: int) -> Path:
-    """Compute a frame's path, given the pattern in a manifest row's path and the number of the frame's file."""
-    return pattern.with_name(pattern.name % number)
+def image_file(pattern: Path, row: ManifestRow, image: int) -> Path:
+    """Compute the file of an image of a clip of JPEG images in files, counted from 0; `pattern`: the row's path, in any folder."""
+    images = IMAGES_PER_FRAME[row.codec]
+    name = pattern.name.replace(COMPONENT, "xy"[image % images]) if row.codec == JPEG_FLOW else pattern.name
+    return pattern.with_name(name % (row.offset + image // images))

@@ -10,16 +10,18 @@ import pyarrow.compute as pc
 EVIDENCE = ("colour_space", "colour_range", "fast_seek")
 """Columns that say how to decode a clip, and not what it shows. They have a digest of their own: a run resumes with the manifest
 of a new scan of the same clips."""
+NAME = "name"
+"""The column of the clips' names. It decides no training either, so shards of an older version can get their names."""
 _PIECE_ROWS = 4096
 
 
 def content_digest(header: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
-    """Digest the header, and all columns but those of EVIDENCE.
+    """Digest the header, and all columns but NAME and those of EVIDENCE.
 
     Without a mirrored clip, the digest is that of an older manifest, which lacks the column.
     """
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    left_out = set(EVIDENCE)
+    left_out = {*EVIDENCE, NAME}
     if not any("mirrored" in block.schema.names and pc.any(block.column("mirrored")).as_py() for block in blocks):
         left_out.add("mirrored")
     for block in blocks:
@@ -28,10 +30,10 @@ def content_digest(header: dict[str, Any], blocks: list[pa.RecordBatch]) -> str:
 
 
 def evidence_digest(blocks: list[pa.RecordBatch]) -> str:
-    """Digest the columns of EVIDENCE."""
+    """Digest NAME and the columns of EVIDENCE."""
     digest = hashlib.sha256()
     for block in blocks:
-        _update(digest, [block.column(name) for name in EVIDENCE if name in block.schema.names])
+        _update(digest, [block.column(name) for name in (*EVIDENCE, NAME) if name in block.schema.names])
     return digest.hexdigest()
 
 

@@ -71,9 +71,10 @@ def loader_bytes(config: Config, world_size: int) -> int:
         return 0
     protocol = protocol_of(config.model, pipeline, config.evaluation)
     frames = augmentation_of(config.model, config.data, pipeline).sample_frames
-    training = clips * 3 * frames * pipeline.size**2
+    channels = protocol.channels
+    training = clips * channels * frames * pipeline.size**2
     # A batch of an evaluation has at least one clip, with all its views.
-    evaluation = max(config.evaluation.batch, protocol.views) * 3 * config.model.num_frames * protocol.side**2
+    evaluation = max(config.evaluation.batch, protocol.views) * channels * config.model.num_frames * protocol.side**2
     return pipeline.workers * pipeline.prefetch * (training + evaluation) + 2 * max(training, evaluation)
 
 

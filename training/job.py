@@ -157,7 +157,7 @@ def _build_trainer(
         reducer=backend.reducer(
             network, ReducerOptions(execution.accumulation, compress, config.numerics.deterministic)
         ),
-        normalise=Normaliser(backend.device, config.numerics),
+        normalise=Normaliser(backend.device, config.numerics, config.model.modality),
         scaler=torch.amp.GradScaler(backend.device.type, enabled=config.numerics.amp == "float16"),
         amp=config.numerics.amp,
         clip_norm=config.optimizer.clip_norm,

@@ -19,6 +19,7 @@ from runtime.error_report import report_error, tell_torchrun
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
 from runtime.stop_signals import EXIT_CODES, set_action, set_before_exit, wait_for_action
 from training.build.numerics import check_device, set_numerics
+from training.config.checks import check_training
 from training.config.schema import BatchConfig, Config
 from training.planning.summary import describe_job
 from training.report.html import write_report
@@ -178,16 +179,7 @@ def _batch_norm_groups(batch: BatchConfig, size: int) -> list[list[int]]:
 
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Train to the end, or resume an earlier start of the same run. Returns the exit code."""
-    if config.evaluation.save_logits or config.evaluation.ensemble or config.evaluation.explain:
-        raise ConfigError(
-            "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
-            "Fix: train without them, then evaluate the run"
-        )
-    if config.evaluation.clips == "stream":
-        raise ConfigError(
-            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
-            "evaluation=stream"
-        )
+    check_training(config)
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)
 

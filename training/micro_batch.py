@@ -74,8 +74,8 @@ def _try_step(config: Config, num_classes: int, clips: int, device: torch.device
         parameter.grad = torch.zeros_like(parameter)
     stream = stream_sampling_of(config.pipeline)
     frames = model.num_frames + (stream.burn_in if stream else 0)
-    shape = (clips, frames, 3, config.pipeline.size, config.pipeline.size)
-    video_NTCHW = Normaliser(device, numerics)(torch.zeros(shape, dtype=torch.uint8))
+    shape = (clips, frames, network.in_channels, config.pipeline.size, config.pipeline.size)
+    video_NTCHW = Normaliser(device, numerics, model.modality)(torch.zeros(shape, dtype=torch.uint8))
     label_N = torch.zeros(clips, dtype=torch.int64, device=device)
     with autocast(device, numerics.amp):
         loss, _ = clip_loss(network, video_NTCHW, label_N, label_N, stream)

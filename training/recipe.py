@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from .errors import ConfigError
 from .schedule import Schedule
 
+LEFT_OUT_OF_MODEL = {"modality": "rgb"}
+"""Settings that `Recipe.model` lacks at these values, as do recipes of older checkpoints, so that their fingerprints stay."""
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -17,7 +17,7 @@ def clip_multiply_adds(build: Callable[[], TemporalNetwork], size: int) -> int:
     """
     with torch.device("meta"):
         network = build().eval()
-        x_NTCHW = torch.empty(1, network.num_frames, 3, size, size)
+        x_NTCHW = torch.empty(1, network.num_frames, network.in_channels, size, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(x_NTCHW)
     return counter.get_total_flops() // 2

@@ -10,18 +10,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dropout import ClipDropout
+from .modality import INPUT_CHANNELS, Modality, widen_first_convolution
 from .non_local import NonLocalBlock, add_non_local_blocks
 from .relu6 import replace_relu6
 from .shift import Direction, check_fold_div, temporal_shift
 
 ShiftPlace = Literal["residual", "block", "none"]
 
-# Residual blocks in each of the four stages.
+# torchvision's ResNets: residual blocks in each of the four stages.
 RESNETS = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "resnext50_32x4d": (3, 4, 6, 3),
+    "resnext101_32x8d": (3, 4, 23, 3),
+    "resnext101_64x4d": (3, 4, 23, 3),
+    "wide_resnet50_2": (3, 4, 6, 3),
+    "wide_resnet101_2": (3, 4, 23, 3),
 }
 BACKBONES = (*RESNETS, "mobilenet_v2")
 # MobileNetV2's inverted residuals that expand their channels and have an identity path.
@@ -40,6 +47,7 @@ def build_network(
     dropout: float = 0.5,
     partial_bn: bool = False,
     zero_init_gamma: bool = False,
+    modality: Modality = "rgb",
 ) -> "TemporalNetwork":
     """Build a 2D backbone over frames with temporal shift (`shift='none'` is TSN), with random weights.
 
@@ -47,11 +55,13 @@ def build_network(
     before the whole block (TSM, section 3.2); `shift_places` lists the modules. `temporal_pool` halves the frames before a
     ResNet's layer2. `non_local` adds five non-local blocks to a ResNet-50. `partial_bn`: see TemporalNetwork.
     `zero_init_gamma` initializes the weight of the last batch norm in each residual block to 0, so that the block starts as the
-    identity (Goyal et al., arXiv:1706.02677, section 5.1).
+    identity (Goyal et al., arXiv:1706.02677, section 5.1). `modality='flow'` widens the first convolution (modality.py).
 
     Raises ValueError that names the argument if the network cannot be built.
     """
     places = shift_places(backbone, shift)
+    if modality not in INPUT_CHANNELS:
+        raise ValueError(f"modality must be 'rgb' or 'flow', got {modality!r}")
     if num_classes < 1 or num_frames < 1:
         raise ValueError(f"num_classes and num_frames must be 1 or more, got {num_classes} and {num_frames}")
     if non_local and backbone != "resnet50":
@@ -65,6 +75,8 @@ def build_network(
     options = {"zero_init_residual": True} if zero_init_gamma else {}
     body = torchvision.models.get_model(backbone, weights=None, **options)
     replace_relu6(body)
+    if modality != "rgb":
+        widen_first_convolution(body, INPUT_CHANNELS[modality])
     for name in places:
         frames = _frames_in(name, num_frames, temporal_pool)
         body.get_submodule(name).register_forward_pre_hook(ShiftInput(frames, fold_div, direction))
@@ -72,7 +84,7 @@ def build_network(
         add_non_local_blocks(body, _frames_in("layer2", num_frames, temporal_pool))
     if temporal_pool:
         body.layer2.register_forward_pre_hook(PoolInput(num_frames))
-    return TemporalNetwork(body, num_classes, num_frames, dropout, partial_bn)
+    return TemporalNetwork(body, num_classes, num_frames, dropout, partial_bn, modality)
 
 
 def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
@@ -102,8 +114,9 @@ def shift_places(backbone: str, shift: ShiftPlace) -> list[str]:
 class TemporalNetwork(nn.Module):
     """A 2D backbone and a linear classifier for each frame, with the mean of the logits over time.
 
-    `network(x_NTCHW)` -> logits (N, num_classes), for clips of `num_frames` frames. `network(x_NTCHW, per_frame=True)` -> logits of
-    each frame, (N, T, num_classes), also for clips of another length if no frame needs a later one (`is_past_only`).
+    `network(x_NTCHW)` -> logits (N, num_classes), for clips of `num_frames` frames with `in_channels` channels.
+    `network(x_NTCHW, per_frame=True)` -> logits of each frame, (N, T, num_classes), also for clips of another length if no frame
+    needs a later one (`is_past_only`).
 
     Parameters keep torchvision's names, prefixed with `backbone.`. The classifier computes in its parameters' dtype also under
     autocast: its cost is negligible next to the backbone's, logits in bfloat16 (8 bits) would tie, and its gradient is the
@@ -115,13 +128,21 @@ class TemporalNetwork(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, num_classes: int, num_frames: int, dropout: float, partial_bn: bool = False
+        self,
+        body: nn.Module,
+        num_classes: int,
+        num_frames: int,
+        dropout: float,
+        partial_bn: bool = False,
+        modality: Modality = "rgb",
     ) -> None:
         super().__init__()
         head = "fc" if hasattr(body, "fc") else "classifier"
         *_, linear = (module for module in body.get_submodule(head).modules() if isinstance(module, nn.Linear))
         setattr(body, head, nn.Identity())
         self.num_frames = num_frames
+        self.modality = modality
+        self.in_channels = INPUT_CHANNELS[modality]
         self.partial_bn = partial_bn
         self.backbone = body
         hooks = [hook for module in body.modules() for hook in module._forward_pre_hooks.values()]
@@ -140,9 +161,10 @@ class TemporalNetwork(nn.Module):
 
     def forward(self, x_NTCHW: Tensor, per_frame: bool = False) -> Tensor:
         any_length = per_frame and self.is_past_only
-        if x_NTCHW.dim() != 5 or x_NTCHW.shape[2] != 3 or not (any_length or x_NTCHW.shape[1] == self.num_frames):
+        right_length = any_length or x_NTCHW.shape[1:2] == (self.num_frames,)
+        if x_NTCHW.dim() != 5 or x_NTCHW.shape[2] != self.in_channels or not right_length:
             frames = "T" if any_length else self.num_frames
-            raise ValueError(f"the network takes (N, {frames}, 3, H, W), got {tuple(x_NTCHW.shape)}")
+            raise ValueError(f"the network takes (N, {frames}, {self.in_channels}, H, W), got {tuple(x_NTCHW.shape)}")
         if self.is_past_only and any(shift.num_frames != x_NTCHW.shape[1] for shift in self._shifts):
             for shift in self._shifts:
                 shift.num_frames = x_NTCHW.shape[1]

@@ -53,6 +53,7 @@ class StreamingNetwork(nn.Module):
         super().__init__()
         self.backbone = network.backbone
         self.classifier = network.classifier
+        self.in_channels = network.in_channels
         shifts = {name: _replace_shift(module) for name, module in self.backbone.named_modules()}
         self._shifts = [shift for shift in shifts.values() if shift]
         self.cache_names = tuple(name for name, shift in shifts.items() if shift)
@@ -71,13 +72,17 @@ class StreamingNetwork(nn.Module):
         if frame_size is None or batch == 0:
             return caches
         with torch.no_grad():
-            _, caches = self.stream(weight.new_zeros(1, 3, *frame_size), tuple(cache[:1] for cache in caches))
+            _, caches = self.stream(
+                weight.new_zeros(1, self.in_channels, *frame_size), tuple(cache[:1] for cache in caches)
+            )
         return tuple(weight.new_zeros(batch, *cache.shape[1:]) for cache in caches)
 
     def stream(self, x_NCHW: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         """Return the logits (N, num_classes) of one frame of each of N streams, and the caches for their next frames."""
-        if x_NCHW.dim() != 4 or x_NCHW.shape[1] != 3:
-            raise ValueError(f"stream takes one frame of each stream, (N, 3, H, W), got {tuple(x_NCHW.shape)}")
+        if x_NCHW.dim() != 4 or x_NCHW.shape[1] != self.in_channels:
+            raise ValueError(
+                f"stream takes one frame of each stream, (N, {self.in_channels}, H, W), got {tuple(x_NCHW.shape)}"
+            )
         if len(caches) != len(self._shifts):
             raise ValueError(
                 f"the network has {len(self._shifts)} caches, got {len(caches)}. "

@@ -68,6 +68,9 @@ function check(card) {
   if (card.format !== "onnx" || card.form !== "stream") {
     throw new Error(`the model is ${card.format}, ${card.form}. Fix: python export.py RUN format=onnx form=stream`);
   }
+  if (card.pixels.colour !== "RGB") {
+    throw new Error(`the model's input is ${card.pixels.colour}, and a camera gives RGB. Fix: export a run with model.modality=rgb`);
+  }
 }
 
 async function checkBytes(card, bytes) {

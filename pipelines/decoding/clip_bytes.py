@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
+from pipelines.jpeg_clips import IMAGES_PER_FRAME
+from pipelines.manifest import ManifestRow, image_file, in_shard
 
 from .shard_reader import open_shard
 from .staged_copies import NoCandidateError, candidates
@@ -39,11 +40,11 @@ def _opened_bytes(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
         raise BadClip(f"{video.name}: cannot be opened: {error}") from error
 
 
-def frame_bytes(root: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
-    """Read (name for messages, encoded bytes) of one frame of a JPEG_FRAMES clip."""
+def image_bytes(root: Path, row: ManifestRow, image: int) -> tuple[str, bytes]:
+    """Read (name for messages, encoded bytes) of one image of a clip of JPEG images, counted as in `ManifestRow.num_images`."""
     for candidate in candidates(root, row):
         with candidate as path:
-            return frame_at(path, row, index)
+            return image_at(path, row, image)
     raise NoCandidateError
 
 
@@ -80,21 +81,21 @@ def read_video(video: EncodedVideo, row: ManifestRow) -> NDArray[np.uint8]:
     return content
 
 
-def frame_at(path: Path, row: ManifestRow, index: int) -> tuple[str, bytes]:
-    """Read (name, bytes) of one JPEG frame; `path`: the pattern of the frames' files, or the shard."""
-    if not 0 <= index < row.num_frames:
-        raise BadClip(f"{path}: frame {index} of a clip of {row.num_frames}")
+def image_at(path: Path, row: ManifestRow, image: int) -> tuple[str, bytes]:
+    """Read (name, bytes) of one JPEG image; `path`: the pattern of the images' files, or the shard."""
+    if not 0 <= image < row.num_images:
+        frame = image // IMAGES_PER_FRAME[row.codec]
+        raise BadClip(f"{path}: frame {frame} of a clip of {row.num_frames}")
     if in_shard(row):
         shard = open_shard(path)
-        start, length = shard.frames(row.offset, row.num_frames)[index].tolist()
-        member, frame = shard.member(row.offset + start, length)
-        return f"{path}, {member}", frame.tobytes()
-    path = frame_file(path, row.offset + index)
+        start, length = shard.images(row.offset, row.num_images)[image].tolist()
+        member, content = shard.member(row.offset + start, length)
+        return f"{path}, {member}", content.tobytes()
+    path = image_file(path, row, image)
     try:
-        content = path.read_bytes()
+        return str(path), path.read_bytes()
     except OSError as error:
         raise BadClip(f"{path}: {error.strerror}") from error
-    return str(path), content
 
 
 def check_clip(root: Path, row: ManifestRow) -> None:
@@ -102,11 +103,11 @@ def check_clip(root: Path, row: ManifestRow) -> None:
     path = root / row.path
     if in_shard(row):
         _check_in_shard(path, row)
-    elif row.codec != JPEG_FRAMES:
+    elif not row.is_images:
         video_at(path, row)
     else:
         try:
-            size = sum(os.stat(frame_file(path, row.offset + index)).st_size for index in range(row.num_frames))
+            size = sum(os.stat(image_file(path, row, image)).st_size for image in range(row.num_images))
         except OSError as error:
             raise BadClip(f"{error.filename}: {error.strerror}") from error
         _check_size(path, size, row)
@@ -114,10 +115,10 @@ def check_clip(root: Path, row: ManifestRow) -> None:
 
 def _check_in_shard(path: Path, row: ManifestRow) -> None:
     shard = open_shard(path)
-    if row.codec != JPEG_FRAMES:
+    if not row.is_images:
         shard.member_name(row.offset, row.length)
         return
-    index = shard.frames(row.offset, row.num_frames)
+    index = shard.images(row.offset, row.num_images)
     for start, length in index.tolist():
         shard.member_name(row.offset + start, length)
     end = int(index[-1]["start"] + index[-1]["length"])

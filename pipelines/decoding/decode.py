@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.jpeg_clips import JPEG_FLOW, JPEG_FLOW_RG
+from pipelines.manifest import ManifestRow
 
-from .clip_bytes import frame_at, video_at
+from .clip_bytes import image_at, video_at
 from .jpeg import check_image_size, decode_jpeg_bytes, jpeg_size
 from .orientation import upright
 from .staged_copies import NoCandidateError, candidates
@@ -27,10 +28,10 @@ Decoder = Callable[[EncodedVideo, ManifestRow, NDArray[np.int64]], Tensor]
 
 
 def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """Decode the frames `frame_T` of a row's clip, uint8 (T, 3, H, W), upright; `root`: the manifest's folder.
+    """Decode the frames `frame_T` of a row's clip, uint8 (T, C, H, W), upright; `root`: the manifest's folder.
 
-    `decoder` is for videos; JPEG frames need none. Raises BadClip, with the reason, if the clip is missing, differs from its
-    row, or does not decode.
+    Frames have three channels (RGB), flow fields two (x, y). `decoder` is for videos; JPEG images need none. Raises BadClip, with
+    the reason, if the clip is missing, differs from its row, or does not decode.
     """
     for candidate in candidates(root, row):
         with candidate as path:
@@ -39,8 +40,8 @@ def decode_clip(decoder: str, root: Path, row: ManifestRow, frame_T: NDArray[np.
 
 
 def _decode_at(path: Path, decoder: str, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    if row.codec == JPEG_FRAMES:
-        return _decode_jpeg_frames(path, row, frame_T)
+    if row.is_images:
+        return _decode_images(path, row, frame_T)
     video = video_at(path, row)
     try:
         video_TCHW = _DECODERS[decoder](video, row, frame_T)
@@ -109,15 +110,24 @@ def _decode_pyav(video: EncodedVideo, row: ManifestRow, frame_T: NDArray[np.int6
     return torch.from_numpy(np.ascontiguousarray(video_THWC)).permute(0, 3, 1, 2)
 
 
-def _decode_jpeg_frames(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-    """Decode JPEG frames. Reads and checks each wanted frame once, and no other frame."""
-    images_HWC = {}
-    for index in sorted(set(frame_T.tolist())):
-        name, content = frame_at(path, row, index)
-        check_image_size(name, *jpeg_size(name, content), row)
-        # As torchvision lays the pixels out in memory: `stack` copies them without a transpose.
-        images_HWC[index] = decode_jpeg_bytes(name, content).permute(1, 2, 0)
-    return torch.stack([images_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)
+def _decode_images(path: Path, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
+    """Decode JPEG images. Reads and checks those of each wanted frame once, and no others."""
+    frames_HWC = {index: _frame_of_images(path, row, index) for index in sorted(set(frame_T.tolist()))}
+    return torch.stack([frames_HWC[index] for index in frame_T.tolist()]).permute(0, 3, 1, 2)
+
+
+def _frame_of_images(path: Path, row: ManifestRow, index: int) -> Tensor:
+    """Decode a frame or a flow field, (H, W, C): as torchvision lays pixels out in memory, so `stack` needs no transpose."""
+    if row.codec == JPEG_FLOW:
+        return torch.cat([_image(path, row, image, grey=True) for image in row.images_of(index)], dim=-1)
+    image_HWC = _image(path, row, row.images_of(index)[0])
+    return image_HWC[..., :2] if row.codec == JPEG_FLOW_RG else image_HWC
+
+
+def _image(path: Path, row: ManifestRow, image: int, grey: bool = False) -> Tensor:
+    name, content = image_at(path, row, image)
+    check_image_size(name, *jpeg_size(name, content), row)
+    return decode_jpeg_bytes(name, content, grey).permute(1, 2, 0)
 
 
 _DECODERS: dict[str, Decoder] = {"torchcodec": _decode_torchcodec, "pyav": _decode_pyav}

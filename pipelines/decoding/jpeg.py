@@ -36,8 +36,8 @@ def jpeg_size(name: str, content: bytes) -> tuple[int, int]:
     raise BadClip(f"{name}: no image size in its header: truncated or damaged")
 
 
-def decode_jpeg_bytes(name: str, content: bytes) -> Tensor:
-    """Decode to uint8 (3, H, W), RGB, from any colour space (grey, CMYK), as stored: an EXIF orientation is ignored.
+def decode_jpeg_bytes(name: str, content: bytes, grey: bool = False) -> Tensor:
+    """Decode to uint8 (3, H, W), RGB, or (1, H, W), from any colour space (grey, CMYK), as stored: an EXIF orientation is ignored.
 
     Raises BadClip if the image is truncated, too large or not a JPEG. Damage that keeps the file's structure is not detected,
     as in every decoder built on libjpeg.
@@ -48,7 +48,7 @@ def decode_jpeg_bytes(name: str, content: bytes) -> Tensor:
         # torchvision 0.29 warns on each call that torchcodec will replace it. torchcodec needs FFmpeg, torchvision does not.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+            return decode_jpeg(encoded, mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
         except RuntimeError as error:
             reason = str(error).rpartition(", ")[2]
             raise BadClip(f"{name}: does not decode ({reason})") from error

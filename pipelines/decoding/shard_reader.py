@@ -1,6 +1,7 @@
 """Read clips from shards: plain tar files that stay open, whose members are found by the offsets in the manifest."""
 
 import os
+import weakref
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pipelines.errors import BadClip
 from .tar import BLOCK_BYTES, read_header
 
 INDEX_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
-"""An entry of the index that precedes a clip of JPEG frames in a shard: where a frame's bytes are, counted from the index's
+"""An entry of the index that precedes a clip of JPEG images in a shard: where an image's bytes are, counted from the index's
 first byte."""
 
 # Per process; systems allow 1,024 open files or more.
@@ -22,7 +23,7 @@ _OPEN_SHARDS = 128
 def close_shards() -> None:
     """Forget the open shards; later reads open their files again."""
     open_shard.cache_clear()
-    _frame_index.cache_clear()
+    _image_index.cache_clear()
 
 
 class Shard:
@@ -33,15 +34,13 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: int | None = None
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise BadClip(f"{path}: {error.strerror}") from error
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        # Not in __del__: at exit Python sets the globals of modules to None before it deletes the last shards, `os` too. Then the
+        # kernel closes them.
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
 
     def member(self, offset: int, length: int) -> tuple[str, NDArray[np.uint8]]:
         """Read (name, bytes) of the member whose content starts at `offset`. Raises BadClip if its length is not `length`."""
@@ -50,14 +49,13 @@ class Shard:
 
     def member_name(self, offset: int, length: int) -> str:
         """Check a member as `member` does and return its name, without reading its content."""
-        assert self._descriptor is not None
         if os.fstat(self._descriptor).st_size < offset + length:
             raise BadClip(f"{self.path}: ends before byte {offset + length}, in the middle of a clip: truncated")
         return self._check_header(self._read(offset - BLOCK_BYTES, BLOCK_BYTES), offset, length)
 
-    def frames(self, offset: int, num_frames: int) -> NDArray[np.void]:
-        """Read the index, INDEX_DTYPE of shape (T,), of a clip of JPEG frames."""
-        return _frame_index(self, offset, num_frames)
+    def images(self, offset: int, num_images: int) -> NDArray[np.void]:
+        """Read the index, INDEX_DTYPE of shape (num_images,), of a clip of JPEG images."""
+        return _image_index(self, offset, num_images)
 
     def _check_header(self, block: NDArray[np.uint8], offset: int, length: int) -> str:
         try:
@@ -74,7 +72,6 @@ class Shard:
     def _read(self, offset: int, length: int) -> NDArray[np.uint8]:
         content = np.empty(length, dtype=np.uint8)
         view = content.data
-        assert self._descriptor is not None
         done = 0
         while done < length:
             try:
@@ -96,7 +93,7 @@ def open_shard(path: Path) -> Shard:
 
 
 @lru_cache(maxsize=64)
-def _frame_index(shard: Shard, offset: int, num_frames: int) -> NDArray[np.void]:
-    """Read a clip's index; cached for its next frames."""
-    _, content = shard.member(offset, num_frames * INDEX_DTYPE.itemsize)
+def _image_index(shard: Shard, offset: int, num_images: int) -> NDArray[np.void]:
+    """Read a clip's index; cached for its next images."""
+    _, content = shard.member(offset, num_images * INDEX_DTYPE.itemsize)
     return content.view(INDEX_DTYPE)

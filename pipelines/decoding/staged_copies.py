@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
+from pipelines.manifest import ManifestRow, image_file, in_shard
 
 VARIABLE = "TSM_STAGED_FILES"
 """The environment variable that names the folder of the staged files."""
@@ -72,8 +72,8 @@ def find_copy(root: Path, row: ManifestRow) -> Path | None:
     if not folder:
         return None
     copy = copy_path(Path(folder), root, row.path)
-    in_files = row.codec == JPEG_FRAMES and not in_shard(row)
-    last = frame_file(copy, row.offset + row.num_frames - 1) if in_files else copy
+    in_files = row.is_images and not in_shard(row)
+    last = image_file(copy, row, row.num_images - 1) if in_files else copy
     return copy if copy not in _given_up and last.exists() else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.errors import BadClip, StorageFault
-from pipelines.manifest import JPEG_FRAMES, ManifestRow, frame_file, in_shard
+from pipelines.manifest import ManifestRow, image_file, in_shard
 from runtime.server_faults import SERVER_FAULTS
 
 from .shard_reader import close_shards
@@ -73,11 +73,11 @@ def _fault_behind(error: BadClip, root: Path, row: ManifestRow) -> OSError | Non
 def _extents(root: Path, row: ManifestRow) -> Iterator[tuple[Path, int, int]]:
     """Yield (file, offset, length) of a clip's bytes in the shared folder."""
     path = root / row.path
-    if in_shard(row) or row.codec != JPEG_FRAMES:
+    if in_shard(row) or not row.is_images:
         yield path, max(0, row.offset), row.length
         return
-    for index in range(row.num_frames):
-        yield frame_file(path, row.offset + index), 0, row.length
+    for image in range(row.num_images):
+        yield image_file(path, row, image), 0, row.length
 
 
 def _read(path: Path, offset: int, length: int) -> None:

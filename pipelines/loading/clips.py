@@ -27,6 +27,7 @@ from pipelines.stream.augmentation import (
 )
 from pipelines.stream.eval_views import EvalProtocol, evaluation_views
 from pipelines.stream.mirror_labels import Mirror, find_mirror, mirrored_labels
+from pipelines.stream.modality import CHANNELS_PER_FRAME, FLOW, FRAMES_PER_SEGMENT
 from pipelines.stream.order import StreamOrder
 
 _REPLACEMENT_ATTEMPTS = 10
@@ -96,19 +97,19 @@ class ClipSource:
         return Manifest.open(self.manifest_path)
 
     def pixels(self, row: ManifestRow, params: SampleParams, size: int) -> Tensor:
-        """Decode, crop and resize a training clip to uint8 (T, 3, size, size). Raises BadClip."""
-        crop_TCHW = crop_frames(self._frames(row, params.frame_T), params)
-        return resize_frames(crop_TCHW, size, size)
+        """Decode, crop and resize a training clip to uint8 (T, C, size, size). Raises BadClip."""
+        crop_FCHW = crop_frames(self._frames(row, params.frame_T), params)
+        return stack_segments(resize_frames(crop_FCHW, size, size), params.flip)
 
     def view_pixels(self, row: ManifestRow, views: list[SampleParams]) -> Tensor:
-        """Decode all views of a clip to uint8 (V, T, 3, H, W), each frame once; all have the same scale. Raises BadClip."""
+        """Decode all views of a clip to uint8 (V, T, C, H, W), each frame once; all have the same scale. Raises BadClip."""
         assert views[0].scaled is not None
         width, height = views[0].scaled
         needed_F = frames_needed(views)
         return cut_views(resize_frames(self._frames(row, needed_F), width, height), needed_F, views)
 
     def _frames(self, row: ManifestRow, frame_T: NDArray[np.int64]) -> Tensor:
-        """Decode whole upright frames, uint8 (T, 3, H, W)."""
+        """Decode whole upright frames, uint8 (F, 3, H, W), or flow fields, uint8 (F, 2, H, W)."""
         video_TCHW = decode_clip(self.decoder, self.manifest.root, row, frame_T)
         upright_width, upright_height = row.upright_size
         if video_TCHW.shape[2:] != (upright_height, upright_width):
@@ -125,12 +126,17 @@ def frames_needed(views: list[SampleParams]) -> NDArray[np.int64]:
 
 
 def cut_views(frames_FCHW: Tensor, needed_F: NDArray[Any], views: list[SampleParams]) -> Tensor:
-    """Cut all views, (V, T, 3, H, W), from the frames `needed_F` of a clip, upright and scaled."""
-    return torch.stack([crop_frames(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)] for view in views])
+    """Cut all views, (V, T, C, H, W), from the frames `needed_F` of a clip, upright and scaled."""
+    return torch.stack([_cut_view(frames_FCHW, needed_F, view) for view in views])
+
+
+def _cut_view(frames_FCHW: Tensor, needed_F: NDArray[Any], view: SampleParams) -> Tensor:
+    frames_FCHW = crop_frames(frames_FCHW, view)[np.searchsorted(needed_F, view.frame_T)]
+    return stack_segments(frames_FCHW, view.flip)
 
 
 def crop_frames(video_TCHW: Tensor, params: SampleParams) -> Tensor:
-    """Cut out a view's rectangle and mirror it if the view says so; takes all frames."""
+    """Cut out a view's rectangle and mirror it if the view says so; takes all frames. Flow also needs `stack_segments`."""
     crop_TCHW = video_TCHW[:, :, params.top : params.top + params.height, params.left : params.left + params.width]
     return crop_TCHW.flip(-1) if params.flip else crop_TCHW
 
@@ -140,6 +146,25 @@ def resize_frames(video_TCHW: Tensor, width: int, height: int) -> Tensor:
     if video_TCHW.shape[2:] == (height, width):
         return video_TCHW
     return interpolate(video_TCHW, (height, width), mode="bilinear", antialias=True)
+
+
+def stack_segments(video_FCHW: Tensor, mirrored: bool = False) -> Tensor:
+    """Stack the flow fields (..., F, 2, H, W) of each segment: (..., T, C, H, W) with the channels x1 y1 x2 y2 and so on.
+
+    RGB frames stay as they are. `mirrored`: the columns are, so invert x. As in the official code, cropping and resizing do not
+    change the values, though a motion of some pixels of the stored flow is another number of pixels of the network's input.
+    """
+    if video_FCHW.shape[-3] != CHANNELS_PER_FRAME[FLOW]:
+        return video_FCHW
+    flow_TCHW = video_FCHW.unflatten(-4, (-1, FRAMES_PER_SEGMENT[FLOW])).flatten(-4, -3)
+    if mirrored:
+        invert_x(flow_TCHW)
+    return flow_TCHW
+
+
+def invert_x(flow_TCHW: Tensor) -> None:
+    """Replace x by 255 - x in place: in a mirrored clip, motion to the left is motion to the right."""
+    flow_TCHW[..., ::2, :, :].bitwise_not_()
 
 
 @dataclass(frozen=True)
@@ -254,7 +279,7 @@ class EvaluationClips(Dataset[ClipBatch]):
         bad_clips: list[BadClipRecord] = []
         protocol = self.protocol
         blank_VTCHW = torch.zeros(
-            protocol.views, protocol.num_frames, 3, protocol.side, protocol.side, dtype=torch.uint8
+            protocol.views, protocol.num_frames, protocol.channels, protocol.side, protocol.side, dtype=torch.uint8
         )
         clips = []
         for slot, row in enumerate(row_N.tolist()):

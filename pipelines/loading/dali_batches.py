@@ -1,6 +1,6 @@
 """Batches of encoded clips for DALI: worker processes read the bytes, sample the parameters and find bad clips.
 
-Shapes: N clips, F frames of a clip, B bytes, P parts (a video is one part, each JPEG frame is one).
+Shapes: N clips, F frames of a clip, B bytes, P parts (a video is one part, each JPEG image is one).
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,16 +13,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
+from pipelines.decoding.clip_bytes import clip_bytes, image_bytes
 from pipelines.decoding.decode import decode_clip
 from pipelines.decoding.jpeg import check_image_size, jpeg_size
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.jpeg_clips import IMAGES_PER_FRAME, JPEG_FLOW
+from pipelines.manifest import ManifestRow
 from pipelines.stream.augmentation import SampleParams
 
 from .clips import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 
-VIDEOS, IMAGES, FRAMES = "videos", "images", "frames"
-"""Kinds of input to DALI: encoded videos, encoded JPEG frames, or frames decoded on the host."""
+VIDEOS, IMAGES, GREY_IMAGES, FRAMES = "videos", "images", "grey images", "frames"
+"""Kinds of input to DALI: encoded videos, encoded JPEG images (grey: x and y of optical flow), or frames decoded on the host."""
+
+PER_IMAGE = (IMAGES, GREY_IMAGES)
+"""Kinds of which each image is a sample."""
+
+
+def kind_of(codec: str) -> str:
+    """Return the kind of input by which DALI decodes a codec."""
+    if codec not in IMAGES_PER_FRAME:
+        return VIDEOS
+    return GREY_IMAGES if codec == JPEG_FLOW else IMAGES
 
 
 # FFmpeg's names of BT.601's matrix, and of a stream that names none, for which FFmpeg takes it.
@@ -47,7 +58,7 @@ def why_on_host(clip: ManifestRow | Kind) -> str | None:
     """
     if clip.mirrored:
         return "mirrored for display"
-    if clip.codec == JPEG_FRAMES:
+    if clip.codec in IMAGES_PER_FRAME:
         return None
     if not clip.colour_space:
         return "their manifest has no colour space, and DALI assumes BT.601; run prepare.py again"
@@ -63,7 +74,7 @@ class EncodedClip:
     """One clip and the operations to apply to it, in the orientation in which its frames are stored."""
 
     parts: list[NDArray[np.uint8]]
-    """Encoded bytes (1-d), or decoded frames (F, H, W, 3); empty after they are moved to the batch's `content_B`."""
+    """Encoded bytes (1-d), or decoded frames (F, H, W, C); empty after they are moved to the batch's `content_B`."""
     frame_F: NDArray[np.int32]
     stored: tuple[int, int]
     """(height, width) that the stored frames must have."""
@@ -119,7 +130,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodedSource(ClipSource):
-    """Returns clips undecoded if DALI decodes their codec (one of `codecs`); `feed`: VIDEOS, IMAGES or FRAMES."""
+    """Returns clips undecoded if DALI decodes their codec (one of `codecs`); `feed`: the kind of input to DALI."""
 
     feed: str = VIDEOS
     codecs: frozenset[str] = frozenset()
@@ -166,14 +177,14 @@ class EncodedSource(ClipSource):
         root = self.manifest.root
         if self.feed == VIDEOS:
             return [clip_bytes(root, row)]
-        if self.feed == IMAGES:
-            return [_image_bytes(root, row, index) for index in frame_F.tolist()]
+        if self.feed in PER_IMAGE:
+            return [_image_bytes(root, row, image) for index in frame_F.tolist() for image in row.images_of(index)]
         return [decode_clip(self.decoder, root, row, frame_F).permute(0, 2, 3, 1).contiguous().numpy()]
 
 
-def _image_bytes(root: Path, row: ManifestRow, index: int) -> NDArray[np.uint8]:
-    """Read a JPEG frame. Raises BadClip if its size differs from the manifest row."""
-    name, content = frame_bytes(root, row, index)
+def _image_bytes(root: Path, row: ManifestRow, image: int) -> NDArray[np.uint8]:
+    """Read a JPEG image. Raises BadClip if its size differs from the manifest row."""
+    name, content = image_bytes(root, row, image)
     check_image_size(name, *jpeg_size(name, content), row)
     return np.frombuffer(content, np.uint8)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .dali_batches import FRAMES, IMAGES, VIDEOS, EncodedClip
+from .dali_batches import FRAMES, GREY_IMAGES, PER_IMAGE, VIDEOS, EncodedClip
 
 # Batches that DALI prepares while the current one is trained on.
 _PREFETCH_BATCHES = 2
@@ -38,7 +38,7 @@ def make_pipeline(kind: str, device: torch.device, threads: int, samples: int, s
     """Build the DALI pipeline for batches of at most `samples` samples, which it prefetches from `source`.
 
     Inputs: content (see EncodedSource), start (2,) and shape (2,) of the crop window, size (2,) to scale the window to,
-    flip (), and for VIDEOS frames (F,). Outputs: uint8 frames (F, H, W, C), or (H, W, C) for IMAGES; and the shape that the
+    flip (), and for VIDEOS frames (F,). Outputs: uint8 frames (F, H, W, C), or (H, W, C) of each image; and the shape that the
     frames had before the crop.
     """
     dali = import_dali()
@@ -53,7 +53,7 @@ def make_pipeline(kind: str, device: torch.device, threads: int, samples: int, s
         content, start, shape, size, flip, *frames = _inputs(dali, kind, source)
         video = _decoded(dali, kind, device, content, frames)
         # Some versions of DALI leave the layout empty.
-        video = fn.reshape(video, layout="HWC" if kind == IMAGES else "FHWC")
+        video = fn.reshape(video, layout="HWC" if kind in PER_IMAGE else "FHWC")
         # "pad", because frames smaller than the manifest says must not break the pipeline: the loader checks their shape.
         crop = fn.slice(video, start, shape, axis_names="HW", out_of_bounds_policy="pad")
         scaled = fn.resize(crop, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
@@ -91,11 +91,12 @@ def _decoded(dali: Any, kind: str, device: torch.device, content: Any, frames: l
     if kind == VIDEOS:
         # pad_mode="none": a video shorter than the manifest says must fail, not repeat its last frame.
         return dali.fn.decoders.video(content, frames=frames[0], pad_mode="none", device=decoder_device)
-    if kind == IMAGES:
+    if kind in PER_IMAGE:
         # Versions after 2.1.0 would turn an image by its EXIF data; the loader turns clips by their manifest row.
         turns = dali.backend.GetSchema("decoders__Image").HasArgument("adjust_orientation")
         as_stored = {"adjust_orientation": False} if turns else {}
-        return dali.fn.decoders.image(content, output_type=dali.types.RGB, device=decoder_device, **as_stored)
+        colours = dali.types.GRAY if kind == GREY_IMAGES else dali.types.RGB
+        return dali.fn.decoders.image(content, output_type=colours, device=decoder_device, **as_stored)
     return content.gpu() if on_gpu else content
 
 

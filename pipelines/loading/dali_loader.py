@@ -3,7 +3,7 @@
 The sample parameters, which all loaders share, decide what DALI decodes, crops, scales and mirrors. DALI itself uses no
 random numbers, so it has no state to checkpoint. CPU and GPU use the same graph and differ only in the operators' `device`.
 
-Shapes: N clips, F frames of a clip, S samples of DALI's batch (a video is one sample, each JPEG frame is one).
+Shapes: N clips, F frames of a clip, S samples of DALI's batch (a video is one sample, each JPEG image is one).
 """
 
 import gc
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clips import ClipBatch, EvaluationClips, TrainingClips, cut_views
-from .dali_batches import IMAGES, EncodedBatch, EncodedClip, EncodedClips, EncodedSource
+from pipelines.stream.modality import CHANNELS_PER_FRAME, FLOW, FRAMES_PER_SEGMENT
+
+from .clips import ClipBatch, EvaluationClips, TrainingClips, cut_views, invert_x, stack_segments
+from .dali_batches import GREY_IMAGES, PER_IMAGE, EncodedBatch, EncodedClip, EncodedClips, EncodedSource
 from .dali_graph import DaliError, Samples, error_reason, make_pipeline, samples_of
 from .dali_support import choose_feed
 from .worker_loader import ClipLoader
@@ -46,6 +48,7 @@ class DaliLoader:
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self._dataset, self._device, self._threads = dataset, device, threads
+        self._sampling = dataset.augmentation if isinstance(dataset, TrainingClips) else dataset.protocol
         source = dataset.source
         self._feed = choose_feed(source.manifest_path, device)
         feed = self._feed
@@ -82,13 +85,12 @@ class DaliLoader:
     def _pipeline_for(self, first: EncodedBatch) -> Callable[[Callable[[], Samples]], Any]:
         """Return a function that makes a pipeline, given its source, for batches as large as this one."""
         dataset = self._dataset
-        frames = 1
-        if self._feed.kind == IMAGES and isinstance(dataset, TrainingClips):
-            frames = dataset.augmentation.num_frames
-        elif self._feed.kind == IMAGES and isinstance(dataset, EvaluationClips):
+        samples = len(first.clips)
+        if self._feed.kind in PER_IMAGE:
             # An upper bound: views may share frames.
-            frames = dataset.protocol.views * dataset.protocol.num_frames
-        samples = len(first.clips) * frames
+            views = dataset.protocol.views if isinstance(dataset, EvaluationClips) else 1
+            images = 2 if self._feed.kind == GREY_IMAGES else 1
+            samples *= views * self._sampling.num_frames * FRAMES_PER_SEGMENT[self._sampling.modality] * images
         return lambda source: make_pipeline(self._feed.kind, self._device, self._threads, samples, source)
 
     def _clip_batch(self, batch: EncodedBatch, outputs: tuple[Any, Any] | None) -> ClipBatch:
@@ -100,27 +102,52 @@ class DaliLoader:
                 return self._on_host(batch)
             pixels = _as_one_tensor(outputs[0], self._device)
             if pixels is not None and _is_finished(batch, decoded):
-                if self._feed.kind == IMAGES:
-                    pixels = pixels.unflatten(0, (len(decoded), -1))
-                # A view, without a copy, in channels_last order.
-                return batch.with_pixels(pixels.permute(0, 1, 4, 2, 3))
-            videos = self._finished(batch, decoded, outputs[0])
+                return batch.with_pixels(self._whole_batch(pixels, decoded))
+            videos = self._finished(batch, decoded, outputs[0], pixels)
         clips = [next(videos) if isinstance(clip, EncodedClip) else clip.to(self._device) for clip in batch.clips]
         video = torch.stack(clips)
         return batch.with_pixels(video.flatten(0, 1) if isinstance(self._dataset, EvaluationClips) else video)
 
-    def _finished(self, batch: EncodedBatch, decoded: list[EncodedClip], output: Any) -> Iterator[Tensor]:
-        """Turn, mirror and cut DALI's frames clip by clip: (T, 3, H, W), or (V, T, 3, H, W) for an evaluation's views."""
+    def _whole_batch(self, pixels: Tensor, decoded: list[EncodedClip]) -> Tensor:
+        """Arrange the pixels of a training batch, (N, T, C, H, W): of RGB a view, without a copy, in channels_last order."""
+        if self._feed.kind in PER_IMAGE:
+            pixels = pixels.unflatten(0, (len(decoded), -1))
+        video_NTCHW = stack_segments(self._frames_of(pixels))
+        for video_TCHW, clip in zip(video_NTCHW, decoded, strict=True):
+            if clip.flip and self._sampling.modality == FLOW:
+                invert_x(video_TCHW)
+        return video_NTCHW
+
+    def _finished(
+        self, batch: EncodedBatch, decoded: list[EncodedClip], output: Any, pixels: Tensor | None
+    ) -> Iterator[Tensor]:
+        """Turn, mirror and cut DALI's frames clip by clip: (T, C, H, W), or (V, T, C, H, W) for an evaluation's views.
+
+        `pixels`: the whole output, if its samples have the same shape.
+        """
         at = 0
         for clip, parts in zip(decoded, batch.shapes, strict=True):
-            samples = [_to_torch(output[at + number], self._device) for number in range(len(parts))]
+            if pixels is not None:
+                samples = list(pixels[at : at + len(parts)])
+            else:
+                samples = [_to_torch(output[at + number], self._device) for number in range(len(parts))]
             at += len(parts)
-            frames_FHWC = torch.stack(samples) if self._feed.kind == IMAGES else samples[0]
-            frames_FCHW = frames_FHWC.permute(0, 3, 1, 2)
+            frames_FCHW = self._frames_of(torch.stack(samples) if self._feed.kind in PER_IMAGE else samples[0])
             if clip.quarter_turns:
                 frames_FCHW = frames_FCHW.rot90(clip.quarter_turns, (2, 3))
                 frames_FCHW = frames_FCHW.flip(-1) if clip.flip else frames_FCHW
-            yield cut_views(frames_FCHW, clip.frame_F, clip.views) if clip.views else frames_FCHW
+            if clip.views:
+                yield cut_views(frames_FCHW, clip.frame_F, clip.views)
+            else:
+                yield stack_segments(frames_FCHW, clip.flip)
+
+    def _frames_of(self, pixels_PHWC: Tensor) -> Tensor:
+        """View DALI's pixels (..., P, H, W, C), which have a part per image or per frame, as frames (..., F, C, H, W)."""
+        if self._feed.kind == GREY_IMAGES:
+            return pixels_PHWC.squeeze(-1).unflatten(-3, (-1, CHANNELS_PER_FRAME[FLOW]))
+        # A colour image with x and y has a third channel.
+        channels = CHANNELS_PER_FRAME[self._sampling.modality]
+        return pixels_PHWC.movedim(-1, -3)[..., :channels, :, :]
 
     def _on_host(self, batch: EncodedBatch) -> ClipBatch:
         """Load the same batch without DALI, as the torch loader does, finding and replacing bad clips."""

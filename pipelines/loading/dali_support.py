@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
+from pipelines.manifest import Manifest, ManifestRow
 
-from .dali_batches import FRAMES, IMAGES, VIDEOS, EncodedSource, Kind, why_on_host
+from .dali_batches import FRAMES, GREY_IMAGES, IMAGES, PER_IMAGE, VIDEOS, EncodedSource, Kind, kind_of, why_on_host
 from .dali_graph import DaliError, error_reason, import_dali, make_pipeline, samples_of
 
 # Clips to try per codec before DALI counts as unable to decode it.
@@ -25,8 +25,8 @@ _COLOUR_LIMIT = 6.0
 
 @dataclass(frozen=True)
 class Feed:
-    """The input to DALI: VIDEOS or IMAGES of `codecs`, while the host decodes the other clips; or FRAMES decoded on the host,
-    if DALI decodes none of the manifest's clips."""
+    """The input to DALI: VIDEOS, IMAGES or GREY_IMAGES of `codecs`, while the host decodes the other clips; or FRAMES decoded on
+    the host, if DALI decodes none of the manifest's clips."""
 
     kind: str
     codecs: frozenset[str]
@@ -65,13 +65,13 @@ def choose_feed(manifest_path: Path, device: torch.device) -> Feed:
     if not known:
         _check_decoder(device, others)
         return Feed(FRAMES, frozenset(others), others, {})
-    images = known & {JPEG_FRAMES}
-    videos = known - images
-    more_images = sum(counts[codec] for codec in images) > sum(counts[codec] for codec in videos)
-    chosen, rest = (images, videos) if more_images else (videos, images)
-    others |= dict.fromkeys(rest, "one graph decodes either videos or images, and there are fewer of these")
+    by_kind = {kind: {codec for codec in known if kind_of(codec) == kind} for kind in (VIDEOS, IMAGES, GREY_IMAGES)}
+    # The first of those with as many clips.
+    most = max(by_kind, key=lambda kind: sum(counts[codec] for codec in by_kind[kind]))
+    chosen = frozenset(by_kind[most])
+    others |= dict.fromkeys(known - chosen, "one graph decodes either videos or images, and there are fewer of these")
     on_host = sum((excluded[codec] for codec in chosen), Counter())
-    return Feed(IMAGES if more_images else VIDEOS, chosen, others, dict(on_host))
+    return Feed(most, chosen, others, dict(on_host))
 
 
 def _check_decoder(device: torch.device, others: dict[str, str]) -> None:
@@ -113,7 +113,7 @@ def _why_not(manifest: Manifest, kinds: list[Kind], device: torch.device) -> str
         row = manifest.row(index)
         try:
             theirs_HWC = _host_frame(manifest.root, row)
-            ours_HWC = _dali_frame(manifest.path, row, device)
+            ours_HWC = _dali_frame(manifest.path, row, device)[..., : theirs_HWC.shape[-1]]
         except BadClip:
             continue
         except RuntimeError as error:
@@ -125,13 +125,15 @@ def _why_not(manifest: Manifest, kinds: list[Kind], device: torch.device) -> str
 
 
 def _dali_frame(manifest: Path, row: ManifestRow, device: torch.device) -> NDArray[np.uint8]:
-    """Decode a clip's middle frame with DALI, as stored."""
-    kind = IMAGES if row.codec == JPEG_FRAMES else VIDEOS
+    """Decode a clip's middle frame with DALI, as stored; of optical flow in colour images with the colour that holds none."""
+    kind = kind_of(row.codec)
     clip = EncodedSource(manifest, "", feed=kind, codecs=frozenset([row.codec])).one_frame(row, row.num_frames // 2)
     samples = samples_of(kind, [clip], [clip.parts])
-    # DALI reuses the memory of its outputs.
-    frames = np.array(make_pipeline(kind, device, 1, 1, lambda: samples).run()[0].as_cpu().at(0))
-    return frames if kind == IMAGES else frames[0]
+    output = make_pipeline(kind, device, 1, len(clip.parts), lambda: samples).run()[0].as_cpu()
+    if kind not in PER_IMAGE:
+        # DALI reuses the memory of its outputs.
+        return np.array(output.at(0))[0]
+    return np.concatenate([output.at(number) for number in range(len(clip.parts))], axis=-1)
 
 
 def _host_frame(root: Path, row: ManifestRow) -> NDArray[np.uint8]:

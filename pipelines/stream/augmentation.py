@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from .burn_in import StreamSampling, other_row, stream_training
 from .counter_rng import key_of, uniforms
-from .frame_sampling import TRAINING_RULES
+from .frame_sampling import TRAINING_RULES, with_following
+from .modality import FRAMES_PER_SEGMENT, RGB
 
 # Tags that keep the random numbers of different purposes apart.
 _SAMPLE, _REPLACEMENT, _DROPOUT, _STREAM, _BURN_IN = 1, 2, 3, 4, 5
@@ -24,7 +25,8 @@ class Augmentation:
     `sampling`: uniform or dense (frame_sampling.py), or stream, which needs `stream` (burn_in.py). `crop_scales`: sides of the
     random crop as fractions of the frame's shorter side; width and height may use neighbouring entries, as in TSN's
     multi-scale crop. `flip`: off, on (mirror half of the clips) or relabel (mirror half, and give a mirrored clip the class
-    whose name has the `mirrored_words` exchanged: mirror_labels.py).
+    whose name has the `mirrored_words` exchanged: mirror_labels.py). `num_frames`: the segments of a clip, of which RGB gives
+    one frame each and optical flow several flow fields (modality.py). Flow cannot be combined with `stream`.
     """
 
     num_frames: int
@@ -34,6 +36,7 @@ class Augmentation:
     flip: str = "off"
     mirrored_words: tuple[tuple[str, str], ...] = ()
     stream: StreamSampling | None = None
+    modality: str = RGB
 
     @property
     def burn_in(self) -> int:
@@ -50,6 +53,7 @@ class Augmentation:
 class SampleParams:
     """One view of a clip: frame indices, a crop rectangle in pixels, and whether to mirror.
 
+    `frame_T`: of optical flow all flow fields, one segment's after another's.
     `scaled`: (width, height) to scale the upright frames to before the crop; the rectangle is then in pixels of the scaled
     frame. None: crop the unscaled frames.
     """
@@ -70,7 +74,9 @@ def sample_training_params(
     segments = augmentation.num_frames
     uniform = uniforms(key_of(_SAMPLE, seed, epoch, row), segments + 3)
     if augmentation.stream is None:
-        frame_T = TRAINING_RULES[augmentation.sampling](num_frames, segments, uniform[:segments])
+        length = FRAMES_PER_SEGMENT[augmentation.modality]
+        first_T = TRAINING_RULES[augmentation.sampling](num_frames, segments, uniform[:segments], length)
+        frame_T = with_following(first_T, num_frames, length)
     else:
         distance, phase = uniforms(key_of(_STREAM, seed, epoch, row), 2)
         frame_T = stream_training(num_frames, segments, augmentation.stream.distance(distance), phase)

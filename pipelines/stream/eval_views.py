@@ -6,9 +6,13 @@ side is 8/7 of the network's input size (256 for 224), then cropped.
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .augmentation import SampleParams, crop_offsets
 from .continuous import CONTINUOUS_RULES
-from .frame_sampling import EVALUATION_RULES
+from .frame_sampling import EVALUATION_RULES, with_following
+from .modality import FLOW, FRAMES_PER_SEGMENT, RGB, channels_of
 
 _RULES = EVALUATION_RULES | CONTINUOUS_RULES
 
@@ -29,6 +33,13 @@ class EvalProtocol:
     crops: int = 1
     full_resolution: bool = False
     portrait_bug: bool = False
+    modality: str = RGB
+    """`num_frames` counts segments, of which optical flow gives several flow fields each (modality.py)."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the network's input."""
+        return channels_of(self.modality)
 
     @property
     def side(self) -> int:
@@ -49,7 +60,8 @@ class EvalProtocol:
     def name(self) -> str:
         """Short name, unique per protocol and valid as a file name."""
         options = ["full"] * self.full_resolution + ["portrait_bug"] * (self.portrait_bug and self.crops == 3)
-        return "-".join([f"{self.num_frames}x{self.size}", self.clips, f"{self.crops}crop", *options])
+        modality = [FLOW] * (self.modality == FLOW)
+        return "-".join([f"{self.num_frames}x{self.size}", *modality, self.clips, f"{self.crops}crop", *options])
 
     @property
     def _shorter_side(self) -> int:
@@ -70,10 +82,20 @@ def evaluation_views(protocol: EvalProtocol, num_frames: int, width: int, height
     flips = (False, True) if protocol.mirrors else (False,)
     return [
         SampleParams(frame_T, left, top, side, side, flip, scaled)
-        for frame_T in _RULES[protocol.clips](num_frames, protocol.num_frames)
+        for frame_T in _frames(protocol, num_frames)
         for left, top in offsets
         for flip in flips
     ]
+
+
+def _frames(protocol: EvalProtocol, num_frames: int) -> NDArray[np.int64]:
+    """List the frames of each temporal view, (V, T)."""
+    if protocol.clips in CONTINUOUS_RULES:
+        # For a stream of RGB frames; training/build/data.py refuses optical flow.
+        return CONTINUOUS_RULES[protocol.clips](num_frames, protocol.num_frames)
+    length = FRAMES_PER_SEGMENT[protocol.modality]
+    first_VT = EVALUATION_RULES[protocol.clips](num_frames, protocol.num_frames, length)
+    return with_following(first_VT, num_frames, length)
 
 
 def _offsets(protocol: EvalProtocol, free_x: int, free_y: int) -> list[tuple[int, int]]:

@@ -89,6 +89,27 @@ def write_frames(folder: Path, video_THWC: Video, name: str = "%05d.jpg", first:
     return folder
 
 
+def smooth_flow(fields: int = 16, height: int = 48, width: int = 64, seed: int = 0) -> Video:
+    """Return optical flow, uint8 (F, 2, H, W): x and y differ, and so do all flow fields."""
+    return np.ascontiguousarray(smooth_video(fields, height, width, seed)[..., :2].transpose(0, 3, 1, 2))
+
+
+def write_flow(folder: Path, flow_F2HW: Video, name: str = "flow_{xy}_%05d.jpg", first: int = 1) -> Path:
+    """Write two grey JPEG files per flow field; without `{xy}` in the name one file, with x in red and y in green."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, field_2HW in enumerate(flow_F2HW, start=first):
+        if "{xy}" not in name:
+            blank_HW = np.zeros_like(field_2HW[0])
+            image = Image.fromarray(np.stack([*field_2HW, blank_HW], axis=-1))
+            image.save(folder / (name % number), quality=95, subsampling=0)
+            continue
+        for component, image_HW in zip("xy", field_2HW, strict=True):
+            Image.fromarray(image_HW).save(folder / (name.replace("{xy}", component) % number), quality=95)
+    return folder
+
+
 def write_both_kinds(folder: Path, clips: dict[str, int]) -> None:
     """Write a data set for `prepare.py folder`: videos in class `one`, the same clips as JPEG frames in class `two`."""
     for split, count in clips.items():

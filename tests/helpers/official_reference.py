@@ -147,7 +147,7 @@ class OnlineMobileNet(MobileNetV2):
 
 
 class Official(nn.Module):
-    """A network whose call maps clips (N, T, 3, H, W) to logits (N, classes)."""
+    """A network whose call maps clips (N, T, 3, H, W), or of flow (N, T, 10, H, W), to logits (N, classes)."""
 
     def __init__(
         self,
@@ -158,6 +158,7 @@ class Official(nn.Module):
         temporal_pool: bool = False,
         non_local: bool = False,
         dropout: float = 0.5,
+        modality: str = "rgb",
     ) -> None:
         super().__init__()
         self.frames = frames // 2 if temporal_pool else frames
@@ -174,8 +175,17 @@ class Official(nn.Module):
                     blocks[index] = Attended(blocks[index], frames)
             if temporal_pool:
                 self.base_model.layer2 = Pooled(self.base_model.layer2, frames)  # type: ignore[arg-type]
+        if modality == "flow":
+            self._see_flow()
         setattr(self.base_model, head, nn.Dropout(dropout))
         self.new_fc = nn.Linear(features, classes)
+
+    def _see_flow(self) -> None:
+        """Five pairs of flow images instead of red, green and blue; the weights are random."""
+        if isinstance(self.base_model, MobileNetV2):
+            self.base_model.features[0] = MobileNetV2._simple(2 * 5, 32, 3, 2)
+        else:
+            self.base_model.conv1 = nn.Conv2d(2 * 5, 64, 7, 2, 3, bias=False)  # type: ignore[assignment]
 
     @staticmethod
     def _mobilenet(frames: int, shift: str) -> MobileNetV2:

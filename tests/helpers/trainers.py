@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from distributed.backends.base import ReducerOptions
 from distributed.backends.single import SingleBackend
@@ -20,12 +19,12 @@ from training.optim.optimizers import DeviceStepCount, make_optimizer, parameter
 from training.recipe import Recipe, make_execution
 from training.schedule import Schedule
 from training.step import Trainer
-from tsm.networks import build_network
+from tsm.networks import TemporalNetwork, build_network
 
 CLIPS, CLASSES, FRAMES = 4, 5, 2
 
 
-def optimizer_of(network: nn.Module, name: str) -> torch.optim.Optimizer:
+def optimizer_of(network: TemporalNetwork, name: str) -> torch.optim.Optimizer:
     """Make an optimizer by its name in the configuration, or a variant of one.
 
     `nesterov` is SGD with Nesterov momentum. `lars flat` and `lamb on a device` are the GPU variants on any device.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks.manifest_node import on_a_node, write_large
 from pipelines import manifest as manifest_module
 from pipelines import manifest_digest
-from pipelines.manifest import Manifest, ManifestError, ManifestRow, write_manifest
+from pipelines.manifest import UNLABELLED, Manifest, ManifestError, ManifestRow, write_manifest
 from runtime.checkout import CHECKOUT
 
 CLASSES = ["come", "go"]
@@ -55,6 +55,7 @@ rows_strategy = st.lists(
         colour_range=st.sampled_from(["", "tv"]),
         mirrored=st.booleans(),
         fast_seek=st.sampled_from([True, False, None]),
+        name=st.sampled_from(["", "v1/7"]),
     ),
     min_size=1,
     max_size=20,
@@ -78,18 +79,21 @@ def test_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[Man
             manifest.row(outside)
 
 
-@pytest.mark.parametrize("missing", [1, 2, 3, 4])
+@pytest.mark.parametrize("missing", [1, 2, 3, 4, 5])
 def test_an_older_manifest_lacks_the_last_columns(tmp_path: Path, missing: int) -> None:
     path = tmp_path / "a.arrow"
-    write_manifest(path, [make_row(colour_space="bt709", colour_range="tv", fast_seek=True)], CLASSES)
+    row = make_row(colour_space="bt709", colour_range="tv", fast_seek=True, name="7")
+    write_manifest(path, [row], CLASSES)
     table = read(path)
     digest = Manifest.open(path).digest
     rewrite(path, table.select(table.schema.names[:-missing]))
     manifest = Manifest.open(path)
-    assert manifest.row(0) == make_row(colour_space="bt709" if missing < 4 else "", colour_range="tv" * (missing < 3))
+    kept: dict[str, Any] = {"fast_seek": True} if missing < 2 else {}
+    kept |= {"colour_range": "tv"} if missing < 4 else {}
+    assert manifest.row(0) == make_row(**kept | ({"colour_space": "bt709"} if missing < 5 else {}))
     # A run resumes with the manifest of a new scan.
-    assert (manifest.digest, manifest.fast_seek()) == (digest, (0, 0, 1))
-    rewrite(path, table.select(table.schema.names[:-5]))
+    assert (manifest.digest, manifest.fast_seek()) == (digest, (1, 0, 0) if missing < 2 else (0, 0, 1))
+    rewrite(path, table.select(table.schema.names[:-6]))
     with pytest.raises(ManifestError, match="rotation is missing"):
         Manifest.open(path)
 
@@ -139,6 +143,22 @@ def test_evidence_has_a_digest_of_its_own(tmp_path: Path) -> None:
     changed = pa.array([True] * 4, pa.bool_())
     rewrite(path, table.set_column(table.schema.names.index("fast_seek"), "fast_seek", changed))
     assert not Manifest.open(path).is_as_written()
+
+
+def test_names_and_labels_of_a_test_split(tmp_path: Path) -> None:
+    """All labels are unknown, or none. A name changes no digest that a run compares, and is covered by the other one."""
+    rows = [make_row(number, label=UNLABELLED) for number in range(3)]
+    digest = write_manifest(tmp_path / "a.arrow", rows, CLASSES, split="test")
+    named = [replace(row, name=f"v1/{number}") for number, row in enumerate(rows)]
+    assert write_manifest(tmp_path / "b.arrow", named, CLASSES, split="test") == digest
+    one, other = Manifest.open(tmp_path / "a.arrow"), Manifest.open(tmp_path / "b.arrow")
+    assert not one.labelled and one.labels().tolist() == [UNLABELLED] * 3
+    assert one.evidence != other.evidence and one.decodes_as(other) and other.is_as_written()
+    fast = [replace(row, fast_seek=True) for row in named]
+    write_manifest(tmp_path / "c.arrow", fast, CLASSES, split="test")
+    assert not one.decodes_as(Manifest.open(tmp_path / "c.arrow"))
+    write_manifest(tmp_path / "d.arrow", [make_row(0)], CLASSES)
+    assert Manifest.open(tmp_path / "d.arrow").labelled
 
 
 def other_value(name: str, value: Any) -> Any:
@@ -239,7 +259,7 @@ print("refused", refused)
 @pytest.mark.slow
 def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     """Change 1 to 4 bytes anywhere, 300 times, in a process of its own: it neither dies nor sees other rows."""
-    rows = [make_row(n, fast_seek=[True, False, None][n % 3], mirrored=n == 3) for n in range(60)]
+    rows = [make_row(n, fast_seek=[True, False, None][n % 3], mirrored=n == 3, name=f"v1/{n}") for n in range(60)]
     write_manifest(tmp_path / "a.arrow", rows, CLASSES, [0, 0], split="train")
     command = [sys.executable, "-c", DAMAGE, str(tmp_path / "a.arrow"), "300"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
@@ -279,7 +299,8 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path) -> None:
             None,
             r"row 1 \(train/come/1.mp4\): label is 2, outside of 0 to 1",
         ),
-        ([make_row(0, label=-1)], CLASSES, None, "row 0 .*label is -1"),
+        ([make_row(0, label=-1), make_row(1)], CLASSES, None, "row 0 .*label is -1"),
+        ([make_row(0, label=-2)], CLASSES, None, "row 0 .*label is -2"),
         (
             [make_row(0), make_row(1), make_row(2, num_frames=0)],
             CLASSES,

@@ -34,7 +34,7 @@ CONVERTERS_OWN = {"ai_edge_quantizer", "litert_torch"}
 # torch's CUDA build installs the version that it needs; other builds do not need it.
 TORCHS_OWN = {"triton"}
 NOT_OURS_TO_NAME = OPERATORS_OWN | CONVERTERS_OWN | TORCHS_OWN
-DISTRIBUTION = {"PIL": "pillow", "cv2": "opencv-python-headless", "hydra": "hydra-core", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "cv2": "opencv-contrib-python-headless", "hydra": "hydra-core", "yaml": "pyyaml"}
 
 
 def pins() -> dict[str, str]:
@@ -58,6 +58,12 @@ def test_pins_lie_in_the_declared_ranges() -> None:
     for line in requirements(GROUPS):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins()[name_of(line)], prereleases=True), line
+
+
+def test_one_package_of_opencv() -> None:
+    """Pin one of OpenCV's packages at most: they share the folder cv2, and pip lets each overwrite the others' files."""
+    named = {name_of(line) for line in requirements(GROUPS)} | pins().keys()
+    assert {name for name in named if name.startswith("opencv-")} == {"opencv-contrib-python-headless"}
 
 
 def test_misleading_names_are_nowhere() -> None:

@@ -33,6 +33,11 @@ def test_bytes_of_a_ranks_batches() -> None:
     assert environment.loader_bytes(many_views, 4) == 3 * 2 * (4 + 30) * CLIP_BYTES + 2 * 30 * CLIP_BYTES
 
 
+def test_flow_takes_ten_channels() -> None:
+    flow = replace(CONFIG, model=replace(CONFIG.model, modality="flow"))
+    assert 3 * environment.loader_bytes(flow, 4) == 10 * environment.loader_bytes(CONFIG, 4)
+
+
 def test_dali_and_a_batch_that_fits_no_world_count_nothing() -> None:
     assert environment.loader_bytes(replace(CONFIG, pipeline=replace(CONFIG.pipeline, loader="dali")), 4) == 0
     assert environment.loader_bytes(CONFIG, 5) == 0

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from tests.helpers.official_reference import MobileNetV2, Official, OnlineMobileNet, randomise
-from tsm.networks import TemporalNetwork, build_network
+from tsm.networks import BACKBONES, TemporalNetwork, build_network
 from tsm.official import WeightsError, check_keys, from_official, to_official
 
 CLASSES = 5
@@ -31,8 +31,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {"backbone": "mobilenet_v2", "frames": 8},
     "mobilenet_v2_one_frame": {"backbone": "mobilenet_v2", "frames": 1},
     "tsn_mobilenet_v2": {"backbone": "mobilenet_v2", "shift": "none"},
+    "resnext50": {"backbone": "resnext50_32x4d"},
+    "flow_resnet18": {"backbone": "resnet18", "modality": "flow"},
+    "flow_resnet50": {"backbone": "resnet50", "modality": "flow", "frames": 8},
+    "flow_mobilenet_v2": {"backbone": "mobilenet_v2", "modality": "flow"},
 }
-QUICK = ("resnet18", "mobilenet_v2")
+QUICK = ("resnet18", "mobilenet_v2", "flow_resnet18")
+# Compared by names only: each holds half a GB in float64.
+LARGE: dict[str, dict[str, Any]] = {
+    name: {"backbone": name}
+    for name in ("resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
+}
+NAMED = VARIANTS | LARGE
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +57,7 @@ def theirs(variant: str) -> Official:
 
 def ours(variant: str, state_dict: dict[str, Tensor] | None = None) -> TemporalNetwork:
     """Our network of the same variant, with weights or on the meta device."""
-    options = {"num_classes": CLASSES, "num_frames": 4} | VARIANTS[variant]
+    options = {"num_classes": CLASSES, "num_frames": 4} | NAMED[variant]
     options["num_frames"] = options.pop("frames", options["num_frames"])
     with torch.device("meta"):
         network = build_network(**options)
@@ -60,7 +70,8 @@ def ours(variant: str, state_dict: dict[str, Tensor] | None = None) -> TemporalN
 
 def clips(variant: str) -> Tensor:
     frames = VARIANTS[variant].get("frames", 4)
-    return torch.randn(2, frames, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    channels = 10 if VARIANTS[variant].get("modality") == "flow" else 3
+    return torch.randn(2, frames, channels, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def tiers(names: Any) -> list[Any]:
@@ -151,18 +162,18 @@ def test_past_is_the_online_demo() -> None:
 def names_of(variant: str) -> dict[str, Tensor]:
     """Names and shapes of the authors' network, on the meta device."""
     with torch.device("meta"):
-        return Official(**({"classes": CLASSES, "frames": 4} | VARIANTS[variant])).state_dict()
+        return Official(**({"classes": CLASSES, "frames": 4} | NAMED[variant])).state_dict()
 
 
 def keywords(variant: str) -> dict[str, Any]:
-    return {name: value for name, value in VARIANTS[variant].items() if name != "frames"}
+    return {name: value for name, value in NAMED[variant].items() if name not in ("frames", "modality")}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", NAMED)
 def test_round_trip(variant: str) -> None:
     official = names_of(variant)
     translated = from_official(official)
@@ -192,6 +203,12 @@ def test_round_trip(variant: str) -> None:
         ("mobilenet_v2", "base_model.features.2.conv.0.weight"),
         ("mobilenet_v2", "base_model.features.1.conv.3.weight"),
         ("mobilenet_v2", "base_model.features.16.conv.7.num_batches_tracked"),
+        ("flow_resnet50", "base_model.conv1.weight"),
+        ("flow_resnet50", "base_model.layer1.0.conv1.net.weight"),
+        ("resnext101_32x8d", "base_model.layer3.22.conv1.net.weight"),
+        ("wide_resnet101_2", "base_model.layer3.21.conv1.weight"),
+        ("resnet152", "base_model.layer2.7.conv1.weight"),
+        ("wide_resnet50_2", "base_model.layer2.3.conv1.net.weight"),
     ],
 )
 def test_names_of_the_released_files(variant: str, key: str) -> None:
@@ -222,7 +239,7 @@ def test_the_online_demos_names() -> None:
     check_keys(from_official(demo), ours("mobilenet_v2").state_dict())
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_torchvisions_names(backbone: str) -> None:
     with torch.device("meta"):
         theirs = torchvision.models.get_model(backbone, num_classes=CLASSES).state_dict()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.official_reference import OnlineMobileNet, randomise
-from tsm.networks import BACKBONES, TemporalNetwork, build_network
+from tsm.networks import TemporalNetwork, build_network
 from tsm.official import from_official
 from tsm.streaming import Caches, StreamingNetwork, streaming_network
 
 CLASSES, FRAMES = 5, 64
 QUICK = ("resnet18", "mobilenet_v2")
+SLOW = ("resnet34", "resnet50", "resnet101", "resnext50_32x4d")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,9 +64,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 # --- Equality ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "backbone", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES]
-)
+@pytest.mark.parametrize("backbone", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_streaming_is_the_offline_network(backbone: str) -> None:
     """Over 64 frames of three streams, or of one of a large network; then the first 8 in another batch, of one or three."""
     network = past(backbone)

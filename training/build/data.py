@@ -18,6 +18,7 @@ from pipelines.manifest import Manifest, ManifestError
 from pipelines.stream.augmentation import Augmentation
 from pipelines.stream.eval_views import EvalProtocol
 from pipelines.stream.mirror_labels import check_flip, find_mirror
+from pipelines.stream.modality import FLOW
 from runtime.checkout import CHECKOUT
 from training.config.schema import DataConfig, EvaluationConfig, ModelConfig, PipelineConfig
 from training.errors import ConfigError, DataError
@@ -29,7 +30,10 @@ Loader = ClipLoader[ClipBatch] | DaliLoader
 
 
 def open_manifest(data: DataConfig, split: str) -> Manifest:
-    """Open the manifest of `train` or `val`. Raises DataError with the fix if it is missing, changed, or has other classes."""
+    """Open the manifest of `train`, `val` or `test`. Raises DataError with the fix for one that cannot be used.
+
+    It is missing, changed, has other classes, or is not for tests and has no labels.
+    """
     path = CHECKOUT / data.root / getattr(data, split)
     try:
         manifest = Manifest.open(path)
@@ -37,11 +41,20 @@ def open_manifest(data: DataConfig, split: str) -> Manifest:
         manifest.require_as_written()
     except ManifestError as error:
         fix = data.prepare or "prepare.py (docs/data.md), or data.root=FOLDER of the manifests"
+        if split == "test":
+            fix += (
+                "; the annotations must have a test list (docs/evaluation.md), or data.test=FILE names another manifest"
+            )
         raise DataError(f"{error}. Fix: {fix}") from error
     if len(manifest.classes) != data.num_classes:
         raise DataError(
             f"{path} has {len(manifest.classes)} classes, but data.num_classes={data.num_classes}. "
             f"Fix: data.num_classes={len(manifest.classes)}, or data.root=FOLDER of the data set that you mean"
+        )
+    if split != "test" and not manifest.labelled:
+        raise DataError(
+            f"{path} has clips without labels, which neither training nor validation can use. Fix: data.{split}=FILE of clips with "
+            "labels; for predictions of these: evaluate.py evaluation.split=test data.test=FILE"
         )
     return manifest
 
@@ -78,6 +91,7 @@ def augmentation_of(model: ModelConfig, data: DataConfig, pipeline: PipelineConf
         flip=pipeline.flip,
         mirrored_words=_pairs(data) if pipeline.flip == "relabel" else (),
         stream=stream_sampling_of(pipeline),
+        modality=model.modality,
     )
 
 
@@ -86,7 +100,12 @@ def _pairs(data: DataConfig) -> tuple[tuple[str, str], ...]:
 
 
 def check_manifests(training: Manifest, validation: Manifest, augmentation: Augmentation) -> None:
-    """Raise ConfigError, naming a class, if the splits have different classes or mirrored clips would get a wrong label."""
+    """Raise ConfigError, naming a class, if the splits have different classes or mirrored clips would get a wrong label.
+
+    Raises DataError for clips of another modality.
+    """
+    for manifest in (training, validation):
+        check_modality(manifest, augmentation.modality)
     if training.classes != validation.classes:
         difference = first_difference(validation.classes, str(validation.path), training.classes, str(training.path))
         raise ConfigError(
@@ -98,6 +117,19 @@ def check_manifests(training: Manifest, validation: Manifest, augmentation: Augm
         check_flip(augmentation.flip, training.classes, augmentation.mirrored_words)
     except ValueError as error:
         raise ConfigError(f"pipeline.flip={augmentation.flip}: {error}") from error
+
+
+def check_modality(manifest: Manifest, modality: str) -> None:
+    """Raise DataError unless all clips of the manifest have this modality."""
+    others = manifest.modalities() - {modality}
+    if others:
+        fix = "FOLDER of flow (prepare.py flow)" if modality == FLOW else "FOLDER of videos or frames"
+        fix = f"data.root={fix}, or model.modality={min(others)}"
+        if modality in manifest.modalities():
+            fix = "prepare frames and optical flow into a folder each"
+        raise DataError(
+            f"{manifest.path} has clips of {' and '.join(sorted(others))}, and model.modality={modality}. Fix: {fix}"
+        )
 
 
 def describe_mirror(training: Manifest, augmentation: Augmentation) -> list[str]:
@@ -113,7 +145,8 @@ def describe_mirror(training: Manifest, augmentation: Augmentation) -> list[str]
 
 
 def evaluation_clips_of(source: ClipSource, protocol: EvalProtocol, data: DataConfig) -> EvaluationClips:
-    """Build the evaluation dataset."""
+    """Build the evaluation dataset. Raises DataError if the network is for clips of another modality."""
+    check_modality(source.manifest, protocol.modality)
     return EvaluationClips(source, protocol, _pairs(data))
 
 
@@ -126,6 +159,7 @@ def protocol_of(model: ModelConfig, pipeline: PipelineConfig, evaluation: Evalua
         crops=evaluation.crops,
         full_resolution=evaluation.full_resolution,
         portrait_bug=evaluation.portrait_bug,
+        modality=model.modality,
     )
 
 

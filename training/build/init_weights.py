@@ -23,6 +23,7 @@ from torch import Tensor
 from distributed.checkpoint.store import STATE_FILE, CheckpointError, load_checkpoint
 from training.config.schema import ModelConfig
 from training.errors import ConfigError
+from tsm.modality import INPUT_CHANNELS, first_convolution, flow_weight
 from tsm.networks import TemporalNetwork
 from tsm.official import WeightsError, check_keys, from_official, tensors_in, trained_with
 
@@ -89,8 +90,8 @@ def load_initial_weights(
     """Load the weights into a network, in place, and return a summary in one line. `classes`: names of the network's classes.
 
     The classifier stays new if the file's is for other classes, or for ImageNet's. If the same classes have another order,
-    its rows are reordered. Non-local blocks, which start as the identity, stay new if the file has none. Every other tensor
-    must be in the file and have the right shape.
+    its rows are reordered. Non-local blocks, which start as the identity, stay new if the file has none. A flow network's first
+    convolution is made from an ImageNet network's. Every other tensor must be in the file and have the right shape.
 
     Raises ConfigError that names the file, the tensors and the fix.
     """
@@ -99,8 +100,9 @@ def load_initial_weights(
     saved, trained_as = _read(model.init, initial.path)
     expected = network.state_dict()
     try:
-        translated = from_official(saved)
-        new = _left_new(translated, expected, of_images="fc.weight" in saved or "classifier.1.weight" in saved)
+        translated, of_images = from_official(saved), "fc.weight" in saved or "classifier.1.weight" in saved
+        translated, flow_note = _for_modality(translated, network, model, of_images)
+        new = _left_new(translated, expected, of_images)
         translated, class_note = _by_class_name(translated, saved_classes(initial.path), classes, new)
         rest = {name: tensor for name, tensor in translated.items() if not name.startswith(tuple(new))}
         check_keys(rest, {name: tensor for name, tensor in expected.items() if not name.startswith(tuple(new))})
@@ -112,7 +114,7 @@ def load_initial_weights(
     network.load_state_dict(rest, strict=False)
     parts = [
         f"{model.init} ({initial.identity[:15]}...): {len(rest)} tensors taken",
-        *filter(None, [*new.values(), class_note]),
+        *filter(None, [flow_note, *new.values(), class_note]),
     ]
     if model.partial_bn and any("non_local" in part for part in new.values()):
         parts.append("model.partial_bn freezes their batch norms, so they stay the identity")
@@ -142,6 +144,28 @@ def saved_state(path: Path) -> dict[str, Any] | None:
 
 def _folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
+
+
+def _for_modality(
+    translated: dict[str, Tensor], network: TemporalNetwork, model: ModelConfig, of_images: bool
+) -> tuple[dict[str, Tensor], str]:
+    """Give the first convolution a weight for the network's modality. Returns the tensors and a note for the log.
+
+    Raises ConfigError if the file is of a network for another modality, and not one for images.
+    """
+    name = f"backbone.{first_convolution(network.backbone)[0]}.weight"
+    channels = translated[name].shape[1] if name in translated and translated[name].dim() == 4 else None
+    theirs = next((modality for modality, count in INPUT_CHANNELS.items() if count == channels), network.modality)
+    if theirs == network.modality:
+        return translated, ""
+    if of_images and network.modality == "flow":
+        note = f"{name.removesuffix('.weight')} takes the mean of the file's over RGB"
+        return translated | {name: flow_weight(translated[name])}, note
+    others = "model.init=imagenet, " if network.modality == "flow" else ""
+    raise ConfigError(
+        f"model.init={model.init} is of a network for {theirs} ({channels} input channels), and model.modality={network.modality} "
+        f"has {network.in_channels}. Fix: {others}the file of a network for {network.modality}, or model.modality={theirs}"
+    )
 
 
 def _by_class_name(

@@ -26,6 +26,7 @@ def network_of(model: ModelConfig, num_classes: int) -> TemporalNetwork:
             model.dropout,
             model.partial_bn,
             model.zero_init_gamma,
+            model.modality,  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error

@@ -7,24 +7,25 @@ from training.config.schema import NumericsConfig
 
 from .numerics import parameter_dtype
 
-MEAN_C = (123.675, 116.28, 103.53)
-STD_C = (58.395, 57.12, 57.375)
-"""ImageNet's mean and standard deviation of each channel (RGB), in levels of 0 to 255, as in the official TSM."""
+MEAN_C = {"rgb": (123.675, 116.28, 103.53), "flow": (127.5,) * 10}
+STD_C = {"rgb": (58.395, 57.12, 57.375), "flow": (57.63,) * 10}
+"""Mean and standard deviation of each channel by modality, in levels of 0 to 255, as in the official TSM (ops/models.py).
+
+Those of RGB are ImageNet's. Those of flow are 0.5, and the mean of ImageNet's three standard deviations.
+"""
 
 
 class Normaliser:
     """Copies uint8 clips to the device and normalises them there: a quarter of the traffic of float32 clips."""
 
-    def __init__(self, device: torch.device, numerics: NumericsConfig) -> None:
+    def __init__(self, device: torch.device, numerics: NumericsConfig, modality: str = "rgb") -> None:
         self.device = device
         self._dtype = parameter_dtype(numerics)
         self._channels_last = numerics.channels_last
-        self._scale_C11 = (1 / torch.tensor(STD_C, dtype=torch.float64)).to(device, self._dtype).view(3, 1, 1)
-        self._shift_C11 = (
-            (-torch.tensor(MEAN_C, dtype=torch.float64).to(device) * self._scale_C11.view(3))
-            .to(self._dtype)
-            .view(3, 1, 1)
-        )
+        scale_C11 = 1 / torch.tensor(STD_C[modality], dtype=torch.float64).view(-1, 1, 1)
+        mean_C11 = torch.tensor(MEAN_C[modality], dtype=torch.float64).view(-1, 1, 1)
+        self._scale_C11 = scale_C11.to(device, self._dtype)
+        self._shift_C11 = (-mean_C11.to(device) * self._scale_C11).to(self._dtype)
 
     def __call__(self, video_NTCHW: Tensor) -> Tensor:
         video_NTCHW = video_NTCHW.to(self.device, non_blocking=True)

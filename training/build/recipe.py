@@ -5,7 +5,7 @@ from typing import Any
 
 from training.config.schema import Config, ModelConfig
 from training.errors import ConfigError
-from training.recipe import Recipe
+from training.recipe import LEFT_OUT_OF_MODEL, Recipe
 from training.schedule import Schedule, scaled_rate
 
 from .data import augmentation_of
@@ -53,7 +53,7 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
             end=schedule.end,
         ),
         model=_model_recipe(config.model, initial_weights or config.model.init),
-        optimizer=asdict(optimizer),
+        optimizer=_optimizer_recipe(config),
         augmentation=_augmentation_recipe(config),
         numerics={"dtype": config.numerics.dtype, "amp": config.numerics.amp},
     )
@@ -61,6 +61,8 @@ def recipe_of(config: Config, num_rows: int, manifest_digest: str, initial_weigh
 
 def _augmentation_recipe(config: Config) -> dict[str, Any]:
     settings = asdict(augmentation_of(config.model, config.data, config.pipeline))
+    # The settings of the network have it.
+    del settings["modality"]
     if settings["stream"] is None:
         # Recipes of older checkpoints lack the key, and their fingerprints stay.
         del settings["stream"]
@@ -70,4 +72,12 @@ def _augmentation_recipe(config: Config) -> dict[str, Any]:
 def _model_recipe(model: ModelConfig, initial_weights: str) -> dict[str, Any]:
     settings = asdict(model) | {"init": initial_weights}
     del settings["init_sha256"]
+    return {key: value for key, value in settings.items() if LEFT_OUT_OF_MODEL.get(key) != value}
+
+
+def _optimizer_recipe(config: Config) -> dict[str, Any]:
+    settings = asdict(config.optimizer)
+    if config.model.modality == "rgb":
+        # It decides nothing, and recipes of older checkpoints lack it.
+        del settings["first_conv_lr_multiplier"]
     return settings

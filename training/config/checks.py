@@ -10,19 +10,31 @@ from runtime.run_names import why_no_folder_name
 from training.errors import ConfigError
 
 from .keys import KEYS, default_of, is_optional, nearest
+from .modality import check_modality
 from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
 from .wandb_names import check_wandb_names
 
-_CHOICES = {
-    "model.backbone": ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
+ENSEMBLE_AVERAGES = ("logits", "softmax")
+"""Values of evaluation.ensemble_average."""
+
+_BACKBONES = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    "wide_resnet50_2", "wide_resnet101_2", "mobilenet_v2",
+)  # fmt: skip
+
+_CHOICES: dict[str, tuple[str | int, ...]] = {
+    "model.backbone": _BACKBONES,
+    "model.modality": ("rgb", "flow"),
     "model.shift": ("residual", "block", "none"),
     "model.direction": ("both", "past"),
     "pipeline.loader": ("torch", "dali"),
     "pipeline.decoder": ("auto", "torchcodec", "pyav"),
     "pipeline.sampling": ("uniform", "dense", "stream"),
     "pipeline.flip": ("off", "on", "relabel"),
+    "evaluation.split": ("val", "test"),
     "evaluation.clips": ("validation", "uniform", "twice", "dense", "stream"),
     "evaluation.crops": (1, 3, 5, 10),
+    "evaluation.ensemble_average": ENSEMBLE_AVERAGES,
     "optimizer.name": ("sgd", "lars", "lamb"),
     "optimizer.scaling": ("none", "linear", "sqrt"),
     "schedule.decay": ("constant", "step", "cosine", "poly2"),
@@ -39,7 +51,8 @@ _CHOICES = {
 _POSITIVE = (
     "model.num_frames", "data.num_classes", "pipeline.prefetch", "pipeline.size", "pipeline.loss_from",
     "batch.global_batch", "optimizer.lr", "optimizer.base_batch", "numerics.max_bad_steps_in_a_row",
-    "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "optimizer.trust_coefficient",
+    "optimizer.bias_lr_multiplier", "optimizer.classifier_lr_multiplier", "optimizer.first_conv_lr_multiplier",
+    "optimizer.trust_coefficient",
     "schedule.epochs", "distributed.timeout_s",
     "logger.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "evaluation.every_epochs", "evaluation.batch",
 )  # fmt: skip
@@ -75,6 +88,7 @@ def check(config: Config) -> None:
             f"batch.micro_batch must be more than 0, auto or null, got {config.batch.micro_batch}. Fix: batch.micro_batch=auto"
         )
     _check_initial_weights(config.model)
+    check_modality(config)
     _check_optimizer(config.optimizer)
     _check_crops(config.pipeline)
     _check_stream(config.pipeline, config.model.num_frames)
@@ -99,6 +113,26 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
     _check_names(config)
     check_wandb_names(config)
+
+
+def check_training(config: Config) -> None:
+    """Raise ConfigError for settings that only an evaluation can use."""
+    evaluation = config.evaluation
+    if evaluation.save_logits or evaluation.ensemble or evaluation.explain:
+        raise ConfigError(
+            "evaluation.save_logits, evaluation.explain and evaluation.ensemble are for evaluate.py. "
+            "Fix: train without them, then evaluate the run"
+        )
+    if evaluation.clips == "stream":
+        raise ConfigError(
+            "evaluation.clips=stream is for evaluate.py. Fix: train with evaluation=validation, then evaluate the run with "
+            "evaluation=stream"
+        )
+    if evaluation.split != "val":
+        raise ConfigError(
+            f"evaluation.split={evaluation.split} is for evaluate.py: training evaluates on data.val. Fix: evaluation.split=val, "
+            "then evaluate the run"
+        )
 
 
 def _check_names(config: Config) -> None:

@@ -108,4 +108,4 @@ def fix_unknown(key: str) -> str:
         names = ", ".join(name for name in KEYS if name.startswith(f"{key}."))
         return f"{key} is a section. Fix: set one of its keys: {names}"
     found = nearest(key, (*KEYS, *GROUPS, EXPERIMENT))
-    return f"Fix: the nearest known key is {found}; all are in training/config/schema.py"
+    return f"Fix: the nearest known key is {found}; all are in training/config/schema/"

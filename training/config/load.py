@@ -56,7 +56,7 @@ def explain(error: BaseException) -> str:
         where = f"{file[1]}.yaml: " if file else ""
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return f"{where}there is no key {key!r}. {fix_unknown(key)}"
-        return f"{where}{key}: {_line(cause)}. Fix: correct that value; training/config/schema.py describes each key"
+        return f"{where}{key}: {_line(cause)}. Fix: correct that value; training/config/schema/ describes each key"
     return f"{_line(error)}. Fix: correct that file; conf/ has examples"
 
 

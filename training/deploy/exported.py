@@ -26,7 +26,7 @@ from training.evaluation.run_config import flat
 from tsm.streaming import Caches
 
 from .export.card import CARD, SCHEMA
-from .load import ALONE, TrainedRun, load_trained
+from .load import ALONE, TrainedRun, load_trained, require_rgb
 
 # Fields of the card that are read here.
 _NEEDED = "format form precision files run classes pixels frames inputs caches data notes".split()
@@ -47,6 +47,7 @@ def load_run_or_export(named: str, overrides: Sequence[str] = ()) -> TrainedRun[
 def load_exported(folder: Path, overrides: Sequence[str] = ()) -> "TrainedRun[OnnxNetwork]":
     """Load the ONNX network in this folder. `overrides`: of the evaluation protocol and of decoding. Raises ConfigError."""
     card = _read_card(folder)
+    require_rgb(str(folder), "rgb" if card["pixels"]["colour"] == "RGB" else "flow")
     config = _config_of(card, overrides)
     network = OnnxNetwork(_open(folder, card), card)
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
@@ -169,7 +170,7 @@ def _check_input(card: dict[str, Any], protocol: EvalProtocol) -> None:
             f"the protocol {protocol.name} has frames of {protocol.side} px, and the network was exported for {pixels['size']} px. "
             "Fix: evaluation.full_resolution=false"
         )
-    wanted = ([*MEAN_C], [*STD_C], min(protocol.scaled_size(1000, 1000)))
+    wanted = ([*MEAN_C["rgb"]], [*STD_C["rgb"]], min(protocol.scaled_size(1000, 1000)))
     if (pixels["mean"], pixels["std"], pixels["resize"]["shorter_side"]) != wanted:
         raise ConfigError(
             f"the card's mean, std and resize rule are not those of this version, {wanted}. Fix: export the run again with "

@@ -17,7 +17,7 @@ from tsm.networks import TemporalNetwork
 from tsm.streaming import StreamingNetwork, streaming_network
 
 from .exported import OnnxNetwork
-from .load import TrainedRun
+from .load import TrainedRun, require_rgb
 
 # Frames over which speed is stated.
 _WINDOW = 200
@@ -36,10 +36,11 @@ class LiveScores:
 class LiveNetwork:
     """Maps each frame of one stream to scores. `mean_of`: frames whose logits are averaged.
 
-    Raises ConfigError if the network needs later frames, or was exported for whole clips.
+    Raises ConfigError if the network needs later frames, was exported for whole clips, or is not for RGB frames.
     """
 
     def __init__(self, run: TrainedRun[TemporalNetwork | OnnxNetwork], mean_of: int) -> None:
+        require_rgb(run.name, run.config.model.modality)
         self._network = _streaming_form(run)
         self._run = run
         self._normalise = run.normaliser

@@ -94,7 +94,7 @@ def _camera(number: int) -> Iterator[LiveSource]:
         import cv2
     except ImportError as error:
         raise ConfigError(
-            f"camera {number}: cameras need OpenCV ({error}). Fix: pip install -c constraints.txt opencv-python-headless "
+            f"camera {number}: cameras need OpenCV ({error}). Fix: pip install -c constraints.txt opencv-contrib-python-headless "
             "(the extra `camera`), or give a video file"
         ) from error
     capture = cv2.VideoCapture(number)

@@ -23,6 +23,7 @@ from training.build.normalise import Normaliser
 from training.build.numerics import check_device, place_network
 from training.config.load import from_composed, load_run
 from training.config.schema import Config
+from training.errors import ConfigError
 from training.evaluation.run_argument import config_of_run
 from training.evaluation.run_config import differing_views, settings_of
 from training.recipe import fingerprint_of
@@ -83,7 +84,7 @@ class TrainedRun(Generic[Network]):
     @property
     def normaliser(self) -> Normaliser:
         """Copies uint8 frames to the device and normalises them (MEAN_C and STD_C of training.build.normalise)."""
-        return Normaliser(self.device, self.config.numerics)
+        return Normaliser(self.device, self.config.numerics, self.config.model.modality)
 
 
 def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun[TemporalNetwork]:
@@ -114,6 +115,15 @@ def load_trained(named: str, overrides: Sequence[str] = ()) -> TrainedRun[Tempor
     return TrainedRun(
         folder.path, config, network.eval(), classes, weights.step, recipe, backend, [*notes, *filter(None, [note])]
     )
+
+
+def require_rgb(run: str, modality: str) -> None:
+    """Raise ConfigError if a network's input is not RGB frames, which are all that a video or a camera gives."""
+    if modality != "rgb":
+        raise ConfigError(
+            f"{run} is a network for model.modality={modality}, and predict.py and stream.py compute no optical flow. Fix: an RGB "
+            "run; or compute the flow of the clips with prepare.py, and evaluate.py --run (docs/recipes.md)"
+        )
 
 
 ALONE = Topology("none", rank=0, size=1, local_rank=0, local_size=1, node=0, host="this machine")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.errors import BadClip
 from pipelines.loading.clips import EvaluationClips
-from pipelines.manifest import Manifest, write_manifest
+from pipelines.manifest import UNLABELLED, Manifest, write_manifest
 from pipelines.prepare.scan.scan_journal import Scanned
 from pipelines.prepare.scan.write_manifests import row_of, scan_each
 from pipelines.stream.frame_sampling import EVALUATION_RULES
@@ -19,7 +19,7 @@ from training.evaluation.evaluate import Evaluation, evaluate
 from training.evaluation.explain import explain_clips
 from training.report.explain_page import write_explain_page
 
-from .load import TrainedRun
+from .load import TrainedRun, require_rgb
 
 # Videos that are scanned before the first of them is predicted.
 _SCANNED_AT_ONCE = 1024
@@ -50,7 +50,8 @@ class Predictor:
     """Predicts the classes of videos with a trained run."""
 
     def __init__(self, run: TrainedRun) -> None:
-        """Raise ConfigError if the protocol is not one for single videos."""
+        """Raise ConfigError if the protocol is not one for single videos, or the network is not for RGB frames."""
+        require_rgb(run.name, run.config.model.modality)
         clips = run.config.evaluation.clips
         if clips not in ("validation", *EVALUATION_RULES):
             raise ConfigError(f"evaluation.clips={clips} is no protocol for single videos. Fix: evaluation=validation")
@@ -128,7 +129,7 @@ def scan_videos(videos: Sequence[Path], processes: int) -> dict[Path, Scanned]:
 
 def clips_of(run: TrainedRun, scanned: Sequence[Scanned], folder: Path) -> EvaluationClips:
     """Return the evaluation clips of good videos, in their order, by a manifest that is written into `folder`."""
-    rows = [row_of(replace(each, path=str(Path(each.path).absolute())), label=0) for each in scanned]
+    rows = [row_of(replace(each, path=str(Path(each.path).absolute())), UNLABELLED) for each in scanned]
     manifest = folder / "predict.arrow"
     write_manifest(manifest, rows, run.classes)
     config = run.config

@@ -52,10 +52,10 @@ def run_predict(arguments: Sequence[str], description: str) -> int:
             start_worker_server()
         run = load_run_or_export(options.run, options.overrides)
         set_numerics(run.config.numerics, run.config.seed)
+        predictor, predicted = Predictor(run), []
         for line in (f"{run.name} step {run.step}  {run.protocol.name}  on {run.device}", *run.notes):
             print(line, file=sys.stderr, flush=True)
         write = _FORMATS[options.format](options.top, videos)
-        predictor, predicted = Predictor(run), []
         for found in chain(tuple(refused), predictor.predict(videos, processes)):
             if isinstance(found, Refused):
                 print(f"refused: {_printable(found.reason)}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from training.build.data import Loader
 from training.build.numerics import autocast
 from training.config.schema import EvaluationConfig
 
-from .metrics import ClipLogits, Scores, scores_of
+from .metrics import ClipLogits, Counts, Scores, counts_of
 
 
 class EvaluationStopped(Exception):
@@ -28,10 +28,17 @@ class EvaluationStopped(Exception):
 class Evaluation:
     """The result of an evaluation, the same on every rank."""
 
-    scores: Scores
+    counts: Counts
+    """Scores if the clips have labels."""
     clip_logits: ClipLogits
     missing: list[BadClipRecord]
     """Undecodable clips, of all ranks."""
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of clips with labels."""
+        assert isinstance(self.counts, Scores), "clips without labels have no scores"
+        return self.counts
 
 
 def evaluate(
@@ -58,11 +65,12 @@ def evaluate(
     network.train(was_training)
     stop_together(backend, part.stopped)
     clip_logits = _gather(part, clips, backend)
-    order_groups = clips.source.manifest.order_groups
-    scores = vars(scores_of(clip_logits, order_groups)) if backend.topology.rank == 0 else None
+    manifest = clips.source.manifest
+    fields = vars(counts_of(clip_logits, manifest.order_groups)) if backend.topology.rank == 0 else None
+    counts = (Scores if manifest.labelled else Counts)(**backend.broadcast_object(fields))
     missing_by_rank = backend.all_gather_objects([vars(record) for record in part.missing])
     missing = [BadClipRecord(**fields) for records in missing_by_rank for fields in records]
-    return Evaluation(Scores(**backend.broadcast_object(scores)), clip_logits, missing)
+    return Evaluation(counts, clip_logits, missing)
 
 
 def stop_together(backend: Backend, stop_wanted: bool) -> None:

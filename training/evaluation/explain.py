@@ -37,7 +37,7 @@ def explain_evaluation(
 ) -> None:
     """Write a page with some of the clips that were evaluated (`choose_rows`). `scores`: a line about all of them."""
     rows = choose_rows(clip_logits, config.evaluation.explain)
-    normalise = Normaliser(device, config.numerics)
+    normalise = Normaliser(device, config.numerics, config.model.modality)
     shown = list(explain_clips(network, normalise, clips, rows, device, config.evaluation, progress))
     write_explain_page(
         page, f"{page.parent.name}: frames in order, reversed, shuffled", scores, shown, clips.source.manifest.classes

@@ -1,5 +1,7 @@
 """Compute the scores of an evaluation from the logits of each clip, so that they do not depend on the world size.
 
+Clips of a test split may have no labels. Then an evaluation counts clips, and has no scores.
+
 Shapes: N clips of the manifest, M clips that could be decoded, K classes.
 """
 
@@ -8,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipelines.manifest import UNLABELLED
 
 _CALIBRATION_BINS = 15
 
@@ -19,9 +23,14 @@ class ClipLogits:
     logit_NK: Tensor
     """Mean over each clip's views."""
     label_N: Tensor
-    """int64."""
+    """int64; all of them UNLABELLED (pipelines.manifest) if the clips have no labels."""
     seen_N: Tensor
     """bool: False for a clip that could not be decoded; its logits are 0."""
+
+    @property
+    def labelled(self) -> bool:
+        """The labels of the clips are known."""
+        return bool((self.label_N != UNLABELLED).all())
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Return `(logit_MK, label_M)` of the decoded clips, on the CPU."""
@@ -30,13 +39,29 @@ class ClipLogits:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Scores over the decoded clips."""
+class Counts:
+    """Numbers of clips: all that an evaluation of clips without labels has."""
 
     clips: int
     """Number of decoded clips."""
     missing: int
     """Number of clips that could not be decoded."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def describe(self, title: str) -> str:
+        """Return the numbers as one line to read."""
+        return f"{title}  no labels, so no accuracy  {self._clips()}"
+
+    def _clips(self) -> str:
+        return f"({self.clips} clips)" + (f"  MISSING {self.missing}" if self.missing else "")
+
+
+@dataclass(frozen=True)
+class Scores(Counts):
+    """Scores over the decoded clips."""
+
     loss: float
     top1_percent: float
     top5_percent: float
@@ -47,19 +72,23 @@ class Scores:
     order_group_percent: float | None
     """Predictions in the right group of classes that differ only in the order of their frames; None: the data set has no groups."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
     def describe(self, title: str) -> str:
         """Return the main scores as one line to read."""
         group = "" if self.order_group_percent is None else f"  right order-pair {self.order_group_percent:.1f}%"
-        missing = f"  MISSING {self.missing}" if self.missing else ""
         accuracy = f"top-1 {self.top1_percent:.1f}%  top-5 {self.top5_percent:.1f}%{group}"
-        return f"{title}  {accuracy}  loss {self.loss:.4f}  ({self.clips} clips){missing}"
+        return f"{title}  {accuracy}  loss {self.loss:.4f}  {self._clips()}"
+
+
+def counts_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Counts:
+    """Compute all scores, or only count the clips if they have no labels."""
+    if clip_logits.labelled:
+        return scores_of(clip_logits, order_groups)
+    clips = int(clip_logits.seen_N.sum())
+    return Counts(clips, len(clip_logits.seen_N) - clips)
 
 
 def scores_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Scores:
-    """Compute all scores, on the CPU. `order_groups`: the group of each class."""
+    """Compute all scores of labelled clips, on the CPU. `order_groups`: the group of each class."""
     # This import takes seconds, and only rank 0 needs it.
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_stat_scores
 

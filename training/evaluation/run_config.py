@@ -18,6 +18,7 @@ from training.build.init_weights import saved_state
 from training.config.keys import leaves
 from training.config.schema import Config
 from training.errors import ConfigError
+from training.recipe import LEFT_OUT_OF_MODEL
 from training.telemetry.metrics_log import read_metrics
 
 
@@ -30,7 +31,7 @@ class Kind(Enum):
 
 _KEYS = {
     Kind.IDENTITY: """
-        model.backbone model.shift model.direction model.fold_div model.temporal_pool model.non_local
+        model.backbone model.modality model.shift model.direction model.fold_div model.temporal_pool model.non_local
         data.num_classes optimizer.ema_decay
     """,
     # model.num_frames is no identity: the authors evaluate networks with more frames than they were trained with.
@@ -41,14 +42,15 @@ _KEYS = {
         evaluation.amp evaluation.clips evaluation.crops evaluation.full_resolution evaluation.portrait_bug
     """,
     # data.train: of a run without class names an evaluation reads those of its training clips.
+    # evaluation.split: a run has no scores of its own on test clips, and every result names the split.
     Kind.FREE: """
-        data.name data.root data.train data.train_clips data.frame_rate data.prepare data.max_bad_clips data.retry_s
+        data.name data.root data.train data.test data.train_clips data.frame_rate data.prepare data.max_bad_clips data.retry_s
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
         evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
-        evaluation.ensemble evaluation.ensemble_weights outputs run_id
+        evaluation.split evaluation.ensemble evaluation.ensemble_weights evaluation.ensemble_average outputs run_id
     """,
     Kind.UNREAD: """
         model.dropout model.partial_bn model.zero_init_gamma model.init model.init_sha256
@@ -57,7 +59,8 @@ _KEYS = {
         batch.global_batch batch.bn_group batch.micro_batch batch.precise_bn_steps
         optimizer.name optimizer.lr optimizer.base_batch optimizer.scaling optimizer.momentum optimizer.beta2
         optimizer.trust_coefficient optimizer.eps optimizer.weight_decay optimizer.nesterov optimizer.bias_lr_multiplier
-        optimizer.classifier_lr_multiplier optimizer.clip_norm optimizer.label_smoothing
+        optimizer.classifier_lr_multiplier optimizer.first_conv_lr_multiplier optimizer.clip_norm
+        optimizer.label_smoothing
         schedule.epochs schedule.decay schedule.warmup_epochs schedule.warmup_start schedule.milestones schedule.factor
         schedule.end numerics.amp numerics.max_bad_steps_in_a_row
         checkpoint.every_epochs checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
@@ -147,7 +150,7 @@ def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[st
     """
     settings = {} if run is None else flat(run)
     model, augmentation = recipe.get("model", {}), recipe.get("augmentation", {})
-    settings |= {f"model.{key}": value for key, value in model.items() if key != "init"}
+    settings |= {f"model.{key}": value for key, value in (LEFT_OUT_OF_MODEL | model).items() if key != "init"}
     settings |= {f"pipeline.{key}": augmentation[key] for key in ("size", "sampling") if key in augmentation}
     for group, key in (("numerics", "dtype"), ("optimizer", "ema_decay")):
         if key in recipe.get(group, {}):

@@ -14,7 +14,7 @@ from pipelines.manifest import Manifest
 from pipelines.stream.continuous import BEGINNINGS_PERCENT
 from pipelines.stream.eval_views import EvalProtocol
 from runtime.atomic_write import write_text
-from training.build.data import Loader, make_loader, protocol_of, source_of
+from training.build.data import Loader, evaluation_clips_of, make_loader, protocol_of, source_of
 from training.build.normalise import Normaliser
 from training.config.schema import Config
 from training.errors import ConfigError
@@ -62,12 +62,14 @@ def evaluate_on_stream(
     def data_of(subject: Subject, protocol: EvalProtocol) -> tuple[EvaluationClips, Loader]:
         # The torch loader for all: DALI's pipelines have a fixed number of frames, and pixels of their own.
         pipeline = replace(config.pipeline, loader="torch")
-        clips = EvaluationClips(source_of(pipeline, manifest, backend.device, config.data.retry_s), protocol)
+        clips = evaluation_clips_of(
+            source_of(pipeline, manifest, backend.device, config.data.retry_s), protocol, config.data
+        )
         return clips, make_loader(pipeline, clips, backend)
 
     label_N = torch.from_numpy(manifest.labels().astype("int64"))
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
-    normalise = Normaliser(backend.device, config.numerics)
+    normalise = Normaliser(backend.device, config.numerics, config.model.modality)
     answers = evaluate_stream(
         streamable(own.network), normalise, *data_of(own, protocol), backend, config.evaluation, progress
     )
@@ -78,7 +80,7 @@ def evaluate_on_stream(
         protocol = EvalProtocol(theirs.model.num_frames, theirs.pipeline.size, f"{rule}_beginnings")
         predicted_NV = evaluate_beginnings(
             subject.network,
-            Normaliser(backend.device, theirs.numerics),
+            Normaliser(backend.device, theirs.numerics, theirs.model.modality),
             *data_of(subject, protocol),
             backend,
             config.evaluation,

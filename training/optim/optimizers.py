@@ -8,24 +8,28 @@ from torch import Tensor, nn
 
 from training.config.schema import OptimizerConfig
 from training.errors import ConfigError
+from tsm.modality import first_convolution
+from tsm.networks import TemporalNetwork
 
 from .lars import Lars
 
 
-def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(network: TemporalNetwork, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Group the trained parameters by learning-rate multiplier and weight decay, as the official TSM does.
 
     Weights of convolutions and classifier have weight decay; biases and BN parameters have none. `bias_lr_multiplier`
     (officially 2) applies to the biases of convolutions and classifier. `classifier_lr_multiplier` (5) applies to weight and
-    bias of the classifier, on top of that. BN has the plain rate. Each group has `name` and `lr_multiplier`.
+    bias of the classifier, on top of that, and `first_conv_lr_multiplier` (5) to the first convolution of a flow network. BN has
+    the plain rate. Each group has `name` and `lr_multiplier`.
 
     Source: `get_optim_policies` in ops/models.py of mit-han-lab/temporal-shift-module.
     """
     groups: dict[str, dict[str, Any]] = {}
-    classifier = network.get_submodule("classifier")
+    parts: dict[nn.Module, tuple[str, float]] = {network.classifier: ("classifier", config.classifier_lr_multiplier)}
+    if network.modality == "flow":
+        parts[first_convolution(network)[1]] = "first_conv", config.first_conv_lr_multiplier
     for module in network.modules():
-        part = "classifier" if module is classifier else "backbone"
-        factor = config.classifier_lr_multiplier if module is classifier else 1.0
+        part, factor = parts.get(module, ("backbone", 1.0))
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
@@ -44,7 +48,7 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
     return list(groups.values())
 
 
-def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(network: TemporalNetwork, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make the optimizer. `set_learning_rate` sets its rates before every step.
 
     All state tensors exist from the start, so that a resumed run's state can be broadcast to every rank.

@@ -3,7 +3,7 @@
 import os
 
 from distributed.topology import find_topology
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, in_shard
+from pipelines.manifest import Manifest, ManifestRow, in_shard
 from training.config.schema import DataConfig
 from training.errors import ConfigError, DataError
 from training.runs.run_folder import RunFolder
@@ -33,8 +33,8 @@ def check_files(data: DataConfig, manifest: Manifest) -> None:
 
 
 def _problem(manifest: Manifest, row: ManifestRow) -> str | None:
-    """Return why a clip's file or folder of frames cannot be used, or None."""
-    is_folder = row.codec == JPEG_FRAMES and not in_shard(row)
+    """Return why a clip's file or folder of images cannot be used, or None."""
+    is_folder = row.is_images and not in_shard(row)
     path = manifest.root / (row.path.rsplit("/", 1)[0] if is_folder else row.path)
     try:
         if is_folder:

@@ -8,6 +8,7 @@ from training.build.model import network_of
 from training.config.schema import DistributedConfig, ModelConfig, NumericsConfig, PlanConfig
 from training.recipe import Recipe
 from tsm.flops import clip_multiply_adds
+from tsm.modality import INPUT_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Rates:
     """Of all steps, without evaluations, checkpoints and start-up."""
 
 
-def clip_bytes(num_frames: int, size: int) -> int:
+def clip_bytes(num_frames: int, size: int, modality: str = "rgb") -> int:
     """Return the size of a clip as the loader yields it: uint8."""
-    return num_frames * 3 * size**2
+    return num_frames * INPUT_CHANNELS[modality] * size**2
 
 
 def estimate_rates(plan: PlanConfig, recipe: Recipe, decoded_clip_bytes: int, world: int) -> Rates | None:

@@ -89,7 +89,7 @@ def step_costs(
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         frames = model.num_frames + (stream.burn_in if stream else 0)
-        video_NTCHW = torch.empty(execution.micro_batch, frames, 3, size, size, dtype=torch.uint8)
+        video_NTCHW = torch.empty(execution.micro_batch, frames, network.in_channels, size, size, dtype=torch.uint8)
         _forward_and_backward(network, video_NTCHW, numerics, stream)
         saved = [*network.state_dict().values(), *state_tensors(network, optimizer, average).values()]
         checkpoint_bytes = sum(tensor.nbytes for tensor in saved)
@@ -125,7 +125,7 @@ def _forward_and_backward(
     """Do what training.step does with a micro-batch, without dropout's masks, which are small."""
     cpu = torch.device("cpu")
     label_N = torch.zeros(len(video_NTCHW), dtype=torch.int64)
-    x_NTCHW = Normaliser(cpu, numerics)(video_NTCHW)
+    x_NTCHW = Normaliser(cpu, numerics, network.modality)(video_NTCHW)
     with autocast(cpu, numerics.amp):
         loss, _ = clip_loss(network, x_NTCHW, label_N, label_N, stream)
     loss.backward()

@@ -17,6 +17,7 @@ from training.build.data import augmentation_of, check_manifests, find_decoder, 
 from training.build.init_weights import find_initial_weights
 from training.build.recipe import recipe_of
 from training.build.stream import stream_sampling_of
+from training.config.checks import check_training
 from training.config.schema import Config
 from training.errors import ConfigError, DataError, StorageError
 from training.recipe import Execution, Recipe, fitting_worlds, make_execution
@@ -63,7 +64,7 @@ class Plan:
     def clip_bytes(self) -> int:
         config = self.config
         frames = augmentation_of(config.model, config.data, config.pipeline).sample_frames
-        return clip_bytes(frames, config.pipeline.size)
+        return clip_bytes(frames, config.pipeline.size, config.model.modality)
 
     @property
     def fingerprint(self) -> str | None:
@@ -92,6 +93,7 @@ def make_plan(config: Config) -> Plan:
     """Derive all numbers, and collect all problems, not only the first."""
     plan = Plan(config, world=config.distributed.world_size or config.plan.world_size or 1)
     plan.attempt(check_single_process)
+    plan.attempt(lambda: check_training(config))
     for split in ("train", "val"):
         manifest = plan.attempt(lambda split=split: open_manifest(config.data, split))  # type: ignore[misc]
         if manifest is not None:

@@ -9,6 +9,7 @@ from training.job import Job
 from training.optim.optimizers import describe_optimizer
 from training.recipe import Execution, Recipe
 from training.schedule import Schedule
+from tsm.modality import INPUT_CHANNELS
 
 from .estimates import NetworkEstimate, estimate_network, gradient_value_bytes
 
@@ -73,8 +74,9 @@ def describe_network(model: ModelConfig, size: int, network: NetworkEstimate) ->
     total, trained = network.parameters, network.trained_parameters
     frozen = f" ({trained / 1e6:.2f} M trained: model.partial_bn)" if trained < total else ""
     kind = "TSN" if model.shift == "none" else f"TSM ({model.shift}, {model.direction})"
+    flow = f" on flow ({INPUT_CHANNELS[model.modality]} channels)" if model.modality == "flow" else ""
     return (
-        f"network    {kind} {model.backbone}, {total / 1e6:.2f} M parameters{frozen}, "
+        f"network    {kind} {model.backbone}{flow}, {total / 1e6:.2f} M parameters{frozen}, "
         f"{network.clip_multiply_adds / 1e9:.3g} GFLOPs per clip of {model.num_frames} x {size} x {size} (multiply-adds)"
     )
 

@@ -21,7 +21,7 @@ from training.config.schema import CheckpointConfig, ModelConfig
 from training.errors import ConfigError, StorageError
 from training.optim.ema import EMA, PREFIX
 from training.optim.optimizers import optimizer_tensors
-from training.recipe import Recipe
+from training.recipe import LEFT_OUT_OF_MODEL, Recipe
 from tsm.networks import TemporalNetwork
 
 from .code_version import check_code
@@ -115,7 +115,10 @@ def check_same(
     checkpoint: Checkpoint,
 ) -> None:
     """On rank 0: raise ConfigError if recipe or code differ from the checkpoint's, unless the configuration allows it."""
-    before, now = dict(leaves(checkpoint.state["recipe"])), dict(leaves(recipe.as_dict()))
+    before, now = (
+        {f"model.{key}": value for key, value in LEFT_OUT_OF_MODEL.items()} | dict(leaves(each))
+        for each in (checkpoint.state["recipe"], recipe.as_dict())
+    )
     differing = [key for key in now if now[key] != before.get(key)]
     if differing and not settings.allow_recipe_change:
         shown = "; ".join(f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in differing[:8])

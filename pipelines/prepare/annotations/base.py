@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.jpeg_clips import JPEG_FRAMES
 from pipelines.prepare.errors import DataSetError
 
 from .file_identity import real_path
@@ -12,10 +13,11 @@ from .file_identity import real_path
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """An annotated clip: a video file, or a folder of JPEG frames."""
+    """An annotated clip: a video file, or a folder of JPEG images."""
 
     path: Path
     label: int
+    """Position of its class; UNLABELLED for the clips of a test list without labels."""
     where: str
     """File and line of the annotation, for messages."""
     listed_frames: int | None = None
@@ -28,9 +30,11 @@ class Annotations:
 
     classes: list[str]
     splits: dict[str, list[Clip]]
-    """`train` and `val`, and `test` if its labels are known; clips in the order of their list."""
+    """`train` and `val`, and `test` if there is one, with labels or without; clips in the order of their list."""
     notes: tuple[str, ...] = ()
     """Files and lists that the reader skipped, for the report."""
+    images: str = JPEG_FRAMES
+    """The codec of clips that are folders of images."""
 
 
 def check_annotations(annotations: Annotations) -> None:

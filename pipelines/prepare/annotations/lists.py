@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipelines.manifest import UNLABELLED
 from pipelines.prepare.errors import DataSetError
 
 from .base import Annotations, Clip, label_of, number_classes, read_lines, split_line
@@ -11,7 +12,7 @@ DELIMITER_NAMES = tuple(_DELIMITERS)
 
 
 def read_lists(lists: dict[str, Path], classes_file: Path, videos: Path, delimiter: str | None = None) -> Annotations:
-    """Read lines `path label` or `path num_frames label`.
+    """Read lines `path label` or `path num_frames label`; in the test list also only paths, of clips without labels.
 
     A path is relative to `videos`, and leads to a video or a folder of JPEG frames. A label is a number from 0, or a class
     name. `classes_file` has one name per line, in the order of the labels. `delimiter` is its name; None finds the one that
@@ -23,9 +24,27 @@ def read_lists(lists: dict[str, Path], classes_file: Path, videos: Path, delimit
         lines = read_lines(path)
         if not lines:
             raise DataSetError(f"{path}: the list is empty. Fix: give a line for each clip: path and label")
+        if split == "test" and (paths := _only_paths(lines, delimiter)):
+            splits[split] = [Clip(videos / name, UNLABELLED, where) for where, name in paths]
+            continue
         character = _DELIMITERS[delimiter] if delimiter else _find_delimiter(path, lines)
         splits[split] = [_clip(where, line, character, labels, classes_file, videos) for where, line in lines]
     return Annotations(list(labels), splits)
+
+
+def _only_paths(lines: list[tuple[str, str]], delimiter: str | None) -> list[tuple[str, str]]:
+    """Return (where, path) of each line, or nothing if a line has more than one field."""
+    characters = [_DELIMITERS[delimiter]] if delimiter else list(_DELIMITERS.values())
+    paths = []
+    for where, line in lines:
+        try:
+            fields = [split_line(where, line, character) for character in characters]
+        except DataSetError:
+            return []
+        if any(len(each) > 1 for each in fields):
+            return []
+        paths.append((where, fields[0][0]))
+    return paths
 
 
 def _find_delimiter(path: Path, lines: list[tuple[str, str]]) -> str:

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.manifest import UNLABELLED
 from pipelines.prepare.errors import DataSetError
 
 from .base import Annotations, Clip, first_file, label_of, number_classes, read_fields, read_lines, read_text
 from .locate import entries_by_stem
 
-_LIST_NAMES = {"train": "train", "val": "validation", "test": "test"}
+Row = tuple[str, list[str]]
+"""Where a line is, and its fields."""
+
+_LIST_NAMES = {"train": "train", "val": "validation"}
 CLASS_ORDERS = ("sorted", "file")
 
 
@@ -22,18 +26,24 @@ def read_twentybn_csv(name: str, annotations: Path, videos: Path, class_order: s
     labels_file = _find(annotations, name, "labels.csv")
     names = [line for _, line in read_lines(labels_file)]
     labels = number_classes(labels_file, sorted(names) if class_order == "sorted" else names)
-    found, splits, notes = entries_by_stem(videos), {}, []
-    for split, list_name in _LIST_NAMES.items():
-        rows = _test_answers(annotations) if split == "test" else None
-        if rows is None and split == "test" and _has_no_labels(annotations, name):
-            notes.append(f"the test list of {annotations} has no labels, so the test split gets no manifest")
-            continue
-        rows = rows or read_fields(_find(annotations, name, f"{list_name}.csv"), ";")
-        splits[split] = [
+    found = entries_by_stem(videos)
+
+    def labelled(rows: list[Row]) -> list[Clip]:
+        return [
             Clip(found.get(clip_id, videos / clip_id), label_of(labels, text, where, labels_file), where)
             for where, (clip_id, text) in map(_two_fields, rows)
         ]
-    return Annotations(list(labels), splits, tuple(notes))
+
+    splits = {
+        split: labelled(read_fields(_find(annotations, name, f"{list_name}.csv"), ";"))
+        for split, list_name in _LIST_NAMES.items()
+    }
+    test_list = _find_test(annotations, name, "test.csv")
+    rows = _test_answers(annotations) or (read_fields(test_list, ";") if test_list else [])
+    if any(len(fields) > 1 for _, fields in rows):
+        return Annotations(list(labels), splits | {"test": labelled(rows)})
+    test, notes = _unlabelled([(where, fields[0]) for where, fields in rows], found, annotations, videos)
+    return Annotations(list(labels), splits | test, notes)
 
 
 def read_something_v2(annotations: Path, videos: Path) -> Annotations:
@@ -45,46 +55,57 @@ def read_something_v2(annotations: Path, videos: Path) -> Annotations:
     name = "something-something-v2"
     labels_file = _find(annotations, name, "labels.json")
     labels = _numbered_labels(labels_file)
-    found, splits, notes = entries_by_stem(videos), {}, []
-    for split, list_name in _LIST_NAMES.items():
-        if split == "test":
-            rows = _test_answers(annotations)
-            if rows is None:
-                notes.append(f"{annotations} has no test-answers.csv, so the test split gets no manifest")
-                continue
-            answers = list(map(_two_fields, rows))
-        else:
-            answers = _templates(_find(annotations, name, f"{list_name}.json"))
-        splits[split] = [
+    found = entries_by_stem(videos)
+
+    def labelled(rows: list[Row]) -> list[Clip]:
+        return [
             Clip(
                 found.get(clip_id, videos / f"{clip_id}.webm"),
                 label_of(labels, _without_brackets(text), where, labels_file),
                 where,
             )
-            for where, (clip_id, text) in answers
+            for where, (clip_id, text) in rows
         ]
-    return Annotations(sorted(labels, key=labels.__getitem__), splits, tuple(notes))
+
+    splits = {
+        split: labelled(_templates(_find(annotations, name, f"{list_name}.json")))
+        for split, list_name in _LIST_NAMES.items()
+    }
+    classes = sorted(labels, key=labels.__getitem__)
+    if answers := _test_answers(annotations):
+        return Annotations(classes, splits | {"test": labelled(list(map(_two_fields, answers)))})
+    test_list = _find_test(annotations, name, "test.json")
+    ids = [(where, str(item["id"])) for where, item in _items(test_list, ("id",))] if test_list else []
+    test, notes = _unlabelled(ids, found, annotations, videos)
+    return Annotations(classes, splits | test, notes)
 
 
 def _find(annotations: Path, name: str, ending: str) -> Path:
     return first_file(annotations, (f"{name}-{ending}", ending))
 
 
-def _has_no_labels(annotations: Path, name: str) -> bool:
-    """Return whether the test list is missing, or lists only clips, as in the first release."""
-    try:
-        rows = read_fields(_find(annotations, name, "test.csv"), ";")
-    except DataSetError:
-        return True
-    return all(len(fields) == 1 for _, fields in rows)
+def _find_test(annotations: Path, name: str, ending: str) -> Path | None:
+    return next((path for each in (f"{name}-{ending}", ending) if (path := annotations / each).is_file()), None)
 
 
-def _test_answers(annotations: Path) -> list[tuple[str, list[str]]] | None:
+def _test_answers(annotations: Path) -> list[Row]:
+    """Return `ID;class` of each test clip; nothing if the answers were not published."""
     path = annotations / "test-answers.csv"
-    return read_fields(path, ";") if path.is_file() else None
+    return read_fields(path, ";") if path.is_file() else []
 
 
-def _two_fields(row: tuple[str, list[str]]) -> tuple[str, list[str]]:
+def _unlabelled(
+    ids: list[tuple[str, str]], found: dict[str, Path], annotations: Path, videos: Path
+) -> tuple[dict[str, list[Clip]], tuple[str, ...]]:
+    """Return the test split, without labels, from the (where, ID) of its clips; or a note why there is none."""
+    if not ids:
+        return {}, (f"{annotations} has no test list, so the test split gets no manifest",)
+    if not any(clip_id in found for _, clip_id in ids):
+        return {}, (f"no clip of the test list is in {videos}, so the test split gets no manifest",)
+    return {"test": [Clip(found.get(clip_id, videos / clip_id), UNLABELLED, where) for where, clip_id in ids]}, ()
+
+
+def _two_fields(row: Row) -> Row:
     where, fields = row
     if len(fields) != 2 or not all(fields):
         raise DataSetError(f"{where}: {';'.join(fields)!r} is not `ID;class`. Fix: correct or remove the line")
@@ -119,14 +140,19 @@ def _numbered_labels(path: Path) -> dict[str, int]:
     return labels
 
 
-def _templates(path: Path) -> list[tuple[str, list[str]]]:
+def _templates(path: Path) -> list[Row]:
     """Return (where, [ID, template]) of each entry of a list."""
-    answers = []
+    return [(where, [str(item["id"]), item["template"]]) for where, item in _items(path, ("id", "template"))]
+
+
+def _items(path: Path, keys: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """Return (where, entry) of each entry of a list. Raises DataSetError for one that lacks a key."""
+    items = []
     for number, item in enumerate(_read_json(path, list), start=1):
         where = f"{path}, entry {number}"
-        if not isinstance(item, dict) or "id" not in item or "template" not in item:
+        if not isinstance(item, dict) or any(key not in item for key in keys):
             raise DataSetError(
-                f"{where}: has no id or no template: {item!r}. Fix: check that it is this data set's list"
+                f"{where}: has no {' or no '.join(keys)}: {item!r}. Fix: check that it is this data set's list"
             )
-        answers.append((where, [str(item["id"]), item["template"]]))
-    return answers
+        items.append((where, item))
+    return items

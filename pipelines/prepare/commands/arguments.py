@@ -2,9 +2,22 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+PART_HELP = (
+    "this part of the work, like 1/8 (default in a Slurm array: the task's); the last to finish writes the manifests"
+)
+
+
+def add_root_command(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
+    """Add a sub-command on a data set that has manifests, with `--root` and `--workers`."""
+    parser = commands.add_parser(name, help=what, description=what)
+    parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
+    add_workers(parser)
+    return parser
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

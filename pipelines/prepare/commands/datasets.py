@@ -5,17 +5,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.manifest import UNLABELLED
 from pipelines.prepare.annotations.base import Annotations, check_annotations
 from pipelines.prepare.annotations.class_folders import read_class_folders
+from pipelines.prepare.annotations.flow import FLOW_IMAGES, as_flow
 from pipelines.prepare.annotations.kinetics import read_kinetics
 from pipelines.prepare.annotations.lists import DELIMITER_NAMES, read_lists
 from pipelines.prepare.annotations.same_files import check_same_files
 from pipelines.prepare.annotations.twentybn import CLASS_ORDERS, read_something_v2, read_twentybn_csv
 from pipelines.prepare.annotations.ucf101 import SPLITS, read_hmdb51, read_ucf101
 from pipelines.prepare.scan.write_manifests import write_manifests
-from pipelines.prepare.split_report import BAD_FILES_NAME, SplitReport
+from pipelines.prepare.split_report import SplitReport
 
 from .arguments import Commands, add_workers
+from .summary import print_left_out
 
 Reader = Callable[[argparse.Namespace], Annotations]
 
@@ -51,7 +54,7 @@ def _add_twentybn(commands: Commands) -> None:
         root="data/something_v1",
         folders=("annotations", "20bn-something-something-v1"),
     )
-    _add_published(
+    something_v2 = _add_published(
         commands,
         "something-v2",
         "Something-Something v2: webm videos",
@@ -67,6 +70,8 @@ def _add_twentybn(commands: Commands) -> None:
         root="data/jester",
         folders=("annotations", "20bn-jester-v1"),
     )
+    for parser in (something_v1, something_v2):
+        _add_flow(parser)
     for parser in (something_v1, jester):
         parser.add_argument(
             "--class-order",
@@ -125,8 +130,18 @@ def _add_list(commands: Commands) -> None:
     parser.add_argument("--classes", type=Path, required=True, help="text file of class names, one per line")
     parser.add_argument("--train", type=Path, required=True, help="list of the training clips")
     parser.add_argument("--val", type=Path, required=True, help="list of the validation clips")
-    parser.add_argument("--test", type=Path, help="list of test clips with labels")
+    parser.add_argument("--test", type=Path, help="list of test clips, with labels or only paths")
     parser.add_argument("--delimiter", choices=DELIMITER_NAMES, help="between the fields; detected by default")
+    _add_flow(parser)
+
+
+def _add_flow(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--flow",
+        choices=FLOW_IMAGES,
+        help="clips are folders of optical flow. xy: images flow_x_00001.jpg and flow_y_00001.jpg, or 000001-x_00001.jpg as for "
+        "Something-Something v1; red-green: 000001.jpg with x in red and y in green, as for v2",
+    )
 
 
 def _lists_of(args: argparse.Namespace) -> dict[str, Path]:
@@ -184,12 +199,15 @@ def run_dataset(args: argparse.Namespace) -> None:
     if getattr(args, "annotations", None) is None:
         args.annotations = args.root / annotations_folder
     annotations = args.reader(args)
+    if getattr(args, "flow", None):
+        annotations = as_flow(annotations, args.flow)
     check_annotations(annotations)
     notes = [*annotations.notes, *check_same_files(args.root, annotations, args.check_content)]
     reports = write_manifests(args.root, annotations, args.workers, args.max_bad, args.max_missing)
     print(f"{args.root}: {len(annotations.classes)} classes; {time.perf_counter() - start_s:.1f} s")
     for split, report in reports.items():
-        print(f"  {args.root / split}.arrow: {_describe(report)}")
+        labels = ", without labels" if annotations.splits[split][0].label == UNLABELLED else ""
+        print(f"  {args.root / split}.arrow: {_describe(report)}{labels}")
     for note in notes:
         print(f"  {note}")
     for split, report in reports.items():
@@ -203,9 +221,7 @@ def run_dataset(args: argparse.Namespace) -> None:
             "  NOTE: torchcodec does not load here, so its frames were compared in no new video. Training decodes these with "
             "PyAV, from the first frame. Fix: install FFmpeg's libraries and torchcodec, and run the same command again"
         )
-    lost = sum(len(report.bad) + len(report.missing) for report in reports.values())
-    if lost:
-        print(f"  LEFT OUT: {lost} clips, listed with reasons in {args.root / BAD_FILES_NAME}")
+    print_left_out(args.root, reports)
 
 
 def _describe(report: SplitReport) -> str:

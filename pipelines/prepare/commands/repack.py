@@ -14,13 +14,9 @@ from pipelines.prepare.repack.stage import Steps, parse_range, stage
 from pipelines.prepare.repack.transcode import transcode
 from pipelines.prepare.repack.transcode_clip import Settings
 from pipelines.prepare.repack.verify import verify
-from pipelines.prepare.split_report import BAD_FILES_NAME
 
-from .arguments import Commands, add_workers
-
-_PART_HELP = (
-    "this part of the work, like 1/8 (default in a Slurm array: the task's); the last to finish writes the manifests"
-)
+from .arguments import PART_HELP, Commands, add_root_command
+from .summary import describe_counts, print_left_out
 
 
 def add_repack(commands: Commands) -> None:
@@ -33,7 +29,7 @@ def add_repack(commands: Commands) -> None:
 
 def _add_transcode(commands: Commands) -> None:
     what = "encode the clips of a data set again: smaller, key frames close together, the same frames"
-    parser = _add(commands, "transcode", what)
+    parser = add_root_command(commands, "transcode", what)
     parser.add_argument("--to", type=Path, required=True, help="folder of the new clips and their manifests")
     parser.add_argument("--codec", choices=list(ENCODERS), default="h264", help="jpeg: a file for each frame (h264)")
     parser.add_argument("--short-side", type=int, default=256, help="pixels of the shorter side; never enlarged (256)")
@@ -41,27 +37,29 @@ def _add_transcode(commands: Commands) -> None:
     qualities = ", ".join(f"{name} {each.quality} of 1 to {each.worst}" for name, each in ENCODERS.items())
     parser.add_argument("--quality", type=int, help=f"the encoder's quality number; lower is better ({qualities})")
     parser.add_argument("--max-bad", type=float, default=0.05, help="fraction of a split's clips that may fail (0.05)")
-    parser.add_argument("--part", metavar="I/N", help=_PART_HELP)
+    parser.add_argument("--part", metavar="I/N", help=PART_HELP)
     parser.set_defaults(run=run_transcode)
 
 
 def _add_shard(commands: Commands) -> None:
     what = "pack a data set into tar files of similar size, with manifests of each clip's offset in them"
-    parser = _add(commands, "shard", what)
+    parser = add_root_command(commands, "shard", what)
     parser.add_argument("--to", type=Path, required=True, help="folder of the shards and their manifests")
     parser.add_argument("--shard-size", default="1GB", help="maximum size of a shard, approximately (1GB)")
-    parser.add_argument("--part", metavar="I/N", help=_PART_HELP)
+    parser.add_argument("--part", metavar="I/N", help=PART_HELP)
     parser.set_defaults(run=run_shard)
 
 
 def _add_verify(commands: Commands) -> None:
-    parser = _add(commands, "verify", "compare every shard and every clip of a folder with its manifests")
+    parser = add_root_command(commands, "verify", "compare every shard and every clip of a folder with its manifests")
     parser.add_argument("--decode", action="store_true", help="also decode every frame of every clip")
     parser.set_defaults(run=run_verify)
 
 
 def _add_stage(commands: Commands) -> None:
-    parser = _add(commands, "stage", "copy a data set's shards or files to this node's disk, as many as fit")
+    parser = add_root_command(
+        commands, "stage", "copy a data set's shards or files to this node's disk, as many as fit"
+    )
     parser.add_argument(
         "--to", type=Path, required=True, help=f"folder of the copies; set {VARIABLE} to it for training"
     )
@@ -73,13 +71,6 @@ def _add_stage(commands: Commands) -> None:
     parser.set_defaults(run=run_stage)
 
 
-def _add(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what, description=what)
-    parser.add_argument("--root", type=Path, required=True, help="folder of the manifests")
-    add_workers(parser)
-    return parser
-
-
 def run_transcode(args: argparse.Namespace) -> None:
     """Transcode, and print a summary."""
     start_s = time.perf_counter()
@@ -88,19 +79,16 @@ def run_transcode(args: argparse.Namespace) -> None:
     done = transcode(args.root, args.to, settings, args.workers, find_part(args.part), args.max_bad)
     took = f"{done.new} encoded in {time.perf_counter() - start_s:.1f} s" if done.new else "already complete"
     if done.missing:
-        print(f"{args.to}: {took}; {done.missing} clips are left for other parts or a later call")
+        print(f"{args.to}: {took}; {done.left}")
         return
     print(f"{args.to}: {took}")
     for name, report in done.splits.items():
         before, after = done.bytes_before[name], done.bytes_after[name]
-        bad = f", {len(report.bad)} BAD ({len(report.bad) / report.listed:.2%})" if report.bad else ""
         print(
-            f"  {args.to / name}.arrow: {report.written} of {report.listed} clips{bad}, {before / 1e6:.1f} MB before, "
+            f"  {args.to / name}.arrow: {describe_counts(report)}, {before / 1e6:.1f} MB before, "
             f"{after / 1e6:.1f} MB after ({after / before:.2f}), {after / report.written / 1e3:.1f} KB per clip"
         )
-    lost = sum(len(report.bad) for report in done.splits.values())
-    if lost:
-        print(f"  LEFT OUT: {lost} clips, listed with reasons in {args.to / BAD_FILES_NAME}")
+    print_left_out(args.to, done.splits)
 
 
 def run_shard(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.manifest import JPEG_FRAMES
+from pipelines.jpeg_clips import JPEG_FRAMES
 
 Image = NDArray[np.uint8]
 """(H, W, 3), RGB; both sides even."""

@@ -7,11 +7,12 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipelines.decoding.clip_bytes import encoded_video, frame_bytes
+from pipelines.decoding.clip_bytes import encoded_video, image_bytes
 from pipelines.decoding.orientation import upright
 from pipelines.decoding.video import EncodedVideo, usable_frames, video_stream
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import ManifestRow
 
 from .encoders import Image
 
@@ -49,7 +50,7 @@ def scaled_images(root: Path, row: ManifestRow, size: tuple[int, int]) -> Iterat
     Raises BadClip when their number differs from the row's.
     """
     if row.codec == JPEG_FRAMES:
-        frames = _frames_of_jpeg(frame_bytes(root, row, number) for number in range(row.num_frames))
+        frames = _frames_of_jpeg(image_bytes(root, row, number) for number in range(row.num_frames))
         return _scaled(str(root / row.path), frames, row, size)
     return scaled_video(encoded_video(root, row), row, size)
 

@@ -12,8 +12,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.clip_names import clip_name
 from pipelines.decoding.tar import member_space
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestError, ManifestRow, write_manifest
+from pipelines.manifest import Manifest, ManifestError, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -84,8 +85,8 @@ def shard_tasks(name: str, manifest: Manifest, target: Path, shard_bytes: int) -
 
 
 def _space(row: ManifestRow) -> int:
-    """Estimate a clip's bytes in a shard. It is no exact size, because the row has no size of each frame."""
-    overhead = row.num_frames * member_space(16) if row.codec == JPEG_FRAMES else 0
+    """Estimate a clip's bytes in a shard. It is no exact size, because the row has no size of each image."""
+    overhead = row.num_images * member_space(16) if row.is_images else 0
     return member_space(row.length) + overhead + member_space(1)
 
 
@@ -122,7 +123,7 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
         if missing:
             return Sharded(new, missing, None)
         index = read_shard_index(target)
-        if new == 0 and index is not None and _has_evidence(target, manifests):
+        if new == 0 and index is not None and _is_current(target, manifests):
             return Sharded(0, 0, index)
         found = [(task, record) for task in tasks if (record := records[task.name]) is not None]
         digests = {}
@@ -136,17 +137,18 @@ def _finish(target: Path, manifests: dict[str, Manifest], tasks: list[ShardTask]
         return Sharded(new, 0, index)
 
 
-def _has_evidence(target: Path, manifests: dict[str, Manifest]) -> bool:
-    """Tell whether the shards' manifests say how to decode the clips as the source's do, which may be of a newer scan.
+def _is_current(target: Path, manifests: dict[str, Manifest]) -> bool:
+    """Tell whether the shards' manifests name the clips, and say how to decode them as the source's do, which may be newer.
 
-    A missing or damaged one does not, so the same command writes it again.
+    A missing or damaged one, or one of an older version, does not, so the same command writes it again.
     """
     try:
         written = {name: Manifest.open(target / f"{name}.arrow") for name in manifests}
     except ManifestError:
         return False
     return all(
-        written[name].is_as_written() and written[name].evidence == manifests[name].evidence for name in manifests
+        written[name].is_as_written() and written[name].decodes_as(manifest) and not written[name].rows_of(1, name="")
+        for name, manifest in manifests.items()
     )
 
 
@@ -154,4 +156,5 @@ def _rows(manifest: Manifest, shards: list[tuple[ShardTask, ShardRecord]]) -> It
     """Yield the rows of a manifest with their places in the shards."""
     for task, record in shards:
         for number, offset, length in zip(range(task.first, task.last), record.offsets, record.lengths, strict=True):
-            yield replace(manifest.row(number), path=task.path.name, offset=offset, length=length)
+            row = manifest.row(number)
+            yield replace(row, path=task.path.name, offset=offset, length=length, name=clip_name(row))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.decoding.clip_bytes import encoded_video, frame_bytes, read_video
+from pipelines.decoding.clip_bytes import encoded_video, image_bytes, read_video
 from pipelines.decoding.shard_reader import INDEX_DTYPE, close_shards
 from pipelines.decoding.tar import TarWriter, member_space
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, SHARD_SUFFIX, ManifestRow, in_shard
+from pipelines.manifest import SHARD_SUFFIX, UNLABELLED, ManifestRow, in_shard
 from pipelines.prepare.errors import cannot_write
 from runtime.atomic_write import atomic_write, write_text
 from runtime.file_lock import file_lock
@@ -84,9 +84,10 @@ def _write(task: ShardTask) -> ShardRecord:
         writer = TarWriter(file)
         for number in range(task.first, task.last):
             row = manifest.row(number)
-            add = _add_frames if row.codec == JPEG_FRAMES else _add_video
+            add = _add_images if row.is_images else _add_video
             offset, length = add(writer, f"{number:09d}", manifest.root, row)
-            writer.add(f"{number:09d}.cls", str(row.label).encode())
+            if row.label != UNLABELLED:
+                writer.add(f"{number:09d}.cls", str(row.label).encode())
             offsets.append(offset)
             lengths.append(length)
         sha256 = writer.finish()
@@ -99,23 +100,30 @@ def _add_video(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tup
     return writer.add(key + (Path(video.name).suffix.lower() or ".video"), content), len(content)
 
 
-def _add_frames(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
-    """Add the index, then the frames. The clip reaches from the index's first byte to the last frame's last byte."""
-    frames = [frame_bytes(root, row, number)[1] for number in range(row.num_frames)]
-    _check_frames(root, row, frames)
-    index = np.zeros(len(frames), INDEX_DTYPE)
+def _add_images(writer: TarWriter, key: str, root: Path, row: ManifestRow) -> tuple[int, int]:
+    images = [image_bytes(root, row, number)[1] for number in range(row.num_images)]
+    _check_images(root, row, images)
+    return add_images(writer, key, images)
+
+
+def add_images(writer: TarWriter, key: str, images: list[bytes]) -> tuple[int, int]:
+    """Add the index of a clip's images, then the images. Returns the clip's offset, of the index, and its length.
+
+    The clip reaches from the index's first byte to the last image's last byte.
+    """
+    index = np.zeros(len(images), INDEX_DTYPE)
     place = member_space(index.nbytes)
-    for number, content in enumerate(frames):
+    for number, content in enumerate(images):
         index[number] = place, len(content)
         place += member_space(len(content))
     offset = writer.add(f"{key}.index", index.tobytes())
-    for number, content in enumerate(frames):
+    for number, content in enumerate(images):
         writer.add(f"{key}.{number:05d}.jpg", content)
     start, length = index[-1].tolist()
     return offset, start + length
 
 
-def _check_frames(root: Path, row: ManifestRow, frames: list[bytes]) -> None:
-    size = sum(map(len, frames))
+def _check_images(root: Path, row: ManifestRow, images: list[bytes]) -> None:
+    size = sum(map(len, images))
     if not in_shard(row) and size != row.length:
         raise BadClip(f"{root / row.path}: frames have {size} bytes, but had {row.length} when the manifest was made")

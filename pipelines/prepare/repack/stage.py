@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.decoding.staged_copies import copy_path
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, frame_file, in_shard
+from pipelines.manifest import Manifest, ManifestRow, image_file, in_shard
 from pipelines.prepare.errors import DataSetError, cannot_write
 from pipelines.prepare.progress import progress
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -47,7 +47,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class CopyTask:
-    """A shard, a video, or all frames of a clip, in the order of their numbers."""
+    """A shard, a video, or all images of a clip, in their order."""
 
     sources: tuple[Path, ...]
     targets: tuple[Path, ...]
@@ -168,10 +168,10 @@ def _shard_task(root: Path, target: Path, path: str, facts: dict[str, ShardFacts
 
 def _file_task(root: Path, target: Path, row: ManifestRow) -> CopyTask:
     source, copy = root / row.path, copy_path(target, root, row.path)
-    if row.codec != JPEG_FRAMES:
+    if not row.is_images:
         return CopyTask((source,), (copy,), row.length, None)
-    numbers = range(row.offset, row.offset + row.num_frames)
-    sources, targets = (tuple(frame_file(path, number) for number in numbers) for path in (source, copy))
+    images = range(row.num_images)
+    sources, targets = (tuple(image_file(path, row, image) for image in images) for path in (source, copy))
     return CopyTask(sources, targets, row.length, None)
 
 

@@ -1,7 +1,6 @@
 """Transcode one clip: encode it, check the result against the source, then write it atomically."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,13 +11,13 @@ from numpy.typing import NDArray
 
 from pipelines.decoding.video import EncodedVideo
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, ManifestRow
-from pipelines.prepare.errors import cannot_write
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import ManifestRow
 from pipelines.prepare.scan.scan_clip import ClipFacts, scan_video
-from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
+from runtime.atomic_write import atomic_write
 
+from .clip_task import ClipTask, atomic_folder
 from .encoders import ENCODERS, Encoder, Image, encode_jpeg, encode_video
-from .open_manifests import open_cached
 from .rescale import frame_rate, scaled_images, scaled_size, scaled_video
 
 _IMAGES_COMPARED = 5
@@ -39,45 +38,34 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class ClipTask:
-    """Row `number` of a manifest, and the path of its new clip."""
+class TranscodeTask(ClipTask):
+    """The task of transcoding one clip."""
 
-    manifest: Path
-    number: int
-    target: Path
-    """Folder of the new data set."""
-    stem: str
-    """Path below `target`, without the suffix."""
     settings: Settings
 
+    @property
+    def path(self) -> Path:
+        return self.target / (self.stem + ENCODERS[self.settings.codec].suffix)
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one task; both texts are empty on success."""
+    def find_row(self, source: ManifestRow) -> ManifestRow | None:
+        encoder = ENCODERS[self.settings.codec]
+        try:
+            if encoder.codec == JPEG_FRAMES:
+                numbers = range(1, source.num_frames + 1)
+                sizes = [os.stat(self.path / (_FRAME_NAME % number)).st_size for number in numbers]
+                length, name, first = (sum(sizes) if all(sizes) else 0), f"{self.stem}/{_FRAME_NAME}", 1
+            else:
+                length, name, first = self.path.stat().st_size, self.stem + encoder.suffix, 0
+        except OSError:
+            return None
+        if length == 0:
+            return None
+        width, height = scaled_size(source, self.settings.short_side)
+        facts = written_facts(source, length, encoder, (width, height))
+        return ManifestRow(name, first, label=source.label, **asdict(facts))
 
-    bad: str = ""
-    """The reason for leaving the clip out."""
-    fatal: str = ""
-    """The reason why the target cannot be written."""
-
-
-def find_row(task: ClipTask, source: ManifestRow) -> ManifestRow | None:
-    """Return the row of a finished clip, or None. A clip gets its final name only after it was checked."""
-    encoder = ENCODERS[task.settings.codec]
-    path = task.target / (task.stem + encoder.suffix)
-    try:
-        if encoder.codec == JPEG_FRAMES:
-            sizes = [os.stat(path / (_FRAME_NAME % number)).st_size for number in range(1, source.num_frames + 1)]
-            length, name, first = (sum(sizes) if all(sizes) else 0), f"{task.stem}/{_FRAME_NAME}", 1
-        else:
-            length, name, first = path.stat().st_size, task.stem + encoder.suffix, 0
-    except OSError:
-        return None
-    if length == 0:
-        return None
-    width, height = scaled_size(source, task.settings.short_side)
-    facts = written_facts(source, length, encoder, (width, height))
-    return ManifestRow(name, first, label=source.label, **asdict(facts))
+    def write(self, root: Path, source: ManifestRow) -> None:
+        (_write_frames if self.settings.codec == "jpeg" else _write_video)(self, root, source)
 
 
 def written_facts(source: ManifestRow, length: int, encoder: Encoder, size: tuple[int, int]) -> ClipFacts:
@@ -86,39 +74,7 @@ def written_facts(source: ManifestRow, length: int, encoder: Encoder, size: tupl
     return ClipFacts(length, source.num_frames, encoder.codec, *size, 0, *encoder.colours, fast_seek=fast_seek)
 
 
-def find_reason(task: ClipTask) -> str | None:
-    """Return the recorded reason why the clip was left out, or None."""
-    try:
-        return _reason_path(task).read_text()
-    except OSError:
-        return None
-
-
-def _reason_path(task: ClipTask) -> Path:
-    return task.target / f"{task.stem}.bad"
-
-
-def transcode_clip(task: ClipTask) -> Outcome:
-    """Transcode a clip; record the reason if it is bad."""
-    manifest = open_cached(task.manifest)
-    root, row = manifest.root, manifest.row(task.number)
-    path = task.target / (task.stem + ENCODERS[task.settings.codec].suffix)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            (_write_frames if task.settings.codec == "jpeg" else _write_video)(task, root, row, path)
-        except BadClip as error:
-            # A file that cannot be read now may be there for the next call.
-            if not isinstance(error.__cause__, OSError):
-                with atomic_write(_reason_path(task)) as file:
-                    file.write(str(error).encode(errors="surrogateescape"))
-            return Outcome(bad=str(error))
-    except OSError as error:
-        return Outcome(fatal=cannot_write(path, error, "--to"))
-    return Outcome()
-
-
-def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> None:
+def _write_video(task: TranscodeTask, root: Path, row: ManifestRow) -> None:
     """Encode in memory, check the result, then write the file."""
     settings, encoder = task.settings, ENCODERS[task.settings.codec]
     size, rate, references = scaled_size(row, settings.short_side), frame_rate(root, row), _References(row.num_frames)
@@ -136,30 +92,21 @@ def _write_video(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> No
     if facts != expected:
         raise BadClip(f"{video.name}: is {facts}, not {expected}")
     references.compare(video.name, scaled_video(video, replace(row, rotation=0, mirrored=False), size))
-    with atomic_write(path) as file:
+    with atomic_write(task.path) as file:
         file.write(content)
 
 
-def _write_frames(task: ClipTask, root: Path, row: ManifestRow, path: Path) -> None:
+def _write_frames(task: TranscodeTask, root: Path, row: ManifestRow) -> None:
     """Write the frames to a temporary folder, check them, then rename the folder."""
     settings, encoder = task.settings, ENCODERS[task.settings.codec]
     size, references = scaled_size(row, settings.short_side), _References(row.num_frames)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(task.path) as folder:
         images = references.recorded(scaled_images(root, row, size))
         for number, content in enumerate(encode_jpeg(encoder, images, settings.quality), start=1):
-            (temporary / (_FRAME_NAME % number)).write_bytes(content)
-        written = replace(row, path=f"{temporary.name}/{_FRAME_NAME}", offset=1, codec=JPEG_FRAMES, rotation=0)
+            (folder / (_FRAME_NAME % number)).write_bytes(content)
+        written = replace(row, path=f"{folder.name}/{_FRAME_NAME}", offset=1, codec=JPEG_FRAMES, rotation=0)
         written = replace(written, mirrored=False)
-        references.compare(f"{root / row.path}, transcoded", scaled_images(path.parent, written, size))
-        # After a power loss, a folder of empty files may have the name.
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        references.compare(f"{root / row.path}, transcoded", scaled_images(folder.parent, written, size))
 
 
 class _References:

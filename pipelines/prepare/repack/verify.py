@@ -6,10 +6,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.decoding.clip_bytes import check_clip, encoded_video, frame_bytes
+from pipelines.decoding.clip_bytes import check_clip, encoded_video, image_bytes
 from pipelines.decoding.shard_reader import close_shards
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, in_shard
+from pipelines.manifest import Manifest, ManifestRow, in_shard
 from pipelines.prepare.progress import progress
 from pipelines.prepare.scan.scan_clip import scan_video
 from pipelines.prepare.worker_pool import Died, run_guarded
@@ -135,8 +135,8 @@ def _check_shard(task: ShardCheck) -> list[str]:
 
 def _decode(root: Path, row: ManifestRow) -> None:
     """Raise BadClip unless every frame decodes and the clip matches its row."""
-    if row.codec == JPEG_FRAMES:
-        _decode_frames(root, row)
+    if row.is_images:
+        _decode_images(root, row)
         return
     video = encoded_video(root, row)
     facts = scan_video(video, row.length, ours=True)
@@ -148,11 +148,11 @@ def _decode(root: Path, row: ManifestRow) -> None:
         raise BadClip(f"{video.name}: its packets have other times than when the manifest was made")
 
 
-def _decode_frames(root: Path, row: ManifestRow) -> None:
+def _decode_images(root: Path, row: ManifestRow) -> None:
     # Imported here because it loads torch, which the other checks do not need.
     from pipelines.decoding.jpeg import check_image_size, decode_jpeg_bytes
 
-    for number in range(row.num_frames):
-        name, content = frame_bytes(root, row, number)
+    for number in range(row.num_images):
+        name, content = image_bytes(root, row, number)
         height, width = decode_jpeg_bytes(name, content).shape[1:]
         check_image_size(name, width, height, row)

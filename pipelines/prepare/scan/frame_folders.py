@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import BadClip, MissingClip
-from pipelines.manifest import JPEG_COLOURS, JPEG_FRAMES
+from pipelines.jpeg_clips import JPEG_COLOURS, JPEG_FLOW, JPEG_FRAMES
+from pipelines.manifest import ManifestRow, image_file
 
 from .scan_clip import ClipFacts, check_regular
 
@@ -34,9 +35,7 @@ def find_frames(folder: Path) -> FrameSeries:
     matches = [match for match in map(_FRAME_NAME.fullmatch, names) if match]
     matches.sort(key=lambda match: int(match["digits"]))
     first = matches[0]
-    width = len(first["digits"])
-    number_format = f"%0{width}d" if width > 1 else "%d"
-    pattern = first["prefix"].replace("%", "%%") + number_format + first["suffix"].replace("%", "%%")
+    pattern = first["prefix"].replace("%", "%%") + number_format(first["digits"]) + first["suffix"].replace("%", "%%")
     start = int(first["digits"])
     if start > 1:
         raise BadClip(f"{folder}: frame 1 is missing: the first file is {first.string}, and numbers start at 0 or 1")
@@ -55,8 +54,13 @@ def stat_frames(folder: Path) -> tuple[int, int]:
 
     Raises BadClip when a frame is not a regular file.
     """
+    return stat_files(folder, _frame_names(folder))
+
+
+def stat_files(folder: Path, names: list[str]) -> tuple[int, int]:
+    """Return (bytes of these files, newest mtime in ns of the folder or one of them), as `stat_frames` does."""
     size, newest_ns = 0, os.stat(folder).st_mtime_ns
-    for name in _frame_names(folder):
+    for name in names:
         status = os.stat(folder / name)
         check_regular(folder / name, status.st_mode)
         size += status.st_size
@@ -66,26 +70,42 @@ def stat_frames(folder: Path) -> tuple[int, int]:
 
 def scan_frames(folder: str | Path) -> tuple[FrameSeries, ClipFacts]:
     """Decode every frame of a folder. Raises BadClip when one does not decode, or two differ in size."""
+    folder = Path(folder)
+    series = find_frames(folder)
+    return series, scan_series(folder, series, JPEG_FRAMES)
+
+
+def scan_series(folder: Path, series: FrameSeries, codec: str) -> ClipFacts:
+    """Decode every image of a series, as `scan_frames` does."""
     # Imported here because it loads torch, which scanning videos does not need.
     from pipelines.decoding.jpeg import decode_jpeg_bytes
 
-    folder = Path(folder)
-    series = find_frames(folder)
+    row = row_of_series(series, codec)
     length, height, width = 0, 0, 0
-    for number in range(series.first, series.first + series.count):
-        path = folder / (series.pattern % number)
+    for image in range(row.num_images):
+        path = image_file(folder / row.path, row, image)
         try:
             content = path.read_bytes()
         except OSError as error:
             raise BadClip(f"{path}: {error.strerror}") from error
-        image_CHW = decode_jpeg_bytes(str(path), content)
+        image_CHW = decode_jpeg_bytes(str(path), content, grey=codec == JPEG_FLOW)
         length += len(content)
-        if number == series.first:
+        if image == 0:
             height, width = image_CHW.shape[1:]
         if image_CHW.shape[1:] != (height, width):
             sizes = f"{image_CHW.shape[2]}x{image_CHW.shape[1]}, the first frame {width}x{height}"
             raise BadClip(f"{folder}: {path.name} is {sizes}")
-    return series, ClipFacts(length, series.count, JPEG_FRAMES, width, height, 0, *JPEG_COLOURS)
+    return ClipFacts(length, series.count, codec, width, height, 0, *JPEG_COLOURS)
+
+
+def row_of_series(series: FrameSeries, codec: str) -> ManifestRow:
+    """Return a row that has only what names the files of a series."""
+    return ManifestRow(series.pattern, series.first, 0, 0, series.count, codec, 0, 0, 0)
+
+
+def number_format(digits: str) -> str:
+    """Return the printf format of numbers that are written like this one."""
+    return f"%0{len(digits)}d" if len(digits) > 1 else "%d"
 
 
 def _frame_names(folder: Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""The generated data set of moving shapes, for smoke tests."""
+"""The generated data sets: moving shapes for smoke tests, and moving textures for optical flow."""

@@ -1,11 +1,11 @@
-"""Write the data set of moving shapes (drawing.py): clips, manifests, and dataset.json with the parameters."""
+"""Write a generated data set: clips, manifests, and dataset.json with the parameters."""
 
 import json
 import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -22,16 +22,34 @@ from runtime.atomic_write import TEMPORARY_SUFFIX, atomic_write
 from runtime.child_processes import exit_with_parent
 from runtime.file_lock import file_lock, lease_path
 
-from .drawing import CLASSES, FPS, ORDER_GROUPS, QP, SPLITS, class_of, draw_clip, encode_clip
-
-FORMAT = 2
-"""Raise it when a drawn pixel or an encoder option changes, so that older folders are not reused."""
+from . import drawing, moving_textures
+from .drawing import FPS, QP, SPLITS, Array, encode_clip
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class Kind:
+    """A kind of generated data set. Clip `index` has class `index % len(classes)`, so the classes are balanced."""
+
+    name: str
+    """Sub-command of prepare.py."""
+    format: int
+    """Raise it when a drawn pixel or an encoder option changes, so that older folders are not reused."""
+    classes: list[str]
+    order_groups: list[int]
+    """Number of the group of each class whose members differ only in the order of frames."""
+    draw_clip: Callable[[str, int, int, int, tuple[int, ...]], Array]
+    """(split, seed, index, size, frames) -> video_THWC."""
+
+
+SHAPES = Kind("shapes", 2, drawing.CLASSES, drawing.ORDER_GROUPS, drawing.draw_clip)
+MOTIONS = Kind("motions", 2, moving_textures.CLASSES, moving_textures.ORDER_GROUPS, moving_textures.draw_clip)
+
+
+@dataclass(frozen=True)
+class GeneratedConfig:
     """The parameters that determine every byte of the data set."""
 
+    kind: Kind = SHAPES
     train_clips: int = 960
     val_clips: int = 240
     size: int = 64
@@ -43,9 +61,10 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         for split in SPLITS:
             clips = self.clips(split)
-            if clips < len(CLASSES) or clips % len(CLASSES):
+            if clips < 1 or clips % len(self.kind.classes):
                 raise DataSetError(
-                    f"--{split}-clips is {clips}. Fix: give a positive multiple of {len(CLASSES)}, the number of classes"
+                    f"--{split}-clips is {clips}. Fix: give a positive multiple of "
+                    f"{len(self.kind.classes)}, the number of classes"
                 )
         if self.size < 32 or self.size % 2:
             raise DataSetError(f"--size is {self.size}. Fix: give an even number of pixels, 32 or more")
@@ -61,14 +80,14 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class Written:
-    """The result of `write_shapes`. `new_clips` is 0 if the data set was complete already."""
+    """The result of `write_generated`. `new_clips` is 0 if the data set was complete already."""
 
     rows: dict[str, int]
     new_clips: int
     bytes: int
 
 
-def write_shapes(root: Path, config: ShapesConfig, workers: int = 1, force: bool = False) -> Written:
+def write_generated(root: Path, config: GeneratedConfig, workers: int = 1, force: bool = False) -> Written:
     """Write the data set, or its missing files, under `root`.
 
     dataset.json (the parameters) is written first, then the clips, then the manifests, each atomically. An interrupted call
@@ -90,19 +109,21 @@ def write_shapes(root: Path, config: ShapesConfig, workers: int = 1, force: bool
         ) from error
 
 
-def _write_missing(root: Path, config: ShapesConfig, workers: int) -> Written:
+def _write_missing(root: Path, config: GeneratedConfig, workers: int) -> Written:
     for leftover in root.glob(f"**/*{TEMPORARY_SUFFIX}"):
         leftover.unlink()
-    new_clips, total_bytes = 0, 0
+    kind, new_clips, total_bytes = config.kind, 0, 0
     for split in SPLITS:
-        for name in CLASSES:
+        for name in kind.classes:
             (root / split / name).mkdir(parents=True, exist_ok=True)
         rows: dict[int, ManifestRow] = {}
         for index, row, is_new in progress(_write_all(root, config, split, workers), config.clips(split), split):
             rows[index] = row
             new_clips += is_new
             total_bytes += row.length
-        write_manifest(root / f"{split}.arrow", (rows[index] for index in sorted(rows)), CLASSES, ORDER_GROUPS, split)
+        write_manifest(
+            root / f"{split}.arrow", (rows[index] for index in sorted(rows)), kind.classes, kind.order_groups, split
+        )
     return Written({split: config.clips(split) for split in SPLITS}, new_clips, total_bytes)
 
 
@@ -118,47 +139,49 @@ def _folder_lock(root: Path) -> Iterator[None]:
         yield
 
 
-def _parameters(config: ShapesConfig) -> dict[str, Any]:
-    return json.loads(json.dumps({"dataset": "shapes", "format": FORMAT, "fps": FPS, "qp": QP, **asdict(config)}))
+def _parameters(config: GeneratedConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(config).items() if name != "kind"}
+    kind = {"dataset": config.kind.name, "format": config.kind.format}
+    return json.loads(json.dumps({**kind, "fps": FPS, "qp": QP, **fields}))
 
 
-def _claim(root: Path, config: ShapesConfig, force: bool) -> None:
+def _claim(root: Path, config: GeneratedConfig, force: bool) -> None:
     """Write dataset.json with these parameters, unless the folder has it. Refuse a folder with other content."""
-    wanted, path = _parameters(config), root / "dataset.json"
+    wanted, path, name = _parameters(config), root / "dataset.json", config.kind.name
     if path.exists():
         try:
             found = json.loads(path.read_text())
-            if found["dataset"] != "shapes":
+            if found["dataset"] != name:
                 raise KeyError
         except (ValueError, KeyError, TypeError):
             raise DataSetError(
-                f"{path} was not written by prepare.py shapes. Fix: choose another folder with --root"
+                f"{path} was not written by prepare.py {name}. Fix: choose another folder with --root"
             ) from None
         changed = [f"{key} is {found.get(key)}, not {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
         if not changed:
             return
         if not force:
             raise DataSetError(
-                f"{root} contains shapes with other parameters ({'; '.join(changed)}). "
+                f"{root} contains {name} with other parameters ({'; '.join(changed)}). "
                 "Fix: choose another folder with --root, or replace the clips with --force"
             )
-        _remove(root)
+        _remove(root, config.kind)
     elif any(entry.suffix != TEMPORARY_SUFFIX and entry != lease_path(root) for entry in root.iterdir()):
         raise DataSetError(
-            f"{root} is not empty and has no dataset.json of prepare.py shapes. Fix: choose another folder with --root"
+            f"{root} is not empty and has no dataset.json of prepare.py {name}. Fix: choose another folder with --root"
         )
     _write_file(path, (json.dumps(wanted, indent=2) + "\n").encode())
 
 
-def _remove(root: Path) -> None:
+def _remove(root: Path, kind: Kind) -> None:
     """Remove only files that this module wrote; keep dataset.json, so that an interrupted removal can be repeated."""
     for split in SPLITS:
         (root / f"{split}.arrow").unlink(missing_ok=True)
-        for name in CLASSES:
+        for name in kind.classes:
             shutil.rmtree(root / split / name, ignore_errors=True)
 
 
-def _find_finished(root: Path, config: ShapesConfig) -> Written | None:
+def _find_finished(root: Path, config: GeneratedConfig) -> Written | None:
     """Return None unless both manifests exist and every clip has the length recorded there."""
     total_bytes = 0
     for split in SPLITS:
@@ -177,7 +200,9 @@ def _find_finished(root: Path, config: ShapesConfig) -> Written | None:
     return Written({split: config.clips(split) for split in SPLITS}, 0, total_bytes)
 
 
-def _write_all(root: Path, config: ShapesConfig, split: str, workers: int) -> Iterator[tuple[int, ManifestRow, bool]]:
+def _write_all(
+    root: Path, config: GeneratedConfig, split: str, workers: int
+) -> Iterator[tuple[int, ManifestRow, bool]]:
     """Write the missing clips of a split. Yields (index, row, whether it is new) of all clips, in any order."""
     indices = range(config.clips(split))
     if workers == 1:
@@ -198,21 +223,25 @@ def _write_all(root: Path, config: ShapesConfig, split: str, workers: int) -> It
                 future.cancel()
 
 
-def _write_chunk(root: Path, config: ShapesConfig, split: str, indices: range) -> list[tuple[int, ManifestRow, bool]]:
+def _write_chunk(
+    root: Path, config: GeneratedConfig, split: str, indices: range
+) -> list[tuple[int, ManifestRow, bool]]:
     return list(_write_some(root, config, split, indices))
 
 
 def _write_some(
-    root: Path, config: ShapesConfig, split: str, indices: range
+    root: Path, config: GeneratedConfig, split: str, indices: range
 ) -> Iterator[tuple[int, ManifestRow, bool]]:
+    kind = config.kind
     for index in indices:
-        label = class_of(index)
-        relative = f"{split}/{CLASSES[label]}/{index:06d}.mp4"
+        label = index % len(kind.classes)
+        relative = f"{split}/{kind.classes[label]}/{index:06d}.mp4"
         try:
             facts, is_new = scan_clip(root / relative, ours=True), False
         # Missing or damaged.
         except BadClip:
-            _write_file(root / relative, encode_clip(draw_clip(split, config.seed, index, config.size, config.frames)))
+            video_THWC = kind.draw_clip(split, config.seed, index, config.size, config.frames)
+            _write_file(root / relative, encode_clip(video_THWC))
             facts, is_new = scan_clip(root / relative, ours=True), True
         yield index, ManifestRow(path=relative, offset=0, label=label, **asdict(facts)), is_new
 

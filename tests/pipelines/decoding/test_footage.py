@@ -19,9 +19,10 @@ from PIL import Image
 import prepare
 from pipelines.decoding.decode import choose_decoder, decode_clip
 from pipelines.errors import BadClip
+from pipelines.jpeg_clips import JPEG_FRAMES
 from pipelines.loading.clips import ClipBatch, ClipSource, TrainingClips
 from pipelines.loading.worker_loader import ClipLoader, start_worker_server
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
+from pipelines.manifest import Manifest, ManifestRow
 from pipelines.prepare.scan.scan_clip import ClipFacts, scan_clip
 from pipelines.stream.augmentation import Augmentation
 from tests.helpers.clips import turned

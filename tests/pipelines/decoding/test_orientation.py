@@ -12,9 +12,10 @@ from PIL import Image
 
 from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip
+from pipelines.jpeg_clips import JPEG_FRAMES
 from pipelines.loading.dali_batches import IMAGES, EncodedSource
 from pipelines.loading.dali_graph import make_pipeline, samples_of
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
+from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from pipelines.prepare.repack.rescale import scaled_images, scaled_size
 from pipelines.prepare.scan.frame_folders import scan_frames
 from pipelines.prepare.scan.scan_clip import scan_clip

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import UNLABELLED, Manifest
 from pipelines.prepare.annotations.lists import read_lists
 from tests.helpers.clips import plain_video, write_frames, write_mp4, write_video
 
@@ -251,7 +252,30 @@ def test_something_v1(something_v1: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (row.width, row.height, row.rotation) == (48, 32, 0)
     assert row.length == sum(path.stat().st_size for path in files)
     said = capsys.readouterr().out
-    assert "3 of 3 clips, 3 jpeg-frames" in said and "has no labels, so the test split gets no manifest" in said
+    assert "3 of 3 clips, 3 jpeg-frames" in said
+    assert "no clip of the test list is in" in said and not (something_v1 / "test.arrow").exists()
+
+
+def test_something_v1_with_its_test_clips(something_v1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without labels, in the order of the list. A clip that is not there is missing, as in the other splits."""
+    folder = "20bn-something-something-v1"
+    write_frames(something_v1 / folder / "98", plain_video(3))
+    message = refused(capsys, "something-v1", "--root", something_v1)
+    assert "test: 1 of 2 clips do not exist, more than the limit of 0.00%" in message
+    write_frames(something_v1 / folder / "99", plain_video(2))
+    assert run("something-v1", "--root", something_v1) == 0
+    assert rows(something_v1, "test") == [(f"{folder}/99/%05d.jpg", UNLABELLED), (f"{folder}/98/%05d.jpg", UNLABELLED)]
+    manifest = Manifest.open(something_v1 / "test.arrow")
+    assert not manifest.labelled and (manifest.split, manifest.classes) == ("test", sorted(V1_CLASSES))
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "without labels" in line]
+    assert "test.arrow: 2 of 2 clips, 2 jpeg-frames" in line
+
+
+def test_something_v1_without_a_test_list(something_v1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (something_v1 / "annotations" / "something-something-v1-test.csv").unlink()
+    assert run("something-v1", "--root", something_v1) == 0
+    assert "has no test list, so the test split gets no manifest" in capsys.readouterr().out
 
 
 def test_something_v1_in_the_order_of_its_labels_file(something_v1: Path) -> None:
@@ -338,7 +362,7 @@ def test_something_v2(something_v2: Path) -> None:
     assert rows(something_v2, "train") == [(f"{folder}/78687.webm", 2), (f"{folder}/42326.mp4", 1)]
     assert rows(something_v2, "val") == [(f"{folder}/74225/%06d.jpg", 0)]
     assert Manifest.open(something_v2 / "train.arrow").row(0).codec == "vp9"
-    assert not (something_v2 / "test.arrow").exists()
+    assert rows(something_v2, "test") == [(f"{folder}/1420.webm", UNLABELLED)]
 
 
 def test_something_v2_with_answers_to_its_test(something_v2: Path) -> None:
@@ -352,6 +376,7 @@ V2_ERRORS = {
     "another file": ("train", "{}", "train.json: holds a dict, not a list"),
     "no template": ("train", '[{"id": "1"}]', "train.json, entry 1: has no id or no template"),
     "an unknown class": ("train", '[{"id": "1", "template": "Moving [x] down"}]', "entry 1: the class 'Moving x down' is not"),
+    "a test clip without ID": ("test", '[{"number": 1}]', "test.json, entry 1: has no id"),
     "labels that skip a number": ("labels", '{"a": "0", "b": "2"}', "2 classes that are not numbered 0 to 1"),
     "a label that is no number": ("labels", '{"a": "first"}', "a class's number is no number"),
 }  # fmt: skip
@@ -498,6 +523,22 @@ def test_a_test_list_may_repeat_the_validation_clips(listed: Path) -> None:
     text(listed / "train.txt", "abseil/a.mp4 0")
     assert run(*list_arguments(listed), "--test", listed / "val.txt") == 0
     assert rows(listed, "test") == rows(listed, "val")
+
+
+@pytest.mark.parametrize("options", [[], ["--delimiter", "space"]])
+def test_a_test_list_of_paths_only_has_no_labels(listed: Path, options: list[object]) -> None:
+    text(listed / "train.txt", "abseil/a.mp4 0")
+    test = text(listed / "test.txt", "v.mp4", '"dance ballet/b 2.mp4"')
+    assert run(*list_arguments(listed), "--test", test, *options) == 0
+    assert rows(listed, "test") == [("v.mp4", UNLABELLED), ("dance ballet/b 2.mp4", UNLABELLED)]
+
+
+def test_a_list_of_training_clips_needs_labels(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text(listed / "train.txt", "abseil/a.mp4")
+    assert "train.txt: no delimiter splits its first 1 lines" in refused(capsys, *list_arguments(listed))
+    text(listed / "train.txt", "abseil/a.mp4 0")
+    test = text(listed / "test.txt", "v.mp4", "abseil/frames 0")
+    assert "test.txt: no delimiter splits" in refused(capsys, *list_arguments(listed), "--test", test)
 
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1)

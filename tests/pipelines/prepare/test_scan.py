@@ -19,7 +19,8 @@ from PIL import Image
 
 import prepare
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_COLOURS, JPEG_FRAMES, Manifest
+from pipelines.jpeg_clips import JPEG_COLOURS, JPEG_FRAMES
+from pipelines.manifest import Manifest
 from pipelines.prepare.annotations.base import Annotations, Clip
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.scan.frame_folders import FrameSeries, find_frames, scan_frames
@@ -77,7 +78,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "source", "function", "failed"),
     [
         ("folder", "new", "prepare.scan.write_manifests.scan_one", r"scanning \S*/new/train/one/0\.mp4"),
-        ("transcode", "files", "prepare.repack.transcode.transcode_clip", r"encoding \S*/files/train\.arrow, row 0,"),
+        ("transcode", "files", "prepare.repack.remake.make_clip", r"encoding \S*/files/train\.arrow, row 0,"),
         ("shard", "files", "prepare.repack.shard.write_shard", r"writing \S*/made/\S+\.tar"),
         ("verify", "files", "prepare.repack.verify.check", r"verifying \S*/files/train\.arrow, rows from 0"),
         ("verify", "shards", "prepare.repack.verify.check", r"verifying \S*/shards/\S+\.tar"),

@@ -26,11 +26,11 @@ from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.scan.scan_clip import scan_clip
 from pipelines.prepare.shapes import write as shapes
 from pipelines.prepare.shapes.drawing import CLASSES, ORDER_GROUPS, class_of, draw_clip, encode_clip
-from pipelines.prepare.shapes.write import ShapesConfig, write_shapes
+from pipelines.prepare.shapes.write import GeneratedConfig, write_generated
 from runtime.atomic_write import atomic_write
 
 CHECKOUT = Path(__file__).parents[3]
-SMALL = ShapesConfig(train_clips=20, val_clips=10, size=32, frames=(8, 24))
+SMALL = GeneratedConfig(train_clips=20, val_clips=10, size=32, frames=(8, 24))
 COMMAND = [sys.executable, str(CHECKOUT / "prepare.py"), "shapes"]
 SMALL_ARGUMENTS = ["--train-clips", "20", "--val-clips", "10", "--size", "32", "--frames", "8", "24"]
 
@@ -47,7 +47,7 @@ def contents(root: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes") / "shapes"
-    write_shapes(root, SMALL)
+    write_generated(root, SMALL)
     return root
 
 
@@ -198,7 +198,7 @@ def test_many_workers_write_the_same(finished: Path, tmp_path: Path) -> None:
 def test_a_second_call_leaves_the_folder_alone(root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.glob("**/*")}
     start_s = time.perf_counter()
-    written = write_shapes(root, SMALL)
+    written = write_generated(root, SMALL)
     assert time.perf_counter() - start_s < 1.0
     assert (written.new_clips, written.rows) == (0, {"train": 20, "val": 10})
     assert {path: path.stat().st_mtime_ns for path in root.glob("**/*")} == before
@@ -213,7 +213,7 @@ def test_what_was_harmed_is_mended(root: Path, finished: Path) -> None:
     clips[2].write_bytes(clips[2].read_bytes()[:-400])
     (root / "val.arrow").write_bytes((root / "val.arrow").read_bytes()[:-10])
     (clips[3].parent / "000123.mp4.tmp").write_bytes(b"left over")
-    assert write_shapes(root, SMALL).new_clips == 3
+    assert write_generated(root, SMALL).new_clips == 3
     assert contents(root) == contents(finished)
 
 
@@ -222,7 +222,7 @@ def test_a_changed_manifest_is_written_again(root: Path, finished: Path) -> None
     content, labels = path.read_bytes(), Manifest.open(path).labels()
     path.write_bytes(content.replace(labels.tobytes(), labels[::-1].tobytes()))
     assert path.read_bytes() != content
-    assert write_shapes(root, SMALL).new_clips == 0
+    assert write_generated(root, SMALL).new_clips == 0
     assert contents(root) == contents(finished)
 
 
@@ -240,10 +240,10 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("train/*/*.mp4")}
     assert 30 <= len(kept) < 240 and not (killed / "train.arrow").exists()
 
-    config = ShapesConfig(train_clips=240, val_clips=10, size=32, frames=(8,))
-    assert write_shapes(killed, config).new_clips == 250 - len(kept)
+    config = GeneratedConfig(train_clips=240, val_clips=10, size=32, frames=(8,))
+    assert write_generated(killed, config).new_clips == 250 - len(kept)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    write_shapes(whole, config)
+    write_generated(whole, config)
     assert contents(killed) == contents(whole)
 
 
@@ -270,12 +270,12 @@ def living_members(group: int) -> list[str]:
 def test_other_parameters_need_force(root: Path, tmp_path: Path) -> None:
     (root / "notes.txt").write_text("mine")
     before = contents(root)
-    other = ShapesConfig(train_clips=10, val_clips=10, size=32, frames=(8, 24), seed=5)
+    other = GeneratedConfig(train_clips=10, val_clips=10, size=32, frames=(8, 24), seed=5)
     with pytest.raises(DataSetError, match=r"train_clips is 20, not 10; seed is 0, not 5.*--root.*--force"):
-        write_shapes(root, other)
+        write_generated(root, other)
     assert contents(root) == before
-    assert write_shapes(root, other, force=True).new_clips == 20
-    write_shapes(tmp_path / "fresh", other)
+    assert write_generated(root, other, force=True).new_clips == 20
+    write_generated(tmp_path / "fresh", other)
     assert contents(root) == contents(tmp_path / "fresh") | {"notes.txt": b"mine"}
 
 
@@ -284,10 +284,10 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "train" / "mine.mp4").write_bytes(b"precious")
     for force in (False, True):
         with pytest.raises(DataSetError, match=r"not empty and has no dataset.json.*--root"):
-            write_shapes(tmp_path, SMALL, force=force)
+            write_generated(tmp_path, SMALL, force=force)
     (tmp_path / "dataset.json").write_text('{"dataset": "kinetics"}')
     with pytest.raises(DataSetError, match=r"not written by prepare.py shapes.*--root"):
-        write_shapes(tmp_path, SMALL, force=True)
+        write_generated(tmp_path, SMALL, force=True)
     assert sorted(contents(tmp_path)) == ["dataset.json", "train/mine.mp4"]
 
 
@@ -328,9 +328,9 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         DataSetError, match=r"cannot write .*000005.mp4: No space left on device. Fix: free space there"
     ):
-        write_shapes(tmp_path / "shapes", SMALL)
+        write_generated(tmp_path / "shapes", SMALL)
     monkeypatch.undo()
-    assert write_shapes(tmp_path / "shapes", SMALL).new_clips == 25
+    assert write_generated(tmp_path / "shapes", SMALL).new_clips == 25
 
 
 def test_importing_needs_no_torch() -> None:

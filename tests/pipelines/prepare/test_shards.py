@@ -20,19 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+from pipelines.clip_names import clip_name, clip_names
 from pipelines.decoding import shard_reader
-from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
+from pipelines.decoding.clip_bytes import clip_bytes, image_bytes
 from pipelines.decoding.decode import choose_decoder, decode_clip
 from pipelines.decoding.tar import member_space
 from pipelines.errors import BadClip
+from pipelines.jpeg_clips import JPEG_FRAMES
 from pipelines.loading.clips import ClipSource, TrainingClips
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
+from pipelines.manifest import UNLABELLED, Manifest, ManifestRow, write_manifest
 from pipelines.prepare.errors import DataSetError
 from pipelines.prepare.repack.job_array import Part, find_part
 from pipelines.prepare.repack.shard import RECORDS_NAME, parse_bytes, shard_tasks
 from pipelines.prepare.repack.shard_file import write_shard
 from pipelines.stream.augmentation import Augmentation
-from tests.helpers.clips import plain_video, smooth_video, turned, write_frames, write_mp4, write_video
+from tests.helpers.clips import plain_video, smooth_video, turned, write_clips, write_frames, write_mp4, write_video
 from tests.helpers.flock import break_flock
 from tests.helpers.small_disk import mounted
 
@@ -99,13 +101,14 @@ def test_clips_are_the_same_as_in_files(files: Path, shards: Path, split: str, d
     assert (of_files.classes, of_files.split) == (of_shards.classes, of_shards.split)
     for row, packed in zip(rows_of(files, split), rows_of(shards, split), strict=True):
         assert packed.path.endswith(".tar")
-        assert replace(packed, path=row.path, offset=row.offset, length=row.length) == row
+        assert replace(packed, path=row.path, offset=row.offset, length=row.length, name="") == row
+        assert packed.name == clip_name(row)
         frame_T = np.array([row.num_frames - 1, 0, 4, 4])
         video_TCHW = decode_clip(decoder, shards, packed, frame_T)
         assert torch.equal(video_TCHW, decode_clip(decoder, files, row, frame_T))
         if row.codec == JPEG_FRAMES:
             for frame in range(row.num_frames):
-                assert frame_bytes(shards, packed, frame)[1] == frame_bytes(files, row, frame)[1]
+                assert image_bytes(shards, packed, frame)[1] == image_bytes(files, row, frame)[1]
         else:
             assert clip_bytes(shards, packed).tobytes() == (files / row.path).read_bytes()
 
@@ -130,7 +133,7 @@ def test_only_the_frames_asked_for_are_read(shards: Path, monkeypatch: pytest.Mo
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", count)
-    frames = {number: frame_bytes(shards, row, number)[1] for number in (0, 5)}
+    frames = {number: image_bytes(shards, row, number)[1] for number in (0, 5)}
     index_bytes = 16 * row.num_frames
     assert read == [512 + index_bytes, 512 + len(frames[0]), 512 + len(frames[5])]
 
@@ -194,6 +197,9 @@ def test_rows_are_cut_into_neighbours(
 def test_shards_of_shards(shards: Path, tmp_path: Path) -> None:
     """Repack shards into shards of another size, without the files."""
     assert shard(shards, tmp_path / "again", "1MB") == 0
+    assert clip_names(Manifest.open(tmp_path / "again" / "val.arrow")) == clip_names(
+        Manifest.open(shards / "val.arrow")
+    )
     for row, again in zip(rows_of(shards), rows_of(tmp_path / "again"), strict=True):
         frame_T = np.array([0, 3])
         assert torch.equal(
@@ -250,6 +256,28 @@ def test_a_shard_is_opened_once(spoiled: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(opened) == len(set(opened)) == len({row.path for row in rows_of(spoiled)})
 
 
+def test_a_shard_is_closed_once_it_is_forgotten(spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(os, "close", closed.append)
+    shard_reader.Shard(spoiled / "train-000000.tar")
+    monkeypatch.undo()
+    (descriptor,) = closed
+    os.close(descriptor)
+
+
+def test_a_shard_that_is_open_at_exit_causes_no_message(spoiled: Path) -> None:
+    """Keep the module alive to the end, as other modules do in a job: Python then sets its globals to None."""
+    script = f"""
+import sys
+from pathlib import Path
+from pipelines.decoding import shard_reader
+shard_reader.open_shard(Path({str(spoiled / "train-000000.tar")!r}))
+sys.kept = shard_reader
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- Interrupted and failing writes -----------------------------------------------------------------------------------
 
 
@@ -268,6 +296,30 @@ def test_a_new_scan_of_the_source_reaches_the_shards(files: Path, spoiled: Path)
     expected = [Manifest.open(files / "train.arrow").row(number).fast_seek for number in range(len(manifest))]
     assert [Manifest.open(manifest.path).row(number).fast_seek for number in range(len(manifest))] == expected
     assert any(expected) and Manifest.open(manifest.path).digest == manifest.digest
+
+
+def test_a_manifest_of_an_older_version_gets_the_names(files: Path, spoiled: Path) -> None:
+    """It keeps its digest, so that runs resume with it."""
+    manifest = Manifest.open(spoiled / "val.arrow")
+    older = [replace(manifest.row(number), name="") for number in range(len(manifest))]
+    write_manifest(manifest.path, older, manifest.classes, manifest.order_groups, manifest.split)
+    assert clip_names(Manifest.open(manifest.path)) is None
+    assert shard(files, spoiled) == 0
+    assert clip_names(Manifest.open(manifest.path)) == clip_names(Manifest.open(files / "val.arrow"))
+    assert Manifest.open(manifest.path).digest == manifest.digest
+
+
+def test_clips_without_labels(tmp_path: Path) -> None:
+    """Their shards hold no labels, and their manifest is one without labels again."""
+    (tmp_path / "files").mkdir()
+    write_clips(tmp_path / "files" / "test.arrow", [plain_video()] * 2)
+    rows = [replace(row, label=UNLABELLED) for row in rows_of(tmp_path / "files", "test")]
+    write_manifest(tmp_path / "files" / "test.arrow", rows, ["a", "b", "c"], split="test")
+    assert shard(tmp_path / "files", tmp_path / "shards") == 0
+    with tarfile.open(tmp_path / "shards" / "test-000000.tar") as file:
+        assert file.getnames() == ["000000000.mp4", "000000001.mp4"]
+    packed = Manifest.open(tmp_path / "shards" / "test.arrow")
+    assert not packed.labelled and clip_names(packed) == ["0", "1"]
 
 
 @pytest.mark.parametrize("change", ["bit", "gone"])

@@ -14,10 +14,11 @@ import torch
 
 import prepare
 from pipelines.decoding import shard_reader, staged_copies
-from pipelines.decoding.clip_bytes import clip_bytes, frame_bytes
+from pipelines.decoding.clip_bytes import clip_bytes, image_bytes
 from pipelines.decoding.decode import decode_clip
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import Manifest, ManifestRow
 from pipelines.prepare.repack.shard_index import read_shard_index
 from pipelines.prepare.repack.stage import CopyTask, copy_files, parse_range
 from pipelines.stream.order import StreamOrder
@@ -110,7 +111,7 @@ def test_copies_are_enough(shared: Path, local: Path, kind: str, capsys: pytest.
     for (_, row), video_TCHW in before.items():
         assert torch.equal(pixels(root, row), video_TCHW)
         if row.codec == JPEG_FRAMES:
-            assert len(frame_bytes(root, row, 7)[1]) > 100
+            assert len(image_bytes(root, row, 7)[1]) > 100
         else:
             assert len(clip_bytes(root, row)) == row.length
     assert "staged file is bad" not in capsys.readouterr().err

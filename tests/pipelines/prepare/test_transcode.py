@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
+from pipelines.clip_names import clip_names
 from pipelines.decoding.decode import choose_decoder, decode_clip
 from pipelines.decoding.video import EncodedVideo, open_video
 from pipelines.manifest import Manifest, ManifestRow
@@ -165,6 +166,11 @@ def test_from_shards_and_into_shards(source: Path, tmp_path: Path) -> None:
     for root, name in ((source, "of files"), (tmp_path / "packed", "of shards")):
         assert transcode(root, tmp_path / name, *SMALL) == 0
     assert encoded_files(tmp_path / "of files") == encoded_files(tmp_path / "of shards")
+    names = [
+        clip_names(Manifest.open(root / "train.arrow"))
+        for root in (source, tmp_path / "packed", tmp_path / "of shards")
+    ]
+    assert names[0] is not None and names[1:] == [names[0]] * 2
     again = ["--root", str(tmp_path / "of files"), "--to", str(tmp_path / "end"), "--workers", "0"]
     assert prepare.main(["shard", *again]) == 0
     assert prepare.main(["verify", "--root", str(tmp_path / "end"), "--decode", "--workers", "0"]) == 0

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import prepare
-from pipelines.manifest import JPEG_FRAMES, Manifest, ManifestRow, write_manifest
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import Manifest, ManifestRow, write_manifest
 from tests.helpers.clips import smooth_video, write_both_kinds, write_video
 
 CHECKOUT = Path(__file__).resolve().parents[3]

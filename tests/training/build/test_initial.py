@@ -28,7 +28,7 @@ from training.build.recipe import recipe_of
 from training.config.checks import check
 from training.config.schema import Config, ModelConfig
 from training.errors import ConfigError
-from tsm.networks import TemporalNetwork
+from tsm.networks import BACKBONES, TemporalNetwork
 from tsm.official import from_official
 
 CLASSES = 5
@@ -292,6 +292,59 @@ def test_partial_bn_at_random_weights_is_said() -> None:
     assert "model.partial_bn keeps all batch norms but the first at them" in start("random", partial_bn=True)[1]
 
 
+# --- Modality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_image_weights_start_a_flow_network(tmp_path: Path, backbone: str) -> None:
+    """The first convolution has the mean over red, green and blue in each of its ten channels."""
+    tensors = image_classifier(backbone)
+    network, said = start(saved(tmp_path / "image.pth", tensors), backbone=backbone, modality="flow")
+    body = {name: tensor for name, tensor in from_official(tensors).items() if name.startswith("backbone.")}
+    first = "backbone.conv1" if backbone == "resnet18" else "backbone.features.0.0"
+    red, green, blue = body.pop(f"{first}.weight").double().unbind(1)
+    assert_holds(network, body, but=rf"^classifier|^{first}\.weight")
+    weight = network.get_parameter(f"{first}.weight")
+    assert weight.shape[1] == 10
+    for channel in range(10):
+        torch.testing.assert_close(weight[:, channel].double(), (red + green + blue) / 3, rtol=1e-6, atol=1e-8)
+    assert f"{first} takes the mean of the file's over RGB" in said
+
+
+@pytest.mark.parametrize("names", ["official", "ours"])
+def test_weights_of_a_flow_network_start_one(tmp_path: Path, names: str) -> None:
+    tensors = official(modality="flow")
+    of_flow = from_official(tensors)
+    released = {"epoch": 50, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}
+    file = saved(tmp_path / "TSM_kinetics_Flow.pth", released if names == "official" else of_flow)
+    network, said = start(file, modality="flow")
+    assert_holds(network, of_flow)
+    assert "mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("of_file", "message"),
+    [
+        (
+            "rgb",
+            r"is of a network for rgb \(3 input channels\), and model\.modality=flow has 10\. "
+            r"Fix: model\.init=imagenet, the file of a network for flow, or model\.modality=rgb",
+        ),
+        (
+            "flow",
+            r"is of a network for flow \(10 input channels\), and model\.modality=rgb has 3\. "
+            r"Fix: the file of a network for rgb, or model\.modality=flow",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_weights_for_the_other_modality_are_refused(tmp_path: Path, backbone: str, of_file: str, message: str) -> None:
+    file = saved(tmp_path / "tsm.pth", official(backbone, modality=of_file))
+    with pytest.raises(ConfigError, match=message):
+        start(file, backbone=backbone, modality={"rgb": "flow", "flow": "rgb"}[of_file])
+    start(file, backbone=backbone, modality=of_file)
+
+
 # --- ImageNet ---------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +357,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_missing_imagenet_weights_name_path_and_command(cache: Path, backbone: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_initial_weights(model_of("imagenet", backbone=backbone), CHECKOUT, None)
@@ -394,9 +447,8 @@ def test_a_file_without_a_classifier(tmp_path: Path) -> None:
 
 
 def test_another_shape(tmp_path: Path) -> None:
-    # Weights for optical flow.
-    tensors = official() | {"base_model.conv1.weight": torch.zeros(64, 10, 7, 7)}
-    refused(saved(tmp_path / "flow.pth", tensors), r"backbone\.conv1\.weight is \(64, 10, 7, 7\), not \(64, 3, 7, 7\)")
+    tensors = official() | {"base_model.layer1.0.conv1.net.weight": torch.zeros(64, 10, 1, 1)}
+    refused(saved(tmp_path / "other.pth", tensors), r"backbone\.layer1\.0\.conv1\.weight is \(64, 10, 1, 1\), not")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def refused(*overrides: str, base: Path | None = None) -> str:
         ("epochs=3", "schedule.epochs"),
         ("sede=1", "seed"),
         ("modle=tsm_resnet50", "model"),
-        ("+newgroup.x=1", "training/config/schema.py"),
+        ("+newgroup.x=1", "training/config/schema/"),
         ("model.shift.x=1", "Fix: model.shift=VALUE"),
         ("data.mirrored_words.0=[a,b]", "Fix: data.mirrored_words=VALUE"),
         ("data.mirrored_words[0]=[a,b]", "data.mirrored_words"),

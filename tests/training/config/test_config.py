@@ -170,6 +170,7 @@ def test_an_older_config_has_the_micro_batch_as_a_number(tmp_path: Path) -> None
 
 BAD_VALUES: list[tuple[str, Any]] = [
     ("model.backbone", "vgg"),
+    ("model.modality", "depth"),
     ("model.init", ""),
     ("model.init_sha256", "abc"),
     ("model.shift", "inplace"),
@@ -212,6 +213,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("optimizer.weight_decay", -1e-4),
     ("optimizer.bias_lr_multiplier", 0.0),
     ("optimizer.classifier_lr_multiplier", 0.0),
+    ("optimizer.first_conv_lr_multiplier", 0.0),
     ("optimizer.trust_coefficient", 0.0),
     ("optimizer.eps", -1.0),
     ("optimizer.momentum", 1.0),
@@ -259,6 +261,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("evaluation.batch", 0),
     ("evaluation.clips", "thrice"),
     ("evaluation.crops", 4),
+    ("evaluation.split", "train"),
+    ("evaluation.ensemble_average", "mean"),
     ("evaluation.explain", -1),
     ("evaluation.distances", []),
     ("evaluation.distances", [1, 0]),
@@ -301,9 +305,9 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 
 
 FREE_TEXT = {
-    "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.prepare", "logger.project",
-    "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "checkpoint.second_place",
-    "name", "outputs", "run_id",
+    "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.test", "data.prepare",
+    "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot",
+    "checkpoint.second_place", "name", "outputs", "run_id",
 }  # fmt: skip
 
 

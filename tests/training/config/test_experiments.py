@@ -1,6 +1,7 @@
 """Experiments that reproduce published runs, compared with the published settings key by key."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +64,29 @@ def test_the_settings_are_the_published_ones(name: str) -> None:
     assert config.pipeline.size == 224
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "something_v2_64"])
+FLOW = {
+    "kinetics_flow": "kinetics_single_node",
+    "something_v1_flow": "something_v1",
+    "something_v2_flow": "something_v2",
+}
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_flow_recipe_is_that_of_rgb_with_flows_crops_and_rates(name: str) -> None:
+    """What the authors' code does with flow; the rest is the RGB recipe's, and the file says so."""
+    config, rgb = experiment(name), experiment(FLOW[name])
+    assert (config.model.modality, config.model.init, config.model.partial_bn) == ("flow", "imagenet", False)
+    assert config.pipeline.crop_scales == [1.0, 0.875, 0.75]
+    assert config.optimizer.first_conv_lr_multiplier == 5.0
+    assert config.data.root == f"{rgb.data.root}_flow"
+    assert config.data.prepare == f"python prepare.py flow --root {rgb.data.root} --to {config.data.root}"
+    assert replace(config.model, modality="rgb") == rgb.model
+    assert (config.optimizer, config.schedule, config.batch) == (rgb.optimizer, rgb.schedule, rgb.batch)
+    assert replace(config.pipeline, crop_scales=rgb.pipeline.crop_scales) == rgb.pipeline
+    assert replace(config.data, root=rgb.data.root, prepare=rgb.data.prepare) == rgb.data
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *FLOW, "something_v2_64"])
 def test_every_experiment_says_its_source(name: str) -> None:
     from .test_config import CONF
 
@@ -143,6 +166,8 @@ def test_the_batch_lies_on_the_usual_machines(name: str, clips: int, worlds: tup
     [
         "model=tsm_mobilenet_v2",
         "model=tsm_resnet101",
+        "model=tsm_resnext101",
+        "model.backbone=wide_resnet50_2",
         "model.num_frames=16",
         "model.non_local=true",
         "model.temporal_pool=true",

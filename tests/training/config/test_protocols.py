@@ -1,5 +1,6 @@
 """Evaluation protocols of conf/evaluation, and the part of the configuration that determines training."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_a_run_validates_as_it_samples() -> None:
     dense = config_of("experiment=smoke", "pipeline.sampling=dense")
     assert protocol_in(dense) == EvalProtocol(8, 32, "dense_validation")
     assert all(protocol_in(config).clips in EVALUATION_RULES for config in (smoke(), dense))
+
+
+def test_flow_is_sampled_and_evaluated_as_flow() -> None:
+    """Give the modality to samples and views. The recipe has it among the network's settings, and only for flow."""
+    config = config_of("experiment=smoke", "model.modality=flow", "evaluation=ten_crop")
+    assert protocol_in(config) == replace(PROTOCOLS["ten_crop"], modality="flow")
+    assert augmentation_in(config) == replace(augmentation_in(smoke()), modality="flow")
+    flow, rgb = (recipe_of(each, 960, "digest") for each in (config, smoke()))
+    assert flow.augmentation == rgb.augmentation and "modality" not in rgb.augmentation
+    assert (flow.model["modality"], rgb.model.get("modality", "rgb")) == ("flow", "rgb")
 
 
 def test_an_experiment_keeps_its_batch_under_another_protocol() -> None:

@@ -108,7 +108,10 @@ def test_a_camera_without_frames_is_refused(opened: list[FakeCapture], monkeypat
 
 def test_without_opencv_a_camera_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ConfigError, match=r"need OpenCV.*Fix: pip install.*opencv-python-headless"), open_source("0"):
+    with (
+        pytest.raises(ConfigError, match=r"need OpenCV.*Fix: pip install.*opencv-contrib-python-headless"),
+        open_source("0"),
+    ):
         pass
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from pipelines.errors import BadClip
-from pipelines.manifest import JPEG_FRAMES, Manifest
+from pipelines.jpeg_clips import JPEG_FRAMES
+from pipelines.manifest import Manifest
 from pipelines.prepare.annotations.class_folders import read_class_folders
 from pipelines.prepare.scan.write_manifests import scan_one, write_manifests
-from pipelines.prepare.shapes.write import ShapesConfig, write_shapes
+from pipelines.prepare.shapes.write import GeneratedConfig, write_generated
 from predict import load
 from tests.helpers.clips import plain_video, write_both_kinds, write_mp4
 from tests.helpers.tiny_run import evaluate_here, write_run
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the shapes, next to its 20 validation clips: more than a batch."""
     folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder / "clips", ShapesConfig(train_clips=10, val_clips=20))
+    write_generated(folder / "clips", GeneratedConfig(train_clips=10, val_clips=20))
     classes = Manifest.open(folder / "clips" / "val.arrow").classes
     write_run(folder / "mine", classes, "optimizer.ema_decay=0.9", "data.root=/gone")
     return folder

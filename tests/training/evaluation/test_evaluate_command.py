@@ -104,7 +104,7 @@ def test_a_run_is_evaluated_as_while_it_trained(folder: Path) -> None:
     assert record["protocol"] == trained["protocol"] == "4x32-uniform_validation-1crop"
     assert record["amp"] == trained["amp"] == "off"
     # Bit-equal: the same clips in the same batches on the same device.
-    for name in set(record) - {"protocol", "source", "amp", "notes", "classes_sha256"}:
+    for name in set(record) - {"protocol", "source", "split", "amp", "notes", "classes_sha256"}:
         assert record[name] == trained[name], name
     assert record["notes"] == "" and "differs from the run" not in output
 
@@ -269,6 +269,8 @@ def test_training_refuses_what_only_an_evaluation_does(folder: Path) -> None:
     assert done.exit_code == 2
     assert "evaluation.save_logits" in done.output and "evaluate.py" in done.output
     unused: Any = None
+    with pytest.raises(ConfigError, match=r"evaluation\.split=test is for evaluate\.py.* Fix: evaluation\.split=val"):
+        train_task(Config(evaluation=EvaluationConfig(split="test")), unused, unused)
     with pytest.raises(
         ConfigError, match=r"evaluation\.clips=stream is for evaluate\.py.*Fix: train with evaluation=validation"
     ):

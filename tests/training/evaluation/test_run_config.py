@@ -68,6 +68,7 @@ def test_the_runs_own_configuration_differs_in_nothing() -> None:
 
 IDENTITIES = [
     ("model.backbone", "resnet34"),
+    ("model.modality", "flow"),
     ("model.shift", "none"),
     ("model.direction", "past"),
     ("model.fold_div", 4),

@@ -1,4 +1,4 @@
-"""Saved logits and ensembles: the round trip, scores, and refused files."""
+"""Saved logits and ensembles of one manifest: the round trip, scores, and refused files."""
 
 import csv
 import json
@@ -60,6 +60,7 @@ def test_the_files_for_people(tmp_path: Path) -> None:
     assert counts == confusion_matrix(clip_logits).tolist()
     assert sum(map(sum, counts)) == 38
     assert sorted(tmp_path.iterdir()) == sorted([path, path.with_suffix(".json"), path.with_suffix(".confusion.csv")])
+    assert "missing_clips" not in summary
 
 
 def two_files(folder: Path) -> tuple[list[Path], ClipLogits, ClipLogits]:
@@ -69,57 +70,84 @@ def two_files(folder: Path) -> tuple[list[Path], ClipLogits, ClipLogits]:
 
 def test_an_ensemble_is_the_mean_of_logits(tmp_path: Path) -> None:
     paths, one, other = two_files(tmp_path)
-    both, groups = ensemble(paths, [])
-    torch.testing.assert_close(both.logit_NK, (one.logit_NK + other.logit_NK).double() / 2)
-    assert groups == [0, 0, 1]
+    both = ensemble(paths, [])
+    torch.testing.assert_close(both.clip_logits.logit_NK, (one.logit_NK + other.logit_NK).double() / 2)
+    assert both.origin.order_groups == [0, 0, 1]
     answers = (one.logit_NK + other.logit_NK).argmax(1) == one.label_N
     kept_N = torch.tensor([row not in (3, 5) for row in range(40)])
-    scores = scores_of(both, groups)
+    scores = scores_of(both.clip_logits, [0, 0, 1])
     assert scores.top1_percent == pytest.approx(100 * answers[kept_N].double().mean().item())
     assert scores.top1_percent not in (scores_of(one, None).top1_percent, scores_of(other, None).top1_percent)
 
 
+def test_an_ensemble_is_the_mean_of_softmax_if_asked(tmp_path: Path) -> None:
+    paths, one, other = two_files(tmp_path)
+    expected = 0.2 * one.logit_NK.double().softmax(1) + 0.8 * other.logit_NK.double().softmax(1)
+    found = ensemble(paths, [1.0, 4.0], "softmax").clip_logits.logit_NK
+    torch.testing.assert_close(found.softmax(1), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.exp(), expected, rtol=1e-12, atol=0)
+    # A softmax that float64 rounds to 0 gives no infinite loss, and a weight of 0 leaves the other file alone.
+    sure = replace(one, logit_NK=1e4 * one.logit_NK)
+    paths = [saved(tmp_path / "sure", sure), paths[1]]
+    assert ensemble(paths, [1.0, 0.0], "softmax").clip_logits.logit_NK.isfinite().all()
+
+
 def test_an_ensemble_counts_clips_that_all_have_seen(tmp_path: Path) -> None:
     paths, _, _ = two_files(tmp_path)
-    both, groups = ensemble(paths, [])
+    both = ensemble(paths, []).clip_logits
     assert (~both.seen_N).nonzero().flatten().tolist() == [3, 5]
-    assert (scores_of(both, groups).clips, scores_of(both, groups).missing) == (38, 2)
+    assert (scores_of(both, None).clips, scores_of(both, None).missing) == (38, 2)
 
 
 def test_weights(tmp_path: Path) -> None:
     """Weights are relative: 6 to 2 equals 3 to 1, and 1 to 0 leaves only the first."""
     paths, one, other = two_files(tmp_path)
-    both, _ = ensemble(paths, [6.0, 2.0])
+    both = ensemble(paths, [6.0, 2.0]).clip_logits
     torch.testing.assert_close(both.logit_NK, (0.75 * one.logit_NK + 0.25 * other.logit_NK).double())
-    first, _ = ensemble(paths, [1.0, 0.0])
+    first = ensemble(paths, [1.0, 0.0]).clip_logits
     torch.testing.assert_close(first.logit_NK, one.logit_NK.double())
 
 
-def test_an_ensemble_of_one_scores_as_it_did(tmp_path: Path) -> None:
+def test_an_ensemble_of_one_is_that_file(tmp_path: Path) -> None:
     one = random_logits(1, 3)
-    alone, groups = ensemble([saved(tmp_path, one)], [])
-    assert scores_of(alone, groups) == scores_of(one, [0, 0, 1])
+    path = saved(tmp_path, one)
+    alone = ensemble([path], [7.0]).clip_logits
+    assert torch.equal(alone.logit_NK, one.logit_NK.double())
+    assert torch.equal(alone.label_N, one.label_N) and torch.equal(alone.seen_N, one.seen_N)
+    assert scores_of(alone, [0, 0, 1]) == scores_of(one, [0, 0, 1])
+    torch.testing.assert_close(
+        ensemble([path], [], "softmax").clip_logits.logit_NK, one.logit_NK.double().log_softmax(1)
+    )
 
 
-def test_logits_of_other_clips_are_refused(tmp_path: Path) -> None:
-    one = saved(tmp_path / "a", random_logits(1))
-    other = saved(tmp_path / "b", random_logits(2), replace(ORIGIN, manifest_digest="another digest"))
+def test_an_ensemble_of_ensembles(tmp_path: Path) -> None:
+    """Weighted again, the mean of three files is the mean of one and of the mean of two."""
+    paths, _, _ = two_files(tmp_path)
+    third = saved(tmp_path / "c", random_logits(3))
+    two = ensemble(paths, [])
+    path = saved(tmp_path / "two", two.clip_logits, two.origin)
+    assert path.name.startswith("ensemble-logits-") and load_logits(path)[1] == two.origin
+    nested, flat = ensemble([path, third], [2, 1]), ensemble([*paths, third], [])
+    torch.testing.assert_close(nested.clip_logits.logit_NK, flat.clip_logits.logit_NK, rtol=1e-12, atol=1e-12)
+    assert torch.equal(nested.clip_logits.seen_N, flat.clip_logits.seen_N)
+
+
+def test_a_file_of_an_older_version(tmp_path: Path) -> None:
+    """It names neither its clips nor its split. It still joins files of the same manifest."""
+    one, other = random_logits(1), random_logits(2)
+    older = {key: value for key, value in vars(ORIGIN).items() if key not in ("split", "clip_names", "members")}
+    path = tmp_path / "older.safetensors"
+    save_file(vars(one), path, {"tsm_logits": json.dumps(older)})
+    assert load_logits(path)[1] == ORIGIN
+    newer = saved(tmp_path, other, replace(ORIGIN, clip_names=[str(number) for number in range(40)]))
+    both = ensemble([path, newer], [])
+    torch.testing.assert_close(both.clip_logits.logit_NK, (one.logit_NK + other.logit_NK).double() / 2)
+    assert both.origin.clip_names == load_logits(newer)[1].clip_names
+    elsewhere = saved(tmp_path / "b", other, replace(ORIGIN, manifest_digest="another", clip_names=["x"] * 40))
     with pytest.raises(
-        ConfigError, match=r"evaluation\.ensemble: .*/b/.*other clips than .*/a/.*another dige and digest"
+        ConfigError, match=r"different manifests, and .*older\.safetensors does not say.* Fix: evaluate that run again"
     ):
-        ensemble([one, other], [])
-
-
-def test_logits_of_classes_with_other_numbers_are_refused(tmp_path: Path) -> None:
-    """Name the class also if the digests, wrongly, agree."""
-    one = saved(tmp_path / "a", random_logits(1))
-    turned = replace(ORIGIN, classes=[CLASSES[1], CLASSES[0], CLASSES[2]])
-    for number, origin in enumerate((turned, replace(turned, manifest_digest="another digest"))):
-        other = saved(tmp_path / str(number), random_logits(2), origin)
-        with pytest.raises(
-            ConfigError, match=r"class 0 is 'move right' in .*, 'move left' in .*/a/.* Fix: evaluate both"
-        ):
-            ensemble([one, other], [])
+        ensemble([path, elsewhere], [])
 
 
 def test_files_without_logits_are_refused(tmp_path: Path) -> None:
@@ -156,9 +184,10 @@ def test_the_command_prints_the_scores(tmp_path: Path, capsys: pytest.CaptureFix
     code, output, _ = command(capsys, ensemble=paths, ensemble_weights=[3, 1])
     assert code == 0
     line, record = output.splitlines()
-    assert line.startswith("ensemble of 2")
-    scores = scores_of(*ensemble([Path(path) for path in paths], [3, 1]))
-    assert json.loads(record) == {"ensemble": paths, "weights": [3.0, 1.0], **scores.as_dict()}
+    assert line.startswith("ensemble of 2, mean of logits")
+    scores = scores_of(ensemble([Path(path) for path in paths], [3, 1]).clip_logits, [0, 0, 1])
+    settings = {"ensemble": paths, "weights": [3.0, 1.0], "average": "logits", "split": "val"}
+    assert json.loads(record) == settings | scores.as_dict()
 
 
 def test_missing_clips_decide_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +206,22 @@ def test_weights_that_make_no_mean_are_refused(
     code, output, errors = command(capsys, ensemble=paths, ensemble_weights=weights)
     assert (code, output) == (2, "")
     assert "evaluation.ensemble_weights must be 2 numbers" in errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"ensemble_average": "mean"}, "evaluation.ensemble_average must be one of logits, softmax, got 'mean'. Fix: "),
+        ({"ensemble": ["a", "b", "a"]}, "evaluation.ensemble names a more than once. Fix: "),
+    ],
+)
+def test_what_is_no_ensemble_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], says: str
+) -> None:
+    paths = [str(path) for path in two_files(tmp_path)[0]]
+    code, output, errors = command(capsys, **{"ensemble": paths} | settings)
+    assert (code, output) == (2, "")
+    assert says in errors
 
 
 def test_many_processes_are_refused(

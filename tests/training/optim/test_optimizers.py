@@ -24,7 +24,13 @@ from training.optim.optimizers import (
 )
 from tsm.networks import TemporalNetwork, build_network
 
-OFFICIAL = OptimizerConfig(momentum=0.9, weight_decay=1e-4, bias_lr_multiplier=2.0, classifier_lr_multiplier=5.0)
+OFFICIAL = OptimizerConfig(
+    momentum=0.9,
+    weight_decay=1e-4,
+    bias_lr_multiplier=2.0,
+    classifier_lr_multiplier=5.0,
+    first_conv_lr_multiplier=5.0,
+)
 
 
 def small_network() -> TemporalNetwork:
@@ -34,7 +40,7 @@ def small_network() -> TemporalNetwork:
     return network
 
 
-def settings_by_name(network: nn.Module, config: OptimizerConfig) -> dict[str, tuple[float, float]]:
+def settings_by_name(network: TemporalNetwork, config: OptimizerConfig) -> dict[str, tuple[float, float]]:
     """Map each parameter's name to its (learning-rate multiplier, weight decay)."""
     names = {parameter: name for name, parameter in network.named_parameters()}
     return {
@@ -57,6 +63,31 @@ def test_every_kind_of_parameter_has_the_official_factors() -> None:
     assert settings["backbone.layer2.0.non_local.W.1.bias"] == (1.0, 0.0)
     assert settings["classifier.weight"] == (5.0, 1e-4)
     assert settings["classifier.bias"] == (10.0, 0.0)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_a_flow_networks_first_convolution_has_the_official_factors(backbone: str) -> None:
+    """5 for the weight and 10 for a bias, which no backbone has there; 1 and 2 for RGB. Partial BN leaves the first BN active."""
+    first, norm = ("conv1", "bn1") if backbone == "resnet18" else ("features.0.0", "features.0.1")
+    with torch.device("meta"):
+        networks = {
+            modality: build_network(backbone, 5, partial_bn=True, modality=modality) for modality in ("rgb", "flow")
+        }
+    for modality, network in networks.items():
+        convolution = network.get_submodule(f"backbone.{first}")
+        assert isinstance(convolution, nn.Conv2d) and convolution.bias is None
+        convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
+        settings, plain = (settings_by_name(network, config) for config in (OFFICIAL, OptimizerConfig()))
+        weight, bias = f"backbone.{first}.weight", f"backbone.{first}.bias"
+        assert settings[weight] == (5.0 if modality == "flow" else 1.0, 1e-4)
+        assert settings[bias] == (10.0 if modality == "flow" else 2.0, 0.0)
+        assert plain[weight] == (1.0, 1e-4) and plain[bias] == (1.0, 0.0)
+        assert {name for name in settings if ".bn" in name or ".0.1." in name} == {
+            f"backbone.{norm}.weight",
+            f"backbone.{norm}.bias",
+        }
+        second = "backbone.layer1.0.conv1.weight" if backbone == "resnet18" else "backbone.features.1.conv.0.0.weight"
+        assert settings[second] == (1.0, 1e-4)
 
 
 def test_every_trained_parameter_is_in_one_group() -> None:

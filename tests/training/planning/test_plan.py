@@ -301,16 +301,17 @@ def test_all_problems_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path
     (tmp_path / "file").touch()
     code, text, found = problems(
         capsys, "experiment=kinetics_1536", f"data.root={tmp_path}", f"outputs={tmp_path / 'file' / 'outputs'}",
-        "model.init=gone.pth", "distributed.world_size=1000",
+        "model.init=gone.pth", "distributed.world_size=1000", "evaluation.split=test",
     )  # fmt: skip
     assert code == 2
     for says in (
         "train.arrow: no such manifest", "val.arrow: no such manifest", "gone.pth does not exist",
         "does not divide over 1000 processes. Fix: use 1, 2, 3, 4, 6, 8,", f"{tmp_path / 'file'} is a file. Fix: outputs=",
+        "evaluation.split=test is for evaluate.py",
     ):  # fmt: skip
         assert len([line for line in found if says in line]) == 1, says
-    assert len(found) == 5
-    assert "problems   5, below" in text
+    assert len(found) == 6
+    assert "problems   6, below" in text
     assert "1.92 at 12288" in text, "what does not depend on them is still said"
 
 
@@ -354,11 +355,11 @@ def test_a_recipe_is_planned_before_the_data_is_here(
 
 
 def test_every_published_data_set_says_its_training_clips() -> None:
-    """All but the generated data set, whose size is configurable. The header of the file and the key agree."""
+    """All but generated data sets, whose size is configurable. The header of the file and the key agree."""
     for path in sorted((CONF / "data").glob("*.yaml")):
         text = path.read_text()
         clips = config_of("experiment=kinetics_single_node", f"data={path.stem}", "pipeline.flip=off").data.train_clips
-        assert (clips is None) == (path.stem == "shapes"), path.name
+        assert (clips is None) == (path.stem in ("shapes", "motions")), path.name
         if clips not in (None, 239_781):
             assert f"{clips:,}" in text.splitlines()[0], path.name
 

@@ -43,10 +43,10 @@ def card_of(
         "classes": run.classes,
         "classes_sha256": digest_of(run.classes),
         "pixels": {
-            "colour": "RGB",
+            "colour": "RGB" if network.modality == "rgb" else network.modality,
             "range": [0, 255],
-            "mean": list(MEAN_C),
-            "std": list(STD_C),
+            "mean": list(MEAN_C[network.modality]),
+            "std": list(STD_C[network.modality]),
             "resize": {"shorter_side": shorter_side, "filter": "bilinear, antialiased", "crop": "centre"},
             "size": network.size,
         },

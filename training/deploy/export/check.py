@@ -38,7 +38,7 @@ def largest_difference(network: Exportable, run: Run, batch: int | None) -> floa
     for count, frames in [(batch or 1, FRAMES)] + [(more, _MORE_FRAMES) for more in _MORE_BATCHES if batch is None]:
         # Whole clips.
         frames = -(-frames // network.num_frames) * network.num_frames
-        video_NTCHW = random_video(count, frames, network.size, seed=count)
+        video_NTCHW = random_video(count, frames, network.size, count, network.modality)
         expected.append(logits_over(network, network.run, video_NTCHW).flatten())
         try:
             got.append(logits_over(network, run, video_NTCHW).flatten())
@@ -68,11 +68,12 @@ def stream_over(run: Run, video_NTCHW: Tensor, caches: list[Tensor]) -> tuple[Te
     return torch.stack(logits, 1), caches
 
 
-def random_video(batch: int, frames: int, size: int, seed: int) -> Tensor:
-    """Return normalised random frames (N, T, 3, H, W): large areas of colour, as a video has, and noise."""
+def random_video(batch: int, frames: int, size: int, seed: int, modality: str = "rgb") -> Tensor:
+    """Return normalised random frames (N, T, C, H, W): large areas of one level, as a video has, and noise."""
     generator = torch.Generator().manual_seed(seed)
-    coarse_BCHW = 255 * torch.rand(batch * frames, 3, 4, 4, generator=generator)
-    noise_BCHW = 64 * torch.rand(batch * frames, 3, size, size, generator=generator) - 32
+    mean_C11, std_C11 = (torch.tensor(values[modality]).view(-1, 1, 1) for values in (MEAN_C, STD_C))
+    channels = len(mean_C11)
+    coarse_BCHW = 255 * torch.rand(batch * frames, channels, 4, 4, generator=generator)
+    noise_BCHW = 64 * torch.rand(batch * frames, channels, size, size, generator=generator) - 32
     level_BCHW = (interpolate(coarse_BCHW, (size, size), mode="bilinear") + noise_BCHW).round().clamp(0, 255)
-    mean_C11, std_C11 = torch.tensor(MEAN_C).view(3, 1, 1), torch.tensor(STD_C).view(3, 1, 1)
     return ((level_BCHW - mean_C11) / std_C11).unflatten(0, (batch, frames))

@@ -35,6 +35,8 @@ class Exportable:
     """Height and width of frames, in pixels."""
     num_frames: int
     """Frames in a call: those of a clip; 1 for a stream."""
+    modality: str
+    """rgb or flow; gives the channels of a frame."""
     cache_modules: tuple[str, ...] = ()
     """The module whose input each cache belongs to."""
 
@@ -65,18 +67,19 @@ def exportable(network: TemporalNetwork, form: str, size: int) -> Exportable:
     Raises ConfigError if the network has no streaming form.
     """
     network = copy.deepcopy(network).to("cpu", torch.float32).to(memory_format=torch.contiguous_format).eval()
-    logits = (network.classifier.out_features,)
+    logits, frame = (network.classifier.out_features,), (network.in_channels, size, size)
     if form == "clip":
         frames = network.num_frames
-        return Exportable(form, _Clip(network), {"clip": (frames, 3, size, size)}, {"logits": logits}, size, frames)
+        clip: dict[str, tuple[int, ...]] = {"clip": (frames, *frame)}
+        return Exportable(form, _Clip(network), clip, {"logits": logits}, size, frames, network.modality)
     try:
         streaming = streaming_network(network)
     except ValueError as error:
         raise ConfigError(f"form=stream: {error}, or export whole clips: form=clip") from error
     caches = [tuple(cache.shape[1:]) for cache in streaming.initial_caches(1, (size, size))]
-    inputs = {"frame": (3, size, size)} | {f"cache_{index}": shape for index, shape in enumerate(caches)}
+    inputs = {"frame": frame} | {f"cache_{index}": shape for index, shape in enumerate(caches)}
     outputs = {"logits": logits} | {f"next_cache_{index}": shape for index, shape in enumerate(caches)}
-    return Exportable(form, _Stream(streaming), inputs, outputs, size, 1, streaming.cache_names)
+    return Exportable(form, _Stream(streaming), inputs, outputs, size, 1, network.modality, streaming.cache_names)
 
 
 class _Stream(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.loading.clips import EvaluationClips
-from training.build.data import open_manifest, source_of
+from training.build.data import evaluation_clips_of, open_manifest, source_of
 from training.build.normalise import Normaliser
 from training.deploy.load import TrainedRun
 from training.errors import DataError
@@ -81,7 +81,7 @@ def _clip_set(run: TrainedRun, split: str, most: int) -> ClipSet:
     count = min(most, len(manifest))
     row_N = [index * len(manifest) // count for index in range(count)]
     label_K = [run.classes.index(name) for name in manifest.classes]
-    return ClipSet(EvaluationClips(source, protocol), row_N, label_K, run.normaliser)
+    return ClipSet(evaluation_clips_of(source, protocol, config.data), row_N, label_K, run.normaliser)
 
 
 def quantize_onnx(files: Files, network: Exportable, calls: Iterable[list[Tensor]]) -> Files:

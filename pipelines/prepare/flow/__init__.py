@@ -1,0 +1,1 @@
+"""Optical flow of a data set: `prepare.py flow`."""
