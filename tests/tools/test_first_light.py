@@ -205,6 +205,7 @@ def run_script(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     environment = os.environ | {
         "PYTHON": sys.executable,
         "WHEELS": str(wheels),
+        "DALI": str(folder / "no_dali"),
         # Of all phases; each has its share, which a busy machine must not use up.
         "LIMIT_S": "3000",
         "TMPDIR": str(folder),

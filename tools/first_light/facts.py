@@ -18,7 +18,8 @@ from .report import Results
 from .timing import device_seconds
 
 TOOLS = ("nvcc", "g++", "cmake", "mpicxx", "mpirun", "ffmpeg", "nvidia-smi", "ncu")
-LIBRARIES = ("libcuda.so.1", "libcuda.so", "libnvidia-ml.so.1", "libnvcuvid.so.1", "libnvidia-encode.so.1")
+NVDEC = "libnvcuvid.so.1"
+LIBRARIES = ("libcuda.so.1", "libcuda.so", "libnvidia-ml.so.1", NVDEC, "libnvidia-encode.so.1")
 """Driver libraries. libnvcuvid decodes video: without it DALI cannot decode on the GPU."""
 PACKAGES = (
     "numpy", "torchvision", "triton", "hydra-core", "omegaconf", "av", "pyarrow", "safetensors", "timm", "torchmetrics", "mfusepy",
@@ -73,12 +74,14 @@ def _loads(library: str) -> str:
     return "loads"
 
 
-def nvdec() -> dict[str, int]:
+def nvdec() -> dict[str, int | str]:
     """Ask the driver's library whether this GPU decodes H.264 (4:2:0, 8 bits), with how many decoders, and up to which size."""
+    if (found := _loads(NVDEC)) != "loads":
+        return {"missing": found}
     torch.zeros(1, device="cuda")  # creates the CUDA context that the library needs
     capabilities = ctypes.create_string_buffer(256)  # CUVIDDECODECAPS has 88 bytes
     struct.pack_into("<III", capabilities, 0, H264, CHROMA_420, 0)
-    code = ctypes.CDLL("libnvcuvid.so.1").cuvidGetDecoderCaps(capabilities)
+    code = ctypes.CDLL(NVDEC).cuvidGetDecoderCaps(capabilities)
     names = (
         "is_supported",
         "decoders",

@@ -30,7 +30,6 @@ class ClipLogits:
     @property
     def labelled(self) -> bool:
         """The labels of the clips are known."""
-        # On the CPU, where the comparison launches no kernels.
         return bool((self.label_N.cpu() != UNLABELLED).all())
 
     def seen(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ def counts_of(clip_logits: ClipLogits, order_groups: list[int] | None) -> Counts
     """Compute all scores, or only count the clips if they have no labels."""
     if clip_logits.labelled:
         return scores_of(clip_logits, order_groups)
-    clips = int(clip_logits.seen_N.sum())
+    clips = int(clip_logits.seen_N.cpu().sum())
     return Counts(clips, len(clip_logits.seen_N) - clips)
 
 
