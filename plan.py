@@ -5,6 +5,7 @@ python plan.py experiment=kinetics_1536 distributed.world_size=64         at ano
 python plan.py experiment=kinetics_1536 plan.json=plan.json plan.plot=rate.png
 python plan.py experiment=kinetics_1536 cluster=summit                    how long it takes there, and why
 python plan.py experiment=kinetics_1536 cluster=summit plan.sweep=[96,384,1536] plan.html=sweep.html
+python plan.py experiment=kinetics_1536 cluster=summit --sweep            at 8 to 4,096 processes
 python plan.py calibrate=NAME experiment=kinetics_1536                    measure this machine, for cluster=NAME
 srun --nodes=2 --ntasks-per-node=8 .venv/bin/python plan.py calibrate=NAME experiment=kinetics_1536 cluster=summit
 

@@ -86,11 +86,15 @@ def rows_of(points: Sequence[Point], per_node: int) -> list[list[str]]:
         if run is not None:
             rows.append([
                 f"{point.world:,}", nodes_by_gpus(point.world, per_node), duration(run.time_to_train_s.centre),
-                between(run.time_to_train_s), f"{run.step_s.centre * 1000:.4g}", f"{run.clips_per_s:,.0f}",
+                between(run.time_to_train_s), _milliseconds(run.step_s.centre), f"{run.clips_per_s:,.0f}",
                 f"{run.efficiency:.0%}", f"{run.gpu_hours:,.1f}", f"{run.energy_kwh:,.0f}", MEANING[run.limit],
                 *([f"{run.cost:,.0f}"] if run.cost is not None else []),
             ])  # fmt: skip
     return rows
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f}" if seconds >= 1 else f"{seconds * 1000:.4g}"
 
 
 def titles_of(points: Sequence[Point]) -> list[str]:

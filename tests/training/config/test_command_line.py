@@ -46,6 +46,15 @@ def refused(*overrides: str, base: Path | None = None) -> str:
 # --- Unknown keys and options -----------------------------------------------------------------------------------------
 
 
+def test_flags_of_a_program_are_overrides_that_others_replace() -> None:
+    (config,) = started("plan", "experiment=smoke", "--sweep")
+    assert (config.plan.sweep[0], config.plan.sweep[-1]) == (8, 4_096)
+    (config,) = started("plan", "experiment=smoke", "--sweep", "plan.sweep=[4]")
+    assert config.plan.sweep == [4]
+    (config,) = started("evaluate", "experiment=smoke", "--explain")
+    assert config.evaluation.explain == 12
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
