@@ -16,12 +16,14 @@ from torch.utils.data import Dataset
 from pipelines.decoding.clip_bytes import clip_bytes, image_bytes
 from pipelines.decoding.decode import decode_clip
 from pipelines.decoding.jpeg import check_image_size, jpeg_size
+from pipelines.errors import BadClip
 from pipelines.jpeg_clips import IMAGES_PER_FRAME, JPEG_FLOW
 from pipelines.manifest import ManifestRow
 from pipelines.stream.augmentation import SampleParams
 
 from .clips import BadClipRecord, ClipBatch, ClipSource, EvaluationClips, TrainingClips, frames_needed
 
+_END_OF_IMAGE = b"\xff\xd9"
 VIDEOS, IMAGES, GREY_IMAGES, FRAMES = "videos", "images", "grey images", "frames"
 """Kinds of input to DALI: encoded videos, encoded JPEG images (grey: x and y of optical flow), or frames decoded on the host."""
 
@@ -138,9 +140,11 @@ class EncodedSource(ClipSource):
     def pixels(self, row: ManifestRow, params: SampleParams, size: int) -> Tensor | EncodedClip:  # type: ignore[override]
         if not self._is_known(row):
             return super().pixels(row, params, size)
+        parts = self._parts(row, params.frame_T)
+        if parts is None:
+            return super().pixels(row, params, size)
         turns, stored = self._orientation(row)
         window = stored_window(params, turns, *stored)
-        parts = self._parts(row, params.frame_T)
         return EncodedClip(parts, params.frame_T.astype(np.int32), stored, window, (size, size), turns, params.flip)
 
     def view_pixels(self, row: ManifestRow, views: list[SampleParams]) -> Tensor | EncodedClip:  # type: ignore[override]
@@ -152,14 +156,17 @@ class EncodedSource(ClipSource):
         size = (width, height) if turns % 2 else (height, width)
         frame_F = frames_needed(views)
         parts = self._parts(row, frame_F)
+        if parts is None:
+            return super().view_pixels(row, views)
         return EncodedClip(parts, frame_F.astype(np.int32), stored, (0, 0, *stored), size, turns, False, views)
 
     def one_frame(self, row: ManifestRow, index: int) -> EncodedClip:
-        """Read one frame of a clip, uncropped and as stored."""
+        """Read one frame of a clip, uncropped and as stored. Raises BadClip if DALI must not get it."""
         frame_F, stored = np.array([index], np.int64), (row.height, row.width)
-        return EncodedClip(
-            self._parts(row, frame_F), frame_F.astype(np.int32), stored, (0, 0, *stored), stored, 0, False
-        )
+        parts = self._parts(row, frame_F)
+        if parts is None:
+            raise BadClip(f"{row.path}: a JPEG image lacks its end")
+        return EncodedClip(parts, frame_F.astype(np.int32), stored, (0, 0, *stored), stored, 0, False)
 
     def _is_known(self, row: ManifestRow) -> bool:
         """Tell whether DALI gets the clip. The host mirrors frames, and raises BadClip if they are not turned by quarters."""
@@ -173,12 +180,14 @@ class EncodedSource(ClipSource):
             return 0, (height, width)
         return row.rotation // 90 % 4, (row.height, row.width)
 
-    def _parts(self, row: ManifestRow, frame_F: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    def _parts(self, row: ManifestRow, frame_F: NDArray[np.int64]) -> list[NDArray[np.uint8]] | None:
+        """Read what DALI gets; None if the host has to decode the clip: DALI 2.4.0 crashes on a JPEG image that is cut off."""
         root = self.manifest.root
         if self.feed == VIDEOS:
             return [clip_bytes(root, row)]
         if self.feed in PER_IMAGE:
-            return [_image_bytes(root, row, image) for index in frame_F.tolist() for image in row.images_of(index)]
+            images = [_image_bytes(root, row, image) for index in frame_F.tolist() for image in row.images_of(index)]
+            return images if all(bytes(image[-2:]) == _END_OF_IMAGE for image in images) else None
         return [decode_clip(self.decoder, root, row, frame_F).permute(0, 2, 3, 1).contiguous().numpy()]
 
 
