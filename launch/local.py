@@ -49,6 +49,8 @@ def main() -> int:
         return run([sys.executable, options.program, *options.arguments], size, folder, held)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        # The processes of a job that was killed just before this one may still have been ending when it started.
+        remove_leftovers(folder.parent, _FOLDER_PREFIX)
 
 
 def count_gpus() -> int:

@@ -75,7 +75,7 @@ def choose_feed(manifest_path: Path, device: torch.device) -> Feed:
 
 
 def _check_decoder(device: torch.device, others: dict[str, str]) -> None:
-    """Raise DaliError if the GPU's decoder is broken: the host would decode everything, many times slower, and only the log tells.
+    """Raise DaliError if the GPU's decoder is broken: the host would decode everything, and only the log would tell.
 
     A chip that does not have a codec is another matter: DALI says so in words, without an error of CUDA.
     """

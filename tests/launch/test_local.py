@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.leftovers import make_temporary_folder
 from tests.helpers.jobs import make_clips, start_training, wait_for_record
 from tests.helpers.processes import LISTENING, listening
 from tests.helpers.worlds import CHECKOUT, World
@@ -126,3 +127,23 @@ def test_a_job_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     ended = job.wait(LIMIT_S)
     assert addresses == LISTENING["local"], addresses
     assert ended.exit_code == 75 and ended.left_running == [], ended.output
+
+
+def test_what_a_killed_job_still_held_at_the_start_is_removed_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    killed, held = make_temporary_folder("tsm-local-")
+    text = """
+open(f"{sys.argv[1]}/{rank}", "w").close()
+while not os.path.exists(f"{sys.argv[1]}/go"):
+    time.sleep(0.01)
+"""
+    job = start(tmp_path, text, str(tmp_path))
+    wait_for(tmp_path / "0")
+    assert killed.is_dir()
+    os.close(held)
+    (tmp_path / "go").touch()
+    assert job.wait(LIMIT_S) == 0
+    assert list(tmp_path.glob("tsm-local-*")) == []

@@ -6,6 +6,7 @@
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: tools/first_light/dali.sh FOLDER}")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source tools/first_light/carry.sh
 python=${PYTHON312:-python3.12}
 most_mib=56 # the checkout and the other packages have to fit beside it
 generation=90 # H100 and H200
@@ -14,14 +15,10 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder"
 
 fetch() {
-    local pinned
-    pinned=$(grep --extended-regexp --max-count=1 '^nvidia-dali-cuda130==' constraints.txt)
-    "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$work" "$pinned"
+    "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$work" "$(pinned nvidia-dali-cuda130)"
     "$python" -m zipfile -e "$work"/nvidia_dali_cuda130-*.whl "$work/tree"
-    # What it imports. It loads the libraries for pictures only when a graph decodes pictures; they stay behind.
-    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-        --dest "$folder" optree gast astunparse makefun
+    # What it imports. Its libraries that decode images are left out: it loads them only for a graph with images.
+    download "$folder" optree gast astunparse makefun
 }
 
 prune() {
@@ -41,10 +38,4 @@ prune() {
 fetch
 prune
 tar --create --directory "$work/tree" . | xz -6 --threads=0 >"$folder/dali.tar.xz"
-ls -l "$folder"
-size_mib=$(du --summarize --apparent-size --block-size=1M "$folder" | cut -f1)
-echo "$folder: $size_mib MiB"
-if ((size_mib > most_mib)); then
-    echo "first light: $folder holds $size_mib MiB, and $most_mib MiB is the most that can be carried. Fix: xz -9" >&2
-    exit 1
-fi
+check_size "$folder" "$most_mib" "xz -9"

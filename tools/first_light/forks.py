@@ -56,7 +56,7 @@ class _Fork:
         self._started_s = time.monotonic()
         self._limit_s = limit_s
         with warnings.catch_warnings():
-            # Python 3.12 warns where libraries have threads. Those of OpenBLAS and OpenMP are made anew in a child.
+            # Python 3.12 warns where libraries have threads. OpenBLAS and OpenMP create new ones in a child.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
         if self._pid == 0:

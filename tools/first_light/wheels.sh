@@ -11,22 +11,17 @@ folder=$(realpath -m "${1:?usage: tools/first_light/wheels.sh FOLDER [HOROVOD_WH
 horovod_wheel=${2:+$(realpath "$2")}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
+source tools/first_light/carry.sh
 python=${PYTHON312:-python3.12}
-most_mib=64
+most_mib=63
 generation=90 # H100 and H200
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder"
 
 # Versions from constraints.txt, except PyAV: its first version with wheels for Python 3.12's stable ABI.
-pinned() {
-    grep --extended-regexp --max-count=1 "^$1==" constraints.txt
-}
-
 fetch_packages() {
-    local platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
-    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
-        --dest "$folder" "$(pinned hydra-core)" "$(pinned omegaconf)" "$(pinned mfusepy)" "$(pinned hypothesis)" av==19.0.2
+    download "$folder" "$(pinned hydra-core)" "$(pinned omegaconf)" "$(pinned mfusepy)" "$(pinned hypothesis)" av==19.0.2
     "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" "$(pinned antlr4-python3-runtime)" # no wheel on the index
 }
 
@@ -66,10 +61,4 @@ fetch_packages
 fetch_nccl
 [[ -n $horovod_wheel ]] || build_horovod
 strip_horovod
-ls -l "$folder"
-size_mib=$(du --summarize --apparent-size --block-size=1M "$folder" | cut -f1)
-echo "$folder: $size_mib MiB"
-if ((size_mib >= most_mib)); then
-    echo "first light: $folder holds $size_mib MiB, and $most_mib MiB is the most that can be carried. Fix: leave a package out" >&2
-    exit 1
-fi
+check_size "$folder" "$most_mib" "leave a package out"
