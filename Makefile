@@ -48,7 +48,7 @@ $(BASE): | constraints.txt requirements.lock pyproject.toml
 dev: $(DEV)  ## the same with what lint and tests need
 
 $(DEV): $(BASE)
-	tools/setup_venv.sh $(VENV) core mpi torchcodec dali dev lamb debug sweep onnx flow
+	tools/setup_venv.sh $(VENV) core mpi torchcodec dali dev lamb debug sweep onnx flow tensorboard
 	@rm -f $(VENV)/.dev-*
 	@touch $@
 
@@ -120,15 +120,8 @@ faults: $(DEV) horovod  ## kill jobs at 50 random moments, which must end bit-eq
 	$(BIN)/python tests/soak/clean_run.py --json outputs/clean.json
 	$(BIN)/python tests/soak/bad_corpus.py --files 1000 --decodes 20000 --json outputs/bad_corpus.json
 
-bench: $(BASE)  ## run every program in benchmarks/; results in outputs/benchmarks/*.json
-	@mkdir -p outputs/benchmarks
-	@found=0; \
-	for script in $$(grep -ls __main__ benchmarks/*.py || true); do \
-	    found=1; name=$$(basename "$$script" .py); \
-	    echo "== $$name"; \
-	    $(BIN)/python "$$script" --json "outputs/benchmarks/$$name.json" $(ARGS); \
-	done; \
-	if [ $$found = 0 ]; then echo "bench: no program in benchmarks/" >&2; exit 1; fi
+bench: $(BASE)  ## run every program in benchmarks/; one page in outputs/benchmarks/index.html; ARGS="--quick" or "--only step"
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 cluster:  ## a real Slurm of 4 nodes on this machine, to try launch/ on; needs root; tools/slurm_emulator/cluster.sh down ends it
 	tools/install_system_packages.sh

@@ -25,7 +25,7 @@ from benchmarks import common
 from runtime import run_layout
 from runtime.exit_codes import EXIT_DIVERGED, EXIT_DONE
 from training.report.charts import BLUE, GREEN, ORANGE, add_legend, new_chart
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 CHECKOUT = Path(__file__).parent.parent
 DATA = ("data/shapes_large", "--train-clips", "4100", "--val-clips", "400")

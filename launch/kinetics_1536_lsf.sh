@@ -15,6 +15,9 @@ set -euo pipefail
 
 cd "${LS_SUBCWD:?start it with bsub, from the checkout}"
 run_id=$LSB_JOBID
+# metrics.jsonl counts from here.
+TSM_JOB_START=$(date +%s.%N)
+export TSM_JOB_START
 # One resource set per node, in which all 6 tasks see all 6 GPUs: NCCL then finds NVLink, and the local rank selects the GPU.
 ranks=(jsrun --nrs 256 --rs_per_host 1 --tasks_per_rs 6 --gpu_per_rs 6 --cpu_per_rs 42 --bind packed:7 --latency_priority gpu-cpu)
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TMPDIR=/mnt/bb/$USER

@@ -104,6 +104,14 @@ def other_holder(path: Path, ours: str) -> str | None:
     return None
 
 
+def holder_is_gone(text: str) -> bool | None:
+    """Return whether the process with this identity has ended; None if it ran on another machine, or the text is damaged."""
+    fields = _parse(text)
+    if fields.get("machine") != _machine():
+        return None
+    return bool(_start_ticks(fields["pid"]) != fields["started"])
+
+
 def _create(path: Path, text: str) -> bool:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -36,7 +36,7 @@ set_environment() {
     # A waiting rank yields its core to the decoders. This costs microseconds per message.
     export OMPI_MCA_mpi_yield_when_idle=1
 
-    # By default Horovod waits forever for a rank that hangs. This comes after distributed.hang_timeout_s (300), whose report
-    # names the rank.
-    export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=900
+    # By default Horovod waits forever for a rank that hangs. This comes after distributed.hang_timeout_s (300, four times as long
+    # for a disk), whose report names the rank.
+    export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=1500
 }

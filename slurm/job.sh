@@ -8,6 +8,9 @@ set -euo pipefail
 
 run_job() {
     cd "${checkout:?the folder of the project}"
+    # metrics.jsonl counts from here.
+    TSM_JOB_START=$(date +%s.%N)
+    export TSM_JOB_START
     # Slurm signals only this shell (sbatch --signal=B:), at any time.
     srun_pid='' received=''
     trap 'receive USR1' USR1

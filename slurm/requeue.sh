@@ -33,8 +33,16 @@ conclude() {
         fi
     fi
     say "this start ended with $code: $reason"
-    ((code == 75)) || exit "$code"
+    if ((code != 75)); then
+        ((code == 0)) || write_report
+        exit "$code"
+    fi
     requeue
+}
+
+# Write report.html of a run that failed. The monitor starts that too, but Slurm may end it with the step.
+write_report() {
+    in_container "$TSM_PYTHON" report.py "$folder" || true
 }
 
 requeue() {

@@ -101,7 +101,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     if resumed is not None:
         check_classes(folder, resumed, training)
         check_same(config.checkpoint, config.numerics.deterministic, recipe, code, folder, resumed)
-    trainer, initial_weights, state = _build_trainer(
+    trainer, initial_weights, state = build_trainer(
         config, backend, recipe, execution, initial, resumed, training.classes
     )
     protocol = protocol_of(config.model, config.pipeline, config.evaluation)
@@ -126,7 +126,7 @@ def build_job(config: Config, backend: Backend, control: ControlChannel) -> Job:
     )
 
 
-def _build_trainer(
+def build_trainer(
     config: Config,
     backend: Backend,
     recipe: Recipe,

@@ -1,5 +1,6 @@
 """The training loop: take steps to the recipe's end, and log, evaluate and save on the way."""
 
+import time
 from collections import deque
 
 import torch
@@ -11,6 +12,7 @@ from training.evaluation.validate import validate
 from training.optim.gradient_diagnostics import GradientDiagnostics
 from training.telemetry.interval import LogInterval
 from training.telemetry.metrics_log import MetricsLog
+from training.telemetry.step_profile import StepProfiler
 
 from .checkpointing import Checkpointer
 from .job import Job
@@ -49,14 +51,25 @@ class _Loop:
         self._log_every = settings.every_steps
         positions = job.execution.stream_positions(job.backend.topology.rank, job.first_step, self.last_step)
         self._batches = job.loader(job.training_clips).batches(positions)
-        self._interval = LogInterval(job)
+        self._evaluations = self._evaluation_steps()
+        self._interval = LogInterval(job, self.last_step, self._evaluations)
         self._diagnostics: GradientDiagnostics | None = None
         if settings.diagnostics:
             trainer = job.trainer
             self._diagnostics = GradientDiagnostics(trainer.network, trainer.optimizer, job.backend, job.execution)
+        self._profiler: StepProfiler | None = None
+        if settings.profile_steps and job.backend.topology.rank == 0:
+            first, last = settings.profile_steps
+            self._profiler = StepProfiler(first, last, job.folder.profile, job.backend.device)
         self._in_flight = _StepsInFlight(job.backend.device)
         self.signal = StopSignal()
         self.checkpointer = Checkpointer(job, log)
+
+    def _evaluation_steps(self) -> set[int]:
+        """Return the numbers of steps after which an evaluation is due."""
+        every = self.job.config.evaluation.every_epochs
+        by_epoch = {end for end, epoch in self._epoch_ends.items() if epoch % every == 0}
+        return by_epoch | {self.job.recipe.total_steps}
 
     @property
     def _ends_here(self) -> bool:
@@ -73,6 +86,8 @@ class _Loop:
         """Take the next step, then log, evaluate and save where that is due."""
         job, step, interval = self.job, self.taken, self._interval
         is_first = step == job.first_step
+        if self._profiler is not None and (line := self._profiler.step(step)):
+            self.log.info(line)
         # Loader workers start with the first clips.
         job.control.progress(step, "start" if is_first else "input")
         accumulation = job.execution.accumulation
@@ -81,10 +96,12 @@ class _Loop:
         self.taken = step + 1
         log_due = self.taken % self._log_every == 0
         diagnostics = self._diagnostics if log_due else None
-        with interval.timed_step():
-            totals = job.trainer.step(step, micro_batches, diagnostics)
+        with interval.timed_step() as mark:
+            totals = job.trainer.step(step, micro_batches, diagnostics, mark)
         interval.add(step, micro_batches, totals)
         self._in_flight.wait()
+        if is_first:
+            interval.record_first_step(self.taken, self.log)
         self.stop_reason = job.control.agreed_stop(step, self._in_flight.limit, self.signal.received)
         self.checkpointer.report()
         save_due_by_clock = False
@@ -97,13 +114,13 @@ class _Loop:
     def _evaluate_and_save(self, save_due_by_clock: bool) -> None:
         job, step, is_best = self.job, self.taken - 1, False
         epoch = self._epoch_ends.get(self.taken)
-        ends_epoch = epoch is not None and epoch % job.config.evaluation.every_epochs == 0
-        self.evaluation_owed = ends_epoch or self.taken == job.recipe.total_steps
+        self.evaluation_owed = self.taken in self._evaluations
         if self.evaluation_owed and self.stop_reason is None:
             job.control.progress(step, "evaluation")
             self._interval.settle(self.log)
+            began_s = time.monotonic()
             is_best = self._evaluate()
-            self._interval.restart()
+            self._interval.evaluated(time.monotonic() - began_s)
         if self._ends_here or save_due_by_clock or is_best or self.checkpointer.due(self.taken, epoch):
             job.control.progress(step, "checkpoint")
             self._interval.settle(self.log)
@@ -124,6 +141,8 @@ class _Loop:
     def finish(self) -> int:
         """Wait for the last checkpoint, and log why the loop ended. Returns the exit code."""
         self._interval.close(self.taken, self.log)
+        if self._profiler is not None and (line := self._profiler.close()):
+            self.log.info(line)
         control = self.job.control
         last = self.checkpointer.finish(
             self.taken - 1, self.stop_reason is not None, lambda: control.stop_wanted(self.signal.received)

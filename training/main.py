@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,9 +18,11 @@ from pipelines.loading.worker_loader import HandOverError, WorkerLostError, star
 from runtime.environment import EnvironmentFault, explain
 from runtime.error_report import report_error, tell_torchrun
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_REQUEUE
+from runtime.job_start import job_start_s
 from runtime.stop_signals import EXIT_CODES, set_action, set_before_exit, wait_for_action
 from training.build.numerics import check_device, set_numerics
 from training.config.checks import check_training
+from training.config.horovod_variables import check_horovod, horovod_variables
 from training.config.schema import BatchConfig, Config
 from training.planning.summary import describe_job
 from training.report.html import write_report
@@ -27,7 +30,9 @@ from training.runs.restarts import check_progress
 from training.runs.run_folder import provenance
 from training.runs.run_lock import run_locked
 from training.runs.success import is_complete, write_success
+from training.telemetry.device import device_name, precision_of
 from training.telemetry.metrics_log import MetricsLog
+from training.telemetry.tensorboard_log import check_tensorboard
 
 from .environment import prepare_environment
 from .errors import ConfigError, DataError, DivergedError, NoProgressError, StorageError
@@ -160,6 +165,8 @@ def join_world(config: Config, topology: Topology, rank_groups: Sequence[Sequenc
     name = choose_backend(distributed.backend, topology, distributed.world_size)
     if rank_groups is None:
         rank_groups = _batch_norm_groups(config.batch, topology.size)
+    check_horovod(distributed, name)
+    os.environ |= horovod_variables(distributed)
     device = pick_device(distributed.device, topology)
     check_device(config.numerics, config.evaluation, device)
     # The server imports torch, which takes seconds of a core. Without workers no one needs it.
@@ -180,6 +187,8 @@ def _batch_norm_groups(batch: BatchConfig, size: int) -> list[list[int]]:
 def train_task(config: Config, backend: Backend, control: ControlChannel) -> int:
     """Train to the end, or resume an earlier start of the same run. Returns the exit code."""
     check_training(config)
+    if config.logger.tensorboard:
+        check_tensorboard()
     with run_locked(run_folder_of(config, backend), backend, control):
         return _train(config, backend, control)
 
@@ -206,7 +215,7 @@ def _train(config: Config, backend: Backend, control: ControlChannel) -> int:
     log = MetricsLog(config, job.folder, writes, job.first_step, job.recipe.total_steps, control.log)
     code = EXIT_FAILURE
     try:
-        _log_start(job, log)
+        _log_start(job, hosts, log)
         code = train(job, log)
         log.write("end", job.recipe.total_steps, exit_code=code)
         set_action(partial(_stop, control, _FINISH_S))
@@ -236,15 +245,21 @@ def _is_complete(job: Job) -> bool:
     return False
 
 
-def _log_start(job: Job, log: MetricsLog) -> None:
-    """Log the derived numbers, and record what the report needs of them."""
+def _log_start(job: Job, hosts: list[str], log: MetricsLog) -> None:
+    """Log the derived numbers, and record when the job started, on what, and what the report needs of the recipe."""
     log.info(describe_job(job))
-    recipe, backend = job.recipe, job.backend
+    recipe, topology = job.recipe, job.backend.topology
+    log.write("job_start", job.first_step, time_s=round(job_start_s(topology.launcher), 3))
     log.write(
         "start",
         job.first_step,
-        world_size=backend.topology.size,
-        backend=backend.name,
+        world_size=topology.size,
+        backend=job.backend.name,
+        launcher=topology.launcher,
+        hosts=list(dict.fromkeys(hosts)),
+        ranks_per_host=list(Counter(hosts).values()),
+        device=device_name(job.backend.device),
+        precision=precision_of(job.config.numerics) if job.backend.device.type == "cuda" else job.config.numerics.dtype,
         schedule=asdict(recipe.schedule),
         steps_per_epoch=recipe.steps_per_epoch,
     )
@@ -255,5 +270,5 @@ def _finish(job: Job) -> None:
     finished = (job.config.max_steps or job.recipe.total_steps) >= job.recipe.total_steps
     if finished:
         write_success(job.folder.success, job.recipe)
-    write_report(job.folder)
+    write_report(job.folder.path)
     print(f"{'finished' if finished else 'stopped'}: {job.folder.report}", flush=True)

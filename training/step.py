@@ -1,5 +1,6 @@
 """Take one training step: from a batch of uint8 clips to updated weights."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -48,24 +49,32 @@ class Trainer:
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self.normalise.device, self.amp)
 
-    def step(self, step: int, batches: list[ClipBatch], diagnostics: GradientDiagnostics | None = None) -> Tensor:
+    def step(
+        self,
+        step: int,
+        batches: list[ClipBatch],
+        diagnostics: GradientDiagnostics | None = None,
+        mark: Callable[[str], None] = lambda phase: None,
+    ) -> Tensor:
         """Take step `step` (from 0) on this rank's micro-batches of the global batch.
 
-        A step with non-finite gradients is skipped (training.optim.nonfinite_guard). Returns `[sum of losses, correct
-        predictions, clips, skipped]`: the first three of this rank, `skipped` 1 or 0 on all ranks. The tensor is on the
-        device, so that the host does not wait for it.
+        `mark` is called as each phase begins (training.telemetry.step_clock). A step with non-finite gradients is skipped
+        (training.optim.nonfinite_guard). Returns `[sum of losses, correct predictions, clips, skipped]`: the first three of this
+        rank, `skipped` 1 or 0 on all ranks. The tensor is on the device, so that the host does not wait for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
         totals = []
         for micro_step, batch in enumerate(batches):
+            mark("forward")
             slot_N = self.execution.slots(self.rank, micro_step)
             self.network.dropout.seed_N = self._to_device(
                 torch.from_numpy(dropout_seeds(self.recipe.seed, step, slot_N))
             )
             with diagnostics.first_micro_step() if diagnostics and micro_step == 0 else nullcontext():
-                totals.append(self._micro_step(batch, last=micro_step == len(batches) - 1))
+                totals.append(self._micro_step(batch, micro_step == len(batches) - 1, mark))
         self.reducer.finish()
+        mark("optimizer")
         skipped = self._update(self.recipe.schedule.learning_rate(step), diagnostics)
         return torch.cat([torch.stack(totals).sum(0), skipped.double()[None]])
 
@@ -74,7 +83,7 @@ class Trainer:
         device = self.normalise.device
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
-    def _micro_step(self, batch: ClipBatch, last: bool) -> Tensor:
+    def _micro_step(self, batch: ClipBatch, last: bool, mark: Callable[[str], None]) -> Tensor:
         """Run forward and backward of one micro-batch. Gradients add up to the mean over all micro-steps."""
         video_NTCHW = self.normalise(batch.video_NTCHW)
         device = video_NTCHW.device
@@ -89,16 +98,18 @@ class Trainer:
                 )
             if last:
                 loss = self.guard.checked(loss)
+            with torch.no_grad():
+                correct = (logit_NK.argmax(1) == label_N).sum()
+                totals = torch.stack(
+                    [
+                        loss.detach().double() * len(label_N),
+                        correct.double(),
+                        torch.full_like(correct, len(label_N)).double(),
+                    ]
+                )
+            mark("backward")
             self.scaler.scale(loss / self.execution.accumulation).backward()
-        with torch.no_grad():
-            correct = (logit_NK.argmax(1) == label_N).sum()
-            return torch.stack(
-                [
-                    loss.detach().double() * len(label_N),
-                    correct.double(),
-                    torch.full_like(correct, len(label_N)).double(),
-                ]
-            )
+        return totals
 
     def _update(self, learning_rate: float, diagnostics: GradientDiagnostics | None) -> Tensor:
         """Unscale and clip the gradient, take the optimizer's step, and update EMA and loss scale.

@@ -26,11 +26,18 @@ from runtime.error_report import report_error
 from runtime.exit_codes import EXIT_REQUEUE
 
 from . import messages
-from .hang_detection import Place, heartbeat_interval_s, heartbeat_timeout_s, own_pause_s, phase_timeout_s
+from .hang_detection import (
+    Place,
+    heartbeat_interval_s,
+    heartbeat_timeout_s,
+    own_pause_s,
+    phase_timeout_s,
+    storage_timeout_s,
+)
 from .messages import Failure, Message, parse_message
 from .monitor_process import MonitorSettings, start_monitor
 from .rank_log import RankLog, read_node_log, remove_old_logs
-from .stack_dump import descendants, own_stacks, stacks_of
+from .stack_dump import descendants, own_stacks, stacks_of, storage_wait
 from .stop_agreement import StopAgreement
 
 _CONNECT_TIMEOUT_S = 60.0
@@ -142,7 +149,9 @@ class ControlChannel:
         self._received_s = time.monotonic()
         if isinstance(message, messages.StacksRequest):
             neighbours = {rank: stacks_of(pid) for rank, pid in message.neighbours.items()}
-            self._send(messages.Stacks(own_stacks(), neighbours))
+            waits = {rank: storage_wait(pid) for rank, pid in (message.neighbours | {self.rank: os.getpid()}).items()}
+            storage_waits = {rank: clause for rank, clause in waits.items() if clause}
+            self._send(messages.Stacks(own_stacks(), neighbours, storage_waits))
         elif isinstance(message, messages.JobFailed):
             failure = message.failure()
             if message.send_log and failure.host == self._host and self.log.folder is not None:
@@ -165,6 +174,9 @@ class ControlChannel:
         now_s, limit_s = time.monotonic(), phase_timeout_s(self._place.phase, self._hang_timeout_s)
         silent_s = now_s - self._received_s
         if silent_s <= max(limit_s, heartbeat_timeout_s(self.world_size)) or now_s - self._progress_s <= limit_s:
+            return False
+        # The monitor may wait for the same disk, where rank 0 is on this node.
+        if silent_s <= storage_timeout_s(self._place.phase, self._hang_timeout_s) and storage_wait(os.getpid()):
             return False
         self._end_without_monitor(f"has sent nothing for {silent_s:.0f} s: its node is lost, or its process stopped")
         return True

@@ -10,6 +10,9 @@ PHASES = ("start", "input", "first step", "step", "evaluation", "checkpoint", "c
 # clips, choosing kernels, a slow file system, rank 0's report at the end.
 _TIMEOUT_FACTORS = {"start": 4.0, "first step": 4.0, "checkpoint": 4.0, "close": 4.0}
 
+_STORAGE_FACTOR = 4.0
+"""Further factor while the kernel says that a rank waits for storage: disks and file servers recover after minutes."""
+
 _LEAST_PAUSE_S = 2.0
 
 
@@ -66,6 +69,11 @@ def own_pause_s(took_s: float, expected_s: float) -> float:
 def phase_timeout_s(phase: str, hang_timeout_s: float) -> float:
     """Return the time that a job may spend without progress while its last ranks are in this phase."""
     return hang_timeout_s * _TIMEOUT_FACTORS.get(phase, 1.0)
+
+
+def storage_timeout_s(phase: str, hang_timeout_s: float) -> float:
+    """Return the same while one of its last ranks waits for a disk or file server."""
+    return _STORAGE_FACTOR * phase_timeout_s(phase, hang_timeout_s)
 
 
 def stuck_ranks(

@@ -84,10 +84,14 @@ class RankFailed(Message):
 
 @dataclass(frozen=True)
 class Stacks(Message):
-    """The answer to StacksRequest: this rank's stacks, and those of other ranks on its node."""
+    """The answer to StacksRequest: this rank's stacks, and those of other ranks on its node.
+
+    `storage_waits`: of these ranks, those that wait for storage, with stack_dump's clause that says so.
+    """
 
     own: str
     neighbours: dict[int, str]
+    storage_waits: dict[int, str]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from runtime.exit_codes import EXIT_FAILURE, EXIT_REQUEUE
 
 from . import messages
 from .connections import Connections, Peer
-from .hang_detection import RankState, heartbeat_timeout_s, own_pause_s, phase_timeout_s, stuck_ranks
+from .hang_detection import RankState, heartbeat_timeout_s, own_pause_s, phase_timeout_s, storage_timeout_s, stuck_ranks
 from .messages import FAILURE_CHARACTERS, Failure, Message
 from .monitor_process import MonitorSettings
 from .rank_log import RankLog, read_node_log
@@ -64,6 +64,10 @@ class Monitor:
         self._all_done = False
         self._neighbours: dict[int, str] = {}
         """Stacks of silent ranks, from other processes on their nodes."""
+        self._storage_waits: dict[int, str] = {}
+        """Ranks that waited for storage when their stacks were collected, with a clause that says so."""
+        self._patient_until_s = 0.0
+        """A hang is not judged before this time, because a rank waits for storage."""
 
     def run(self) -> None:
         parent = os.getppid()
@@ -85,6 +89,7 @@ class Monitor:
             self._receive(0.05)
         if self._verdict is not None:
             self._kill_remaining(ended_s + _EXIT_TIMEOUT_S)
+            self._log.start_report()
 
     def _allow_for(self, pause_s: float) -> None:
         """Count a pause of this process as no time: it could see no heartbeat, and most likely the ranks were paused too."""
@@ -146,6 +151,7 @@ class Monitor:
         elif isinstance(message, messages.Stacks):
             peer.stacks = message.own
             self._neighbours |= message.neighbours
+            self._storage_waits |= message.storage_waits
         elif isinstance(message, messages.LogTail):
             self._write_rank_log(message.rank, message.text)
         elif isinstance(message, messages.RankDone):
@@ -192,7 +198,7 @@ class Monitor:
             self._end(Failure(missing[0], "an unknown host", message, EXIT_REQUEUE))
 
     def _judge_progress(self, hang_timeout_s: float) -> None:
-        stuck = self._stuck(hang_timeout_s)
+        stuck = self._stuck(hang_timeout_s) if time.monotonic() >= self._patient_until_s else []
         if not stuck:
             return
         no_progress_s = time.monotonic() - max(peer.state.progress_s for peer in self._peers.values())
@@ -208,10 +214,30 @@ class Monitor:
         if not self._stuck(hang_timeout_s):
             self._log.warning(f"hang ended: the job makes progress again; stacks: {path}")
             return
+        if self._waits_for_storage(stuck, no_progress_s, hang_timeout_s):
+            return
         first, *others = stuck
         also = f", and ranks {others}" if others else ""
         message = f"hangs at {self._describe(self._peers[first])}{also}; stacks of all ranks: {path}"
         self._end(Failure(first, self._peers[first].host, message, EXIT_REQUEUE))
+
+    def _waits_for_storage(self, stuck: list[int], no_progress_s: float, hang_timeout_s: float) -> bool:
+        """Return whether to give the job more time, because the kernel says that a stuck rank waits for a disk or file server."""
+        waiting = [rank for rank in stuck if self._storage_clause(self._peers[rank])]
+        if not waiting:
+            return False
+        phase = self._peers[waiting[0]].state.place.phase
+        limit_s = storage_timeout_s(phase, hang_timeout_s)
+        if no_progress_s >= limit_s:
+            return False
+        # If storage recovers now, ranks have this time to make progress.
+        more_s = min(phase_timeout_s(phase, hang_timeout_s), limit_s - no_progress_s)
+        self._patient_until_s = time.monotonic() + more_s
+        first = self._peers[waiting[0]]
+        self._log.warning(
+            f"disk I/O: {first}{self._storage_clause(first)}. The job has {limit_s - no_progress_s:.0f} s more to make progress"
+        )
+        return True
 
     def _stuck(self, hang_timeout_s: float) -> list[int]:
         states = {rank: peer.state for rank, peer in self._peers.items()}
@@ -221,14 +247,19 @@ class Monitor:
         return time.monotonic() - peer.state.heartbeat_s > self._silent_after_s
 
     def _describe(self, peer: Peer) -> str:
-        """Return a rank's place, for how long it has sent no heartbeat, and on this node whether it waits for storage."""
+        """Return a rank's place, for how long it has sent no heartbeat, and whether it waits for storage."""
         place = str(peer.state.place)
         if self._is_silent(peer):
             place += f", no heartbeat for {time.monotonic() - peer.state.heartbeat_s:.0f} s"
-        return place + (storage_wait(peer.pid) if peer.host == self._host else "")
+        return place + self._storage_clause(peer)
+
+    def _storage_clause(self, peer: Peer) -> str:
+        """Return stack_dump's clause about a rank that waits for storage, else "". Of another node it is the last answer's."""
+        return storage_wait(peer.pid) if peer.host == self._host else self._storage_waits.get(peer.rank, "")
 
     def _collect_stacks(self, stuck: list[int]) -> str:
         """Ask every rank for its stacks, and a neighbour for those of each silent rank; returns the file of the answers."""
+        self._storage_waits.clear()
         silent = [rank for rank in self._peers if self._is_silent(self._peers[rank])]
         asked = [rank for rank in sorted(self._peers) if rank not in silent]
         for rank in asked:

@@ -8,6 +8,7 @@ import faulthandler
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from runtime import run_layout
 from runtime.atomic_write import write_text
 from runtime.lease import other_holder
 from runtime.private_folder import open_private_file, private_folder, private_folders
+
+from .final_report import start_report
 
 _TAIL_BYTES = 64 << 10
 
@@ -106,12 +109,24 @@ class RankLog:
 
         A job that another one has replaced leaves the other's outcome alone.
         """
-        if self.folder is not None and (
-            not self._lock or other_holder(self.folder / run_layout.LOCK, self._lock) is None
-        ):
+        if self.folder is not None and self._owns_folder():
             text = json.dumps({"exit_code": exit_code, "reason": reason, "time_s": round(time.time(), 3)})
             with suppress(OSError):
                 write_text(self.folder / run_layout.OUTCOME, text + "\n")
+
+    def start_report(self) -> "subprocess.Popen[bytes] | None":
+        """Start to write report.html of the run folder, if there is a run in it, and return the process without waiting for it."""
+        if self.folder is not None and (self.folder / run_layout.CONFIG).exists() and self._owns_folder():
+            try:
+                return start_report(self.folder)
+            except (OSError, subprocess.SubprocessError) as error:
+                self.info(f"report: not started: {error}")
+        return None
+
+    def _owns_folder(self) -> bool:
+        """Return False if another job has taken the run folder over."""
+        assert self.folder is not None
+        return not self._lock or other_holder(self.folder / run_layout.LOCK, self._lock) is None
 
     def write_failure_file(self, name: str, text: str) -> str:
         """Write a file into the run folder's `failures/`; returns its path, or why it was not written."""

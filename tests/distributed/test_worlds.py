@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from pipelines.stream.augmentation import dropout_seeds
 from tests.helpers.jobs import make_clips
 from tests.helpers.processes import LISTENING
 from tests.helpers.worlds import WORLDS, Results, World, available, launch
-from tests.world_cases.bodies import CHECKOUT, EQUIVALENCE, VARIANTS, compose_config, narrowed
+from tests.world_cases.bodies import (
+    CHECKOUT,
+    EQUIVALENCE,
+    SLOWED_S,
+    SLOWED_VARIANT,
+    VARIANTS,
+    compose_config,
+    narrowed,
+)
 from training.build.data import augmentation_of
 from training.build.recipe import recipe_of
 from training.config.load import register
 from training.optim.gradient_diagnostics import noise_and_signal
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
+from training.telemetry.step_clock import PHASES
 from tsm.networks import build_network
 
 pytestmark = pytest.mark.slow
@@ -134,6 +144,28 @@ def test_weights_after_20_steps_do_not_depend_on_the_world(
     results.of("equivalence")
     one_process = results_of(WORLDS[0], launches)
     assert largest_difference(final_weights(results, variant), final_weights(one_process, variant)) < 1e-9
+
+
+def test_the_phases_of_a_step_are_the_whole_step(results: Results) -> None:
+    results.of("equivalence")
+    for variant in VARIANTS:
+        for record in training_records(results, variant):
+            phases_s = sum(record[f"{phase}_s"] for phase in PHASES)
+            assert phases_s == pytest.approx(record["step_s"], rel=0.05), (variant, record)
+
+
+def test_the_rank_that_is_slower_is_the_worst_rank(results: Results, world: World) -> None:
+    """Most records name it: in one of them another program may have had the cores."""
+    results.of("equivalence")
+    records = training_records(results, SLOWED_VARIANT)
+    assert statistics.mode(record["worst_rank"] for record in records) == world.size - 1
+    for record in records:
+        assert record["busy_p50_s"] <= record["busy_p90_s"] <= record["busy_max_s"]
+        assert record["busy_max_s"] > SLOWED_S
+
+
+def training_records(results: Results, run_id: str) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(results.folder / run_id / "metrics.jsonl") if record["kind"] == "train"]
 
 
 def test_groupings_differ_from_each_other(launches: dict[Any, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distributed.checkpoint.store import load_newest
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 from .processes import processes_with
 from .worlds import CHECKOUT, MARK, World

@@ -22,11 +22,11 @@ class Rank:
 
     connected: ClassVar[list["Rank"]] = []
 
-    def __init__(self, port: int, rank: int, token: str = TOKEN, pid: int = NO_PROCESS) -> None:
+    def __init__(self, port: int, rank: int, token: str = TOKEN, pid: int = NO_PROCESS, host: str = "here") -> None:
         self.connected.append(self)
         self.connection = socket.create_connection(("127.0.0.1", port), timeout=20)
         self.lines = self.connection.makefile("rb")
-        self.send(Hello(rank, "here", pid, token))
+        self.send(Hello(rank, host, pid, token))
 
     def send(self, *messages: Message) -> None:
         for message in messages:

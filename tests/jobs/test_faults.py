@@ -17,7 +17,7 @@ import pytest
 from distributed.health.rank_log import node_log
 from tests.helpers.jobs import Ended, RunningJob, differing, make_clips, start_training, wait_for_record
 from tests.helpers.worlds import CHECKOUT, World, available
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -315,6 +315,8 @@ def test_what_rightly_takes_long_is_no_standstill(run: Path, clips: Path) -> Non
     records = read_metrics(run / "metrics.jsonl")
     took_s = {record["kind"]: record.get("duration_s", record.get("step_s")) for record in reversed(records)}
     assert min(took_s[kind] for kind in ("train", "evaluation", "checkpoint")) > SLOW_HANG_S, took_s
+    at_s = {record["kind"]: record["time_s"] for record in reversed(records)}
+    assert at_s["job_start"] < at_s["start"] < at_s["first_step"] < at_s["end"]
 
 
 @pytest.fixture

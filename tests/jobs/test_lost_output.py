@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.jobs import make_clips
 from tests.helpers.worlds import CHECKOUT
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from distributed.health.messages import Hello, LastStep, StopRequest
 from tests.helpers.jobs import RunningJob, last_checkpoint, make_clips, start_training, wait_for_record
 from tests.helpers.stranger import STRANGER, needs_root, shared_folder
 from tests.helpers.worlds import World
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 pytestmark = [pytest.mark.slow, needs_root]
 

@@ -13,6 +13,7 @@ set -euo pipefail
 say() { echo "$*"; }
 source slurm/requeue.sh
 slurm_ends_it() { false; }
+write_report() { echo reported >"$folder/reported"; }
 requeue() { echo requeued; exit 75; }
 folder=$1 srun_code=$2 outcome_before=$3 received=$4 restarts=0 run_id=x
 conclude
@@ -37,6 +38,7 @@ def test_a_start_ends_with_its_outcome(tmp_path: Path, exit_code: int) -> None:
     assert ended.returncode == exit_code
     assert f"this start ended with {exit_code}: rank 1 says" in ended.stdout and "$(date)" in ended.stdout
     assert ("requeued" in ended.stdout) == (exit_code == 75)
+    assert (tmp_path / "reported").exists() == (exit_code not in (0, 75))
 
 
 def test_a_reason_cannot_command_the_terminal_that_shows_the_log(tmp_path: Path) -> None:
@@ -88,6 +90,7 @@ say on stderr >&2
 srun_code=137 outcome_before= received= restarts=0 run_id=x folder=$1
 source slurm/requeue.sh
 slurm_ends_it() { false; }
+write_report() { echo reported >"$folder/reported"; }
 requeue() { exit 75; }
 conclude
 """

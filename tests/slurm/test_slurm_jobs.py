@@ -21,7 +21,7 @@ import torch
 from tests.helpers.jobs import differing, last_checkpoint, make_clips
 from tests.helpers.slurm_cluster import SlurmCluster
 from tests.helpers.worlds import CHECKOUT, World, available
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 pytestmark = pytest.mark.slow
 

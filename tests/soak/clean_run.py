@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.helpers.jobs import make_clips, start_training
 from tests.helpers.worlds import World
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 LIMIT_S = 1800.0
 WORLDS = (World("torchrun", 2), World("horovodrun", 2))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.helpers.jobs import Ended, RunningJob, differing, make_clips, start_training
 from tests.helpers.worlds import World
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 # Per start, on a busy machine.
 LIMIT_S = 300.0

@@ -13,7 +13,7 @@ import torch
 from distributed.checkpoint.store import load_newest
 from pipelines.loading.dali_graph import DaliError, import_dali
 from runtime import run_layout
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 from .processes import Ended, run
 from .report import Results

@@ -56,6 +56,10 @@ class InitialWeights:
     path: Path | None = None
 
 
+class WeightsMissing(ConfigError):
+    """torchvision's weights are not in torch hub's cache."""
+
+
 def find_initial_weights(model: ModelConfig, checkout: Path, resumed_from: str | None) -> InitialWeights:
     """Find and identify what `model.init` names, without parsing it. A relative path starts in the checkout.
 
@@ -71,7 +75,7 @@ def find_initial_weights(model: ModelConfig, checkout: Path, resumed_from: str |
     if resumed_from not in (None, RANDOM) and (model.init_sha256 or not file.is_file()):
         return InitialWeights(f"sha256:{model.init_sha256}" if model.init_sha256 else str(resumed_from))
     if not file.is_file():
-        raise ConfigError(_not_there(model, path))
+        raise (WeightsMissing if model.init == IMAGENET else ConfigError)(_not_there(model, path))
     try:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from runtime.run_names import why_no_folder_name
 from training.errors import ConfigError
 
+from .horovod_variables import check_horovod
 from .keys import KEYS, default_of, is_optional, nearest
 from .modality import check_modality
 from .schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig, PipelineConfig
@@ -65,9 +66,12 @@ _NOT_NEGATIVE = (
 
 _NULLABLE_POSITIVE = (
     "batch.bn_group", "optimizer.clip_norm", "distributed.world_size",
-    "data.train_clips", "data.frame_rate", "distributed.hang_timeout_s", "plan.world_size", "plan.published_step_s", "plan.step_s",
+    "data.train_clips", "data.frame_rate", "distributed.hang_timeout_s", "plan.world_size", "plan.step_s",
+    "plan.experience", "cluster.price_per_gpu_h", "distributed.horovod_cycle_ms",
     "checkpoint.every_steps", "checkpoint.every_minutes", "pipeline.dali_threads", "max_steps",
 )  # fmt: skip
+
+_NULLABLE_NOT_NEGATIVE = ("distributed.horovod_fusion_mib", "distributed.horovod_cache")
 
 _BELOW_ONE = ("model.dropout", "optimizer.momentum", "optimizer.beta2", "optimizer.label_smoothing")
 
@@ -111,7 +115,13 @@ def check(config: Config) -> None:
         )
     if not -(2**63) <= config.seed < 2**63:
         raise ConfigError(f"seed must fit into 64 bits, got {config.seed}. Fix: seed=0")
+    if any(world < 1 for world in config.plan.sweep):
+        raise ConfigError(
+            f"plan.sweep must be world sizes of 1 or more, got {config.plan.sweep}. Fix: plan.sweep=[8,64]"
+        )
     _check_names(config)
+    _check_profile(config.logger.profile_steps)
+    check_horovod(config.distributed, config.distributed.backend)
     check_wandb_names(config)
 
 
@@ -165,6 +175,7 @@ def _check_ranges(settings: object) -> None:
     _check_each(_POSITIVE, "more than 0", lambda number: number > 0, value)
     _check_each(_NOT_NEGATIVE, "0 or more", lambda number: number >= 0, value)
     _check_each(_BELOW_ONE, "in [0, 1)", lambda number: 0 <= number < 1, value)
+    _check_each(_NULLABLE_NOT_NEGATIVE, "0 or more, or null", lambda number: number is None or number >= 0, value)
     _check_each(_NULLABLE_POSITIVE, "more than 0, or null", lambda number: number is None or number > 0, value)
 
 
@@ -269,6 +280,13 @@ def _check_continuous(evaluation: EvaluationConfig) -> None:
         raise ConfigError(
             "evaluation.save_logits=true has no meaning for evaluation=stream, where a clip has logits for each frame. "
             "Fix: evaluation.save_logits=false; stream.json of the run folder has all accuracies"
+        )
+
+
+def _check_profile(steps: list[int]) -> None:
+    if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        raise ConfigError(
+            f"logger.profile_steps must be a first and a last step, from 0, got {steps}. Fix: logger.profile_steps=[20,22]"
         )
 
 

@@ -24,6 +24,9 @@ from .overrides import CONF
 from .sweep import overrides_for_hydra
 from .yaml_text import check_files
 
+# World sizes of plan.py --sweep.
+_SWEEP = "[8,16,32,64,96,128,192,256,384,512,768,1024,1536,2048,3072,4096]"
+
 Read = Callable[[], DictConfig]
 """A function that composes the configuration, or raises ConfigError."""
 
@@ -75,7 +78,9 @@ def parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config-dir", "-cd", type=Path)
     parser.add_argument("--run")
     if program == "evaluate":
-        parser.add_argument("--explain", action="store_const", const="evaluation.explain=12")
+        parser.add_argument("--explain", action="store_const", const="evaluation.explain=12", dest="shorthand")
+    if program == "plan":
+        parser.add_argument("--sweep", action="store_const", const=f"plan.sweep={_SWEEP}", dest="shorthand")
     # Hydra's own.
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
@@ -85,9 +90,9 @@ def parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--package", "-p")
     parser.add_argument("--info", "-i", nargs="?", const="all")
     options = parser.parse_intermixed_args(arguments)
-    if getattr(options, "explain", None):
-        # First, so that a number of clips that is given as an override counts.
-        options.overrides.insert(0, options.explain)
+    if getattr(options, "shorthand", None):
+        # First, so that a value that is given as an override counts.
+        options.overrides.insert(0, options.shorthand)
     if options.config_dir is not None and not options.config_dir.is_dir():
         raise ConfigError(f"--config-dir {options.config_dir} is no folder. Fix: a folder with experiment/NAME.yaml")
     if options.run is not None:

@@ -5,7 +5,7 @@ from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from itertools import takewhile
 from operator import attrgetter
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
@@ -13,7 +13,18 @@ from .schema import Config
 
 SECTIONS: dict[str, Any] = {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
 
-GROUPS = ("model", "data", "pipeline", "optimizer", "schedule", "numerics", "distributed", "logger", "evaluation")
+GROUPS = (
+    "model",
+    "data",
+    "pipeline",
+    "optimizer",
+    "schedule",
+    "numerics",
+    "distributed",
+    "logger",
+    "evaluation",
+    "cluster",
+)
 """Sections with options to choose from: GROUP=OPTION selects conf/GROUP/OPTION.yaml."""
 
 EXPERIMENT = "experiment"
@@ -35,6 +46,9 @@ RENAMED_KEYS = {
     "distributed.hang_s": "distributed.hang_timeout_s",
 }
 """Old and new names of renamed keys. Overrides and run folders may still use the old ones."""
+
+REMOVED_KEYS = ("plan.published_step_s",)
+"""Keys that nothing reads any more. Run folders may still have them."""
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -72,6 +86,8 @@ def default_of(key: str) -> Any:
 def describe_type(key: str) -> str:
     """Return the values that the key takes, in words."""
     words = _KINDS.get(type_of(key), "a list, such as [a,b]")
+    if get_origin(type_of(key)) is dict:
+        words = "a mapping, which a file of conf/cluster gives"
     if get_args(type_of(key)) == (list[str],):
         words = "a list of lists, such as [[a,b],[c,d]]"
     return words + (" or null" if is_optional(key) else "")

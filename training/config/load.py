@@ -14,7 +14,7 @@ from runtime import run_layout
 from training.errors import ConfigError
 
 from .checks import check
-from .keys import GROUPS, RENAMED_KEYS, SECTIONS, fix_unknown
+from .keys import GROUPS, REMOVED_KEYS, RENAMED_KEYS, SECTIONS, fix_unknown
 from .overrides import escaped
 from .schema import Config
 from .yaml_text import check_text
@@ -108,7 +108,12 @@ def as_yaml(config: Config) -> str:
 
 
 def _with_new_keys(loaded: Any) -> Any:
-    """Rename the keys of an older config.yaml, in place."""
+    """Rename and remove the keys of an older config.yaml, in place."""
+    for removed in REMOVED_KEYS:
+        group, key = removed.split(".")
+        settings = loaded.get(group) if isinstance(loaded, DictConfig) else None
+        if isinstance(settings, DictConfig):
+            settings.pop(key, None)
     for old, new in RENAMED_KEYS.items():
         group, key = old.split(".")
         settings = loaded.get(group) if isinstance(loaded, DictConfig) else None

@@ -1,6 +1,7 @@
 """Compose the configuration of `evaluate.py --run FOLDER [overrides]`: the run's own, with the overrides applied."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def config_of_run(
         OmegaConf.update(base, key, value)
     trained = flat(from_composed(base))
     # The launcher of this evaluation decides these.
-    for key in ("backend", "controller", "world_size"):
-        base.distributed[key] = getattr(DistributedConfig(), key)
+    for field in fields(DistributedConfig):
+        if field.name in ("backend", "controller", "world_size") or field.name.startswith("horovod_"):
+            base.distributed[field.name] = field.default
     if checkpoint is not None:
         base.evaluation.checkpoint = checkpoint
     config = composed(overrides, base, extra)

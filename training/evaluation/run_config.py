@@ -9,17 +9,18 @@ One rule for `evaluate.py --run FOLDER` and for `evaluate.py experiment=... run_
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from training.build.init_weights import saved_state
-from training.config.keys import leaves
+from training.config.keys import KEYS
 from training.config.schema import Config
 from training.errors import ConfigError
 from training.recipe import LEFT_OUT_OF_MODEL
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 
 class Kind(Enum):
@@ -48,7 +49,10 @@ _KEYS = {
         pipeline.dali_threads pipeline.decoder pipeline.workers pipeline.prefetch
         distributed.backend distributed.controller distributed.device distributed.world_size distributed.gradient_dtype
         distributed.timeout_s distributed.hang_timeout_s
+        distributed.horovod_cycle_ms distributed.horovod_fusion_mib distributed.horovod_cache distributed.horovod_hierarchical
+        distributed.horovod_timeline
         logger.wandb logger.project logger.group logger.tags logger.every_steps logger.diagnostics
+        logger.tensorboard logger.profile_steps
         evaluation.batch evaluation.checkpoint evaluation.save_logits evaluation.explain evaluation.distances evaluation.beside
         evaluation.split evaluation.ensemble evaluation.ensemble_weights evaluation.ensemble_average outputs run_id
     """,
@@ -67,7 +71,9 @@ _KEYS = {
         checkpoint.last_retry_s checkpoint.second_place
         checkpoint.allow_recipe_change checkpoint.allow_code_change checkpoint.allow_restart checkpoint.allow_no_progress
         evaluation.every_epochs
-        plan.world_size plan.published_step_s plan.step_s plan.json plan.write_config plan.plot
+        plan.world_size plan.step_s plan.experience plan.prepared plan.sweep plan.html plan.json plan.write_config
+        plan.calibrate plan.plot
+        cluster.name cluster.price_per_gpu_h cluster.figures
         name seed max_steps
     """,
 }
@@ -160,7 +166,7 @@ def settings_of(recipe: Mapping[str, Any], run: Config | None = None) -> dict[st
 
 def flat(config: Config) -> dict[str, Any]:
     """Return every setting by its dotted key."""
-    return dict(leaves(asdict(config)))
+    return {key: attrgetter(key)(config) for key in KEYS}
 
 
 def _shown(value: Any) -> str:

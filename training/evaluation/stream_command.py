@@ -117,5 +117,5 @@ def save_stream(path: Path, record: dict[str, Any]) -> None:
     print(f"saved: {folder.stream}", flush=True)
     # Weights of a file have no run to report.
     if folder.config.exists():
-        write_report(folder)
+        write_report(folder.path)
         print(f"saved: {folder.report}", flush=True)

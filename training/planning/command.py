@@ -16,6 +16,7 @@ from training.runs.run_lock import lock_run
 
 from .output import as_dict, as_text
 from .plan import Plan, make_plan
+from .sweep_page import write_page
 
 
 def run_plan(read: Read) -> int:
@@ -54,8 +55,12 @@ def _write(plan: Plan) -> None:
     try:
         if config.plan.json is not None:
             Path(config.plan.json).write_text(json.dumps(as_dict(plan), indent=1) + "\n")
+        if config.plan.html is not None and plan.points and plan.on_cluster is not None:
+            write_page(Path(config.plan.html), plan.config.name, plan.on_cluster, plan.points)
         if config.plan.plot is not None and recipe is not None:
             schedule_figure(recipe.schedule, recipe.steps_per_epoch).savefig(config.plan.plot)
     # matplotlib raises ValueError for an unknown ending.
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the file of plan.json or plan.plot: {error}. Fix: another path") from error
+        raise ConfigError(
+            f"cannot write the file of plan.json, plan.html or plan.plot: {error}. Fix: another path"
+        ) from error

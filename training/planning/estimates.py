@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from training.build.model import network_of
-from training.config.schema import DistributedConfig, ModelConfig, NumericsConfig, PlanConfig
+from training.config.schema import DistributedConfig, ModelConfig, NumericsConfig
 from training.recipe import Recipe
 from tsm.flops import clip_multiply_adds
 from tsm.modality import INPUT_CHANNELS
+
+from .simulator.step import STEP_FLOPS
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,19 @@ def ring_bytes(message_bytes: int, world: int) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Throughput and duration that follow from a step time. The step time is given, not measured."""
+    """Throughput and duration that follow from a step time, which is given or simulated."""
 
     step_s: float
     step_s_from: str
-    """The key that gives it."""
+    """The key that gives it, or the cluster that it is simulated on."""
     clips_per_s: float
     clips_per_s_per_process: float
     decoded_bytes_per_s: float
     """uint8 frames, to all devices together."""
     duration_s: float
     """Of all steps, without evaluations, checkpoints and start-up."""
+    tflop_s_per_process: float
+    """6 FLOPs per multiply-add of a clip's forward pass."""
 
 
 def clip_bytes(num_frames: int, size: int, modality: str = "rgb") -> int:
@@ -71,18 +75,17 @@ def clip_bytes(num_frames: int, size: int, modality: str = "rgb") -> int:
     return num_frames * INPUT_CHANNELS[modality] * size**2
 
 
-def estimate_rates(plan: PlanConfig, recipe: Recipe, decoded_clip_bytes: int, world: int) -> Rates | None:
-    """Estimate from `plan.step_s`, else from the published step time on the published world; None without either."""
-    published = plan.step_s is None and plan.world_size == world
-    step_s = plan.published_step_s if published else plan.step_s
-    if step_s is None:
-        return None
+def estimate_rates(
+    step_s: float, step_s_from: str, recipe: Recipe, decoded_clip_bytes: int, multiply_adds: int, world: int
+) -> Rates:
+    """Return what a step time means."""
     clips_per_s = recipe.global_batch / step_s
     return Rates(
         step_s=step_s,
-        step_s_from="plan.published_step_s" if published else "plan.step_s",
+        step_s_from=step_s_from,
         clips_per_s=clips_per_s,
         clips_per_s_per_process=clips_per_s / world,
         decoded_bytes_per_s=clips_per_s * decoded_clip_bytes,
         duration_s=recipe.total_steps * step_s,
+        tflop_s_per_process=STEP_FLOPS * multiply_adds * clips_per_s / world / 1e12,
     )

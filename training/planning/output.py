@@ -8,7 +8,9 @@ from training.config.schema import CheckpointConfig
 
 from .estimates import ring_bytes
 from .memory import LEFT_OUT, StepCosts
+from .on_cluster import whole_worlds
 from .plan import Plan
+from .run_text import describe_points, describe_run, run_fields
 from .summary import describe_execution, describe_gradients, describe_network, describe_numerics, describe_recipe
 
 
@@ -29,7 +31,7 @@ def as_text(plan: Plan) -> str:
         if config.batch.is_auto:
             lines += ["           batch.micro_batch=auto: on GPUs, fewer clips if that does not fit into the memory"]
     if plan.worlds:
-        lines += [f"worlds     of {', '.join(map(str, plan.worlds))} processes fit this batch"]
+        lines += [_describe_worlds(plan)]
     if plan.network is not None:
         gradients = describe_gradients(config.distributed.gradient_dtype, plan.network)
         sent_bytes = ring_bytes(plan.network.gradient_bytes, plan.world)
@@ -37,12 +39,27 @@ def as_text(plan: Plan) -> str:
     if plan.costs is not None:
         lines += _describe_costs(plan.costs, config.checkpoint)
     lines += _describe_input(plan)
+    if plan.on_cluster is not None:
+        lines += describe_run(plan.on_cluster)
+    if plan.points and plan.cluster is not None:
+        lines += describe_points(plan.points, plan.cluster["gpus_per_node"])
     if "train" in plan.manifests:
         lines += describe_mirror(plan.manifests["train"], augmentation_of(config.model, config.data, config.pipeline))
+    if plan.missing:
+        lines += [f"missing    {', '.join(plan.missing)}"]
     count = len(plan.problems)
     start = "do nothing, because the run is finished (SUCCESS is there)" if plan.complete else "start"
+    if plan.missing:
+        start = "start once nothing is missing"
     lines += [f"problems   {count}, below" if count else f"problems   none: train.py would {start}"]
     return "\n".join(lines)
+
+
+def _describe_worlds(plan: Plan) -> str:
+    if plan.cluster is None:
+        return f"worlds     of {', '.join(map(str, plan.worlds))} processes fit this batch"
+    worlds = whole_worlds(plan.worlds, plan.cluster)
+    return f"worlds     nodes x GPUs of {plan.cluster.name} that fit this batch: {', '.join(worlds)}"
 
 
 def _describe_costs(costs: StepCosts, checkpoint: CheckpointConfig) -> list[str]:
@@ -69,8 +86,8 @@ def _describe_input(plan: Plan) -> list[str]:
         rates = plan.rates
         lines += [
             f"at         {rates.step_s:g} s per step ({rates.step_s_from}): {rates.clips_per_s:,.0f} clips/s, "
-            f"{rates.clips_per_s_per_process:.1f} per process, {rates.decoded_bytes_per_s / 1e9:.1f} GB/s decoded, "
-            f"all steps in {rates.duration_s / 60:.1f} min",
+            f"{rates.clips_per_s_per_process:.1f} ({rates.tflop_s_per_process:.3g} TFLOP/s) per process, "
+            f"{rates.decoded_bytes_per_s / 1e9:.1f} GB/s decoded, all steps in {rates.duration_s / 60:.1f} min",
         ]
         if stored_bytes is not None:
             lines += [f"           {rates.clips_per_s * stored_bytes / 1e9:.3g} GB/s read from storage"]
@@ -102,6 +119,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "clip_bytes": plan.clip_bytes,
         "stored_clip_bytes": plan.stored_clip_bytes,
         "rates": plan.rates and asdict(plan.rates),
+        "missing": plan.missing,
+        **run_fields(plan.on_cluster, plan.points, plan.cluster),
         "problems": [{"kind": type(problem).__name__, "message": str(problem)} for problem in plan.problems],
         "warnings": plan.warnings,
         "exit_code": plan.exit_code,

@@ -14,7 +14,7 @@ from pipelines.manifest import Manifest
 from runtime.checkout import CHECKOUT
 from runtime.exit_codes import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_REQUEUE
 from training.build.data import augmentation_of, check_manifests, find_decoder, open_manifest
-from training.build.init_weights import find_initial_weights
+from training.build.init_weights import WeightsMissing, find_initial_weights
 from training.build.recipe import recipe_of
 from training.build.stream import stream_sampling_of
 from training.config.checks import check_training
@@ -29,7 +29,10 @@ from training.runs.success import is_complete
 from .checks import check_files, check_run_folder, check_single_process, sample_rows
 from .estimates import NetworkEstimate, Rates, clip_bytes, estimate_network, estimate_rates, gradient_value_bytes
 from .memory import StepCosts, step_costs
+from .on_cluster import MemoryRule, OnCluster, Point, check_memory, cluster_of, run_on, sweep
+from .simulator.figures import Cluster
 from .wandb_login import check_wandb_login
+from .workload import on_device, workload_of
 
 _Result = TypeVar("_Result")
 
@@ -57,6 +60,13 @@ class Plan:
     network: NetworkEstimate | None = None
     costs: StepCosts | None = None
     rates: Rates | None = None
+    """None: neither a cluster nor plan.step_s."""
+    missing: list[str] = field(default_factory=list)
+    """What a run needs and is not on this machine: manifests, downloaded weights."""
+    cluster: Cluster | None = None
+    on_cluster: OnCluster | None = None
+    points: list[Point] = field(default_factory=list)
+    """Of plan.sweep."""
     complete: bool = False
     """The run is complete with this recipe: train.py would do nothing."""
 
@@ -84,7 +94,10 @@ class Plan:
         try:
             return do()
         except (ConfigError, DataError, StorageError, TopologyError) as error:
-            if str(error) not in map(str, self.problems):
+            # A plan needs no weights, a run that is to start does.
+            if isinstance(error, WeightsMissing) and not self.config.plan.write_config:
+                self.missing.append(str(error).partition(";")[0])
+            elif str(error) not in map(str, self.problems):
                 self.problems.append(error)
             return None
 
@@ -94,11 +107,7 @@ def make_plan(config: Config) -> Plan:
     plan = Plan(config, world=config.distributed.world_size or config.plan.world_size or 1)
     plan.attempt(check_single_process)
     plan.attempt(lambda: check_training(config))
-    for split in ("train", "val"):
-        manifest = plan.attempt(lambda split=split: open_manifest(config.data, split))  # type: ignore[misc]
-        if manifest is not None:
-            plan.manifests[split] = manifest
-            plan.attempt(lambda manifest=manifest: check_files(config.data, manifest))  # type: ignore[misc]
+    _open_manifests(plan)
     _check_clips(plan)
     folder = RunFolder(CHECKOUT / config.outputs / (config.run_id or "new"))
     checkpoint = plan.attempt(lambda: _find_start(plan, folder))
@@ -115,6 +124,24 @@ def make_plan(config: Config) -> Plan:
     if (warning := plan.attempt(lambda: check_wandb_login(config.logger))) is not None:
         plan.warnings.append(warning)
     return plan
+
+
+def _open_manifests(plan: Plan) -> None:
+    """Open the manifests that are here. All are tried if a run is to start."""
+    data = plan.config.data
+    folder = CHECKOUT / data.root
+    absent = [split for split in ("train", "val") if not (folder / getattr(data, split)).exists()]
+    if plan.config.plan.write_config:
+        absent = []
+    for split in ("train", "val"):
+        if split not in absent:
+            manifest = plan.attempt(lambda split=split: open_manifest(data, split))  # type: ignore[misc]
+            if manifest is not None:
+                plan.manifests[split] = manifest
+                plan.attempt(lambda manifest=manifest: check_files(data, manifest))  # type: ignore[misc]
+    if absent:
+        names = " and ".join(getattr(data, split) for split in absent)
+        plan.missing.append(f"{names} in {folder} ({data.prepare or 'prepare.py, docs/data.md'})")
 
 
 def _check_clips(plan: Plan) -> None:
@@ -152,5 +179,47 @@ def _derive(plan: Plan) -> None:
     clips = len(train) if train is not None else config.data.train_clips
     if clips is not None:
         plan.recipe = plan.attempt(lambda: recipe_of(config, clips, train.digest if train else "", plan.weights))
-    if plan.recipe is not None:
-        plan.rates = estimate_rates(config.plan, plan.recipe, plan.clip_bytes, plan.world)
+    plan.cluster = plan.attempt(lambda: cluster_of(config))
+    if plan.cluster is not None:
+        _simulate(plan, plan.cluster)
+    elif config.plan.sweep:
+        plan.problems.append(ConfigError("plan.sweep needs a cluster. Fix: cluster=summit, or another of conf/cluster"))
+    _estimate_rates(plan)
+
+
+def _simulate(plan: Plan, cluster: Cluster) -> None:
+    """Compare the plan with the cluster's devices, and simulate the run if its recipe is known."""
+    config, execution, costs, network = plan.config, plan.execution, plan.costs, plan.network
+    rule = None
+    if execution is not None and costs is not None:
+        warning = plan.attempt(lambda: check_memory(config, cluster, costs, execution))
+        plan.warnings += [warning] if warning else []
+        rule = None if config.batch.is_auto else MemoryRule(costs, execution.micro_batch)
+    if network is None or plan.recipe is None:
+        return
+    recipe, validation = plan.recipe, plan.manifests.get("val")
+    checkpoint_bytes = 0 if costs is None else costs.checkpoint_bytes
+    clips = None if validation is None else len(validation)
+    stored_bytes, multiply_adds = plan.stored_clip_bytes, network.clip_multiply_adds
+    workload = on_device(
+        workload_of(config, recipe, multiply_adds, checkpoint_bytes, stored_bytes, clips), set(cluster.achieved_tflop_s)
+    )
+    if execution is not None:
+        plan.on_cluster = plan.attempt(lambda: run_on(config, cluster, workload, execution, plan.worlds, rule))
+    if config.plan.sweep:
+        plan.points = plan.attempt(lambda: sweep(config, cluster, workload, rule)) or []
+
+
+def _estimate_rates(plan: Plan) -> None:
+    recipe, network, config = plan.recipe, plan.network, plan.config
+    if recipe is None or network is None:
+        return
+    if config.plan.step_s is not None:
+        step_s, source = config.plan.step_s, "plan.step_s"
+    elif plan.on_cluster is not None:
+        step_s, source = plan.on_cluster.simulation.step_s.centre, f"simulated on {plan.on_cluster.cluster.name}"
+    else:
+        return
+    frames = augmentation_of(config.model, config.data, config.pipeline).sample_frames
+    multiply_adds = network.clip_multiply_adds * frames // config.model.num_frames
+    plan.rates = estimate_rates(step_s, source, recipe, plan.clip_bytes, multiply_adds, plan.world)

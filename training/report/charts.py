@@ -2,6 +2,7 @@
 
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#2563ab", "#d9622b", "#3a8f5c", "#5f6773"
+# Okabe and Ito's colours (Color Universal Design, 2008), which people with any kind of colour blindness tell apart.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#5f6773"
 _INK, _GRID, _EDGE = "#1c2430", "#e3e7ec", "#b9c0ca"
 _CURVE_POINTS = 600
 
@@ -59,6 +61,36 @@ def svg_chart(
     # Namespaces are implied inside HTML. The ids of groups are the same in every chart, and unused.
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
     return re.sub(r' id="[\w.]+_\d+"', "", svg)
+
+
+def add_time_axis(axes: "Axes", steps: Sequence[int], elapsed_s: Sequence[float]) -> None:
+    """Add an axis of wall-clock time above the one of steps. `steps` grow, and `elapsed_s` is the time that each was reached."""
+    if len(steps) < 2:
+        return
+    low, high = axes.get_xlim()
+    unit, unit_s = next((each for each in (("h", 3600.0), ("min", 60.0)) if elapsed_s[-1] >= 5 * each[1]), ("s", 1.0))
+    from matplotlib.ticker import MaxNLocator
+
+    times = MaxNLocator(nbins=6).tick_values(elapsed_s[0] / unit_s, elapsed_s[-1] / unit_s)
+    ticks = [
+        (step, f"{time:g}")
+        for time in times
+        if elapsed_s[0] <= time * unit_s <= elapsed_s[-1]
+        and low <= (step := _step_at(time * unit_s, steps, elapsed_s)) <= high
+    ]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks([step for step, _ in ticks], labels=[text for _, text in ticks])
+    top.set_xlabel(f"time [{unit}]", fontsize=9, color=GREY)
+    top.tick_params(labelsize=8, colors=GREY, length=3)
+    top.spines["top"].set_color(_EDGE)
+
+
+def _step_at(time_s: float, steps: Sequence[int], elapsed_s: Sequence[float]) -> float:
+    """Return the step that was reached at a time, interpolated."""
+    after = min(max(1, bisect_left(elapsed_s, time_s)), len(steps) - 1)
+    (before_s, after_s), (before, reached) = elapsed_s[after - 1 : after + 1], steps[after - 1 : after + 1]
+    part = (time_s - before_s) / (after_s - before_s) if after_s > before_s else 0.0
+    return before + part * (reached - before)
 
 
 def draw_schedule(axes: "Axes", schedule: Schedule, steps_per_epoch: float) -> None:

@@ -5,14 +5,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from runtime import run_layout
 from runtime.atomic_write import write_text
-from training.runs.run_folder import RunFolder
 
+from .comparison import compare
 from .curves import run_charts
-from .history import History, Record, values_of
+from .failures import failure_parts
+from .history import History, Record
+from .rates import rates_of
+from .status import Status, read_json, read_status
 from .stream import early_chart, early_table, read_stream, stream_table
 
 _TEMPLATE = Path(__file__).with_name("template.html")
@@ -60,44 +63,53 @@ class Start:
     git_diff: str
 
 
-def write_report(folder: RunFolder) -> None:
-    """Write the report of a run folder, whether the run has finished or stopped before its first record."""
-    # Only rank 0 needs jinja2, once, at the end.
+def write_report(folder: Path) -> Status:
+    """Write the report of a run folder, however the run ended, or if it still runs. Returns how it stands."""
+    # Only one process needs jinja2, once, at the end.
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_TEMPLATE.read_text())
-    write_text(folder.report, template.render(_fields(folder)))
+    history = History.read(folder)
+    status = read_status(folder, history)
+    write_text(folder / run_layout.REPORT, template.render(_fields(folder, history, status)))
+    return status
 
 
-def _fields(folder: RunFolder) -> dict[str, Any]:
+def progress_of(history: History) -> str:
+    """Return how far a run has come: `after 40 of 360 steps, in 2 starts`."""
+    total = f" of {history.total_steps:,}" if history.total_steps is not None else ""
+    starts = f", in {len(history.starts)} starts" if len(history.starts) > 1 else ""
+    return f"after {history.steps:,}{total} steps{starts}"
+
+
+def _fields(folder: Path, history: History, status: Status) -> dict[str, Any]:
     """Return the values that the template shows."""
     from markupsafe import Markup
 
-    history = History.read(folder)
+    comparison = compare(folder, history)
+    config = folder / run_layout.CONFIG
     return {
-        "run_id": folder.path.name,
-        "status": history.status,
-        "progress": _progress(history),
+        "run_id": folder.name,
+        "status": status,
+        "progress": progress_of(history),
+        "failure": failure_parts(folder) if status.is_failure else [],
+        "earlier": _earlier_ends(folder / run_layout.PROVENANCE),
         "cards": [*_accuracy_cards(history.evaluation), *_speed_cards(history)],
         "notes": _notes(history),
         # These SVG elements come from matplotlib, which escapes the text in them.
         "charts": [Markup(svg) for svg in run_charts(history)],
         "resumed": bool(history.resumed_at),
+        "comparison": Table(("term", "planned", "measured", "ratio", ""), [row.cells for row in comparison.rows]),
+        "comparison_note": comparison.note,
         "evaluations": _evaluations(history.evaluation),
-        "stream": _stream(folder.stream),
+        "stream": _stream(folder / run_layout.STREAM),
         "bad_clips": _bad_clips(history.bad_clips),
-        "configuration": folder.config.read_text() if folder.config.exists() else "",
-        "provenance": _provenance(folder.provenance),
+        "configuration": config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+        "provenance": _provenance(folder / run_layout.PROVENANCE),
     }
-
-
-def _progress(history: History) -> str:
-    total = f" of {history.end['step']:,}" if history.end is not None else ""
-    starts = f", in {len(history.starts)} starts" if len(history.starts) > 1 else ""
-    return f"after {history.steps:,}{total} steps{starts}"
 
 
 def _accuracy_cards(evaluations: list[Record]) -> list[tuple[str, str]]:
@@ -118,13 +130,16 @@ def _accuracy_cards(evaluations: list[Record]) -> list[tuple[str, str]]:
 
 def _speed_cards(history: History) -> list[tuple[str, str]]:
     cards = [("total time", _duration(history.duration_s))]
-    _, clips_per_s = values_of(history.train, "clips_per_s")
-    if clips_per_s:
-        cards.append(("clips/s, median of the records", f"{median(clips_per_s):,.1f}"))
+    rates = rates_of(history)
+    if rates is not None:
+        cards.append(("clips/s, whole job", f"{rates.whole_job:,.1f}"))
+        cards.append(("clips/s, training without evaluations", f"{rates.training:,.1f}"))
+        cards.append(("clips/s, compute without input stall", f"{rates.compute:,.1f}"))
     if history.starts:
         newest = history.starts[-1]
         cards.append(("world size", f"{newest.get('world_size', '–')}"))
         cards.append(("backend", f"{newest.get('backend', '–')}"))
+        cards += [("device", str(newest["device"]))] if newest.get("device") else []
     return cards
 
 
@@ -132,7 +147,7 @@ def _notes(history: History) -> list[str]:
     failed = [record for record in history.checkpoint if "failed" in record]
     notes = [f"No checkpoint at step {record['step']:,}: {record['failed']}" for record in failed]
     if not history.train:
-        notes.append("The run was stopped before its first training record.")
+        notes.append("There is no training record: the run ended before its first one.")
     return notes
 
 
@@ -170,9 +185,20 @@ def _bad_clips(records: list[Record]) -> Table:
     return Table(("split", "row", "replaced by", "reason"), rows, left_out=len(records) - len(rows))
 
 
+def _earlier_ends(provenance: Path) -> Table:
+    """Return how the starts before the newest one ended."""
+    starts = read_json(provenance)
+    rows = [
+        [str(number), _formatted(start.get("first_step"), ",d"), str(ended.get("exit_code")), str(ended.get("reason"))]
+        for number, start in enumerate(starts if isinstance(starts, list) else [], 1)
+        if isinstance(start, dict) and isinstance(ended := start.get("ended"), dict)
+    ]
+    return Table(("start", "from step", "exit code", "reason"), rows)
+
+
 def _provenance(path: Path) -> list[Start] | str:
     """Return code, packages and hosts of each start, or the file's text if it is not what a run writes."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     try:
         starts = json.loads(text)
     except ValueError:

@@ -51,6 +51,8 @@ class RunFolder:
         self.provenance = path / run_layout.PROVENANCE
         self.outcome = path / run_layout.OUTCOME
         self.lock = path / run_layout.LOCK
+        self.tensorboard = path / run_layout.TENSORBOARD
+        self.profile = path / run_layout.PROFILE
 
     def write_config(self, config: Config) -> None:
         """Make the folder if it is not there, and write config.yaml. Atomic, because a requeued job reads that file."""

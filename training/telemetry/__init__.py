@@ -1,1 +1,1 @@
-"""Log what a run does: metrics, input stalls, stragglers, skipped steps, bad clips."""
+"""Log what a run does: metrics, phases of its steps, input stalls, stragglers, skipped steps, bad clips."""

@@ -1,7 +1,7 @@
 """Collect what happens between two training records, and write the record."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -12,10 +12,14 @@ from pipelines.loading.clips import ClipBatch
 from training.job import Job
 
 from .bad_clips import BadClips
+from .device import peak_clips_per_s, peak_memory_bytes
+from .eta import Eta
 from .input_stalls import WARM_UP_STEPS, ClipWorkers, InputStalls
 from .metrics_log import MetricsLog
+from .rank_times import RankTimes, rank_values
 from .skipped_steps import SkippedSteps, TakenStep
-from .stragglers import OwnTimeClock, StepTimes, Stragglers
+from .step_clock import StepClock, StepTimes
+from .stragglers import Stragglers
 
 
 class LogInterval:
@@ -24,14 +28,17 @@ class LogInterval:
     Sums stay on the device, times on the host. Shapes: S steps, R ranks, 4 values of a step as Trainer.step returns them.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, last_step: int, evaluation_steps: Collection[int]) -> None:
+        """`last_step` and `evaluation_steps`: as in Eta."""
         self._job = job
         self._bad_clips = BadClips(job)
         self._skipped_steps = SkippedSteps(job)
         self._unread: list[tuple[int, list[Tensor], Tensor]] = []
-        self._own_time = OwnTimeClock(job.trainer.network, job.backend)
+        self._clock = StepClock(job.trainer.network, job.backend)
         self._stragglers = Stragglers(job.backend.topology.size)
         self._input_stalls = InputStalls(ClipWorkers.of(job.config.pipeline, job.backend))
+        self._eta = Eta(last_step, evaluation_steps)
+        self._peak_clips_per_s = peak_clips_per_s(job.config, job.backend.device)
         self.restart()
 
     def restart(self) -> None:
@@ -40,10 +47,11 @@ class LogInterval:
         self._steps = 0
         self._input_s = 0.0
         self._started_s = time.monotonic()
+        self._clock.restart()
 
     def timed_input(self, step: int, fetch: Callable[[], list[ClipBatch]]) -> list[ClipBatch]:
         """Return the micro-batches that `fetch` waits for. Raises DataError if too many of their clips were replaced."""
-        self._own_time.begin_input()
+        self._clock.begin_input()
         started_s = time.monotonic()
         micro_batches = fetch()
         self._input_s += time.monotonic() - started_s
@@ -51,15 +59,29 @@ class LogInterval:
         return micro_batches
 
     @contextmanager
-    def timed_step(self) -> Iterator[None]:
-        self._own_time.begin_step()
-        yield
-        self._own_time.end_step()
+    def timed_step(self) -> Iterator[Callable[[str], None]]:
+        """Time a step; the value of the context is called as each of its phases begins."""
+        self._clock.begin_step()
+        yield self._clock.mark
+        self._clock.end_step()
+
+    def evaluated(self, duration_s: float) -> None:
+        """Begin a new interval after an evaluation."""
+        self._eta.evaluated(duration_s)
+        self.restart()
 
     def add(self, step: int, micro_batches: list[ClipBatch], totals: Tensor) -> None:
         """Add a step that was taken; `totals` as Trainer.step returns them."""
         self._unread.append((step, [batch.row_N for batch in micro_batches], totals))
         self._steps += 1
+
+    def record_first_step(self, step: int, log: MetricsLog) -> None:
+        """Wait for this start's first step, and record how long it took, with its wait for clips. Later steps do not wait."""
+        device = self._job.backend.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        duration_s = time.monotonic() - self._started_s
+        log.write("first_step", step, duration_s=round(duration_s, 3), input_wait_s=round(self._input_s, 3))
 
     def settle(self, log: MetricsLog) -> None:
         """Read the results of the steps since the last call. Only here does the training loop's host wait for its device.
@@ -86,17 +108,23 @@ class LogInterval:
         Returns True if any rank passes `save_here`: rank 0 decides by its clock, and the all-reduce of the sums carries that.
         """
         self.settle(log)
-        times = self._own_time.read()
+        times, read_s = self._clock.read(), time.monotonic()
+        steps = max(1, self._steps)
+        own = rank_values(times, self._input_s / steps, peak_memory_bytes(self._job.backend.device))
         counts = self._totals.new_tensor([float(self._bad_clips.noted), float(save_here)])
-        sums, times_2R = self._reduce(torch.cat([self._totals, counts]), [times.own_s, self._input_s])
+        sums, values_VR = self._reduce(torch.cat([self._totals, counts]), own)
         bad_clips, save_now = sums[3:].tolist()
-        own_R, input_R = times_2R
-        self._log_stragglers(step, own_R, times.steps, log)
-        duration_s = time.monotonic() - self._started_s
-        stall = self._input_stalls.add(self._steps, duration_s, input_R.max().item())
+        ranks = RankTimes(values_VR)
+        self._log_stragglers(step, ranks.own_R * times.steps, times.steps, log)
+        now_s = time.monotonic()
+        duration_s = now_s - self._started_s
+        # Waiting for the other ranks' values is work between two steps.
+        times.phases_s["between_steps"] += now_s - read_s
+        self._eta.add(self._steps, duration_s)
+        stall = self._input_stalls.add(self._steps, duration_s, ranks.input_wait_R.max().item() * steps)
         if stall:
             log.info(f"step {step:6d}  {stall}")
-        self._log_training(step, sums[:3].tolist(), duration_s, times, log)
+        self._log_training(step, sums[:3].tolist(), duration_s, times, ranks, log)
         if bad_clips:
             self._bad_clips.report(log)
         self.restart()
@@ -109,33 +137,40 @@ class LogInterval:
             log.write("input", step, wait_percent=percent)
             log.info(f"input stall: {percent:.1f}% of the time after the first {WARM_UP_STEPS} steps")
 
-    def _reduce(self, values: Tensor, own_times: list[float]) -> tuple[Tensor, Tensor]:
-        """Return the sums of `values` over ranks, and each rank's times, (2, R). One all-reduce carries both."""
+    def _reduce(self, values: Tensor, own: list[float]) -> tuple[Tensor, Tensor]:
+        """Return the sums of `values` over ranks, and each rank's `own`, (V, R). One all-reduce carries both."""
         topology = self._job.backend.topology
-        times_2R = values.new_zeros(len(own_times), topology.size)
-        times_2R[:, topology.rank] = values.new_tensor(own_times)
-        message = torch.cat([values, times_2R.flatten()]).to(self._job.backend.device)
+        own_VR = values.new_zeros(len(own), topology.size)
+        own_VR[:, topology.rank] = values.new_tensor(own)
+        message = torch.cat([values, own_VR.flatten()]).to(self._job.backend.device)
         self._job.backend.all_reduce_(message, "train.record")
-        sums, times = message.cpu().split([len(values), times_2R.numel()])
-        return sums, times.view_as(times_2R)
+        sums, all_ranks = message.cpu().split([len(values), own_VR.numel()])
+        return sums, all_ranks.view_as(own_VR)
 
     def _log_training(
-        self, step: int, totals: list[float], duration_s: float, times: StepTimes, log: MetricsLog
+        self, step: int, totals: list[float], duration_s: float, times: StepTimes, ranks: RankTimes, log: MetricsLog
     ) -> None:
         loss, right, clips = totals
         if not clips:
             return
-        job = self._job
+        job, step_s = self._job, duration_s / max(1, self._steps)
+        clips_per_s = clips / duration_s
+        per_device = clips_per_s / job.backend.topology.size
         log.train(
             step,
             epoch=round(step / job.recipe.steps_per_epoch, 3),
             loss=loss / clips,
             top1_percent=100 * right / clips,
             learning_rate=job.recipe.schedule.learning_rate(step - 1),
-            step_s=duration_s / max(1, self._steps),
-            clips_per_s=clips / duration_s,
+            step_s=step_s,
+            clips_per_s=clips_per_s,
+            clips_per_s_per_device=per_device,
+            mfu_percent=None if self._peak_clips_per_s is None else 100 * per_device / self._peak_clips_per_s,
             input_wait_percent=100 * self._input_s / duration_s,
+            **{f"{phase}_s": spent_s / max(1, times.steps) for phase, spent_s in times.phases_s.items()},
+            **ranks.fields(step_s),
             **self._batch_norm_cost(times),
+            eta_s=self._eta.seconds(step),
         )
 
     def _batch_norm_cost(self, times: StepTimes) -> dict[str, float]:

@@ -1,11 +1,10 @@
-"""Log the metrics of a run: always to metrics.jsonl, to wandb if configured, and to the terminal as lines or a progress bar."""
+"""Log the metrics of a run: to metrics.jsonl, to wandb and TensorBoard if configured, and to the terminal, as lines or a bar."""
 
 import errno
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ from runtime.exit_codes import EXIT_DONE
 from training.config.schema import Config
 from training.runs.run_folder import RunFolder
 
+from .charts import chart_numbers
+from .eta import duration_text
+from .tensorboard_log import TensorBoardLog
 from .wandb_log import FINISH_LIMIT_S, STOP_LIMIT_S, WandbLog, wandb_arguments
 
 
@@ -39,6 +41,7 @@ class MetricsLog:
         self._log = log
         self._bar: tqdm[Any] | None = None
         self._wandb: WandbLog | None = None
+        self._tensorboard: TensorBoardLog | None = None
         if not writes:
             return
         # Unbuffered, so that a kill loses no line.
@@ -51,6 +54,8 @@ class MetricsLog:
         if config.logger.wandb != "disabled":
             online = config.logger.wandb == "online"
             self._wandb = WandbLog(online, folder.path, wandb_arguments(config, folder.path.name), self.info)
+        if config.logger.tensorboard:
+            self._tensorboard = TensorBoardLog(folder.tensorboard, first_step, self.info)
 
     def info(self, text: str) -> None:
         """Write a line to this rank's log, and on rank 0 to the terminal."""
@@ -64,17 +69,19 @@ class MetricsLog:
             print(text, flush=True)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Write a record to metrics.jsonl and wandb."""
+        """Write a record to metrics.jsonl, wandb and TensorBoard. A value named `time_s` replaces the time of writing."""
         if not self._writes:
             return
-        self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step, **values})
+        self._put(self._file, {"kind": kind, "time_s": round(time.time(), 3), "step": step} | values)
+        if self._tensorboard is not None:
+            self._tensorboard.log(chart_numbers(kind, values), step)
         if self._wandb is not None:
-            numbers = dict(_numbers(kind, values))
+            numbers = dict(chart_numbers(kind, values))
             # A checkpoint ends after later records were written, and wandb drops records of earlier steps than its newest.
             self._newest_step = max(step, self._newest_step)
             self._wandb.log(numbers, self._newest_step)
 
-    def train(self, step: int, **values: float) -> None:
+    def train(self, step: int, **values: Any) -> None:
         """Write a training record, and show it on the progress bar or as a line."""
         self.write("train", step, **values)
         if self._bar is not None:
@@ -84,7 +91,8 @@ class MetricsLog:
             self.info(
                 f"step {step:6d}  loss {values['loss']:.4f}  top-1 {values['top1_percent']:5.1f}%  "
                 f"lr {values['learning_rate']:.4g}  {values['clips_per_s']:.1f} clips/s  "
-                f"input stall {values['input_wait_percent']:.1f}%"
+                f"input stall {values['input_wait_percent']:.1f}%  ETA {duration_text(values['eta_s'])} "
+                f"(limited by {values['limited_by']})"
             )
 
     def bad_clip(self, folder: RunFolder, **values: Any) -> None:
@@ -117,26 +125,8 @@ class MetricsLog:
             return
         if self._wandb is not None:
             self._wandb.finish(exit_code, FINISH_LIMIT_S if exit_code == EXIT_DONE else STOP_LIMIT_S)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-
-
-def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Yield the numbers, which wandb can plot, with the names of nested values joined by slashes."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(f"{prefix}/{name}", value)
-        elif isinstance(value, int | float):
-            yield f"{prefix}/{name}", value
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, without a last line that a kill cut off."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records

@@ -7,15 +7,11 @@ with other programs there, whose bursts would make any rank look like a straggle
 Shapes: R ranks, W windows.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-from distributed.backends.base import Backend
+from torch import Tensor
 
 # Fewer steps are too noisy on a busy node.
 WINDOW_STEPS = 20
@@ -24,98 +20,6 @@ WINDOW_STEPS = 20
 WINDOWS = 2
 EXCESS = 0.3
 MIN_EXCESS = 0.1
-
-_SCHEDSTAT = Path("/proc/thread-self/schedstat")
-_Moment = float | torch.cuda.Event
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """One rank's times, in seconds, summed over some steps."""
-
-    own_s: float
-    """Waiting for clips, forward and backward."""
-    messages_s: float
-    """In messages of batch norm over ranks; not part of `own_s`."""
-    steps: int
-
-
-class OwnTimeClock:
-    """Measures one rank's own time, summed over steps. For use in one thread.
-
-    On GPUs the waits of batch norm over ranks count as own time, because the device waits, unseen by the host. The published
-    recipe's batch norm is local and has no such wait.
-    """
-
-    def __init__(self, network: nn.Module, backend: Backend) -> None:
-        self._backend = backend
-        # On GPUs the device's time counts. Not every kernel has the file.
-        self._reads_run_queue = backend.device.type == "cpu" and _SCHEDSTAT.exists()
-        self._spans: list[tuple[_Moment, _Moment]] = []
-        self._input_s = self._messages_s = self._queued_s = 0.0
-        self._input_began_s = 0.0
-        self._began: _Moment = 0.0
-        self._ready: _Moment = 0.0
-        self._ready_waited_s = self._ready_queued_s = 0.0
-        # The first layer's gradient comes last. After it the rank waits for the reduction.
-        first = next(parameter for parameter in network.parameters() if parameter.requires_grad)
-        first.register_post_accumulate_grad_hook(self._note_ready)
-
-    def begin_input(self) -> None:
-        """Call this before waiting for a step's clips."""
-        self._queued_s -= self._run_queue_s()
-        self._input_began_s = time.perf_counter()
-
-    def begin_step(self) -> None:
-        """Call this when the clips are there."""
-        self._input_s += time.perf_counter() - self._input_began_s
-        self._messages_s -= self._backend.waited_s
-        self._began = self._now()
-
-    def _note_ready(self, _: Tensor) -> None:
-        self._ready, self._ready_waited_s = self._now(), self._backend.waited_s
-        self._ready_queued_s = self._run_queue_s()
-
-    def end_step(self) -> None:
-        """Call this after the step's last backward pass."""
-        self._spans.append((self._began, self._ready))
-        self._messages_s += self._ready_waited_s
-        self._queued_s += self._ready_queued_s
-
-    def read(self) -> StepTimes:
-        """Return the times since the last call. Waits for the device."""
-        spent_s = self._input_s + sum(_seconds(*span) for span in self._spans)
-        # A rank that waits for a message then also waits for a core, and both clocks count that time. So subtract one only.
-        queued_s = self._queued_s if self._messages_s == 0 else 0.0
-        times = StepTimes(spent_s - self._messages_s - queued_s, self._messages_s, len(self._spans))
-        self._spans.clear()
-        self._input_s = self._messages_s = self._queued_s = 0.0
-        return times
-
-    def _run_queue_s(self) -> float:
-        """Return how long this thread has been ready to run without a core, by Linux's count (its sched-stats.rst).
-
-        A process that is stopped, or waits for a disk, is not ready to run.
-        """
-        if not self._reads_run_queue:
-            return 0.0
-        _, waited_ns, _ = _SCHEDSTAT.read_bytes().split()
-        return int(waited_ns) / 1e9
-
-    def _now(self) -> _Moment:
-        if self._backend.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True, blocking=True)
-        event.record()
-        return event
-
-
-def _seconds(began: _Moment, ready: _Moment) -> float:
-    if isinstance(began, float) and isinstance(ready, float):
-        return ready - began
-    assert isinstance(began, torch.cuda.Event) and isinstance(ready, torch.cuda.Event)
-    ready.synchronize()
-    return began.elapsed_time(ready) / 1000  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from runtime.checkout import CHECKOUT
 from training.config.schema import Config
 from training.runs.run_folder import git
 
+from .charts import SUMMARIES
+
 FINISH_LIMIT_S = 45.0
 """Time that a finished job waits for wandb."""
 
@@ -144,7 +146,7 @@ class WandbLog:
         init = self._arguments | {"dir": str(self._folder), "mode": mode, "resume": resume}
         # If the process has ended already, its missing reply says so.
         with suppress(OSError):
-            _send(process, {"argv": sys.argv, "init": init})
+            _send(process, {"argv": sys.argv, "init": init, "summaries": SUMMARIES})
         return process
 
     def _wait_until_ready(self, process: _Process) -> _Failed | None:

@@ -1,6 +1,7 @@
 """Log to wandb, in a process apart from training: records come in on stdin, as JSON lines. Started by wandb_log.
 
-The first line has the arguments of `wandb.init`. The last line has the run's exit code; without one, training was killed.
+The first line has the arguments of `wandb.init` and the summaries of charts. The last line has the run's exit code; without one,
+training was killed.
 """
 
 import json
@@ -29,6 +30,8 @@ def main() -> None:
         return
     try:
         run = wandb.init(**start["init"], settings=_settings(wandb))
+        for name, summary in start["summaries"].items():
+            run.define_metric(name, summary=summary)
         _reply(ready=True)
         exit_code = _log_records(run)
         if exit_code is None:

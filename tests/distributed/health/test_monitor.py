@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed.health.hang_detection import PHASES, Place, RankState, own_pause_s, phase_timeout_s, stuck_ranks
+from distributed.health.hang_detection import (
+    PHASES,
+    Place,
+    RankState,
+    own_pause_s,
+    phase_timeout_s,
+    storage_timeout_s,
+    stuck_ranks,
+)
 from distributed.health.messages import (
     Ack,
     Failure,
@@ -33,6 +43,7 @@ from distributed.health.messages import (
     parse_message,
 )
 from distributed.health.rank_log import RankLog, node_log
+from distributed.health.stack_dump import storage_wait
 from runtime.exit_codes import EXIT_REQUEUE
 from tests.helpers.monitor_ranks import Rank, started_monitors
 
@@ -114,7 +125,7 @@ def test_somebody_is_named_exactly_when_nobody_moves_for_long_enough(
         OpenLog("/runs/\u00e9", "lock\n"),
         Heartbeat(7, "first step", 12),
         RankFailed("failed: two\nlines", 1),
-        Stacks("mine", {2: "theirs", 10: ""}),
+        Stacks("mine", {2: "theirs", 10: ""}, {2: ", process 9 waits"}),
         LogTail(4, "log"),
         RankDone(),
         Ack(),
@@ -304,12 +315,79 @@ def test_stacks_of_all_are_kept_when_the_job_stands_still(monitor: Any, tmp_path
     ranks[1].send(Heartbeat(4, "input", 9))
     for rank, where in enumerate(("in a collective", "in a loader")):
         assert ranks[rank].receive(StacksRequest).neighbours == {}
-        ranks[rank].send(Stacks(where, {}))
+        ranks[rank].send(Stacks(where, {}, {}))
     failure = ranks[0].receive(JobFailed).failure()
     assert failure.rank == 1 and "hangs at step 4, phase input" in failure.message
     (stacks,) = tmp_path.glob("failures/*/stacks.txt")
     assert stacks.read_text().startswith("==== rank 1 on here, step 4, phase input\nin a loader")
     assert "in a collective" in stacks.read_text()
+
+
+@pytest.fixture
+def waits_for_storage(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A process in uninterruptible sleep (state D), and the named pipe that wakes it up.
+
+    It waits for a child that the kernel has not let go of yet: the child opens the pipe before it becomes another program.
+    """
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    child = f"file_actions=[(os.POSIX_SPAWN_OPEN, 5, {str(pipe)!r}, os.O_RDONLY, 0)]"
+    program = f"import os, time; os.posix_spawn('/bin/true', ['true'], os.environ, {child}); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    while " (D, in " not in storage_wait(process.pid):
+        time.sleep(0.01)
+    yield process.pid, pipe
+    wake_up(pipe)
+    process.kill()
+    process.wait()
+
+
+def wake_up(pipe: Path) -> None:
+    with suppress(OSError):
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_a_rank_that_waits_for_a_disk_has_more_time(
+    monitor: Any, tmp_path: Path, waits_for_storage: tuple[int, Path]
+) -> None:
+    """The disk answers before the longer limit is over, and the job continues."""
+    pid, pipe = waits_for_storage
+    process, port = monitor(2, hang_timeout_s=4.0)
+    ranks = [Rank(port, 0), Rank(port, 1, pid=pid)]
+    ranks[0].send(OpenLog(str(tmp_path), ""))
+    for rank in ranks:
+        rank.send(Heartbeat(4, "step", 9))
+    for rank in ranks:
+        rank.receive(StacksRequest)
+        rank.send(Stacks("", {}, {}))
+    while "disk I/O: rank 1" not in (tmp_path / "log.txt").read_text():
+        time.sleep(0.05)
+    wake_up(pipe)
+    for rank in ranks:
+        rank.send(Heartbeat(5, "step", 10), RankDone())
+    for rank in ranks:
+        rank.receive(JobDone)
+        rank.leave()
+    assert process.wait(10) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert f"process {pid} waits for a disk or file server (D, in " in log
+
+
+def test_a_rank_of_another_node_that_waits_for_a_disk_for_ever_is_named_in_the_end(monitor: Any) -> None:
+    """Its own answers say so. A rank that does not wait has the usual limit."""
+    _, port = monitor(1, hang_timeout_s=0.5)
+    rank = Rank(port, 0, host="elsewhere")
+    began_s = time.monotonic()
+    rank.send(Heartbeat(4, "step", 9))
+    waits = {0: ", process 9 waits for a disk or file server (D, in folio_wait)"}
+    for line in rank.lines:
+        message = parse_message(line)
+        if isinstance(message, StacksRequest):
+            rank.send(Stacks("", {}, waits))
+        elif isinstance(message, JobFailed):
+            assert "phase step, process 9 waits for a disk or file server" in message.message
+            break
+    assert time.monotonic() - began_s > storage_timeout_s("step", 0.5) > 3 * phase_timeout_s("step", 0.5)
 
 
 # --- Logs -------------------------------------------------------------------------------------------------------------

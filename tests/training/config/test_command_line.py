@@ -10,7 +10,7 @@ import pytest
 
 from training.config.command_line import Read, execute
 from training.config.compose import compose
-from training.config.keys import KEYS, RENAMED_KEYS
+from training.config.keys import KEYS, REMOVED_KEYS, RENAMED_KEYS
 from training.config.load import from_composed
 from training.config.schema import Config
 from training.errors import ConfigError
@@ -44,6 +44,15 @@ def refused(*overrides: str, base: Path | None = None) -> str:
 
 
 # --- Unknown keys and options -----------------------------------------------------------------------------------------
+
+
+def test_flags_of_a_program_are_overrides_that_others_replace() -> None:
+    (config,) = started("plan", "experiment=smoke", "--sweep")
+    assert (config.plan.sweep[0], config.plan.sweep[-1]) == (8, 4_096)
+    (config,) = started("plan", "experiment=smoke", "--sweep", "plan.sweep=[4]")
+    assert config.plan.sweep == [4]
+    (config,) = started("evaluate", "experiment=smoke", "--explain")
+    assert config.evaluation.explain == 12
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,16 @@ def test_a_renamed_key_is_accepted_with_a_note(old: str, capsys: pytest.CaptureF
     assert str(getattr(getattr(compose(["experiment=smoke", f"{old}={value}"]), group), name)) == value
     assert capsys.readouterr().err == f"note: {old} is now called {new}\n"
     assert f"{old} is the old name of {new}" in refused(f"{new}={value}", f"+{old}={value}")
+
+
+@pytest.mark.parametrize("old", REMOVED_KEYS)
+def test_a_removed_key_of_an_old_run_is_ignored(old: str, tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").write_config(compose(["experiment=smoke", "seed=7"]))
+    file = tmp_path / "run" / "config.yaml"
+    group, name = old.split(".")
+    file.write_text(file.read_text().replace(f"{group}:\n", f"{group}:\n  {name}: 0.437\n"))
+    assert compose([], tmp_path / "run").seed == 7
+    assert old in refused(f"{old}=1")
 
 
 # --- Values of another type -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from training.config import checks
 from training.config.checks import check
 from training.config.compose import composed
+from training.config.horovod_variables import check_horovod, horovod_variables
 from training.config.keys import KEYS, RENAMED_KEYS, type_of
 from training.config.load import from_composed, read_config
 from training.config.overrides import CONF
@@ -268,6 +269,14 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("evaluation.distances", [1, 0]),
     ("evaluation.distances", [2, 2]),
     ("evaluation.beside", ["outputs/other"]),
+    ("plan.experience", 0.0),
+    ("plan.sweep", [8, 0]),
+    ("cluster.price_per_gpu_h", -1.0),
+    ("distributed.horovod_cycle_ms", 0.0),
+    ("distributed.horovod_fusion_mib", -1.0),
+    ("distributed.horovod_cache", -1),
+    ("logger.profile_steps", [5]),
+    ("logger.profile_steps", [5, 4]),
 ]
 
 
@@ -306,8 +315,8 @@ def test_a_misspelt_choice_is_refused_with_the_nearest(key: str) -> None:
 
 FREE_TEXT = {
     "model.init", "model.init_sha256", "data.name", "data.root", "data.train", "data.val", "data.test", "data.prepare",
-    "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot",
-    "checkpoint.second_place", "name", "outputs", "run_id",
+    "logger.project", "logger.group", "evaluation.checkpoint", "batch.micro_batch", "plan.json", "plan.plot", "plan.html",
+    "plan.calibrate", "cluster.name", "checkpoint.second_place", "name", "outputs", "run_id", "distributed.horovod_timeline",
 }  # fmt: skip
 
 
@@ -316,7 +325,7 @@ def test_every_text_key_has_a_closed_set_of_values_or_is_free() -> None:
 
 
 def test_every_check_has_a_bad_value_above() -> None:
-    checked = {*checks._CHOICES, *checks._POSITIVE, *checks._NOT_NEGATIVE}
+    checked = {*checks._CHOICES, *checks._POSITIVE, *checks._NOT_NEGATIVE, *checks._NULLABLE_NOT_NEGATIVE}
     assert checked <= {key for key, _ in BAD_VALUES}
 
 
@@ -344,6 +353,37 @@ def test_a_stream_has_one_view_and_no_logits_of_clips(key: str, value: Any) -> N
     config.evaluation.clips = "stream"
     with pytest.raises(ConfigError, match=rf"{re.escape(key)}.*evaluation=stream|evaluation=stream.*{re.escape(key)}"):
         check(config)
+
+
+@pytest.mark.parametrize("backend", ["torch", "single"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("horovod_cycle_ms", 2.5), ("horovod_hierarchical", False), ("horovod_timeline", "t.json")]
+)
+def test_a_setting_of_horovod_is_refused_on_another_backend(backend: str, key: str, value: Any) -> None:
+    config = with_value(f"distributed.{key}", value)
+    check(config)
+    with pytest.raises(
+        ConfigError, match=rf"distributed\.{key}={value} .* backend is {backend}\. Fix: distributed\.{key}=null"
+    ):
+        check_horovod(config.distributed, backend)
+    config.distributed.backend = backend
+    with pytest.raises(ConfigError, match=rf"distributed\.{key}"):
+        check(config)
+
+
+def test_settings_of_horovod_become_its_variables() -> None:
+    overrides = (
+        "horovod_cycle_ms=2.5 horovod_fusion_mib=64 horovod_cache=0 horovod_hierarchical=true horovod_timeline=t.json"
+    )
+    config = config_of("experiment=smoke", *(f"distributed.{override}" for override in overrides.split()))
+    assert horovod_variables(config.distributed) == {
+        "HOROVOD_CYCLE_TIME": "2.5",
+        "HOROVOD_FUSION_THRESHOLD": str(64 << 20),
+        "HOROVOD_CACHE_CAPACITY": "0",
+        "HOROVOD_HIERARCHICAL_ALLREDUCE": "1",
+        "HOROVOD_TIMELINE": "t.json",
+    }
+    assert horovod_variables(smoke().distributed) == {}
 
 
 @pytest.mark.parametrize("key", ["numerics.amp", "evaluation.amp"])

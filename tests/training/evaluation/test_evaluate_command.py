@@ -23,7 +23,7 @@ from training.config.schema import Config, EvaluationConfig
 from training.errors import ConfigError
 from training.evaluation.saved_logits import load_logits
 from training.main import train_task
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 pytestmark = pytest.mark.slow
 

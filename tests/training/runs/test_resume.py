@@ -33,7 +33,8 @@ from training.job import Job
 from training.loop import train as train_loop
 from training.runs.code_version import DECIDES_NUMBERS, check_code, code_version, decides_numbers
 from training.runs.run_folder import RunFolder
-from training.telemetry.metrics_log import MetricsLog, read_metrics
+from training.telemetry.metrics_log import MetricsLog
+from training.telemetry.records import read_metrics
 
 # --- Changed code -----------------------------------------------------------------------------------------------------
 

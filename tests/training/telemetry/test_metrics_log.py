@@ -44,7 +44,7 @@ def test_a_run_can_be_filtered_by_its_configuration(tmp_path: Path, monkeypatch:
     folder.path.mkdir()
     config = config_of("experiment=smoke", "logger=offline", "logger.tags=[mine,shapes]", "optimizer.lr=0.25")
     records = MetricsLog(config, folder, True, 0, 10)
-    records.write("train", 5, loss=1.5)
+    records.write("train", 5, time_s=1e9, loss=1.5, clips_per_s=80.0, mfu_percent=None, forward_s=0.25, worst_rank=3)
     records.close(0)
 
     (path,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
@@ -61,7 +61,13 @@ def test_a_run_can_be_filtered_by_its_configuration(tmp_path: Path, monkeypatch:
     assert (values["model"]["backbone"], values["data"]["name"], values["seed"]) == ("resnet18", "shapes", 0)
     (history,) = [record.history for record in written if record.WhichOneof("record_type") == "history"]
     logged = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
-    assert logged["train/loss"] == 1.5
+    shown = {name: value for name, value in logged.items() if not name.startswith("_")}
+    sections = {"throughput/clips_per_s": 80.0, "phases/forward_s": 0.25, "ranks/worst_rank": 3}
+    assert shown == {"train/loss": 1.5} | sections
+    metrics = {
+        record.metric.name: record.metric.summary for record in written if record.WhichOneof("record_type") == "metric"
+    }
+    assert metrics["evaluation/top1_percent"].max and metrics["train/loss"].min
 
 
 def test_every_key_of_the_configuration_is_given() -> None:

@@ -18,15 +18,9 @@ from distributed.backends.single import SingleBackend
 from distributed.topology import find_topology
 from tests.helpers.jobs import make_clips, start_training, wait_for_record
 from tests.helpers.worlds import CHECKOUT, World
-from training.telemetry.metrics_log import read_metrics
-from training.telemetry.stragglers import (
-    EXCESS,
-    WINDOW_STEPS,
-    WINDOWS,
-    OwnTimeClock,
-    Straggler,
-    Stragglers,
-)
+from training.telemetry.records import read_metrics
+from training.telemetry.step_clock import StepClock
+from training.telemetry.stragglers import EXCESS, WINDOW_STEPS, WINDOWS, Straggler, Stragglers
 
 
 def stragglers_after(own: list[list[float]], steps: int = WINDOW_STEPS) -> list[tuple[int, Straggler]]:
@@ -101,9 +95,9 @@ import torch
 from torch import nn
 from distributed.backends.single import SingleBackend
 from distributed.topology import find_topology
-from training.telemetry.stragglers import OwnTimeClock
+from training.telemetry.step_clock import StepClock
 network = nn.Linear(4, 1)
-clock = OwnTimeClock(network, SingleBackend(find_topology({}), torch.device("cpu")))
+clock = StepClock(network, SingleBackend(find_topology({}), torch.device("cpu")))
 clock.begin_input()
 clock.begin_step()
 print("began", flush=True)
@@ -147,13 +141,15 @@ def test_a_stop_counts_and_other_programs_do_not(fault: str) -> None:
 def test_beside_messages_the_wait_for_a_core_is_not_taken_off_twice() -> None:
     backend = SingleBackend(find_topology({}), torch.device("cpu"))
     network = torch.nn.Linear(4, 1)
-    clock = OwnTimeClock(network, backend)
+    clock = StepClock(network, backend)
     began_s = time.perf_counter()
     clock.begin_input()
     clock.begin_step()
     backend.waited_s += 0.001
     time.sleep(0.01)
-    network(torch.ones(1, 4)).sum().backward()
+    loss = network(torch.ones(1, 4)).sum()
+    clock.mark("backward")
+    loss.backward()
     clock.end_step()
     times, took_s = clock.read(), time.perf_counter() - began_s
     assert times.messages_s == pytest.approx(0.001)

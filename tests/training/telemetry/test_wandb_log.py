@@ -28,6 +28,8 @@ class Settings:
     def __init__(self, **options): pass
 
 class Run:
+    def define_metric(self, name, summary):
+        pass
     def log(self, numbers, step):
         {log}
         with Path({folder!r}, mode).open("a") as file:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .clips import DataConfig, PipelineConfig
+from .cluster import ClusterConfig
 from .evaluation import EvaluationConfig
 from .job import CheckpointConfig, DistributedConfig, LoggerConfig, PlanConfig
 from .network import ModelConfig, NumericsConfig
@@ -11,6 +12,7 @@ from .optimization import BatchConfig, OptimizerConfig, ScheduleConfig
 __all__ = [
     "BatchConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "DataConfig",
     "DistributedConfig",
@@ -39,6 +41,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     name: str = "run"
     """Name of the experiment, part of a new run's id."""
     seed: int = 0

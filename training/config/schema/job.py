@@ -19,6 +19,16 @@ class DistributedConfig:
     """Timeout of a single collective operation, and of start-up."""
     hang_timeout_s: float | None = 300.0
     """End the job, with the stacks of all ranks, if no rank makes progress for this long; null: wait forever."""
+    horovod_cycle_ms: float | None = None
+    """Time between two cycles of Horovod, in which ranks agree on the gradients to reduce; null: Horovod's own (1)."""
+    horovod_fusion_mib: float | None = None
+    """Gradients that Horovod reduces in one message, at most; 0: each by itself; null: Horovod's own (128)."""
+    horovod_cache: int | None = None
+    """Agreements that Horovod remembers, so that ranks need not agree again; 0: none; null: Horovod's own (1024)."""
+    horovod_hierarchical: bool | None = None
+    """Horovod reduces within nodes first, then between them; null: Horovod's own (false, one NCCL ring)."""
+    horovod_timeline: str | None = None
+    """File for Horovod's timeline of all messages, which rank 0 writes (chrome://tracing reads it); null: none."""
 
 
 @dataclass
@@ -34,6 +44,10 @@ class LoggerConfig:
     """Log interval: steps between two training records."""
     diagnostics: bool = False
     """Also log norms of gradients and weights, LARS' trust ratios, and the gradient noise scale."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, in the run folder's `tensorboard`; needs the package (the extra tensorboard)."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step, from 0, that rank 0 records with torch's profiler, for the run folder's `profile`; empty: none."""
 
 
 @dataclass
@@ -68,13 +82,21 @@ class PlanConfig:
 
     world_size: int | None = None
     """World size to plan for if distributed.world_size is null; null: 1."""
-    published_step_s: float | None = None
-    """Published seconds per step on plan.world_size processes."""
     step_s: float | None = None
-    """Seconds per step at this world size, for throughput and length of the run; null: the published ones, if any."""
+    """Measured seconds per step at this world size, instead of the simulated ones; checked against the device's peak."""
+    experience: float | None = None
+    """Published efficiency over the simulator's, by which it divides step times; null: the cluster's figure; 1: none."""
+    prepared: bool = True
+    """The clips decode fast: JPEG frames, or videos of `prepare.py transcode`. false: videos as downloaded."""
+    sweep: list[int] = field(default_factory=list)
+    """World sizes to compare on the cluster."""
+    html: str | None = None
+    """Write the comparison of plan.sweep to this file, as a page with plots."""
     json: str | None = None
     """Write the plan to this file too."""
     write_config: bool = False
     """Write the run's config.yaml if the plan has no problems, for `train.py --run FOLDER`."""
+    calibrate: str | None = None
+    """Instead of a plan, measure this machine and write conf/cluster/NAME.yaml; also typed as calibrate=NAME."""
     plot: str | None = None
     """Plot the learning rate to this file (.png, .svg, .pdf)."""

@@ -10,7 +10,7 @@ from training.deploy.frame_interval import frames_of
 from training.deploy.load import TrainedRun
 from training.report.stream import read_stream
 from training.runs.run_folder import RunFolder
-from training.telemetry.metrics_log import read_metrics
+from training.telemetry.records import read_metrics
 
 from .forms import Exportable
 
