@@ -35,6 +35,14 @@ def processes_with(name: str, value: str) -> dict[int, str]:
     return found
 
 
+def command_of(pid: int) -> str:
+    """Return the command line of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def listening(processes: dict[int, str]) -> set[tuple[str, str]]:
     """Return (kind of process, address) of each socket on which these processes listen, as `ss -tlnp` shows them.
 

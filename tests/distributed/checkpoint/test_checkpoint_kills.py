@@ -76,10 +76,14 @@ def test_kills_from_outside_at_random_moments(tmp_path: Path) -> None:
         with subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
+            # On a busy machine the time below is too short for one.
+            deadline_s = time.monotonic() + 60
+            while not any(int(saved.name[5:]) > newest for saved in tmp_path.glob("step-*")):
+                assert time.monotonic() < deadline_s, "no checkpoint"
+                time.sleep(0.01)
             time.sleep(draw.uniform(0.2, 0.7))
             process.send_signal(signal.SIGKILL)
         loaded, broken = load_newest(tmp_path)
         assert loaded is not None and is_whole(loaded) and broken == []
-        assert loaded.state["step"] >= newest
+        assert loaded.state["step"] > newest
         newest = loaded.state["step"]
-    assert newest > 2 * processes

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distributed.health.stack_dump import descendants
+from tests.helpers.processes import command_of
 from tests.training.telemetry.test_metrics_log import wandb_records
 from training.telemetry.wandb_log import WandbLog
 
@@ -122,7 +123,7 @@ def test_a_hang_holds_the_job_for_a_limited_time(
     assert 2 <= time.monotonic() - begun_s < 60
     assert "not finished after 2 s, which is all that the job waits" in warning
     deadline_s = time.monotonic() + 60
-    while any("wandb_process" in Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(os.getpid())):
+    while any("wandb_process" in command_of(pid) for pid in descendants(os.getpid())):
         assert time.monotonic() < deadline_s, "the process is left running"
         time.sleep(0.05)
 
