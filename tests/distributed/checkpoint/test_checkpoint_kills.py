@@ -76,9 +76,9 @@ def test_kills_from_outside_at_random_moments(tmp_path: Path) -> None:
         with subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
-            # On a busy machine the time below is too short for one.
+            # On a busy machine the time below is too short for some.
             deadline_s = time.monotonic() + 60
-            while not any(int(saved.name[5:]) > newest for saved in tmp_path.glob("step-*")):
+            while not any(int(saved.name[5:]) > newest + 2 for saved in tmp_path.glob("step-*")):
                 assert time.monotonic() < deadline_s, "no checkpoint"
                 time.sleep(0.01)
             time.sleep(draw.uniform(0.2, 0.7))
@@ -87,3 +87,4 @@ def test_kills_from_outside_at_random_moments(tmp_path: Path) -> None:
         assert loaded is not None and is_whole(loaded) and broken == []
         assert loaded.state["step"] > newest
         newest = loaded.state["step"]
+    assert newest > 2 * processes
